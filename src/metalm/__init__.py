@@ -1,0 +1,1 @@
+"""MetaLM: semi-causal language models as general-purpose interfaces, pretrained at scale."""

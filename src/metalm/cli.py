@@ -1,0 +1,86 @@
+"""The `metalm` command, and how every tool ends: one message and one exit code.
+
+Commands import what they need when they run, so that `--help` answers without loading torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from metalm.errors import EXIT_DONE, EXIT_USAGE, MetaLMError
+
+
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` as a program: a user's mistake ends with its message and exit code."""
+    try:
+        code = main()
+    except MetaLMError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(EXIT_DONE if code is None else code)
+
+
+class ToolParser(argparse.ArgumentParser):
+    """An argument parser whose usage errors end with the project's exit code for usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n")
+
+
+def main() -> NoReturn:
+    """Entry point of the `metalm` command."""
+    run_tool(lambda: _run_command(sys.argv[1:]))
+
+
+def _run_command(arguments: Sequence[str]) -> int | None:
+    parser = ToolParser(prog="metalm", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=ToolParser)
+
+    train = commands.add_parser("train", help="train, or resume, the run of a pipeline file")
+    train.add_argument("pipeline", type=Path)
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
+    train.add_argument("--ranks", type=int, help="with --dry-run: plan for this many ranks")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate the newest checkpoint of a run")
+    evaluate.add_argument("pipeline", type=Path)
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    evaluate.add_argument("--samples", type=int, default=64, help="samples to generate per held-out source")
+    evaluate.set_defaults(run=_evaluate)
+
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _train(options: argparse.Namespace) -> int | None:
+    from metalm.config import load_config
+    from metalm.parallel.launch import find_launch
+
+    config = load_config(options.pipeline, options.overrides)
+    if options.dry_run:
+        from metalm.training.plan import print_plan
+
+        return print_plan(config, options.ranks or find_launch(os.environ).world_size)
+    from metalm.training.loop import train
+
+    return train(config)
+
+
+def _evaluate(options: argparse.Namespace) -> int | None:
+    from metalm.config import load_config
+    from metalm.training.evaluate import evaluate
+
+    return evaluate(load_config(options.pipeline, options.overrides), options.samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Read a pipeline YAML into a RunConfig: `extends`, dotted overrides, one message for all mistakes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from metalm.config.rules import check_config
+from metalm.config.schema import RunConfig
+from metalm.errors import ConfigError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, which YAML would silently let win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a pipeline file and `section.key=value` overrides describe, checked across sections.
+
+    `extends: other.yaml` (or a list), relative to the file, gives the base that the file changes. A
+    null takes an inherited mapping away. Override values are YAML.
+
+    Raises:
+        ConfigError: a file is missing or is no YAML, a key is unknown, a value or a rule does not hold.
+    """
+    content = _read_yaml(path, seen=())
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        try:
+            parsed = yaml.load(value, _UniqueKeyLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from None
+        for part in reversed(key.split(".")):
+            parsed = {part: parsed}
+        content = _merge(content, parsed)
+    config = _validate(content, str(path))
+    check_config(
+        config, *(load_deepspeed_json(p) for p in (config.deepspeed.decoder, config.deepspeed.encoders))
+    )
+    return config
+
+
+def load_resolved_config(path: Path) -> RunConfig:
+    """The config that `write_config` wrote, not checked against files outside (they may be gone)."""
+    content = _read_yaml(path, seen=())
+    content.pop("provenance", None)
+    return _validate(content, str(path))
+
+
+def load_deepspeed_json(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"DeepSpeed config {path} does not exist") from None
+    except ValueError as error:
+        raise ConfigError(f"DeepSpeed config {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"DeepSpeed config {path} must hold an object, not {type(content).__name__}")
+    return content
+
+
+def write_config(config: RunConfig, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Write the resolved config, with where it comes from (versions, commit), readable as a pipeline."""
+    content = config.model_dump(mode="json") | {"provenance": dict(provenance)}
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(content, sort_keys=False))
+    partial.replace(path)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself")
+    try:
+        content = yaml.load(path.read_text(), _UniqueKeyLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {path} must hold a mapping, not {type(content).__name__}")
+    bases = content.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merge(merged, _read_yaml(path.parent / base, (*seen, path.resolve())))
+    return _merge(merged, content)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = _merge(old, value)
+        elif isinstance(old, dict) and value is None:
+            del merged[key]
+        else:
+            merged[key] = value
+    return merged
+
+
+def _validate(content: dict[str, Any], origin: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [f"  {_describe(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join([f"{origin}: {len(lines)} mistake(s)", *lines])) from None
+
+
+def _describe(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"] if part != "[key]"]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: required, not given"
+    return f"{where}: {problem['msg']} (given: {problem['input']!r})"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    names = iter(location)
+    for name in names:
+        annotation: Any = model.model_fields[name].annotation
+        if typing.get_origin(annotation) is dict:
+            next(names, None)
+            annotation = typing.get_args(annotation)[1]
+        if isinstance(annotation, types.UnionType):
+            annotation = next(option for option in annotation.__args__ if option is not type(None))
+        model = annotation
+    return list(model.model_fields)

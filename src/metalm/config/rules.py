@@ -1,0 +1,181 @@
+"""Rules that hold across sections of a config: pure functions, run before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig
+from metalm.errors import ConfigError, TopologyError
+
+PIPELINE_OWNED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "amp",
+    "torch_autocast",
+    "tensorboard",
+    "tensor_parallel",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+)
+"""Keys that a DeepSpeed JSON may not hold, because the pipeline sets them."""
+
+
+def check_config(
+    config: RunConfig, decoder_json: Mapping[str, Any], encoders_json: Mapping[str, Any]
+) -> None:
+    """Check everything that does not depend on the number of ranks.
+
+    Raises:
+        ConfigError: naming every rule that is broken.
+    """
+    problems = [
+        *_model_problems(config),
+        *_data_problems(config),
+        *_training_problems(config),
+        *_deepspeed_problems(config, str(config.deepspeed.decoder), decoder_json),
+        *_deepspeed_problems(config, str(config.deepspeed.encoders), encoders_json),
+    ]
+    if problems:
+        raise ConfigError("\n".join(["the configuration contradicts itself", *(f"  {p}" for p in problems)]))
+
+
+def check_topology(config: RunConfig, world_size: int) -> None:
+    """Check that `world_size` ranks can hold the run.
+
+    Raises:
+        TopologyError: naming every rule that is broken.
+    """
+    tensor = config.parallel.tensor
+    if world_size % tensor:
+        raise TopologyError(f"{world_size} rank(s) cannot be split into tensor-parallel groups of {tensor}")
+    data = world_size // tensor
+    decoder, training = config.model.decoder, config.training
+    sizes = {
+        "model.decoder.num_heads": decoder.num_heads,
+        "model.decoder.ffn_hidden_size": decoder.feed_forward_size,
+        "the padded vocabulary": config.model.padded_vocab_size,
+    }
+    problems = [
+        f"{name} = {size} is not divisible by parallel.tensor = {tensor}"
+        for name, size in sizes.items()
+        if size % tensor
+    ]
+    if config.data.lanes % data:
+        problems.append(f"data.lanes = {config.data.lanes} is not divisible by {data} data-parallel ranks")
+    if training.global_batch_size % (data * training.micro_batch_size):
+        problems.append(
+            f"training.global_batch_size = {training.global_batch_size} is not divisible by "
+            f"{data} data-parallel ranks x training.micro_batch_size = {training.micro_batch_size}"
+        )
+    if problems:
+        layout = f"{world_size} rank(s), tensor {tensor} x data {data}"
+        raise TopologyError("\n".join([f"the run does not fit on {layout}", *(f"  {p}" for p in problems)]))
+
+
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    decoder = config.model.decoder
+    if decoder.hidden_size % decoder.num_heads:
+        yield (
+            f"model.decoder.hidden_size = {decoder.hidden_size} is not divisible by "
+            f"num_heads = {decoder.num_heads}"
+        )
+    if decoder.hidden_size % 2:
+        yield f"model.decoder.hidden_size = {decoder.hidden_size} must be even for sinusoidal positions"
+    for name, encoder in config.model.encoders.items():
+        if encoder.hidden_size % encoder.num_heads:
+            yield (
+                f"model.encoders.{name}.hidden_size = {encoder.hidden_size} is not divisible by "
+                f"num_heads = {encoder.num_heads}"
+            )
+        if encoder.image and encoder.image.image_size % encoder.image.patch_size:
+            yield (
+                f"model.encoders.{name}.image.image_size = {encoder.image.image_size} is not divisible by "
+                f"patch_size = {encoder.image.patch_size}"
+            )
+
+
+def _data_problems(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if not data.sources:
+        yield "data.sources is empty"
+    if data.spans.min_length > data.spans.max_length:
+        yield (
+            f"data.spans.min_length = {data.spans.min_length} is above "
+            f"data.spans.max_length = {data.spans.max_length}"
+        )
+    for group in ("sources", "evaluation"):
+        for name, source in getattr(data, group).items():
+            yield from _source_problems(config, f"data.{group}.{name}", source)
+
+
+def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Iterator[str]:
+    encoders, sequence_length = config.model.encoders, config.data.sequence_length
+    if source.encoder is None:
+        if source.kind == "image_text":
+            yield f"{where}.encoder is not given, but pairs need an encoder with images"
+        return
+    encoder = encoders.get(source.encoder)
+    if encoder is None:
+        known = ", ".join(encoders) or "none"
+        yield f"{where}.encoder = {source.encoder!r} is not in model.encoders ({known})"
+    elif source.kind == "image_text":
+        yield from _pair_problems(where, source.encoder, encoder, sequence_length)
+    else:
+        longest = config.data.spans.max_length
+        if longest > encoder.max_text_positions:
+            yield (
+                f"data.spans.max_length = {longest} is above model.encoders.{source.encoder}."
+                f"max_text_positions = {encoder.max_text_positions}"
+            )
+        if longest + 2 > sequence_length:
+            yield (
+                f"data.spans.max_length = {longest} leaves no room in "
+                f"data.sequence_length = {sequence_length}"
+            )
+
+
+def _pair_problems(where: str, name: str, encoder: EncoderConfig, sequence_length: int) -> Iterator[str]:
+    if encoder.image is None:
+        yield f"{where}.encoder = {name!r} has no `image` section, but the source holds pairs"
+    elif encoder.image.num_patches + 3 > sequence_length:
+        yield (
+            f"{where}: {encoder.image.num_patches} patches, start, one caption token and end do not fit in "
+            f"data.sequence_length = {sequence_length}"
+        )
+
+
+def _training_problems(config: RunConfig) -> Iterator[str]:
+    training = config.training
+    if training.global_batch_size % config.data.lanes:
+        yield (
+            f"training.global_batch_size = {training.global_batch_size} is not divisible by "
+            f"data.lanes = {config.data.lanes}"
+        )
+    if training.schedule.warmup_steps >= training.steps:
+        yield (
+            f"training.schedule.warmup_steps = {training.schedule.warmup_steps} is not below "
+            f"training.steps = {training.steps}"
+        )
+
+
+def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]) -> Iterator[str]:
+    owned = [key for key in content if key in PIPELINE_OWNED_KEYS]
+    if owned:
+        yield f"{path} holds {', '.join(owned)}, which the pipeline owns: set them in the pipeline instead"
+    stage = content.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        # At stage 0 DeepSpeed reduces gradients over the group of whichever engine was built last.
+        yield f"{path}: zero_optimization.stage must be 1, 2 or 3, not {stage!r}"
+    gradient_dtype = content.get("data_types", {}).get("grad_accum_dtype")
+    if stage == 1 and config.training.precision == "bf16" and gradient_dtype == "fp32":
+        yield (
+            f"{path}: data_types.grad_accum_dtype fp32 with bf16 at ZeRO stage 1 reduces over the wrong "
+            "group with two engines; use stage 2"
+        )

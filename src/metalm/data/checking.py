@@ -1,0 +1,112 @@
+"""Are the shards of a folder what their index says, and can their samples be decoded?"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from metalm.config.schema import SourceConfig
+from metalm.data.failures import BadSample
+from metalm.data.index import ShardIndex, open_index, scan_shard
+from metalm.data.sources import Source, open_sources
+from metalm.data.tokenizer import load_tokenizer
+from metalm.errors import DataError
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """What was found in one shard; no problem means that it is sound."""
+
+    name: str
+    num_samples: int
+    num_decoded: int
+    problems: tuple[str, ...]
+
+
+def check_shards(
+    folder: Path,
+    tokenizer_path: Path,
+    *,
+    samples_per_shard: int = 16,
+    processes: int = 1,
+    on_shard: Callable[[ShardCheck], None] | None = None,
+) -> list[ShardCheck]:
+    """Reads every shard again, compares it with the index, and decodes some samples of each.
+
+    Args:
+        samples_per_shard: decoded at even distances.
+        on_shard: called with each shard as it is done.
+
+    Raises:
+        DataError: the index or the tokenizer cannot be used at all.
+    """
+    index = open_index(folder, check_sizes=False)
+    arguments = [(folder, tokenizer_path, number, samples_per_shard) for number in range(len(index.shards))]
+    _open_source(folder, tokenizer_path)
+    checks = []
+    if processes == 1:
+        for argument in arguments:
+            checks.append(_check_shard(argument))
+            if on_shard is not None:
+                on_shard(checks[-1])
+        return checks
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for check in pool.map(_check_shard, arguments):
+            checks.append(check)
+            if on_shard is not None:
+                on_shard(check)
+    return checks
+
+
+def _open_source(folder: Path, tokenizer_path: Path) -> Source:
+    config = SourceConfig(path=folder, kind=open_index(folder, check_sizes=False).kind)
+    return open_sources({folder.name: config}, load_tokenizer(tokenizer_path), check_sizes=False)[0]
+
+
+def _check_shard(argument: tuple[Path, Path, int, int]) -> ShardCheck:
+    folder, tokenizer_path, number, samples_per_shard = argument
+    source = _open_source(folder, tokenizer_path)
+    entry = source.index.shards[number]
+    problems = _differences(source.index, number)
+    decoded = 0
+    if not problems and entry.num_samples:
+        first = sum(shard.num_samples for shard in source.index.shards[:number])
+        count = min(samples_per_shard, entry.num_samples)
+        chosen = first + np.linspace(0, entry.num_samples - 1, count).astype(np.int64)
+        for location in source.reader.locate(chosen):
+            try:
+                if source.index.kind == "text":
+                    source.document(location)
+                else:
+                    source.captions(location)
+                    source.pixels(location)
+                decoded += 1
+            except BadSample as failure:
+                problems.append(f"sample {location.sample - first}: {failure.cause}")
+            except DataError as error:
+                problems.append(str(error))
+    source.reader.close()
+    return ShardCheck(entry.name, entry.num_samples, decoded, tuple(problems))
+
+
+def _differences(index: ShardIndex, number: int) -> list[str]:
+    entry = index.shards[number]
+    path = index.folder / entry.name
+    try:
+        found, records = scan_shard(path, index.kind)
+    except OSError as error:
+        return [f"cannot be read: {error.strerror}"]
+    problems = []
+    for what in ("size", "sha256", "num_samples", "skipped"):
+        stated, real = getattr(entry, what), getattr(found, what)
+        if stated != real:
+            problems.append(f"{what} is {real}, the index states {stated}")
+    first = sum(shard.num_samples for shard in index.shards[:number])
+    if not problems and not np.array_equal(records, index.records[first : first + entry.num_samples]):
+        problems.append("its members are not where the index says")
+    return problems

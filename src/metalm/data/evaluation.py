@@ -1,0 +1,150 @@
+"""Fixed rows of a held-out source, the same ones each time and on any number of ranks.
+
+Rows are made from the samples in the order of the index. Two rules make pairs comparable: the prefix has
+length 0, so that the whole caption is predicted from the image alone, and the first caption is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate, chain, islice
+
+import numpy as np
+
+from metalm.batch import SemiCausalBatch
+from metalm.config.schema import ImageConfig, RunConfig
+from metalm.data.collate import collate
+from metalm.data.failures import BadSample
+from metalm.data.images import cut_patches
+from metalm.data.lanes import image_encoder
+from metalm.data.order import SequentialOrder
+from metalm.data.pair_rows import Pair, longest_caption, pair_row
+from metalm.data.rows import Row, empty_row
+from metalm.data.sample_stream import Place
+from metalm.data.sources import Source, open_sources
+from metalm.data.spans import SpanSampler
+from metalm.data.streams import Stream
+from metalm.data.text_rows import TextPacker
+from metalm.data.tokenizer import load_tokenizer
+from metalm.errors import ConfigError, DataError
+
+_SEED = 0
+"""Of the spans, so that runs with different seeds are evaluated on the same rows."""
+
+
+def evaluation_batches(
+    config: RunConfig,
+    source_name: str,
+    *,
+    num_rows: int,
+    dp_rank: int,
+    dp_size: int,
+    tp_size: int,
+    wrong_images: bool = False,
+) -> Iterator[SemiCausalBatch]:
+    """Micro-batches of the first `num_rows` rows of a source of data.evaluation, for one rank.
+
+    Row i goes to rank i mod dp_size. Every rank gets the same number of full micro-batches: rows of
+    padding stand in where there is none, as they do when the source has fewer rows.
+
+    Args:
+        wrong_images: give each pair the image of another pair among these rows, half of them away.
+
+    Raises:
+        ConfigError: there is no such source, or `wrong_images` for a source of text.
+        DataError: as `open_sources`; fewer than two pairs with `wrong_images`.
+    """
+    source_config = config.data.evaluation.get(source_name)
+    if source_config is None:
+        raise ConfigError(
+            f"data.evaluation has no source {source_name!r}, only {', '.join(config.data.evaluation)}"
+        )
+    if wrong_images and source_config.kind != "image_text":
+        raise ConfigError(f"evaluation source {source_name} has no images to exchange")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    (source,) = open_sources({source_name: source_config}, tokenizer)
+    if source_config.kind == "text":
+        rows: Iterator[Row] = islice(_text_rows(config, source, num_rows), dp_rank, None, dp_size)
+    else:
+        rows = _pair_rows(config, source, num_rows, slice(dp_rank, None, dp_size), wrong_images)
+    micro_batch_size = config.training.micro_batch_size
+    num_batches = -(-num_rows // (dp_size * micro_batch_size))
+    for _ in range(num_batches):
+        batch = list(islice(rows, micro_batch_size))
+        yield collate(
+            batch + [empty_row()] * (micro_batch_size - len(batch)),
+            model_config=config.model,
+            sequence_length=config.data.sequence_length,
+            tp_size=tp_size,
+            pad_id=tokenizer.pad_id,
+        )
+    source.reader.close()
+
+
+def _text_rows(config: RunConfig, source: Source, num_rows: int) -> Iterator[Row]:
+    spans = None
+    if source.config.encoder is not None:
+        spans = SpanSampler(config.data.spans, Stream(_SEED, f"evaluation spans of {source.name}"))
+    packer = TextPacker(
+        source,
+        SequentialOrder(source.index),
+        0,
+        sequence_length=config.data.sequence_length,
+        spans=spans,
+        max_consecutive_failures=config.data.max_consecutive_failures,
+    )
+    for _ in range(num_rows):
+        row = packer.next_row()
+        if row is None:
+            return
+        yield row
+
+
+def _pair_rows(
+    config: RunConfig, source: Source, num_rows: int, own: slice, wrong_images: bool
+) -> Iterator[Row]:
+    _, image = image_encoder(config, source.name, source.config)
+    pairs_of_rows = _pack_in_order(source, num_rows, image, config.data.sequence_length)
+    pairs = list(chain.from_iterable(pairs_of_rows))
+    if wrong_images and len(pairs) < 2:
+        raise DataError(f"evaluation source {source.name} has one pair: its image cannot be exchanged")
+    shift = len(pairs) // 2 if wrong_images else 0
+    first_pairs = list(accumulate((len(row) for row in pairs_of_rows), initial=0))
+    for first, row in list(zip(first_pairs, pairs_of_rows, strict=False))[own]:
+        shown: list[Pair] = []
+        patches: list[np.ndarray] = []
+        for number, pair in enumerate(row, start=first):
+            location = pairs[(number + shift) % len(pairs)].location
+            try:
+                pixels = source.pixels(location, image_size=image.image_size)
+            except BadSample:
+                continue
+            shown.append(pair)
+            patches.append(cut_patches(pixels, image))
+        yield pair_row(shown, patches, source, image) if shown else empty_row()
+
+
+def _pack_in_order(
+    source: Source, num_rows: int, image: ImageConfig, sequence_length: int
+) -> list[list[Pair]]:
+    """The pairs of the first rows, each row filled in the order of the index. Bad samples are left out."""
+    longest = longest_caption(image, sequence_length)
+    rows: list[list[Pair]] = []
+    room = 0
+    for sample in range(source.index.num_samples):
+        (location,) = source.reader.locate(np.array([sample]))
+        try:
+            caption = source.captions(location)[0]
+        except BadSample:
+            continue
+        ids = source.tokenizer.encode([caption])[0]
+        kept = ids[:longest]
+        size = image.num_patches + len(kept) + 2
+        if size > room:
+            if len(rows) == num_rows:
+                break
+            rows.append([])
+            room = sequence_length
+        rows[-1].append(Pair(Place(0, sample), location, kept, 0, len(kept) < len(ids)))
+        room -= size
+    return rows

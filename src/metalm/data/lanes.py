@@ -1,0 +1,197 @@
+"""A lane: a deterministic, endless stream of packed rows, drawn from a mixture of sources.
+
+What a lane yields depends on (seed, config, lane) and its state alone, not on which rank or worker runs
+it. Its state is JSON: a few integers per source.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig, SourceConfig
+from metalm.data.order import SampleOrder
+from metalm.data.pair_rows import PairPacker
+from metalm.data.rows import Row
+from metalm.data.sources import Source
+from metalm.data.spans import SpanSampler
+from metalm.data.streams import Stream
+from metalm.data.text_rows import TextPacker
+from metalm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LaneState = dict[str, Any]
+
+
+def owned_lanes(num_lanes: int, dp_rank: int, dp_size: int) -> range:
+    """The lanes of one data-parallel rank: those with lane * dp_size // num_lanes == dp_rank.
+
+    Raises:
+        ConfigError: the lanes do not divide by the data-parallel size.
+    """
+    if num_lanes % dp_size:
+        raise ConfigError(
+            f"data.lanes is {num_lanes}, which the data-parallel size {dp_size} does not divide"
+        )
+    lanes_per_rank = num_lanes // dp_size
+    return range(dp_rank * lanes_per_rank, (dp_rank + 1) * lanes_per_rank)
+
+
+class Mixture:
+    """The sources of a run with their orders: what all lanes of a process share."""
+
+    def __init__(self, config: RunConfig, sources: list[Source]) -> None:
+        self.config = config
+        self.sources = sources
+        data = config.data
+        self.orders = {
+            source.name: SampleOrder(
+                source.index,
+                seed=config.run.seed,
+                source_name=source.name,
+                num_lanes=data.lanes,
+                chunk_samples=data.chunk_samples,
+                shuffle_window=data.shuffle_window,
+            )
+            for source in sources
+        }
+
+    def check_state(self, state: LaneState) -> None:
+        """Raises ConfigError if a lane's state was saved under another order of the samples."""
+        for name, saved in state["sources"].items():
+            if name in self.orders and saved["order"] != self.orders[name].signature:
+                raise ConfigError(
+                    f"source {name} was saved as {saved['order']}, but is now {self.orders[name].signature}: "
+                    "restore the settings, or give the source a new name to begin it anew"
+                )
+
+    def without_gone_sources(self, state: LaneState) -> LaneState:
+        """A lane's saved state without the sources that the config does not have any more."""
+        return {**state, "sources": {k: v for k, v in state["sources"].items() if k in self.orders}}
+
+    def log_changes(self, state: LaneState) -> None:
+        """Logs sources that came, went or changed their weight since a lane's state was saved."""
+        old = {name: saved["weight"] for name, saved in state["sources"].items()}
+        new = {source.name: source.config.weight for source in self.sources}
+        for name in old | new:
+            if name not in old:
+                logger.info("source %s is new, with weight %g: it begins at its first epoch", name, new[name])
+            elif name not in new:
+                logger.info("source %s is gone: its place is forgotten", name)
+            elif old[name] != new[name]:
+                logger.info("source %s: weight %g is now %g", name, old[name], new[name])
+
+
+class Lane:
+    """One lane of a run. `state()` after row n is what makes the lane go on with row n + 1."""
+
+    def __init__(self, mixture: Mixture, lane: int, state: LaneState | None = None) -> None:
+        self._mixture, self._lane = mixture, lane
+        self._rows: int = state["rows"] if state else 0
+        saved = state["sources"] if state else {}
+        self._packers = [
+            self._make_packer(source, saved.get(source.name, {}).get("packer")) for source in mixture.sources
+        ]
+        self._choices = Stream(mixture.config.run.seed, "source of a row", lane)
+        self._weights = np.array([source.config.weight for source in mixture.sources])
+
+    def next_row(self) -> Row:
+        """The next row of the lane.
+
+        Raises:
+            DataError: as `SampleStream.read_next`.
+        """
+        row = self._packers[self._choose()].next_row()
+        assert row is not None
+        self._rows += 1
+        return row
+
+    def state(self) -> LaneState:
+        """Where the next row begins, and what has been counted, as JSON holds it."""
+        sources = {
+            source.name: {
+                "weight": source.config.weight,
+                "order": self._mixture.orders[source.name].signature,
+                "packer": packer.state(),
+            }
+            for source, packer in zip(self._mixture.sources, self._packers, strict=True)
+        }
+        return {"rows": self._rows, "sources": sources}
+
+    def _choose(self) -> int:
+        if len(self._packers) == 1:
+            return 0
+        weights = self._weights
+        if self._mixture.config.data.mixture_unit == "tokens":
+            # A row more than was counted keeps the ratio finite, and even at the start.
+            length = self._mixture.config.data.sequence_length
+            counted = [packer.counters for packer in self._packers]
+            weights = weights * [(count.rows + 1) / (count.tokens + length) for count in counted]
+        bounds = np.cumsum(weights)
+        draw = self._choices.uniforms(self._rows, 1)[0] * bounds[-1]
+        return min(int(np.searchsorted(bounds, draw, side="right")), len(bounds) - 1)
+
+    def _make_packer(self, source: Source, state: dict[str, Any] | None) -> TextPacker | PairPacker:
+        config = self._mixture.config
+        order = self._mixture.orders[source.name]
+        seed, length = config.run.seed, config.data.sequence_length
+        failures = config.data.max_consecutive_failures
+        if source.config.kind == "text":
+            spans = None
+            if source.config.encoder is not None:
+                stream = Stream(seed, f"spans of {source.name}", self._lane)
+                spans = SpanSampler(config.data.spans, stream)
+            return TextPacker(
+                source,
+                order,
+                self._lane,
+                sequence_length=length,
+                spans=spans,
+                max_consecutive_failures=failures,
+                state=state,
+            )
+        encoder, image = image_encoder(config, source.name, source.config)
+        return PairPacker(
+            source,
+            order,
+            self._lane,
+            image=image,
+            max_text_positions=encoder.max_text_positions,
+            sequence_length=length,
+            draws=Stream(seed, f"captions and prefixes of {source.name}", self._lane),
+            max_consecutive_failures=failures,
+            state=state,
+        )
+
+
+def saved_state(states: dict[int, LaneState], lane: int) -> LaneState:
+    """The state of one lane.
+
+    Raises:
+        ConfigError: the states do not hold this lane.
+    """
+    if lane not in states:
+        raise ConfigError(
+            f"the saved data state holds {len(states)} lanes, but not lane {lane}: keep data.lanes as it was"
+        )
+    return states[lane]
+
+
+def image_encoder(
+    config: RunConfig, source_name: str, source: SourceConfig
+) -> tuple[EncoderConfig, ImageConfig]:
+    """The encoder of a source of pairs, and its image.
+
+    Raises:
+        ConfigError: the source names no encoder with an image.
+    """
+    encoder = config.model.encoders.get(source.encoder or "")
+    if encoder is None or encoder.image is None:
+        raise ConfigError(
+            f"source {source_name} holds pairs: its encoder must be one of the model's with an image, "
+            f"not {source.encoder!r}"
+        )
+    return encoder, encoder.image

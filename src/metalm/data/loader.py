@@ -1,0 +1,244 @@
+"""What training iterates over: the micro-batches of one optimizer step at a time, for one rank.
+
+Row j of a global batch comes from lane j mod L, and a rank owns consecutive lanes, so the rows of step t
+are the same on any number of ranks and workers. With workers, a thread of the training process receives
+their rows and collates them ahead of the step; the lanes' states travel with the steps, so
+`lane_states()` speaks of the last step returned, however far ahead the workers are.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from metalm.batch import EncoderBatch, SemiCausalBatch
+from metalm.config.schema import RunConfig
+from metalm.data.collate import collate
+from metalm.data.lanes import Lane, LaneState, Mixture, owned_lanes, saved_state
+from metalm.data.sources import open_sources
+from metalm.data.tokenizer import load_tokenizer
+from metalm.data.workers import LaneGroup, WorkerPool
+from metalm.errors import ConfigError
+
+PREFETCH_STEPS = 2
+_STOP_CHECK_S = 0.1
+
+
+class _Step(NamedTuple):
+    batches: list[SemiCausalBatch]
+    states: dict[int, LaneState]
+
+
+class TrainingData:
+    """Endless iterator over the steps of one data-parallel rank; `next` gives a step's micro-batches.
+
+    All ranks of a TP group get the same batches when they are given the same `dp_rank`.
+
+    Attributes:
+        wait_s: seconds that the last `next` took.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        tp_size: int,
+        lane_states: dict[int, LaneState] | None = None,
+    ) -> None:
+        """Opens the sources and starts the workers.
+
+        Args:
+            lane_states: what `lane_states()` returned, of all lanes of this rank or more, on any number
+                of ranks and workers; None begins the data.
+
+        Raises:
+            ConfigError: lanes, batch sizes and ranks do not fit, or the states are of another order.
+            DataError: a source cannot be used.
+        """
+        data, training = config.data, config.training
+        self._config, self._tp_size = config, tp_size
+        self._lanes = owned_lanes(data.lanes, dp_rank, dp_size)
+        if training.global_batch_size % data.lanes:
+            raise ConfigError(
+                f"training.global_batch_size is {training.global_batch_size}, which data.lanes "
+                f"({data.lanes}) does not divide"
+            )
+        self._rows_per_lane = training.global_batch_size // data.lanes
+        rows_per_step = self._rows_per_lane * len(self._lanes)
+        if rows_per_step % training.micro_batch_size:
+            raise ConfigError(
+                f"a rank has {rows_per_step} rows per step, which training.micro_batch_size "
+                f"({training.micro_batch_size}) does not divide"
+            )
+        tokenizer = load_tokenizer(data.tokenizer)
+        self._pad_id = tokenizer.pad_id
+        self._mixture = Mixture(config, open_sources(data.sources, tokenizer))
+        if lane_states is not None:
+            first = saved_state(lane_states, self._lanes[0])
+            self._mixture.check_state(first)
+            self._mixture.log_changes(first)
+        self._states = self._first_states(lane_states)
+        self._imbalance = {name: _Mean() for name in config.model.encoders}
+        self.wait_s = 0.0
+        self._group: LaneGroup | WorkerPool
+        self._prefetcher: _Prefetcher | None = None
+        if data.workers:
+            self._group = WorkerPool(config, self._lanes, self._rows_per_lane, lane_states)
+            self._prefetcher = _Prefetcher(self._make_step)
+        else:
+            self._group = LaneGroup(self._mixture, self._lanes, self._rows_per_lane, lane_states)
+
+    def __iter__(self) -> TrainingData:
+        return self
+
+    def __next__(self) -> list[SemiCausalBatch]:
+        """The micro-batches of the next step, in pinned memory where there is CUDA.
+
+        Raises:
+            DataError: too many bad samples in a row, or a shard that cannot be read.
+            WorkerError: a worker died.
+        """
+        began = time.perf_counter()
+        step = self._prefetcher.get() if self._prefetcher is not None else self._make_step()
+        self.wait_s = time.perf_counter() - began
+        self._states = step.states
+        for name, mean in self._imbalance.items():
+            for batch in step.batches:
+                mean.add(_share_imbalance(batch.encoders[name]))
+        return step.batches
+
+    @property
+    def worker_ids(self) -> list[int]:
+        """Process ids of the workers."""
+        return self._group.process_ids
+
+    def lane_states(self) -> dict[int, LaneState]:
+        """The states of this rank's lanes after the last step returned, as JSON holds them."""
+        return self._states
+
+    def counters(self) -> dict[str, int | float]:
+        """What this rank's lanes have read since the run began, over all resumes.
+
+        Per source: `SOURCE/rows`, `/samples`, `/tokens` (without padding), `/padding_tokens`,
+        `/span_tokens`, `/truncated_captions`, `/skipped/CAUSE`, and `/epoch`, the epoch of the lane that
+        is furthest behind. Per encoder: `encoder_imbalance/ENCODER`, the largest TP share over the mean
+        share, minus 1, averaged over this process's micro-batches.
+        """
+        found: dict[str, int | float] = {}
+        for lane, state in self._states.items():
+            for name, source in state["sources"].items():
+                counts = dict(source["packer"]["counters"])
+                skipped = {f"skipped/{cause}": count for cause, count in counts.pop("skipped").items()}
+                for key, count in (counts | skipped).items():
+                    found[f"{name}/{key}"] = found.get(f"{name}/{key}", 0) + count
+                epoch = self._mixture.orders[name].epoch(lane, source["packer"]["place"][0])
+                found[f"{name}/epoch"] = min(found.get(f"{name}/epoch", epoch), epoch)
+        for name, mean in self._imbalance.items():
+            found[f"encoder_imbalance/{name}"] = mean.value
+        return found
+
+    def close(self) -> None:
+        """Ends the workers and the thread."""
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+        self._group.close()
+        if self._prefetcher is not None:
+            self._prefetcher.join()
+
+    def _first_states(self, saved: dict[int, LaneState] | None) -> dict[int, LaneState]:
+        if saved is None:
+            return {lane: Lane(self._mixture, lane).state() for lane in self._lanes}
+        states = {lane: saved_state(saved, lane) for lane in self._lanes}
+        return {lane: self._mixture.without_gone_sources(state) for lane, state in states.items()}
+
+    def _make_step(self) -> _Step:
+        step = self._group.next_step()
+        rows = [step.rows[lane][turn] for turn in range(self._rows_per_lane) for lane in self._lanes]
+        size = self._config.training.micro_batch_size
+        batches = [
+            collate(
+                rows[first : first + size],
+                model_config=self._config.model,
+                sequence_length=self._config.data.sequence_length,
+                tp_size=self._tp_size,
+                pad_id=self._pad_id,
+            )
+            for first in range(0, len(rows), size)
+        ]
+        if torch.cuda.is_available():
+            batches = [batch.pin_memory() for batch in batches]
+        return _Step(batches, step.states)
+
+
+class _Prefetcher:
+    """Makes steps ahead in a thread. What the thread raises, `get` raises, each time from then on."""
+
+    def __init__(self, make_step: Callable[[], _Step]) -> None:
+        self._make_step = make_step
+        self._ready: queue.Queue[_Step | BaseException] = queue.Queue(maxsize=PREFETCH_STEPS)
+        self._failure: BaseException | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metalm-data-prefetch", daemon=True)
+        self._thread.start()
+
+    def get(self) -> _Step:
+        """The next step."""
+        if self._failure is None:
+            item = self._ready.get()
+            if isinstance(item, _Step):
+                return item
+            self._failure = item
+        raise self._failure
+
+    def stop(self) -> None:
+        """Tells the thread to end; it does once the step that it is making is done or fails."""
+        self._stopped.set()
+
+    def join(self) -> None:
+        """Waits for the thread."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            item: _Step | BaseException
+            try:
+                item = self._make_step()
+            except BaseException as error:
+                item = error
+            while not self._stopped.is_set():
+                try:
+                    self._ready.put(item, timeout=_STOP_CHECK_S)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+
+
+@dataclass
+class _Mean:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+    @property
+    def value(self) -> float:
+        return self.total / max(1, self.count)
+
+
+def _share_imbalance(encoder: EncoderBatch) -> float:
+    if len(encoder.shares) == 1:
+        return 0.0
+    elements = [int((share.attention_end > 0).sum()) for share in encoder.shares]
+    return max(elements) * len(elements) / sum(elements) - 1

@@ -1,0 +1,147 @@
+"""The folder that a preparation writes, and its memory across restarts.
+
+Work is cut into units (a stretch of a text file, some thousand images) that depend on the input and the
+options alone. A unit that is done leaves a receipt: its shards and its counts. After a kill the same
+command goes on with the units that have no receipt, and writes the same bytes as if nothing had happened.
+
+    OUT/*.tar, index.json     the shards; the index appears last, so training never meets a torso
+    OUT/report.json           what was kept and dropped
+    OUT/preparation/          plan.json and receipts/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from metalm.config.schema import SourceKind
+from metalm.data.index import INDEX_NAME, build_index
+from metalm.data.preparation.report import Tally
+from metalm.data.preparation.shards import PARTIAL_SUFFIX, WrittenShard
+from metalm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class PreparationFolder:
+    """Receipts and shards of one preparation. Only a path: worker processes hold copies."""
+
+    path: Path
+
+    @contextmanager
+    def claim(self, plan: Mapping[str, Any]) -> Iterator[None]:
+        """Starts or continues the preparation that `plan` describes; keeps other programs out meanwhile.
+
+        Raises:
+            ConfigError: the folder holds shards of another plan or of unknown origin, or is in use.
+        """
+        has_shards = any(self.path.glob("*.tar"))
+        if has_shards and not self._plan_file.exists():
+            raise ConfigError(
+                f"{self.path} holds shards that no preparation of this program wrote: name a new folder"
+            )
+        try:
+            self._receipts.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "preparation" / "lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"cannot write into {self.path}: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(f"another preparation is writing {self.path}: wait, or stop it") from error
+            if has_shards:
+                _require_equal_plans(self.path, json.loads(self._plan_file.read_bytes()), plan)
+            else:
+                for receipt in self._receipts.glob("*.json"):
+                    receipt.unlink()
+                _replace(self._plan_file, plan)
+            for partial in self.path.glob(f".*{PARTIAL_SUFFIX}"):
+                partial.unlink()
+            yield
+
+    def is_done(self, unit: str) -> bool:
+        """Whether the unit has a receipt and its shards are there in full."""
+        try:
+            receipt = json.loads((self._receipts / f"{unit}.json").read_bytes())
+        except FileNotFoundError:
+            return False
+        return all(self._is_whole(shard) for shard in receipt["shards"])
+
+    def record(self, unit: str, shards: Sequence[WrittenShard], tally: Tally) -> None:
+        """Writes the receipt of a unit whose shards are on disk."""
+        receipt = {"shards": [asdict(shard) for shard in shards], "tally": tally.as_json()}
+        _replace(self._receipts / f"{unit}.json", receipt)
+
+    def finish(
+        self, *, kind: SourceKind, tokenizer_fingerprint: str | None, processes: int
+    ) -> dict[str, Any]:
+        """Adds up the receipts of all units, writes the index if there is none, and the report.
+
+        Raises:
+            DataError: not one sample was kept, or the folder holds a shard that is not ours.
+        """
+        tally, shards = Tally(), set()
+        for file in sorted(self._receipts.glob("*.json")):
+            receipt = json.loads(file.read_bytes())
+            tally.add(receipt["tally"])
+            shards |= {shard["name"] for shard in receipt["shards"]}
+        report = {"num_shards": len(shards), **tally.as_json()}
+        if not shards:
+            raise DataError(f"nothing was kept for {self.path}; dropped: {report['dropped'] or 'nothing'}")
+        if strange := {file.name for file in self.path.glob("*.tar")} - shards:
+            raise DataError(
+                f"{self.path} also holds {', '.join(sorted(strange))}, of unknown origin: move it"
+            )
+        if not (self.path / INDEX_NAME).exists():
+            build_index(
+                self.path, kind=kind, tokenizer_fingerprint=tokenizer_fingerprint, processes=processes
+            )
+        _replace(self.path / "report.json", report)
+        return report
+
+    def is_finished(self) -> bool:
+        """Whether an earlier call came to its end and all shards are still there."""
+        finished = (self.path / "report.json").exists() and (self.path / INDEX_NAME).exists()
+        return finished and all(self.is_done(file.stem) for file in self._receipts.glob("*.json"))
+
+    def drop_index(self) -> None:
+        """Removes the index, before shards change."""
+        (self.path / INDEX_NAME).unlink(missing_ok=True)
+
+    @property
+    def _plan_file(self) -> Path:
+        return self.path / "preparation" / "plan.json"
+
+    @property
+    def _receipts(self) -> Path:
+        return self.path / "preparation" / "receipts"
+
+    def _is_whole(self, shard: Mapping[str, Any]) -> bool:
+        file = self.path / shard["name"]
+        return file.is_file() and file.stat().st_size == shard["size"]
+
+
+def _require_equal_plans(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    new = json.loads(json.dumps(new))
+    if changed := [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]:
+        details = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}"[:300] for key in changed)
+        raise ConfigError(
+            f"{folder} was begun from other input or options ({details}): repeat the first command to go "
+            "on, or name a new folder"
+        )
+
+
+def _replace(path: Path, value: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

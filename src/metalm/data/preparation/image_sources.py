@@ -1,0 +1,174 @@
+"""Images with their captions, from the forms in which such data sets come.
+
+    folder of tars        img2dataset's `webdataset` output: image, .txt or .json per sample
+    folder of images      img2dataset's `files` output, and the like: image with .txt or .json beside it
+    .json                 COCO captions
+    .csv .tsv .jsonl      one image path and caption per row, or "captions" with a list (.jsonl)
+
+Rows about the same image become one sample with several captions.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metalm.data.index import MAX_MEMBER_BYTES, scan_shard
+from metalm.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image file and its captions; None: they are in a .txt or .json file beside it."""
+
+    image: Path
+    captions: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The bytes of an image file, and what was said about it."""
+
+    image: bytes
+    captions: tuple[str, ...]
+
+
+def read_record(record: ImageRecord) -> Pair | str:
+    """The pair of a record, or the cause of its absence."""
+    try:
+        if record.image.stat().st_size > MAX_MEMBER_BYTES:
+            return "oversize_image"
+        captions = record.captions
+        if captions is None:
+            text, description = record.image.with_suffix(".txt"), record.image.with_suffix(".json")
+            captions = _captions(
+                text.read_bytes() if text.is_file() else b"",
+                description.read_bytes() if description.is_file() else b"",
+            )
+        return Pair(record.image.read_bytes(), captions)
+    except FileNotFoundError:
+        return "missing_image"
+    except OSError:
+        return "unreadable_image"
+
+
+def read_tar(path: Path) -> Iterator[tuple[float, Pair | str]]:
+    """The pairs of a shard in order, or causes of absence, each with the share of the file so far.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        shard, records = scan_shard(path, "image_text")
+        with path.open("rb") as file:
+            for cause, count in shard.skipped.items():
+                for _ in range(count):
+                    yield 0.0, cause
+            if not len(records):
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                for record in records:
+                    start = int(record["offset"])
+                    image, text, description = (
+                        data[start + int(record[f"{name}_offset"]) :][: int(record[f"{name}_size"])]
+                        for name in ("main", "caption", "json")
+                    )
+                    yield (start + int(record["size"])) / len(data), Pair(image, _captions(text, description))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def list_records(
+    source: Path, *, image_folder: Path | None, path_column: str, caption_column: str
+) -> list[ImageRecord]:
+    """The images of a folder, a COCO file or a table. Image paths are relative to `image_folder`; without
+    one, to the folder of the file.
+
+    Raises:
+        DataError: the source cannot be read, has another form, or lists no image.
+    """
+    root = image_folder or source.parent
+    try:
+        if source.is_dir():
+            files = (file for file in source.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            records = [ImageRecord(file, None) for file in sorted(files)]
+        elif source.suffix == ".json":
+            records = _coco_records(source, root)
+        else:
+            records = _table_records(source, root, path_column, caption_column)
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8: {error}") from error
+    if not records:
+        raise DataError(f"{source} lists no image")
+    return records
+
+
+def _coco_records(source: Path, root: Path) -> list[ImageRecord]:
+    try:
+        content = json.loads(source.read_bytes())
+        captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(str(annotation["caption"]))
+        return [
+            ImageRecord(root / image["file_name"], tuple(captions[image["id"]]))
+            for image in content["images"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f'{source} is no COCO captions file, which has "images" (id, file_name) and "annotations" '
+            f"(image_id, caption): {error!r}"
+        ) from error
+
+
+def _table_records(source: Path, root: Path, path_column: str, caption_column: str) -> list[ImageRecord]:
+    captions: dict[str, list[str]] = {}
+    for line, row in _rows(source):
+        try:
+            found = row["captions"] if isinstance(row.get("captions"), list) else [row[caption_column]]
+            captions.setdefault(str(row[path_column]), []).extend(map(str, found))
+        except KeyError as error:
+            raise DataError(
+                f"{source}, line {line}: there is no {error}; it has {', '.join(map(str, row))}. Name the "
+                "columns with --path-column and --caption-column."
+            ) from error
+    return [ImageRecord(root / path, tuple(texts)) for path, texts in captions.items()]
+
+
+def _rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows of a table by column name, with line numbers."""
+    with source.open(encoding="utf-8", newline="") as file:
+        if source.suffix != ".jsonl":
+            rows = csv.DictReader(file, delimiter="\t" if source.suffix == ".tsv" else ",")
+            yield from ((rows.line_num, row) for row in rows)
+            return
+        for number, text in enumerate(file, start=1):
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise DataError(f"{source}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{source}, line {number}: expected an object, found {type(row).__name__}")
+            yield number, row
+
+
+def _captions(text: bytes, description: bytes) -> tuple[str, ...]:
+    """Captions from the content of a .txt and a .json: all "captions", else the text, else "caption"."""
+    try:
+        parsed = json.loads(description) if description else {}
+    except (ValueError, RecursionError):
+        parsed = {}
+    fields = parsed if isinstance(parsed, dict) else {}
+    found = fields.get("captions")
+    if not isinstance(found, list):
+        found = [text.decode("utf-8", "replace")] if text else [fields.get("caption")]
+    return tuple(caption for caption in found if isinstance(caption, str))

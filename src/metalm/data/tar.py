@@ -1,0 +1,121 @@
+"""Member headers of a tar file as plain numbers, without unpacking anything.
+
+A shard is scanned once, when it is indexed. Only what shards hold in practice is understood (ustar, GNU
+and PAX names and sizes); everything else is stepped over. A damaged header ends the scan: what follows
+it cannot be trusted.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BLOCK = 512
+_MAX_PAX_BYTES = 1 << 20
+
+
+class Member(NamedTuple):
+    """One regular file: where its first header starts, where its bytes lie, and how many there are."""
+
+    name: str
+    header_offset: int
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Where the next header starts."""
+        return self.offset + _padded(self.size)
+
+
+class TarEnd(enum.Enum):
+    """How a scan ended: the archive was closed, cut off, or holds something that is no header."""
+
+    CLOSED = "closed"
+    TRUNCATED = "truncated_tar"
+    DAMAGED = "damaged_tar"
+
+
+def scan_members(data: mmap.mmap | bytes) -> Iterator[Member | TarEnd]:
+    """The regular files of a tar archive in order, and last of all how the scan ended."""
+    length, position, entry_start = len(data), 0, 0
+    long_name: str | None = None
+    long_size: int | None = None
+    while position + BLOCK <= length:
+        header = data[position : position + BLOCK]
+        if header[0] == 0 and header.count(0) == BLOCK:
+            yield TarEnd.CLOSED
+            return
+        size = parse_size(header)
+        if size is None or not _checksum_holds(header):
+            yield TarEnd.DAMAGED
+            return
+        kind, offset = header[156:157], position + BLOCK
+        if kind in b"xgLK":
+            if size > _MAX_PAX_BYTES:
+                yield TarEnd.DAMAGED
+                return
+            body = data[offset : offset + size]
+            if kind == b"L":
+                long_name = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif kind == b"x":
+                path, pax_size = _parse_pax(body)
+                long_name = path if path is not None else long_name
+                long_size = pax_size if pax_size is not None else long_size
+            position = offset + _padded(size)
+            continue
+        size = size if long_size is None else long_size
+        member = Member(long_name or _short_name(header), entry_start, offset, size)
+        if member.end > length:
+            break
+        position = entry_start = member.end
+        long_name, long_size = None, None
+        if kind in b"0\0":
+            yield member
+    yield TarEnd.TRUNCATED
+
+
+def parse_size(header: bytes) -> int | None:
+    """The size field of a member header, octal or base-256; None if it is neither."""
+    field = header[124:136]
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return None
+
+
+def _checksum_holds(header: bytes) -> bool:
+    try:
+        stated = int(header[148:156].strip(b" \0"), 8)
+    except ValueError:
+        return False
+    return stated == sum(header) - sum(header[148:156]) + 8 * 0x20
+
+
+def _short_name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+
+
+def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
+    path, size = None, None
+    while body:
+        length_text, _, _ = body.partition(b" ")
+        if not length_text.isdigit() or not 0 < int(length_text) <= len(body):
+            break
+        key, _, value = body[len(length_text) + 1 : int(length_text) - 1].partition(b"=")
+        if key == b"path":
+            path = value.decode("utf-8", "surrogateescape")
+        elif key == b"size" and value.isdigit():
+            size = int(value)
+        body = body[int(length_text) :]
+    return path, size
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

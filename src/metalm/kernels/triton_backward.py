@@ -1,0 +1,358 @@
+"""The Triton backward kernels: queries' gradients over the mask, keys' and values' over its transpose.
+
+Both recompute the weights from the saved log-sum-exp. Each gradient has one program that owns it, so there
+are no atomics, except for the bias, whose pairs of one distance lie all over the matrix.
+"""
+
+# A kernel's arguments have Triton's own types.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from metalm.kernels.triton_tile import (
+    add_bias,
+    block_range,
+    dot,
+    keep_pairs,
+    load_rows,
+    prune_configs,
+    store_rows,
+    tuning_configs,
+)
+
+
+@triton.jit
+def _query_block(
+    grad_q,
+    q,
+    grad,
+    log_sum,
+    delta,
+    first_key,
+    k_ptr,
+    stride_k,
+    v_ptr,
+    stride_v,
+    bias_ptr,
+    grad_bias_ptr,
+    seed,
+    head,
+    queries,
+    start,
+    end,
+    num_queries,
+    num_keys,
+    scale_log2,
+    threshold,
+    keep_scale,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    keys = first_key + tl.arange(0, BLOCK_K)
+    k = load_rows(k_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
+    v = load_rows(v_ptr, stride_v, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
+    nothing = tl.zeros((queries.shape[0], BLOCK_K), tl.float32)
+    raw = dot(q, tl.trans(k), nothing, PRECISION)
+    if HAS_BIAS:
+        raw = add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys)
+    weights = tl.exp2(raw * scale_log2 - log_sum[:, None])
+    if PARTIAL:
+        visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+        weights = tl.where(visible, weights, 0.0)
+    grad_weights = dot(grad, tl.trans(v), nothing, PRECISION)
+    if HAS_DROPOUT:
+        keep = keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K)
+        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+    grad_scores = weights * (grad_weights - delta[:, None])
+    if HAS_BIAS:
+        inside = (queries < num_queries)[:, None] & (keys < num_keys)[None, :]
+        distance = keys[None, :] - queries[:, None] + num_queries - 1
+        tl.atomic_add(grad_bias_ptr + distance, grad_scores, mask=inside, sem="relaxed")
+    return dot(grad_scores.to(k.dtype), k, grad_q, PRECISION)
+
+
+@triton.autotune(
+    configs=tuning_configs((64, 128), (32, 64, 128)),
+    key=["length_class", "HEAD_SIZE", "HAS_BIAS", "HAS_DROPOUT"],
+    prune_configs_by={"early_config_prune": prune_configs},
+    reset_to_zero=["grad_bias_ptr"],
+    cache_results=True,
+)
+@triton.jit(do_not_specialize=["head_offset", "threshold", "length_class"])
+def query_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    grad_ptr,
+    log_sum_ptr,
+    delta_ptr,
+    grad_q_ptr,
+    start_ptr,
+    end_ptr,
+    bias_ptr,
+    grad_bias_ptr,
+    seeds_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_gb,
+    stride_gh,
+    stride_gs,
+    stride_mask,
+    num_heads,
+    groups,
+    num_queries,
+    num_keys,
+    scale,
+    scale_log2,
+    threshold,
+    keep_scale,
+    head_offset,
+    length_class,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """grad_q, laid out as out; delta float32 `[B, H, Sq]` for the other kernel; adds up grad_bias.
+
+    Grid: (blocks of queries, B * H).
+    """
+    queries = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = (tl.program_id(1) // num_heads).to(tl.int64)
+    head = tl.program_id(1) % num_heads
+    key_head = head // groups
+    inside = queries < num_queries
+    start = tl.load(start_ptr + row * stride_mask + queries, mask=inside, other=0)
+    end = tl.load(end_ptr + row * stride_mask + queries, mask=inside, other=0)
+    begin, full_begin, full_end, key_end = block_range(start, end, inside, num_keys, BLOCK_K)
+
+    long_head = head.to(tl.int64)
+    q_ptr += row * stride_qb + long_head * stride_qh
+    k_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
+    v_ptr += row * stride_vb + key_head.to(tl.int64) * stride_vh
+    out_ptr += row * stride_ob + long_head * stride_oh
+    grad_ptr += row * stride_gb + long_head * stride_gh
+    bias_ptr += head * (num_queries + num_keys - 1)
+    grad_bias_ptr += head * (num_queries + num_keys - 1)
+    seed = tl.load(seeds_ptr + row) if HAS_DROPOUT else 0
+    drop_head = head + head_offset
+
+    q = load_rows(q_ptr, stride_qs, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
+    grad = load_rows(grad_ptr, stride_gs, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
+    out = load_rows(out_ptr, stride_os, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
+    # Sum over keys of weight times its gradient, which the softmax's backward subtracts.
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    statistics = tl.program_id(1).to(tl.int64) * num_queries + queries
+    tl.store(delta_ptr + statistics, delta, mask=inside)
+    log_sum = tl.load(log_sum_ptr + statistics, mask=inside, other=float("inf"))
+
+    grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for first_key in tl.range(full_begin, full_end, BLOCK_K):
+        grad_q = _query_block(
+            grad_q, q, grad, log_sum, delta, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr,
+            grad_bias_ptr, seed, drop_head, queries, start, end, num_queries, num_keys, scale_log2, threshold,
+            keep_scale,
+            HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
+        )  # fmt: skip
+    full_size = full_end - full_begin
+    for block_first in tl.range(begin, key_end - full_size, BLOCK_K):
+        first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
+        grad_q = _query_block(
+            grad_q, q, grad, log_sum, delta, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr,
+            grad_bias_ptr, seed, drop_head, queries, start, end, num_queries, num_keys, scale_log2, threshold,
+            keep_scale,
+            HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
+        )  # fmt: skip
+    grad_q_ptr += row * stride_ob + long_head * stride_oh
+    store_rows(grad_q_ptr, stride_os, queries, num_queries, grad_q * scale, HEAD_SIZE, BLOCK_D)
+
+
+@triton.jit
+def _key_block(
+    grad_k,
+    grad_v,
+    k,
+    v,
+    first_query,
+    q_ptr,
+    stride_q,
+    grad_ptr,
+    stride_g,
+    log_sum_ptr,
+    delta_ptr,
+    bias_ptr,
+    seed,
+    head,
+    first_key,
+    keys,
+    query_start,
+    query_end,
+    num_queries,
+    num_keys,
+    scale_log2,
+    threshold,
+    keep_scale,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    queries = first_query + tl.arange(0, BLOCK_Q)
+    inside = queries < num_queries
+    q = load_rows(q_ptr, stride_q, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
+    grad = load_rows(grad_ptr, stride_g, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
+    log_sum = tl.load(log_sum_ptr + queries, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + queries, mask=inside, other=0.0)
+    # Everything is [keys, queries] here, so that both gradients accumulate without a transposed copy.
+    nothing = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+    raw = dot(k, tl.trans(q), nothing, PRECISION)
+    if HAS_BIAS:
+        bias = add_bias(
+            tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), bias_ptr, queries, keys, num_queries, num_keys
+        )
+        raw += tl.trans(bias)
+    weights = tl.exp2(raw * scale_log2 - log_sum[None, :])
+    if PARTIAL:
+        visible = (queries[None, :] >= query_start[:, None]) & (queries[None, :] < query_end[:, None])
+        weights = tl.where(visible, weights, 0.0)
+    grad_weights = dot(v, tl.trans(grad), nothing, PRECISION)
+    dropped = weights
+    if HAS_DROPOUT:
+        keep = tl.trans(keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K))
+        dropped = tl.where(keep, weights * keep_scale, 0.0)
+        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+    grad_v = dot(dropped.to(grad.dtype), grad, grad_v, PRECISION)
+    grad_scores = weights * (grad_weights - delta[None, :])
+    grad_k = dot(grad_scores.to(q.dtype), q, grad_k, PRECISION)
+    return grad_k, grad_v
+
+
+@triton.autotune(
+    configs=tuning_configs((32, 64, 128), (64, 128)),
+    key=["length_class", "HEAD_SIZE", "HAS_BIAS", "HAS_DROPOUT"],
+    prune_configs_by={"early_config_prune": prune_configs},
+    cache_results=True,
+)
+@triton.jit(do_not_specialize=["head_offset", "threshold", "length_class"])
+def key_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    log_sum_ptr,
+    delta_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    query_start_ptr,
+    query_end_ptr,
+    bias_ptr,
+    seeds_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_gb,
+    stride_gh,
+    stride_gs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_mask,
+    num_key_heads,
+    groups,
+    num_queries,
+    num_keys,
+    scale,
+    scale_log2,
+    threshold,
+    keep_scale,
+    head_offset,
+    length_class,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """grad_k and grad_v `[B, Hkv, Sk, D]`, summed over the query heads of the group; needs delta.
+
+    The intervals are those of the transposed mask, `[B, Sk]` over queries. Grid: (blocks of keys, B * Hkv).
+    First blocks come first: under a causal mask they take longest.
+    """
+    first_key = tl.program_id(0) * BLOCK_K
+    keys = first_key + tl.arange(0, BLOCK_K)
+    row = (tl.program_id(1) // num_key_heads).to(tl.int64)
+    key_head = (tl.program_id(1) % num_key_heads).to(tl.int64)
+    inside = keys < num_keys
+    query_start = tl.load(query_start_ptr + row * stride_mask + keys, mask=inside, other=0)
+    query_end = tl.load(query_end_ptr + row * stride_mask + keys, mask=inside, other=0)
+    begin, full_begin, full_end, end = block_range(query_start, query_end, inside, num_queries, BLOCK_Q)
+    full_size = full_end - full_begin
+
+    k_ptr += row * stride_kb + key_head * stride_kh
+    v_ptr += row * stride_vb + key_head * stride_vh
+    k = load_rows(k_ptr, stride_ks, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=True)
+    v = load_rows(v_ptr, stride_vs, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=True)
+    seed = tl.load(seeds_ptr + row) if HAS_DROPOUT else 0
+
+    grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    grad_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for member in tl.range(0, groups):
+        head = key_head * groups + member
+        head_q_ptr = q_ptr + row * stride_qb + head * stride_qh
+        head_grad_ptr = grad_ptr + row * stride_gb + head * stride_gh
+        statistics = (row * num_key_heads * groups + head) * num_queries
+        head_log_sum_ptr, head_delta_ptr = log_sum_ptr + statistics, delta_ptr + statistics
+        head_bias_ptr = bias_ptr + head * (num_queries + num_keys - 1)
+        drop_head = head.to(tl.int32) + head_offset
+        for first_query in tl.range(full_begin, full_end, BLOCK_Q):
+            grad_k, grad_v = _key_block(
+                grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,
+                head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seed, drop_head, first_key, keys,
+                query_start, query_end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+                HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
+            )  # fmt: skip
+        for block_first in tl.range(begin, end - full_size, BLOCK_Q):
+            first_query = block_first + tl.where(block_first >= full_begin, full_size, 0)
+            grad_k, grad_v = _key_block(
+                grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,
+                head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seed, drop_head, first_key, keys,
+                query_start, query_end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+                HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
+            )  # fmt: skip
+    offset = row * stride_ob + key_head * stride_oh
+    store_rows(grad_k_ptr + offset, stride_os, keys, num_keys, grad_k * scale, HEAD_SIZE, BLOCK_D)
+    store_rows(grad_v_ptr + offset, stride_os, keys, num_keys, grad_v, HEAD_SIZE, BLOCK_D)

@@ -1,0 +1,166 @@
+"""The Triton forward kernel: one program per block of queries, online softmax in float32."""
+
+# A kernel's arguments have Triton's own types.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from metalm.kernels.triton_tile import (
+    LOWEST,
+    add_bias,
+    block_range,
+    dot,
+    keep_pairs,
+    load_rows,
+    prune_configs,
+    store_rows,
+    tuning_configs,
+)
+
+
+@triton.jit
+def _attend_block(
+    acc,
+    row_max,
+    row_sum,
+    q,
+    first_key,
+    k_ptr,
+    stride_k,
+    v_ptr,
+    stride_v,
+    bias_ptr,
+    seed,
+    head,
+    queries,
+    start,
+    end,
+    num_queries,
+    num_keys,
+    scale_log2,
+    threshold,
+    keep_scale,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    keys = first_key + tl.arange(0, BLOCK_K)
+    k = load_rows(k_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
+    raw = dot(q, tl.trans(k), tl.zeros((queries.shape[0], BLOCK_K), tl.float32), PRECISION)
+    if HAS_BIAS:
+        raw = add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys)
+    if PARTIAL:
+        visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
+        raw = tl.where(visible, raw, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
+    weights = tl.exp2(raw * scale_log2 - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    if HAS_DROPOUT:
+        keep = keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K)
+        weights = tl.where(keep, weights * keep_scale, 0.0)
+    v = load_rows(v_ptr, stride_v, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
+    acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.autotune(
+    configs=tuning_configs((64, 128), (32, 64, 128)),
+    key=["length_class", "HEAD_SIZE", "HAS_BIAS", "HAS_DROPOUT"],
+    prune_configs_by={"early_config_prune": prune_configs},
+    cache_results=True,
+)
+@triton.jit(do_not_specialize=["head_offset", "threshold", "length_class"])
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    log_sum_ptr,
+    start_ptr,
+    end_ptr,
+    bias_ptr,
+    seeds_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_mask,
+    num_heads,
+    groups,
+    num_queries,
+    num_keys,
+    scale_log2,
+    threshold,
+    keep_scale,
+    head_offset,
+    length_class,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out `[B, H, Sq, D]` and log_sum float32 `[B, H, Sq]` (base 2; plus infinity where nothing is seen).
+
+    Grid: (blocks of queries, B * H). Last blocks come first: under a causal mask they take longest.
+    """
+    queries = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = (tl.program_id(1) // num_heads).to(tl.int64)
+    head = tl.program_id(1) % num_heads
+    key_head = head // groups
+    inside = queries < num_queries
+    start = tl.load(start_ptr + row * stride_mask + queries, mask=inside, other=0)
+    end = tl.load(end_ptr + row * stride_mask + queries, mask=inside, other=0)
+    begin, full_begin, full_end, key_end = block_range(start, end, inside, num_keys, BLOCK_K)
+
+    q_ptr += row * stride_qb + head.to(tl.int64) * stride_qh
+    k_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
+    v_ptr += row * stride_vb + key_head.to(tl.int64) * stride_vh
+    bias_ptr += head * (num_queries + num_keys - 1)
+    seed = tl.load(seeds_ptr + row) if HAS_DROPOUT else 0
+    drop_head = head + head_offset
+
+    q = load_rows(q_ptr, stride_qs, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    row_max = tl.full((BLOCK_Q,), LOWEST, tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    for first_key in tl.range(full_begin, full_end, BLOCK_K):
+        acc, row_max, row_sum = _attend_block(
+            acc, row_max, row_sum, q, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr, seed,
+            drop_head, queries, start, end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+            HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
+        )  # fmt: skip
+    # The partial blocks on both sides of the full ones, in one loop.
+    full_size = full_end - full_begin
+    for block_first in tl.range(begin, key_end - full_size, BLOCK_K):
+        first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
+        acc, row_max, row_sum = _attend_block(
+            acc, row_max, row_sum, q, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr, seed,
+            drop_head, queries, start, end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+            HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
+        )  # fmt: skip
+
+    seen = row_sum > 0
+    acc = acc / tl.where(seen, row_sum, 1.0)[:, None]
+    log_sum = tl.where(seen, row_max + tl.log2(tl.where(seen, row_sum, 1.0)), float("inf"))
+    out_ptr += row * stride_ob + head.to(tl.int64) * stride_oh
+    store_rows(out_ptr, stride_os, queries, num_queries, acc, HEAD_SIZE, BLOCK_D)
+    tl.store(log_sum_ptr + tl.program_id(1).to(tl.int64) * num_queries + queries, log_sum, mask=inside)

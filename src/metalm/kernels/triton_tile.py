@@ -1,0 +1,121 @@
+"""What the Triton kernels share: loads, block ranges from a block's intervals, dropout and tuning.
+
+Scores live in base 2 and "raw": p = exp2(raw * scale_log2 - log_sum2). A bias comes divided by the scale, so
+that it is added to the raw scores too.
+"""
+
+# A kernel's arguments have Triton's own types.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# Below any score, above minus infinity: the maximum of a row that has seen nothing yet.
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    stride,
+    rows,
+    num_rows,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """`[rows, BLOCK_D]`, zero beyond the rows (if BOUNDED) and beyond the head size."""
+    columns = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows[:, None] * stride + columns[None, :]
+    if BOUNDED:
+        inside = (rows < num_rows)[:, None]
+        if HEAD_SIZE != BLOCK_D:
+            inside = inside & (columns < HEAD_SIZE)[None, :]
+        return tl.load(ptrs, mask=inside, other=0.0)
+    if HEAD_SIZE != BLOCK_D:
+        return tl.load(ptrs, mask=(columns < HEAD_SIZE)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(ptr, stride, rows, num_rows, values, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores `[rows, BLOCK_D]` inside the rows and the head size."""
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows < num_rows)[:, None] & (columns < HEAD_SIZE)[None, :]
+    tl.store(ptr + rows[:, None] * stride + columns[None, :], values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32. Triton's interpreter would multiply the bits of bfloat16 as integers."""
+    if PRECISION == "interpreted":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def block_range(first, last, inside, num_others, BLOCK: tl.constexpr):
+    """Blocks of the other side for rows with intervals `[first, last)`; all results are multiples of BLOCK.
+
+    Returns (begin, full_begin, full_end, end): `[begin, end)` is to be visited, of which `[full_begin,
+    full_end)` is visible to all rows that are `inside`.
+    """
+    visible = last > first
+    begin = tl.min(tl.where(visible, first, num_others), 0) // BLOCK * BLOCK
+    end = tl.cdiv(tl.max(tl.where(visible, last, 0), 0), BLOCK) * BLOCK
+    full_begin = tl.max(tl.where(inside, tl.where(visible, first, num_others), 0), 0)
+    full_begin = tl.cdiv(full_begin, BLOCK) * BLOCK
+    full_end = tl.min(tl.where(inside, tl.where(visible, last, 0), num_others), 0) // BLOCK * BLOCK
+    has_full = full_begin < full_end
+    return begin, tl.where(has_full, full_begin, end), tl.where(has_full, full_end, end), end
+
+
+@triton.jit
+def add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys):
+    """Adds the bias of each pair's distance to raw scores `[queries, keys]`."""
+    inside = (queries < num_queries)[:, None] & (keys < num_keys)[None, :]
+    distance = keys[None, :] - queries[:, None] + num_queries - 1
+    return raw + tl.load(bias_ptr + distance, mask=inside, other=0.0)
+
+
+@triton.jit
+def keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K: tl.constexpr):
+    """Which pairs `[queries, BLOCK_K]` dropout keeps; the pattern of `dropout.keep_tile`."""
+    group = (first_key // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
+    zero = tl.zeros_like(queries)[:, None] + tl.zeros_like(group)
+    word0, word1, word2, word3 = tl.philox(seed, zero + group, zero + queries[:, None], zero + head, zero)
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    return tl.reshape(words, (queries.shape[0], BLOCK_K)) >= threshold.to(tl.uint32)
+
+
+def tuning_configs(block_qs: tuple[int, ...], block_ks: tuple[int, ...]) -> list[triton.Config]:
+    """Candidates of a kernel; Triton's interpreter gets a single small one, since it cannot time any."""
+    if triton.knobs.runtime.interpret:
+        return [triton.Config({"BLOCK_Q": 32, "BLOCK_K": 16}, num_warps=4, num_stages=1)]
+    return [
+        triton.Config({"BLOCK_Q": block_q, "BLOCK_K": block_k}, num_warps=num_warps, num_stages=num_stages)
+        for block_q, block_k, num_warps, num_stages in product(block_qs, block_ks, (4, 8), (2, 3))
+    ]
+
+
+def prune_configs(
+    configs: list[triton.Config], arguments: dict[str, Any], **meta: Any
+) -> list[triton.Config]:
+    """Leaves out candidates whose tiles cannot fit on chip, before any time goes into compiling them."""
+    element_size = arguments["q_ptr"].element_size()
+    # Two tiles of each stage and the block's own stay in shared memory; 200 KiB is a little under an H100's.
+    fits = [
+        config
+        for config in configs
+        if (config.kwargs["BLOCK_Q"] + 2 * config.num_stages * config.kwargs["BLOCK_K"])
+        * meta["BLOCK_D"]
+        * element_size
+        <= 200 * 1024
+    ]
+    smallest = min(configs, key=lambda config: config.kwargs["BLOCK_Q"] * config.kwargs["BLOCK_K"])
+    return fits or [smallest]

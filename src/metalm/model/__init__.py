@@ -1,0 +1,1 @@
+"""Encoders with connectors, and the causal decoder that docks them."""

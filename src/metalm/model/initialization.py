@@ -1,0 +1,61 @@
+"""Initial weights that depend on the seed and the parameter's name alone.
+
+Every weight is drawn whole from a stream of its own and then cut to this rank's shard: the same model
+on every topology, and adding an encoder changes no other parameter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from metalm.parallel.sharding import cut_shard, sharding_of, whole_shape
+
+Draw = Callable[[Tensor, torch.Generator], object]
+"""Fills a whole parameter in place."""
+
+
+def initialize_parameters(
+    module: nn.Module,
+    component: str,
+    seed: int,
+    draw_for: Callable[[str], Draw],
+    tensor_rank: int,
+    tensor_size: int,
+) -> None:
+    """Fill every parameter of `module` in place, on the CPU in float32.
+
+    Args:
+        module: holds this rank's shards; marked as Megatron marks them.
+        component: names the stream beside the parameter's name.
+        seed: of the run.
+        draw_for: what to do for a parameter name.
+        tensor_rank: which part of each sharded parameter is kept.
+        tensor_size: number of parts.
+    """
+    for name, parameter in module.named_parameters():
+        digest = hashlib.sha256(f"init/{seed}/{component}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        sharding = sharding_of(parameter)
+        whole = torch.empty(whole_shape(tuple(parameter.shape), sharding, tensor_size))
+        draw_for(name)(whole, generator)
+        with torch.no_grad():
+            parameter.copy_(cut_shard(whole, sharding, tensor_rank, tensor_size))
+
+
+def normal(std: float) -> Draw:
+    """Normal with mean 0."""
+    return lambda whole, generator: whole.normal_(0.0, std, generator=generator)
+
+
+def constant(value: float) -> Draw:
+    """One value everywhere."""
+    return lambda whole, generator: whole.fill_(value)
+
+
+def xavier_std(fan_in: int, fan_out: int) -> float:
+    """Standard deviation of Xavier's normal initialisation."""
+    return (2.0 / (fan_in + fan_out)) ** 0.5

@@ -1,0 +1,42 @@
+"""How a parameter is cut over tensor-parallel ranks, as Megatron marks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A parameter that is split over the TP group."""
+
+    dimension: int
+    stride: int
+    """Interleaved parts along the dimension that are each cut by themselves (2 for SwiGLU's input)."""
+
+
+def sharding_of(parameter: Any) -> Sharding | None:
+    """The sharding of a parameter, None where it is whole on every rank."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return Sharding(parameter.partition_dim, parameter.partition_stride)
+
+
+def whole_shape(shard_shape: tuple[int, ...], sharding: Sharding | None, tensor_size: int) -> tuple[int, ...]:
+    """Shape of the parameter that shards of a shape make up."""
+    shape = list(shard_shape)
+    if sharding is not None:
+        shape[sharding.dimension] *= tensor_size
+    return tuple(shape)
+
+
+def cut_shard(whole: Tensor, sharding: Sharding | None, tensor_rank: int, tensor_size: int) -> Tensor:
+    """One rank's shard of a whole parameter."""
+    if sharding is None or tensor_size == 1:
+        return whole
+    strips = whole.chunk(sharding.stride, sharding.dimension)
+    own = [strip.chunk(tensor_size, sharding.dimension)[tensor_rank] for strip in strips]
+    return torch.cat(own, sharding.dimension)

@@ -1,0 +1,1 @@
+"""Engines, step, loop: everything that knows DeepSpeed."""

@@ -1,0 +1,134 @@
+"""The two DeepSpeed engines of a run: the decoder over its TP x DP grid, the encoders over all ranks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.comm.torch import build_shm_op
+from torch import nn
+
+from metalm.config import OptimizerConfig, RunConfig
+from metalm.config.load import load_deepspeed_json
+from metalm.model.decoder import Decoder, decoder_draw
+from metalm.model.encoder import EncoderBank, encoder_draw
+from metalm.model.initialization import initialize_parameters
+from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
+from metalm.parallel.topology import Topology
+from metalm.training.pieces import create_optimizer_state
+
+
+@dataclass(frozen=True)
+class Engines:
+    """DeepSpeed engines by component; a model without encoders has a decoder alone."""
+
+    decoder: Any
+    encoders: Any | None
+
+    def by_component(self) -> dict[str, Any]:
+        """`decoder` and, where there is one, `encoders`."""
+        engines = {"decoder": self.decoder}
+        return engines if self.encoders is None else engines | {"encoders": self.encoders}
+
+
+def gradient_accumulation_steps(config: RunConfig, data_size: int) -> int:
+    """Micro-batches per optimizer step of one data-parallel rank."""
+    return config.training.global_batch_size // (data_size * config.training.micro_batch_size)
+
+
+def build_engines(config: RunConfig, topology: Topology) -> Engines:
+    """Build, initialise and shard the model.
+
+    Collective: every rank of the job.
+    """
+    _prepare_extensions()
+    deepspeed.init_distributed(verbose=False)
+    decoder = Decoder(config.model, config.data.sequence_length, topology)
+    initialize_parameters(
+        decoder,
+        "decoder",
+        config.run.seed,
+        lambda name: decoder_draw(config.model.decoder, name),
+        topology.tensor_rank,
+        topology.tensor_size,
+    )
+    decoder_engine = _build_engine(config, decoder, config.deepspeed.decoder, decoder_mpu(topology), topology)
+    if not config.model.encoders:
+        return Engines(decoder_engine, None)
+    encoders = EncoderBank(config.model)
+    initialize_parameters(
+        encoders, "encoders", config.run.seed, lambda name: encoder_draw(config.model, name), 0, 1
+    )
+    encoder_engine = _build_engine(
+        config, encoders, config.deepspeed.encoders, encoders_mpu(topology), topology
+    )
+    return Engines(decoder_engine, encoder_engine)
+
+
+def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mpu, topology: Topology) -> Any:
+    content = load_deepspeed_json(json_path)
+    if content["zero_optimization"]["stage"] == 3 and isinstance(module, Decoder):
+        # The output layer reads the embedding outside the embedding's own forward.
+        deepspeed.zero.register_external_parameter(module, module.gpt.embedding.word_embeddings.weight)
+    owned = {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps(config, topology.data_size),
+        "gradient_clipping": config.training.optimizer.gradient_clipping,
+        "bf16": {"enabled": config.training.precision == "bf16"},
+        "steps_per_print": sys.maxsize,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=module.to(topology.device),
+        optimizer=_build_optimizer(module, config.training.optimizer, topology.device),
+        config=content | owned,
+        mpu=mpu,
+    )
+    create_optimizer_state(engine)
+    return engine
+
+
+def _build_optimizer(
+    module: nn.Module, config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW; biases and normalisation weights do not decay."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device.type == "cuda"
+    )
+
+
+def _prepare_extensions() -> None:
+    """Have DeepSpeed's shared-memory op compiled, past locks that killed runs left behind.
+
+    torch's extension loader waits for ever on the lock file of a dead process. Whoever holds our own
+    lock, which the kernel releases on death, knows that such a file is stale.
+    """
+    if torch.cuda.is_available():
+        return
+    name = f"metalm-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions" / name)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "metalm.lock"):
+        for stale in folder.glob("*/lock"):
+            stale.unlink(missing_ok=True)
+        build_shm_op()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,158 @@
+"""Held-out losses, and captions and continuations to look at."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from metalm.config import RunConfig, SourceConfig
+from metalm.data.evaluation import evaluation_batches
+from metalm.data.rows import Row, image_prompt, text_prompt
+from metalm.data.sources import read_samples
+from metalm.data.tokenizer import Tokenizer, load_tokenizer
+from metalm.errors import CheckpointError, ConfigError
+from metalm.parallel.topology import Topology
+from metalm.training.checkpoint import CheckpointStore
+from metalm.training.engines import Engines
+from metalm.training.generate import evaluating, generate_greedily
+from metalm.training.session import open_session
+from metalm.training.step import encode
+
+GENERATION_BATCH = 32
+TEXT_PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model made of one held-out sample."""
+
+    source: str
+    image: np.ndarray | None  # [height, width, 3] uint8
+    reference: str
+    """The caption, or the text that the prompt begins."""
+    generated: str
+
+
+def held_out_losses(engines: Engines, topology: Topology, config: RunConfig) -> dict[str, float]:
+    """Nats per trained token of each held-out source; of pairs also with the images exchanged.
+
+    Keys: `SOURCE` and, for pairs, `SOURCE/wrong_image`. The rows are the same on every topology.
+
+    Collective: all ranks.
+    """
+    losses = {}
+    for name, source in config.data.evaluation.items():
+        losses[name] = _mean_loss(engines, topology, config, name, wrong_images=False)
+        if source.kind == "image_text":
+            losses[f"{name}/wrong_image"] = _mean_loss(engines, topology, config, name, wrong_images=True)
+    return losses
+
+
+def generate_samples(
+    engines: Engines, topology: Topology, config: RunConfig, name: str, num_samples: int, max_new_tokens: int
+) -> list[Sample]:
+    """Captions of the first images of a held-out source, or continuations of its first texts.
+
+    Collective: all ranks.
+    """
+    source = config.data.evaluation[name]
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    found = read_samples(source, num_samples, tokenizer)
+    prompts: list[Row] = []
+    references: list[str] = []
+    for sample in found:
+        if sample.image is not None:
+            prompts.append(_caption_prompt(config, source, sample.image, tokenizer))
+            references.append(sample.captions[0])
+        else:
+            ids = tokenizer.encode([sample.text or ""])[0]
+            prompts.append(text_prompt(ids[:TEXT_PROMPT_TOKENS], start_id=tokenizer.start_id))
+            references.append(tokenizer.decode(ids[: TEXT_PROMPT_TOKENS + max_new_tokens]))
+    generated: list[str] = []
+    for first in range(0, len(prompts), GENERATION_BATCH):
+        part = prompts[first : first + GENERATION_BATCH]
+        tokens = generate_greedily(engines, topology, config, tokenizer, part, max_new_tokens)
+        generated += [tokenizer.decode(ids) for ids in tokens]
+    return [
+        Sample(name, sample.image, reference, text)
+        for sample, reference, text in zip(found, references, generated, strict=True)
+    ]
+
+
+def evaluate(config: RunConfig, num_samples: int) -> int:
+    """Evaluate a run's newest whole checkpoint; writes `evaluation.json` and `samples_SOURCE.jsonl`.
+
+    Raises:
+        CheckpointError: the run has no whole checkpoint.
+        ConfigError: the run has no held-out source.
+
+    Collective: all ranks.
+    """
+    if not config.data.evaluation:
+        raise ConfigError("data.evaluation has no source to evaluate on")
+    with open_session(config) as session:
+        store = CheckpointStore(session.run_folder, config, session.topology)
+        folder = store.newest_whole()
+        if folder is None:
+            raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
+        state = store.load(folder, session.engines)
+        losses = held_out_losses(session.engines, session.topology, config)
+        for name in config.data.evaluation:
+            samples = generate_samples(
+                session.engines, session.topology, config, name, num_samples, config.monitor.sample_new_tokens
+            )
+            if session.is_first:
+                lines = (json.dumps({"reference": s.reference, "generated": s.generated}) for s in samples)
+                _replace(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
+        if session.is_first:
+            result = {"step": state["step"], "losses": losses}
+            _replace(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+            for name, loss in losses.items():
+                print(f"{name:<32} {loss:8.4f} nats per token")
+    return 0
+
+
+def _mean_loss(
+    engines: Engines, topology: Topology, config: RunConfig, name: str, *, wrong_images: bool
+) -> float:
+    total = torch.zeros(2, dtype=torch.float64, device=topology.device)
+    with evaluating(engines):
+        for batch in evaluation_batches(
+            config,
+            name,
+            num_rows=config.monitor.evaluation_rows,
+            dp_rank=topology.data_rank,
+            dp_size=topology.data_size,
+            tp_size=topology.tensor_size,
+            wrong_images=wrong_images,
+        ):
+            batch = batch.to(topology.device)
+            losses = engines.decoder(batch, encode(engines, batch, topology))
+            total[0] += (losses * batch.loss_mask).double().sum()
+            total[1] += batch.loss_mask.double().sum()
+    dist.all_reduce(total, group=topology.data_group)
+    return float(total[0] / total[1].clamp(min=1))
+
+
+def _caption_prompt(config: RunConfig, source: SourceConfig, pixels: np.ndarray, tokenizer: Tokenizer) -> Row:
+    assert source.encoder is not None
+    image = config.model.encoders[source.encoder].image
+    assert image is not None
+    return image_prompt(
+        pixels,
+        encoder=source.encoder,
+        image=image,
+        start_id=tokenizer.start_id,
+        paragraph_id=tokenizer.paragraph_id,
+    )
+
+
+def _replace(path: Path, content: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content)
+    partial.replace(path)

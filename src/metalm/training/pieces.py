@@ -1,0 +1,151 @@
+"""What of each parameter a ZeRO engine keeps on this rank, read and written without gathering.
+
+ZeRO 1 and 2 keep flat fragments of parameters (`_hp_mapping`); ZeRO 3 keeps equal partitions of every
+parameter, the last ones padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from metalm.checkpoint.format import STATES
+
+
+@dataclass(frozen=True)
+class OwnedRange:
+    """A flat range of this rank's tensor-parallel shard of a parameter, and the states kept for it."""
+
+    start: int
+    states: dict[str, Tensor]
+    """One-dimensional float32, all of the range's length, by state name."""
+
+    @property
+    def size(self) -> int:
+        """Elements of the range."""
+        return self.states[STATES[0]].numel()
+
+
+def is_partitioned(engine: Any) -> bool:
+    """Whether the engine shards the parameters themselves (ZeRO 3)."""
+    return engine.zero_optimization_stage() == 3
+
+
+def shard_shape(engine: Any, parameter: Any) -> tuple[int, ...]:
+    """Shape of this rank's tensor-parallel shard, also where ZeRO 3 has taken it apart."""
+    return tuple(parameter.ds_shape if is_partitioned(engine) else parameter.shape)
+
+
+def create_optimizer_state(engine: Any) -> None:
+    """Make Adam's moments, which torch makes at the first step only, so that they can be read and set.
+
+    Must come before the first step: DeepSpeed then links the moments to the parameters once, while those
+    of later parameter groups do not exist yet.
+    """
+    optimizer = engine.optimizer
+    for flat in _flat_masters(engine):
+        state = optimizer.optimizer.state[flat]
+        if "exp_avg" not in state:
+            step = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
+            state.update(step=step, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+    if not is_partitioned(engine):
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def owned_ranges(engine: Any) -> Iterator[tuple[str, Any, OwnedRange]]:
+    """Every range of this rank, with its parameter."""
+    for name, parameter in engine.module.named_parameters():
+        if is_partitioned(engine):
+            start, size = _partition(engine, parameter)
+            if size <= 0:
+                continue
+            states = {
+                state: (
+                    safe_get_local_fp32_param(parameter)
+                    if state == "master"
+                    else safe_get_local_optimizer_state(parameter, state)
+                )[:size]
+                for state in STATES
+            }
+        else:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                continue
+            start = mapping.lp_fragment_address.start
+            states = {
+                state: mapping.get_hp_fragment(None if state == "master" else state).flatten()
+                for state in STATES
+            }
+        yield name, parameter, OwnedRange(start, states)
+
+
+def set_state(engine: Any, parameter: Any, state: str, shard: Tensor) -> None:
+    """Set what this rank keeps of a parameter from its whole tensor-parallel shard."""
+    if is_partitioned(engine):
+        start, size = _partition(engine, parameter)
+        own = torch.zeros(parameter.ds_tensor.numel())
+        if size > 0:
+            own[:size] = shard.flatten()[start : start + size]
+        if state == "master":
+            safe_set_local_fp32_param(parameter, own)
+        else:
+            safe_set_local_optimizer_state(parameter, own, state)
+    elif state == "master":
+        safe_set_full_fp32_param(parameter, shard)
+    else:
+        safe_set_full_optimizer_state(parameter, shard, state)
+
+
+def push_masters(engine: Any) -> None:
+    """Make the working weights follow the fp32 masters.
+
+    Collective: the engine's data-parallel group.
+    """
+    optimizer = engine.optimizer
+    if not is_partitioned(engine):
+        optimizer.update_lp_params()
+        return
+    optimizer.checkpoint_event_prologue()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()
+
+
+def optimizer_step(engine: Any) -> float:
+    """How many updates Adam has made."""
+    return float(engine.optimizer.optimizer.state[_flat_masters(engine)[0]]["step"])
+
+
+def set_optimizer_step(engine: Any, step: float) -> None:
+    """Set Adam's count of updates, on which its bias correction depends."""
+    for flat in _flat_masters(engine):
+        engine.optimizer.optimizer.state[flat]["step"].fill_(step)
+
+
+def _flat_masters(engine: Any) -> list[Tensor]:
+    optimizer = engine.optimizer
+    return (
+        optimizer.fp32_partitioned_groups_flat
+        if is_partitioned(engine)
+        else optimizer.single_partition_of_fp32_groups
+    )
+
+
+def _partition(engine: Any, parameter: Any) -> tuple[int, int]:
+    """Start and true size of this rank's ZeRO 3 partition of a parameter's shard."""
+    partition_size = parameter.ds_tensor.numel()
+    start = dist.get_rank(engine.optimizer.dp_process_group) * partition_size
+    return start, min(parameter.ds_numel - start, partition_size)

@@ -1,0 +1,95 @@
+"""One optimizer step: forward through both engines, one backward, one joint norm, both step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metalm.batch import SemiCausalBatch
+from metalm.parallel.regions import gather_encoded
+from metalm.parallel.topology import Topology
+from metalm.training.engines import Engines
+from metalm.training.gradient_norm import GradientNorms, JointNorm
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, as device tensors: reading them waits for the device."""
+
+    loss_sums: Tensor  # [sources] float64, nats over the trained positions of the global batch
+    loss_counts: Tensor  # [sources] float64, trained positions
+    norms: GradientNorms
+
+
+def encode(engines: Engines, batch: SemiCausalBatch, topology: Topology) -> dict[str, Tensor]:
+    """All span vectors of a micro-batch, by encoder: [T * L, D] each.
+
+    Collective: all ranks (ZeRO) and the TP group.
+    """
+    if engines.encoders is None:
+        return {}
+    shares = {name: spans.shares[topology.tensor_rank] for name, spans in batch.encoders.items()}
+    return {name: gather_encoded(mine, topology) for name, mine in engines.encoders(shares).items()}
+
+
+def sum_by_source(values: Tensor, batch: SemiCausalBatch, num_sources: int) -> Tensor:
+    """Row sums of [B, S] values, added up by the rows' source: [sources] float64."""
+    sums = torch.zeros(num_sources, dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, batch.source_ids, values.double().sum(dim=1))
+
+
+class TrainStep:
+    """Runs optimizer steps on the micro-batches of this rank."""
+
+    def __init__(self, engines: Engines, topology: Topology, num_sources: int) -> None:
+        self._engines = engines
+        self._all = list(engines.by_component().values())
+        self._topology = topology
+        self._num_sources = num_sources
+        self._joint_norm = JointNorm(self._all)
+
+    def run(self, micro_batches: Sequence[SemiCausalBatch], learning_rate: float) -> StepResult:
+        """Accumulate over the micro-batches and update both engines.
+
+        The loss is the sum over trained positions divided by those of the whole global batch: ZeRO
+        averages the decoder over DP, hence the factor; the encoders' part of it is in `gather_encoded`.
+
+        Args:
+            micro_batches: this data-parallel rank's, alike on all ranks of a TP group; as many as the
+                engines accumulate.
+            learning_rate: of this step.
+
+        Collective: all ranks.
+        """
+        topology = self._topology
+        batches = [batch.to(topology.device, non_blocking=True) for batch in micro_batches]
+        counts = torch.stack([sum_by_source(b.loss_mask, b, self._num_sources) for b in batches]).sum(dim=0)
+        dist.all_reduce(counts, group=topology.data_group)
+        scale = topology.data_size / counts.sum().clamp(min=1.0)
+        sums = torch.zeros_like(counts)
+        for batch in batches[:-1]:
+            sums += self._forward_backward(batch, scale)
+            self._step_engines()
+        sums += self._forward_backward(batches[-1], scale)
+        norms = self._joint_norm.measure()
+        for engine in self._all:
+            for group in engine.optimizer.param_groups:
+                group["lr"] = learning_rate
+        self._step_engines()
+        dist.all_reduce(sums, group=topology.data_group)
+        return StepResult(sums, counts, norms)
+
+    def _forward_backward(self, batch: SemiCausalBatch, scale: Tensor) -> Tensor:
+        encoded = encode(self._engines, batch, self._topology)
+        losses = self._engines.decoder(batch, encoded) * batch.loss_mask
+        self._engines.decoder.backward((losses.sum() * scale).float(), scale_wrt_gas=False)
+        return sum_by_source(losses.detach(), batch, self._num_sources)
+
+    def _step_engines(self) -> None:
+        """Advance the accumulation; at its boundary, update."""
+        for engine in self._all:
+            engine.step()

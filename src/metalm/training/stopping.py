@@ -1,0 +1,45 @@
+"""Requests to stop: a signal, or the stop file in the run folder, agreed on by all ranks between steps."""
+
+from __future__ import annotations
+
+import signal
+import types
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+STOP_NAME = "stop"
+
+
+class StopRequest:
+    """Whether somebody asked this run to save and end.
+
+    SIGTERM, SIGINT and SIGUSR2 to any rank count, and so does the file `stop` in the run folder, which
+    reaches ranks whose launcher swallows signals. A second signal ends the process at once.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self._file = run_folder / STOP_NAME
+        self._signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._on_signal)
+
+    def agreed(self) -> bool:
+        """Whether any rank has been asked.
+
+        Collective: all ranks, over gloo.
+        """
+        asked = torch.tensor(int(self._signalled or self._file.exists()))
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def clear(self) -> None:
+        """Take the stop file away, so that the run can be started again. One rank calls it."""
+        self._file.unlink(missing_ok=True)
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        if self._signalled:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._signalled = True

@@ -1,0 +1,312 @@
+"""The rows of a step depend on the seed, the config and the step alone, and a run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metalm.batch import SemiCausalBatch
+from metalm.config.schema import RunConfig
+from metalm.data.loader import TrainingData
+from metalm.data.workers import WorkerError
+from metalm.errors import ConfigError, DataError
+
+ROW_FIELDS = ("tokens", "labels", "loss_mask", "positions", "attention_start", "attention_end")
+
+
+@pytest.fixture(scope="module")
+def config(
+    make_config: Callable[..., RunConfig],
+    text_source: Callable[..., Path],
+    pair_source: Callable[..., Path],
+) -> RunConfig:
+    return make_config(
+        {
+            "prose": {"path": text_source([17, 40, 3]), "kind": "text", "encoder": "text", "weight": 2},
+            "scenes": {"path": pair_source([20, 11]), "kind": "image_text", "encoder": "vision"},
+        }
+    )
+
+
+def with_data(config: RunConfig, **changes: Any) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+@contextmanager
+def opened(config: RunConfig, **arguments: Any) -> Iterator[TrainingData]:
+    data = TrainingData(config, **{"dp_rank": 0, "dp_size": 1, "tp_size": 1, **arguments})
+    try:
+        yield data
+    finally:
+        data.close()
+
+
+def row_digests(batches: list[SemiCausalBatch]) -> list[str]:
+    """A digest of every field of every row; its docked elements are listed in the order of positions."""
+    digests = []
+    for batch in batches:
+        length = batch.tokens.shape[1]
+        for b in range(len(batch.tokens)):
+            digest = hashlib.sha256()
+            for name in ROW_FIELDS:
+                digest.update(getattr(batch, name)[b].numpy().tobytes())
+            for name, encoder in batch.encoders.items():
+                digest.update(name.encode())
+                share_length = len(encoder.shares[0].token_ids)
+                order = np.argsort(encoder.dock_positions.numpy())
+                for n in order:
+                    position = int(encoder.dock_positions[n])
+                    if position // length != b:
+                        continue
+                    share_number, element = divmod(int(encoder.dock_vectors[n]), share_length)
+                    share = encoder.shares[share_number]
+                    digest.update(f"{position % length} {share.token_ids[element]}".encode())
+                    digest.update(f"{share.positions[element]}".encode())
+                    for slot in np.flatnonzero(share.patch_slots.numpy() == element):
+                        digest.update(share.patches[slot].numpy().tobytes())
+            digests.append(digest.hexdigest())
+    return digests
+
+
+def global_rows(
+    config: RunConfig, steps: int, *, dp_size: int, tp_size: int = 1, states: dict[int, Any] | None = None
+) -> tuple[list[list[str]], dict[int, Any]]:
+    """Per step the digests of the global batch's rows in order, and the states of all lanes at the end."""
+    all_lanes = config.data.lanes
+    rows: list[list[str]] = [[""] * config.training.global_batch_size for _ in range(steps)]
+    end_states: dict[int, Any] = {}
+    for dp_rank in range(dp_size):
+        owned = [lane for lane in range(all_lanes) if lane * dp_size // all_lanes == dp_rank]
+        numbers = [j for j in range(config.training.global_batch_size) if j % all_lanes in owned]
+        with opened(config, dp_rank=dp_rank, dp_size=dp_size, tp_size=tp_size, lane_states=states) as data:
+            for step in range(steps):
+                for number, digest in zip(numbers, row_digests(next(data)), strict=True):
+                    rows[step][number] = digest
+            end_states |= data.lane_states()
+    return rows, json.loads(json.dumps(end_states), object_hook=_integer_keys)
+
+
+def _integer_keys(value: dict[str, Any]) -> dict[Any, Any]:
+    return {int(key) if key.isdigit() else key: item for key, item in value.items()}
+
+
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def reference(config: RunConfig) -> list[list[str]]:
+    rows, _ = global_rows(config, STEPS, dp_size=1)
+    assert len({digest for step in rows for digest in step}) > 0.99 * STEPS * 8
+    return rows
+
+
+@pytest.mark.parametrize(("dp_size", "tp_size"), [(2, 1), (4, 2), (1, 4)])
+def test_rows_do_not_depend_on_the_ranks(
+    config: RunConfig, reference: list[list[str]], dp_size: int, tp_size: int
+) -> None:
+    rows, _ = global_rows(config, STEPS, dp_size=dp_size, tp_size=tp_size)
+    assert rows == reference
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_rows_do_not_depend_on_the_workers(
+    config: RunConfig, reference: list[list[str]], workers: int
+) -> None:
+    rows, _ = global_rows(with_data(config, workers=workers), STEPS, dp_size=1)
+    assert rows == reference
+
+
+def test_a_run_goes_on_on_other_ranks_and_workers(config: RunConfig, reference: list[list[str]]) -> None:
+    states: dict[int, Any] | None = None
+    done = 0
+    for steps, dp_size, workers in [(1, 2, 0), (36, 1, 0), (30, 1, 2), (33, 4, 0), (50, 2, 1), (50, 1, 0)]:
+        rows, states = global_rows(with_data(config, workers=workers), steps, dp_size=dp_size, states=states)
+        assert rows == reference[done : done + steps]
+        done += steps
+    assert done == STEPS
+
+
+def test_states_speak_of_the_last_step_returned_however_far_workers_are(config: RunConfig) -> None:
+    with opened(config) as alone, opened(with_data(config, workers=2)) as prefetched:
+        for _ in range(5):
+            next(alone)
+            next(prefetched)
+            assert prefetched.lane_states() == alone.lane_states()
+        time.sleep(0.3)
+        assert prefetched.lane_states() == alone.lane_states()
+        assert prefetched.counters() == alone.counters()
+
+
+def test_states_before_the_first_step_begin_the_data(config: RunConfig, reference: list[list[str]]) -> None:
+    with opened(config) as data:
+        states = data.lane_states()
+    assert global_rows(config, 2, dp_size=1, states=states)[0] == reference[:2]
+
+
+def test_sources_are_drawn_by_weight(config: RunConfig) -> None:
+    with opened(config) as data:
+        ids = [int(i) for _ in range(150) for batch in next(data) for i in batch.source_ids]
+    share, expected = np.mean(np.array(ids) == 0), 2 / 3
+    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / len(ids))
+
+
+def test_weights_can_be_shares_of_tokens(
+    make_config: Callable[..., RunConfig], text_source: Callable[..., Path], pair_source: Callable[..., Path]
+) -> None:
+    sources = {
+        "prose": {"path": text_source([50]), "kind": "text", "weight": 1},
+        "scenes": {"path": pair_source([30]), "kind": "image_text", "encoder": "vision", "weight": 1},
+    }
+    # An image of 4 patches fills little more than half of a row of 18.
+    config = make_config(sources, data={"mixture_unit": "tokens", "sequence_length": 18})
+    with opened(config) as data:
+        for _ in range(300):
+            next(data)
+        counts = data.counters()
+    assert counts["prose/rows"] < 0.9 * counts["scenes/rows"]
+    assert counts["prose/tokens"] == pytest.approx(counts["scenes/tokens"], rel=0.1)
+
+
+def test_counters_run_on_over_a_resume_and_add_up(config: RunConfig) -> None:
+    with opened(config) as data:
+        for _ in range(4):
+            next(data)
+        states = data.lane_states()
+    with opened(config, lane_states=states) as data:
+        batches = [batch for _ in range(4) for batch in next(data)]
+        counts = data.counters()
+    rows = counts["prose/rows"] + counts["scenes/rows"]
+    assert rows == 8 * 8
+    tokens = counts["prose/tokens"] + counts["scenes/tokens"]
+    padding = counts["prose/padding_tokens"] + counts["scenes/padding_tokens"]
+    assert tokens + padding == rows * 64
+    assert counts["prose/padding_tokens"] == 0
+    seen = sum(int((batch.attention_end == 0).sum()) for batch in batches)
+    assert 0 < seen < padding
+
+
+def test_a_source_may_come_go_and_change_its_weight(
+    config: RunConfig, text_source: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(config) as data:
+        for _ in range(5):
+            next(data)
+        states = data.lane_states()
+    sources = dict(config.data.sources)
+    del sources["scenes"]
+    sources["prose"] = sources["prose"].model_copy(update={"weight": 5.0})
+    sources["poems"] = sources["prose"].model_copy(update={"path": text_source([9]), "weight": 1.0})
+    with caplog.at_level("INFO"), opened(with_data(config, sources=sources), lane_states=states) as data:
+        before = data.counters()
+        next(data)
+        after = data.counters()
+    for part in ("poems is new", "scenes is gone", "weight 2 is now 5"):
+        assert part in caplog.text
+    assert after["prose/samples"] >= before["prose/samples"] > 0
+
+
+def test_a_state_of_another_order_is_refused(config: RunConfig) -> None:
+    with opened(config) as data:
+        states = data.lane_states()
+    with pytest.raises(ConfigError, match=r"chunks of 3.*but is now.*chunks of 2"):
+        TrainingData(with_data(config, chunk_samples=2), dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
+    with pytest.raises(ConfigError, match="not lane 3"):
+        del states[3]
+        TrainingData(config, dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "dp_size", "message"),
+    [
+        ({}, {}, 3, "data.lanes is 4"),
+        ({"lanes": 3}, {}, 1, "global_batch_size is 8"),
+        ({}, {"micro_batch_size": 3}, 1, "micro_batch_size"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    config: RunConfig, changes: dict[str, Any], training: dict[str, Any], dp_size: int, message: str
+) -> None:
+    bad = with_data(config, **changes)
+    bad = bad.model_copy(update={"training": bad.training.model_copy(update=training)})
+    with pytest.raises(ConfigError, match=message):
+        TrainingData(bad, dp_rank=0, dp_size=dp_size, tp_size=1)
+
+
+def test_a_killed_worker_is_an_error_with_its_cause(config: RunConfig) -> None:
+    with opened(with_data(config, workers=2)) as data:
+        next(data)
+        victim = data.worker_ids[1]
+        os.kill(victim, signal.SIGKILL)
+        with pytest.raises(WorkerError, match=rf"process {victim}, lanes \[1, 3\].*SIGKILL"):
+            for _ in range(100):
+                next(data)
+        with pytest.raises(WorkerError):
+            next(data)
+
+
+def test_an_error_in_a_worker_is_the_error_of_the_step(
+    config: RunConfig, text_source: Callable[..., Path]
+) -> None:
+    folder = text_source([30])
+    source = config.data.sources["prose"].model_copy(update={"path": folder})
+    changed = with_data(config, workers=1, sources={"prose": source})
+    with opened(changed) as data:
+        next(data)
+    shard = next(folder.glob("*.tar"))
+    damaged = bytearray(shard.read_bytes())
+    for position in range(124, len(damaged), 512):
+        damaged[position] ^= 1
+    shard.write_bytes(damaged)
+    with opened(changed) as data, pytest.raises(DataError, match=f"{shard.name} holds no member"):
+        next(data)
+
+
+ORPHAN = """
+import os, signal, sys
+from metalm.config.schema import RunConfig
+from metalm.data.loader import TrainingData
+if __name__ == "__main__":
+    data = TrainingData(RunConfig.model_validate_json(sys.stdin.read()), dp_rank=0, dp_size=1, tp_size=1)
+    next(data)
+    print(*data.worker_ids, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_worker_outlives_a_killed_parent(config: RunConfig, tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        input=with_data(config, workers=2).model_dump_json(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    workers = [int(word) for word in run.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < deadline, "a worker is alive 10 s after its parent was killed"
+        time.sleep(0.1)
+
+
+def _runs(process_id: int) -> bool:
+    try:
+        status = Path(f"/proc/{process_id}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"

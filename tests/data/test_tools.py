@@ -1,0 +1,62 @@
+"""The operators' tools, run as an operator does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from metalm.data.index import open_index
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_foreign_shards_are_indexed_and_checked(
+    tmp_path: Path, tokenizer_folder: Path, write_shard: Callable[..., None], jpeg: Callable[..., bytes]
+) -> None:
+    for shard in range(2):
+        samples = [{"jpg": jpeg((n, 0, 0)), "txt": b"fox", "json": b"{}"} for n in range(5)]
+        write_shard(tmp_path / f"{shard}.tar", [*samples, {"jpg": b"no caption"}])
+    done = run_tool("index_shards.py", tmp_path, "--kind", "image_text", "--processes", 1)
+    assert done.returncode == 0, done.stderr
+    assert "10 samples in 2 shards" in done.stdout
+    assert "left out: 2 missing_caption" in done.stdout
+    assert open_index(tmp_path).num_samples == 10
+
+    arguments = ("check_shards.py", tmp_path, "--tokenizer", tokenizer_folder, "--processes", 2)
+    done = run_tool(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 shards are sound: 10 samples indexed, 10 decoded" in done.stdout
+
+    path = tmp_path / "1.tar"
+    content = bytearray(path.read_bytes())
+    content[int(open_index(tmp_path).records["main_offset"][0]) + 20] ^= 0xFF
+    path.write_bytes(content)
+    done = run_tool(*arguments)
+    assert done.returncode == 65
+    assert f"{path}: sha256 is" in done.stdout
+    assert "1 of 2 shards are sound" in done.stdout
+    assert done.stderr == ""
+
+
+def test_samples_that_do_not_decode_are_named(
+    tmp_path: Path, tokenizer_folder: Path, write_shard: Callable[..., None], jpeg: Callable[..., bytes]
+) -> None:
+    write_shard(tmp_path / "a.tar", [{"jpg": jpeg((1, 2, 3)), "txt": b"a"}, {"jpg": b"x", "txt": b"a"}])
+    assert run_tool("index_shards.py", tmp_path, "--kind", "image_text", "--processes", 1).returncode == 0
+    done = run_tool("check_shards.py", tmp_path, "--tokenizer", tokenizer_folder, "--processes", 1)
+    assert done.returncode == 65
+    assert f"{tmp_path}/a.tar: sample 1: undecodable_image" in done.stdout
+
+
+def test_a_folder_without_shards_is_one_message(tmp_path: Path) -> None:
+    done = run_tool("index_shards.py", tmp_path, "--kind", "text")
+    assert done.returncode == 65
+    assert done.stderr.strip().splitlines()[-1].startswith("index_shards.py: error:")
+    assert "Traceback" not in done.stderr

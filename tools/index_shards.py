@@ -1,0 +1,49 @@
+"""Index a folder of WebDataset shards, for example those of img2dataset, so that training can read them.
+
+Example: python tools/index_shards.py data/laion --kind image_text
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from metalm.cli import ToolParser, run_tool
+from metalm.data.index import Shard, build_index
+from metalm.data.preparation.progress import ProgressLine
+from metalm.data.tokenizer import load_tokenizer
+
+
+def main() -> None:
+    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder of .tar shards")
+    parser.add_argument("--kind", choices=("text", "image_text"), required=True)
+    parser.add_argument(
+        "--tokenizer", type=Path, help="the tokenizer that wrote the token members (.u16, .u32), if any"
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    options = parser.parse_args()
+    if options.processes < 1:
+        parser.error("--processes must be positive")
+
+    progress = ProgressLine(sum(path.stat().st_size for path in options.folder.glob("*.tar")), "MB", 1e6)
+
+    def show(shard: Shard) -> None:
+        progress.advance(shard.size)
+
+    index = build_index(
+        options.folder,
+        kind=options.kind,
+        tokenizer_fingerprint=load_tokenizer(options.tokenizer).fingerprint if options.tokenizer else None,
+        processes=options.processes,
+        on_shard=show,
+    )
+    progress.close()
+    print(f"{index.num_samples:,} samples in {len(index.shards):,} shards", end="")
+    print(f", {index.num_tokens:,} tokens ({index.token_dtype})" if index.token_dtype else "")
+    for cause, count in index.skipped.items():
+        print(f"left out: {count:,} {cause}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

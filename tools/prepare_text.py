@@ -1,0 +1,69 @@
+"""Prepare text: JSON Lines in the Pile's format to tokenised WebDataset shards with an index.
+
+If it is interrupted, start the same command again: it goes on where it was.
+
+Example: python tools/prepare_text.py pile/*.zst --tokenizer data/tokenizer --out data/pile --paper-subsets
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from metalm.cli import ToolParser, run_tool
+from metalm.data.preparation.report import format_table
+from metalm.data.preparation.text import PAPER_DROPS, SubsetFilter, prepare_text
+
+
+def main() -> None:
+    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser.add_argument("inputs", type=Path, nargs="+", help=".jsonl, .jsonl.gz or .jsonl.zst files")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--tokenizer", type=Path, help="folder or tokenizer.json")
+    parser.add_argument(
+        "--store", choices=("ids", "text", "both"), default="ids", help="what a sample holds (default: ids)"
+    )
+    parser.add_argument("--meta", action="store_true", help="add the subset of each document to its sample")
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="SUBSET", help="keep only these subsets"
+    )
+    parser.add_argument(
+        "--drop", action="append", default=[], metavar="SUBSET", help="leave out these subsets"
+    )
+    parser.add_argument(
+        "--paper-subsets", action="store_true", help=f"leave out, as the paper does: {', '.join(PAPER_DROPS)}"
+    )
+    parser.add_argument(
+        "--shard-mib", type=float, default=256, help="raw text per shard, and its largest size (default: 256)"
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument(
+        "--backend", choices=("auto", "gigatoken", "huggingface"), default="auto", help="of the tokenizer"
+    )
+    options = parser.parse_args()
+    if options.processes < 1 or options.shard_mib <= 0:
+        parser.error("--processes and --shard-mib must be positive")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    started = time.monotonic()
+    report = prepare_text(
+        options.inputs,
+        options.out,
+        options.tokenizer,
+        subsets=SubsetFilter(
+            tuple(options.keep), tuple(options.drop) + (PAPER_DROPS if options.paper_subsets else ())
+        ),
+        store=options.store,
+        meta=options.meta,
+        shard_bytes=int(options.shard_mib * 2**20),
+        processes=options.processes,
+        backend=options.backend,
+    )
+    print(format_table(report, ("documents", "tokens", "bytes")))
+    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    run_tool(main)
