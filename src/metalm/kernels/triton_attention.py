@@ -113,7 +113,7 @@ class _TritonAttention(torch.autograd.Function):
             key_gradient_kernel[key_grid](
                 q, k, v, grad, log_sum, delta, grad_k, grad_v, start, end, raw_bias, seeds,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *grad_k.stride()[:3],
-                stride_mask, num_key_heads, groups, num_queries, num_keys, ctx.scale, *scalars, **meta,
+                stride_mask, num_key_heads, num_queries, num_keys, ctx.scale, *scalars, **meta, GROUPS=groups,
             )  # fmt: skip
         return grad_q, grad_k, grad_v, None if bias is None else grad_bias.to(bias.dtype), *(None,) * 5
 
@@ -135,6 +135,8 @@ def _meta(q: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "HAS_BIAS": bias is not None,
         "HAS_DROPOUT": seeds is not None,
+        # Contraction of multiply and add, which Triton is about to turn off by default.
+        "enable_fp_fusion": True,
         "PRECISION": "interpreted" if triton.knobs.runtime.interpret else precision,
     }
 

@@ -224,11 +224,15 @@ def _key_block(
     PARTIAL: tl.constexpr,
 ):
     queries = first_query + tl.arange(0, BLOCK_Q)
-    inside = queries < num_queries
     q = load_rows(q_ptr, stride_q, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     grad = load_rows(grad_ptr, stride_g, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
-    log_sum = tl.load(log_sum_ptr + queries, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + queries, mask=inside, other=0.0)
+    if PARTIAL:
+        inside = queries < num_queries
+        log_sum = tl.load(log_sum_ptr + queries, mask=inside, other=float("inf"))
+        delta = tl.load(delta_ptr + queries, mask=inside, other=0.0)
+    else:
+        log_sum = tl.load(log_sum_ptr + queries)
+        delta = tl.load(delta_ptr + queries)
     # Everything is [keys, queries] here, so that both gradients accumulate without a transposed copy.
     nothing = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
     raw = dot(k, tl.trans(q), nothing, PRECISION)
@@ -254,8 +258,8 @@ def _key_block(
 
 
 @triton.autotune(
-    configs=tuning_configs((32, 64, 128), (64, 128)),
-    key=["length_class", "HEAD_SIZE", "HAS_BIAS", "HAS_DROPOUT"],
+    configs=tuning_configs((32, 64), (64, 128)),
+    key=["length_class", "GROUPS", "HEAD_SIZE", "HAS_BIAS", "HAS_DROPOUT"],
     prune_configs_by={"early_config_prune": prune_configs},
     cache_results=True,
 )
@@ -290,7 +294,6 @@ def key_gradient_kernel(
     stride_os,
     stride_mask,
     num_key_heads,
-    groups,
     num_queries,
     num_keys,
     scale,
@@ -299,6 +302,7 @@ def key_gradient_kernel(
     keep_scale,
     head_offset,
     length_class,
+    GROUPS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -330,11 +334,12 @@ def key_gradient_kernel(
 
     grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for member in tl.range(0, groups):
-        head = key_head * groups + member
+    # A constant number of members: a loop over one is no loop, which frees many registers.
+    for member in tl.range(0, GROUPS):
+        head = key_head * GROUPS + member
         head_q_ptr = q_ptr + row * stride_qb + head * stride_qh
         head_grad_ptr = grad_ptr + row * stride_gb + head * stride_gh
-        statistics = (row * num_key_heads * groups + head) * num_queries
+        statistics = (row * num_key_heads * GROUPS + head) * num_queries
         head_log_sum_ptr, head_delta_ptr = log_sum_ptr + statistics, delta_ptr + statistics
         head_bias_ptr = bias_ptr + head * (num_queries + num_keys - 1)
         drop_head = head.to(tl.int32) + head_offset

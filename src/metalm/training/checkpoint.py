@@ -157,12 +157,13 @@ class CheckpointStore:
             if component == "decoder" and sharding is None and topology.tensor_rank > 0:
                 continue  # replicated: the first tensor rank writes it
             tensor_size = 1 if sharding is None else topology.tensor_size
+            piece = Piece(file, 0 if sharding is None else topology.tensor_rank, owned.start, owned.size)
             index[name] = ParameterIndex(
                 shape=whole_shape(shard_shape(engine, parameter), sharding, tensor_size),
                 partition_dim=None if sharding is None else sharding.dimension,
                 partition_stride=1 if sharding is None else sharding.stride,
                 tensor_size=tensor_size,
-                pieces=(Piece(file, 0 if sharding is None else topology.tensor_rank, owned.start, owned.size),),
+                pieces=(piece,),
             )
             for state, tensor in owned.states.items():
                 tensors[piece_name(name, state)] = tensor.detach().float().cpu().contiguous()

@@ -76,7 +76,7 @@ def generate_greedily(
 def _with_room(prompt: Row, length: int, pad_id: int) -> Row:
     """The prompt with padding inside its document, to be written over."""
     room = np.full(length - len(prompt.tokens), pad_id, prompt.tokens.dtype)
-    return replace(prompt, tokens=np.concatenate((prompt.tokens, room)), document_ends=np.array([length]))
+    return replace(prompt, tokens=np.concatenate((prompt.tokens, room)), document_ends=[length])
 
 
 def _until(tokens: list[int], end: int) -> Iterator[int]:

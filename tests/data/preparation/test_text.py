@@ -314,7 +314,7 @@ def test_after_nothing_was_kept_other_options_may_follow(
         (["{corpus}", "--tokenizer", "missing"], 65, "no tokenizer at"),
         (["{corpus}"], 64, "needs a tokenizer"),
         (["{corpus}", "--store", "text", "--processes", "0"], 64, "must be positive"),
-        (["{corpus}", "--store", "text", "--keep", "Nothing"], 65, "nothing was kept"),
+        (["{corpus}", "--store", "text", "--keep", "No", "--processes", "1"], 65, "nothing was kept"),
     ],
 )
 def test_mistakes_end_with_a_message_and_an_exit_code(

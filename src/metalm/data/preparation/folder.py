@@ -26,6 +26,9 @@ from metalm.data.preparation.report import Tally
 from metalm.data.preparation.shards import PARTIAL_SUFFIX, WrittenShard
 from metalm.errors import ConfigError, DataError
 
+BYTES_PER_INDEX_PROCESS = 1 << 30
+"""Scanning fewer takes less time than starting another process."""
+
 
 @dataclass(frozen=True)
 class PreparationFolder:
@@ -99,8 +102,12 @@ class PreparationFolder:
                 f"{self.path} also holds {', '.join(sorted(strange))}, of unknown origin: move it"
             )
         if not (self.path / INDEX_NAME).exists():
+            size = sum((self.path / name).stat().st_size for name in shards)
             build_index(
-                self.path, kind=kind, tokenizer_fingerprint=tokenizer_fingerprint, processes=processes
+                self.path,
+                kind=kind,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+                processes=min(processes, 1 + size // BYTES_PER_INDEX_PROCESS),
             )
         _replace(self.path / "report.json", report)
         return report

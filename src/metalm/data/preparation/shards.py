@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
-
-from webdataset.writer import TarWriter
+from typing import TYPE_CHECKING, BinaryIO
 
 from metalm.data.tar import BLOCK
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -63,6 +64,8 @@ class ShardWriter:
         if self._tar is not None and self._size + size > self._target_bytes:
             self._finish()
         if self._tar is None:
+            from webdataset.writer import TarWriter  # loads torch, which a usage error need not wait for
+
             self._file = self._partial_path.open("wb")
             self._tar = TarWriter(self._file, encoder=False, mtime=0, user="metalm", group="metalm")
             self._size = self._num_samples = 0

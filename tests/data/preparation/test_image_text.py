@@ -1,0 +1,262 @@
+"""Preparing pairs: all forms of input, every caption kept, bad images counted."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from metalm.data.index import open_index
+from metalm.data.preparation.image_text import prepare_image_text
+from metalm.errors import ConfigError, DataError
+
+ImageBytes = Callable[..., bytes]
+ReadSamples = Callable[[Path], dict[str, dict[str, bytes]]]
+Contents = Callable[[Path], dict[str, bytes]]
+RunTool = Callable[..., tuple[int, str, str]]
+EXPECTED = [("jpg", ["a red thing"]), ("png", ["a blue thing", "it is blue"])]
+
+
+@pytest.fixture
+def images(tmp_path: Path, image_bytes: ImageBytes) -> Path:
+    """A folder with one.jpg and two.png."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "one.jpg").write_bytes(image_bytes("JPEG"))
+    (folder / "two.png").write_bytes(image_bytes("PNG", color="blue"))
+    return folder
+
+
+def captions_of(sample: dict[str, bytes]) -> list[str]:
+    return [sample["txt"].decode()] if "txt" in sample else json.loads(sample["json"])["captions"]
+
+
+def pairs(samples: dict[str, dict[str, bytes]]) -> list[tuple[str, list[str]]]:
+    return [
+        (next(iter(sample.keys() & {"jpg", "png", "webp"})), captions_of(sample))
+        for sample in samples.values()
+    ]
+
+
+def write_tars(folder: Path, images: Path) -> Path:
+    tars = folder / "tars"
+    tars.mkdir()
+    samples = [
+        {"jpg": (images / "one.jpg").read_bytes(), "txt": b"a red thing", "json": b'{"caption": "a red"}'},
+        {
+            "png": (images / "two.png").read_bytes(),
+            "json": b'{"captions": ["a blue thing", "it is blue"], "status": "success"}',
+        },
+    ]
+    for number, sample in enumerate(samples):
+        with webdataset.TarWriter(str(tars / f"{number:05d}.tar"), encoder=False) as writer:
+            writer.write({"__key__": f"{number:09d}", **sample})
+    return tars
+
+
+def write_files(folder: Path, images: Path) -> Path:
+    (images / "one.txt").write_text("a red thing\n")
+    (images / "two.json").write_text('{"captions": ["a blue thing", "it is blue"]}')
+    return images
+
+
+def write_coco(folder: Path, images: Path) -> Path:
+    path = folder / "captions.json"
+    texts = [(7, "a red thing"), (5, "a blue thing"), (5, "it is blue")]
+    content = {
+        "images": [{"id": 7, "file_name": "one.jpg"}, {"id": 5, "file_name": "two.png"}],
+        "annotations": [{"image_id": image, "caption": text} for image, text in texts],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_table(separator: str) -> Callable[[Path, Path], Path]:
+    def write(folder: Path, images: Path) -> Path:
+        path = folder / f"table.{'csv' if separator == ',' else 'tsv'}"
+        rows = [("caption", "path"), ("a red thing", "one.jpg"), ("a  blue thing", "two.png")]
+        rows.append(("it is\\nblue".replace("\\n", " "), "two.png"))
+        path.write_text("".join(separator.join(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+def write_jsonl(folder: Path, images: Path) -> Path:
+    path = folder / "table.jsonl"
+    rows = [
+        {"path": "one.jpg", "caption": "a red thing"},
+        {"path": "two.png", "captions": ["a blue thing", " it is\nblue ", " "]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    "write", [write_tars, write_files, write_coco, write_table(","), write_table("\t"), write_jsonl]
+)
+def test_every_form_of_input_gives_the_same_pairs(
+    write: Callable[[Path, Path], Path], images: Path, read_samples: ReadSamples, tmp_path: Path
+) -> None:
+    source = write(tmp_path, images)
+    report = prepare_image_text([source], tmp_path / "out", image_folder=images)
+    samples = read_samples(tmp_path / "out")
+    assert pairs(samples) == EXPECTED
+    stored = [sample.get("jpg") or sample.get("png") for sample in samples.values()]
+    assert stored == [(images / "one.jpg").read_bytes(), (images / "two.png").read_bytes()]
+    assert (report["images"], report["captions"], report["dropped"]) == (2, 3, {})
+    assert open_index(tmp_path / "out").num_samples == 2
+
+
+def huge_png() -> bytes:
+    """A PNG of a few bytes that states 100,000 x 100,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_bad_images_are_skipped_and_counted(
+    image_bytes: ImageBytes, read_samples: ReadSamples, tmp_path: Path
+) -> None:
+    files = {
+        "good.webp": image_bytes("WEBP"),
+        "cut.jpg": image_bytes("JPEG", (300, 300))[:-500],
+        "text.png": b"<html>not found</html>",
+        "gif.jpg": image_bytes("GIF"),
+        "huge.png": huge_png(),
+        "silent.png": image_bytes("PNG"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    rows = [
+        {"path": name, "caption": " " if name == "silent.png" else "x"} for name in [*files, "absent.png"]
+    ]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = prepare_image_text([tmp_path / "table.jsonl"], tmp_path / "out")
+    assert pairs(read_samples(tmp_path / "out")) == [("webp", ["x"])]
+    assert report["dropped"] == {
+        "image_bomb": 1,
+        "missing_caption": 1,
+        "missing_image": 1,
+        "undecodable_image": 3,
+    }
+
+
+def test_a_suffix_that_lies_is_corrected(
+    image_bytes: ImageBytes, read_samples: ReadSamples, tmp_path: Path
+) -> None:
+    (tmp_path / "one.jpg").write_bytes(image_bytes("PNG"))
+    (tmp_path / "one.txt").write_text("x")
+    prepare_image_text([tmp_path], tmp_path / "out")
+    assert pairs(read_samples(tmp_path / "out")) == [("png", ["x"])]
+
+
+@pytest.mark.parametrize(("size", "expected"), [((300, 200), (48, 32)), ((40, 20), (40, 20))])
+def test_large_images_shrink_to_a_shorter_side_and_small_ones_stay(
+    image_bytes: ImageBytes,
+    read_samples: ReadSamples,
+    tmp_path: Path,
+    size: tuple[int, int],
+    expected: tuple[int, int],
+) -> None:
+    content = image_bytes("JPEG", size)
+    (tmp_path / "one.jpg").write_bytes(content)
+    (tmp_path / "one.txt").write_text("x")
+    prepare_image_text([tmp_path], tmp_path / "out", shorter_side=32)
+    (sample,) = read_samples(tmp_path / "out").values()
+    assert Image.open(io.BytesIO(sample["jpg"])).size == expected
+    assert (sample["jpg"] == content) == (size == expected)
+
+
+def test_images_are_turned_upright(read_samples: ReadSamples, tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "one.jpg", exif=exif)
+    (tmp_path / "one.txt").write_text("x")
+    prepare_image_text([tmp_path], tmp_path / "out")
+    (sample,) = read_samples(tmp_path / "out").values()
+    upright = Image.open(io.BytesIO(sample["jpg"]))
+    assert upright.size == (20, 40) and 0x0112 not in upright.getexif()
+
+
+@pytest.fixture
+def table(images: Path) -> Path:
+    """Fifty rows about two images under fifty names."""
+    rows = []
+    for number in range(50):
+        (images / f"{number:02d}.png").symlink_to(images / "two.png")
+        rows.append({"path": f"{number:02d}.png", "caption": f"number {number}"})
+    path = images / "table.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_output_depends_on_neither_processes_nor_losses_on_the_way(
+    table: Path, contents: Contents, read_samples: ReadSamples, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    prepare_image_text([table], one, images_per_unit=8)
+    prepare_image_text([table], two, images_per_unit=8, processes=2)
+    assert contents(one) == contents(two)
+    assert [captions for _, captions in pairs(read_samples(two))] == [[f"number {n}"] for n in range(50)]
+    kept = {shard: shard.stat().st_mtime_ns for shard in sorted(two.glob("*.tar"))[1:]}
+    sorted(two.glob("*.tar"))[0].unlink()
+    prepare_image_text([table], two, images_per_unit=8)
+    assert contents(one) == contents(two)
+    assert kept == {shard: shard.stat().st_mtime_ns for shard in kept}
+
+
+def test_other_captions_need_another_folder(table: Path, tmp_path: Path) -> None:
+    prepare_image_text([table], tmp_path / "out")
+    table.write_text(table.read_text().replace("number 7", "number seven"))
+    with pytest.raises(ConfigError, match="begun from other input"):
+        prepare_image_text([table], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.txt", "", "expected a folder"),
+        ("absent.csv", None, "No such file"),
+        ("empty.jsonl", "", "lists no image"),
+        ("rows.jsonl", "{", "line 1: not JSON"),
+        ("rows.jsonl", "[]", "expected an object"),
+        ("rows.csv", "file,text\na.jpg,x\n", "there is no 'caption'; it has file, text"),
+        ("coco.json", '{"images": []}', "no COCO captions file"),
+        ("latin.csv", b"path,caption\na.jpg,\xe9\n", "is not UTF-8"),
+    ],
+)
+def test_unusable_lists_are_data_errors(
+    tmp_path: Path, name: str, content: str | bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=message):
+        prepare_image_text([tmp_path / name], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tool_reports_and_ends_with_exit_codes(table: Path, run_tool: RunTool, tmp_path: Path) -> None:
+    options = ["--out", tmp_path / "out", "--shard-images", 30, "--processes", 1]
+    code, out, _ = run_tool("prepare_image_text.py", table, *options)
+    assert code == 0 and "2 shards" in out
+    code, _, err = run_tool("prepare_image_text.py", tmp_path / "no.csv", "--out", tmp_path / "other")
+    assert code == 65 and "No such file" in err and "Traceback" not in err
+    code, _, err = run_tool("prepare_image_text.py", table, "--out", tmp_path / "out", "--resize", 0)
+    assert code == 64 and "must be positive" in err

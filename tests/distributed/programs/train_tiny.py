@@ -1,0 +1,58 @@
+"""Train the tiny model for five steps under every ZeRO pair, each from the same start, and save it.
+
+Arguments: tensor size, micro-batch size, output folder, pairs such as 1,3 2,1 (decoder, encoders).
+"""
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+from distributed.tiny import RATES, STEPS, global_batch, micro_batches, tiny_config
+
+from metalm.config import write_config
+from metalm.parallel.launch import find_launch, open_process_group
+from metalm.parallel.topology import build_topology, close_topology
+from metalm.training.checkpoint import CheckpointStore
+from metalm.training.engines import build_engines
+from metalm.training.step import TrainStep
+
+def main() -> None:
+    faulthandler.enable()
+    tensor, micro_batch_size, folder, *pairs = sys.argv[1:]
+    launch = find_launch(os.environ)
+    device = open_process_group(launch, timeout_minutes=3)
+    topology = build_topology(int(tensor), device)
+    for pair in pairs:
+        decoder, encoders = pair.split(",")
+        config = tiny_config(
+            folder,
+            tensor=int(tensor),
+            micro_batch_size=int(micro_batch_size),
+            decoder=f"deepspeed_configs/decoder_zero{decoder}.json",
+            encoders=f"deepspeed_configs/encoders_zero{encoders}.json",
+        )
+        run_folder = Path(folder) / f"zero_{decoder}_{encoders}"
+        if launch.rank == 0:
+            (run_folder / "checkpoints").mkdir(parents=True)
+            write_config(config, run_folder / "config.yaml", {})
+        engines = build_engines(config, topology)
+        store = CheckpointStore(run_folder, config, topology)
+        store.save(engines, 0, None, {})
+        step = TrainStep(engines, topology, num_sources=2)
+        losses, norms = [], []
+        for number in range(STEPS):
+            rows = global_batch(number)
+            batches = micro_batches(rows, config, topology.data_rank, topology.data_size)
+            result = step.run(batches, RATES[number])
+            losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))
+            norms.append(float(result.norms.joint))
+        store.save(engines, STEPS, None, {})
+        if launch.rank == 0:
+            print("RESULT " + json.dumps({"zero": pair, "losses": losses, "norms": norms}), flush=True)
+    close_topology()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The tiny model and batches of the multi-rank tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from metalm.batch import SemiCausalBatch
+from metalm.config import RunConfig
+from metalm.data.collate import collate
+from metalm.data.rows import Row, RowSpans
+from reference.rows import PAD, PlainRow, random_rows
+
+GLOBAL_ROWS, LENGTH, VOCAB = 8, 40, 90
+STEPS = 5
+RATES = [1e-3, 2e-3, 3e-3, 2e-3, 1e-3]
+
+
+def tiny_config(folder: str, *, tensor: int = 1, micro_batch_size: int = 1, **deepspeed: str) -> RunConfig:
+    """Two decoder layers, a DeepNorm text encoder, a pre-LN image encoder; vocabulary with padding rows."""
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "tiny", "folder": folder, "seed": 5},
+            "parallel": {"tensor": tensor, "timeout_minutes": 3},
+            "deepspeed": deepspeed,
+            "model": {
+                "vocab_size": VOCAB,
+                "decoder": {"num_layers": 2, "hidden_size": 32, "num_heads": 4},
+                "encoders": {
+                    "text": {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_text_positions": 16},
+                    "image": {
+                        "num_layers": 2,
+                        "hidden_size": 16,
+                        "num_heads": 2,
+                        "normalization": "pre_ln",
+                        "max_text_positions": 8,
+                        "image": {"image_size": 8, "patch_size": 4},
+                        "connector": "feed_forward",
+                    },
+                },
+            },
+            "data": {
+                "tokenizer": "unused",
+                "sequence_length": LENGTH,
+                "lanes": 4,
+                "sources": {
+                    "text": {"path": "unused", "kind": "text", "encoder": "text"},
+                    "pairs": {"path": "unused", "kind": "image_text", "encoder": "image"},
+                },
+            },
+            "training": {
+                "steps": 100,
+                "global_batch_size": GLOBAL_ROWS,
+                "micro_batch_size": micro_batch_size,
+                "precision": "fp32",
+                "optimizer": {"gradient_clipping": 0.5},
+                "schedule": {"warmup_steps": 2},
+            },
+        }
+    )
+
+
+def global_batch(step: int) -> list[PlainRow]:
+    """The rows of a step; the first half are pairs, the second half text."""
+    return random_rows(step, GLOBAL_ROWS, VOCAB, LENGTH)
+
+
+def micro_batches(
+    rows: list[PlainRow], config: RunConfig, data_rank: int, data_size: int
+) -> list[SemiCausalBatch]:
+    """A data-parallel rank's share of a global batch, in consecutive rows."""
+    share = len(rows) // data_size
+    own = [to_row(row) for row in rows[data_rank * share : (data_rank + 1) * share]]
+    size = config.training.micro_batch_size
+    return [
+        collate(
+            own[first : first + size],
+            model_config=config.model,
+            sequence_length=LENGTH,
+            tp_size=config.parallel.tensor,
+            pad_id=PAD,
+        )
+        for first in range(0, share, size)
+    ]
+
+
+def to_row(plain: PlainRow) -> Row:
+    """The row as the data engine holds it."""
+    tokens: list[int] = []
+    ends: list[int] = []
+    found: dict[str, list] = {}
+    for document in plain.documents:
+        for span in document.spans:
+            found.setdefault(span.encoder, []).append((len(tokens), span))
+        tokens += document.tokens
+        ends.append(len(tokens))
+    spans = {
+        encoder: RowSpans(
+            bounds=np.array([[offset + span.start, offset + span.end] for offset, span in members]),
+            num_patches=np.array([0 if s.patches is None else len(s.patches) for _, s in members]),
+            patches=None
+            if members[0][1].patches is None
+            else np.concatenate([span.patches for _, span in members]),
+        )
+        for encoder, members in found.items()
+    }
+    return Row(np.array(tokens, np.int32), ends, spans=spans, source_id=plain.source)

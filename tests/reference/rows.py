@@ -1,0 +1,65 @@
+"""Rows as a person would write them down: documents of tokens, and which runs of them are spans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+START, PARAGRAPH, DOCUMENT, PAD = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions [start, end) of a document; the first `len(patches)` of them are image patches."""
+
+    encoder: str
+    start: int
+    end: int
+    patches: np.ndarray | None = None  # [n, patch values] uint8
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document; at patch positions stands the end-of-paragraph token."""
+
+    tokens: list[int]
+    spans: list[Span] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PlainRow:
+    """Documents packed into one row, all of one source."""
+
+    documents: list[Document]
+    source: int
+
+
+def random_rows(seed: int, num_rows: int, vocab_size: int, length: int) -> list[PlainRow]:
+    """Rows of two documents: the first half of the rows are pairs, the second half text with spans.
+
+    So of two data-parallel ranks one has no image, and trained positions differ from row to row.
+    """
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(num_rows):
+        cut = int(generator.integers(12, length - 12))
+        sizes = (cut, int(generator.integers(10, length - cut + 1)))
+        make = _pair if number < num_rows // 2 else _text
+        documents = [make(generator, size, vocab_size) for size in sizes]
+        rows.append(PlainRow(documents, source=1 if number < num_rows // 2 else 0))
+    return rows
+
+
+def _pair(generator: np.random.Generator, size: int, vocab_size: int) -> Document:
+    prefix = int(generator.integers(0, 4))
+    caption = generator.integers(4, vocab_size, size - 6).tolist()
+    patches = generator.integers(0, 256, (4, 48), dtype=np.uint8)
+    tokens = [START, *[PARAGRAPH] * 4, *caption, DOCUMENT]
+    return Document(tokens, [Span("image", 1, 5 + prefix, patches)])
+
+
+def _text(generator: np.random.Generator, size: int, vocab_size: int) -> Document:
+    tokens = [START, *generator.integers(4, vocab_size, size - 2).tolist(), DOCUMENT]
+    first = int(generator.integers(1, 4))
+    return Document(tokens, [Span("text", first, first + int(generator.integers(2, 6)))])
