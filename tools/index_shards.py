@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.index import Shard, build_index
+from metalm.data.index import build_index
 from metalm.data.preparation.progress import ProgressLine
+from metalm.data.shards import Shard
 from metalm.data.tokenizer import load_tokenizer
 
 

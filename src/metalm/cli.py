@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from metalm.errors import EXIT_DONE, EXIT_USAGE, MetaLMError
+from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, MetaLMError
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
@@ -20,10 +21,15 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except MetaLMError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        # Ranks raise such errors together: one of them speaks.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAULT
     sys.exit(EXIT_DONE if code is None else code)
 
 

@@ -14,7 +14,8 @@ import pytest
 import webdataset
 
 from metalm.config.schema import SourceConfig
-from metalm.data.index import build_index, open_index, scan_shard
+from metalm.data.index import build_index, open_index
+from metalm.data.shards import scan_shard
 from metalm.data.sources import open_sources
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
@@ -206,10 +207,15 @@ def test_what_does_not_fit_its_index_is_refused(text_source: Callable[..., Path]
     refused(folder / "none", "does not exist")
 
 
-def test_an_array_with_pickled_objects_is_not_loaded(text_source: Callable[..., Path]) -> None:
+def test_records_that_were_cut_are_refused(text_source: Callable[..., Path]) -> None:
     folder = text_source([3])
-    (array,) = folder.glob("index-*.npy")
-    np.save(array, np.array([{"a": 1}], object), allow_pickle=True)
+    (records,) = folder.glob("index-*.records")
+    content = records.read_bytes()
+    records.write_bytes(content[:80])
+    refused(folder, "states 3 samples and has 2 records")
+    records.write_bytes(content[:70])
+    refused(folder, "cannot be used")
+    records.unlink()
     refused(folder, "cannot be used")
 
 

@@ -256,6 +256,16 @@ def test_a_killed_worker_is_an_error_with_its_cause(config: RunConfig) -> None:
             next(data)
 
 
+def test_signals_to_the_whole_group_leave_the_workers_to_their_parent(config: RunConfig) -> None:
+    with opened(with_data(config, workers=2)) as data:
+        next(data)
+        for worker in data.worker_ids:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                os.kill(worker, number)
+        for _ in range(20):
+            next(data)
+
+
 def test_an_error_in_a_worker_is_the_error_of_the_step(
     config: RunConfig, text_source: Callable[..., Path]
 ) -> None:
@@ -273,7 +283,7 @@ def test_an_error_in_a_worker_is_the_error_of_the_step(
         next(data)
 
 
-ORPHAN = """
+PARENT = """
 import os, signal, sys
 from metalm.config.schema import RunConfig
 from metalm.data.loader import TrainingData
@@ -281,26 +291,30 @@ if __name__ == "__main__":
     data = TrainingData(RunConfig.model_validate_json(sys.stdin.read()), dp_rank=0, dp_size=1, tp_size=1)
     next(data)
     print(*data.worker_ids, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1] == "failed":
+        raise RuntimeError("the run failed")
 """
 
 
-def test_no_worker_outlives_a_killed_parent(config: RunConfig, tmp_path: Path) -> None:
-    script = tmp_path / "orphan.py"
-    script.write_text(ORPHAN)
+@pytest.mark.parametrize(("end", "code"), [("killed", -signal.SIGKILL), ("failed", 1), ("done", 0)])
+def test_no_worker_outlives_its_parent(config: RunConfig, tmp_path: Path, end: str, code: int) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
     run = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), end],
         input=with_data(config, workers=2).model_dump_json(),
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert run.returncode == code, run.stderr
     workers = [int(word) for word in run.stdout.split()]
     assert len(workers) == 2
     deadline = time.monotonic() + 10
     while any(_runs(worker) for worker in workers):
-        assert time.monotonic() < deadline, "a worker is alive 10 s after its parent was killed"
+        assert time.monotonic() < deadline, "a worker is alive 10 s after its parent ended"
         time.sleep(0.1)
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metalm.data.index import RECORD, Shard, ShardIndex
+from metalm.data.index import ShardIndex
 from metalm.data.order import SampleOrder, SequentialOrder
+from metalm.data.shards import RECORD, Shard
 
 
 def corpus(samples_per_shard: list[int]) -> ShardIndex:

@@ -1,24 +1,22 @@
-"""Random interval masks, the settings of Triton's interpreter, and the comparison with a float64 reference."""
+"""Random interval masks, Triton's interpreter where there is no GPU, and memory that starts as NaN."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Read when Triton is first imported: kernels then run on CPU, in NumPy.
+    # Read when Triton is first imported: its kernels then run on CPU, in NumPy.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from metalm.kernels import IntervalMask
 
-LENGTHS = (1, 17, 63, 111, 128, 1000)
 
+def random_documents(batch_size: int, num_queries: int, seed: int) -> IntervalMask:
+    """Documents of random lengths, some of one token, with bidirectional spans, and padding at the end.
 
-def random_mask(batch_size: int, num_queries: int, seed: int) -> IntervalMask:
-    """Rows of documents of random lengths (some of one token), bidirectional spans, and padding at the end.
-
-    Row 0 begins with a span, row 1 ends with one, and queries of a padding tail see nothing.
+    The first document of even rows begins with a span, the documents of odd rows end with one.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,6 +38,31 @@ def random_mask(batch_size: int, num_queries: int, seed: int) -> IntervalMask:
     return IntervalMask.semi_causal(document_start, span_end, bidirectional_spans=True).validate()
 
 
+def random_intervals(batch_size: int, num_queries: int, num_keys: int, seed: int) -> IntervalMask:
+    """Any sorted starts and ends, with empty rows where an end meets its start and at both edges."""
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.randint(0, num_keys + 1, (2, batch_size, num_queries), generator=generator)
+    start, end = bounds.sort(-1).values.to(torch.int32)
+    start = torch.minimum(start, end)
+    start[:, :2], end[:, :2] = 0, 0
+    start[:, -1:], end[:, -1:] = 0, 0
+    return IntervalMask(start, end, num_keys).validate()
+
+
 @pytest.fixture
-def make_mask() -> Callable[[int, int, int], IntervalMask]:
-    return random_mask
+def make_documents() -> Callable[[int, int, int], IntervalMask]:
+    return random_documents
+
+
+@pytest.fixture
+def make_intervals() -> Callable[[int, int, int, int], IntervalMask]:
+    return random_intervals
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised tensors hold NaN, so that an output that nobody wrote cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -12,7 +12,8 @@ import numpy as np
 
 from metalm.config.schema import SourceConfig
 from metalm.data.failures import BadSample
-from metalm.data.index import ShardIndex, open_index, scan_shard
+from metalm.data.index import ShardIndex, open_index
+from metalm.data.shards import scan_shard
 from metalm.data.sources import Source, open_sources
 from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import DataError

@@ -11,8 +11,9 @@ import numpy as np
 from metalm.config.schema import SourceConfig
 from metalm.data.failures import BadSample
 from metalm.data.images import decode_image
-from metalm.data.index import FORMATS, TOKEN_DTYPES, ShardIndex, open_index
+from metalm.data.index import ShardIndex, open_index
 from metalm.data.reader import SampleLocation, ShardReader
+from metalm.data.shards import FORMATS, TOKEN_DTYPES
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
 

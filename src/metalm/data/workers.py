@@ -7,6 +7,7 @@ however that ended, and a worker that dies is an error at once, with its cause.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -96,6 +97,8 @@ class WorkerPool:
             process.start()
             sender.close()
             self._workers.append((share, process, receiver))
+        # At exit multiprocessing sends its processes a SIGTERM, which ours ignore, and waits for them.
+        atexit.register(self.close)
 
     @property
     def process_ids(self) -> list[int]:
@@ -118,8 +121,9 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends all workers."""
+        atexit.unregister(self.close)
         for _, process, receiver in self._workers:
-            process.terminate()
+            process.kill()
             process.join()
             receiver.close()
 
@@ -161,8 +165,10 @@ def _serve(
     states: dict[int, LaneState] | None,
 ) -> None:
     """A worker's whole life: sends StepRows for ever; at a failure the error (or a traceback), once."""
-    # An interrupt at the terminal reaches the whole group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal or a scheduler signals the whole group. What that means is for the parent to decide: it
+    # may want to save, and a worker that ended now would look like a fault.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -78,14 +78,14 @@ def transformers_attention(
         ValueError: the layer is causal, or the mask is none of ours.
     """
     if getattr(module, "is_causal", False):
-        raise ValueError(f"{type(module).__name__} is causal; {TRANSFORMERS_NAME} serves bidirectional encoders")
+        raise ValueError(f"{type(module).__name__} is causal, {TRANSFORMERS_NAME} serves encoders only")
     mask = attention_mask if interval_mask is None else interval_mask
     if mask is None:
         mask = transformers_mask(query.shape[0], query.shape[2], key.shape[2], device=query.device)
     if not isinstance(mask, IntervalMask):
         raise ValueError(
-            f"the attention mask is a {type(mask).__name__}, expected an IntervalMask: give the model a [B, S] "
-            f"mask and register transformers_mask as {TRANSFORMERS_NAME}"
+            f"the attention mask is a {type(mask).__name__}, expected an IntervalMask: give the model a "
+            f"[B, S] mask and register transformers_mask as {TRANSFORMERS_NAME}"
         )
     out = interval_attention(query, key, value, mask, scale=scaling, dropout=dropout)
     return out.transpose(1, 2).contiguous(), None

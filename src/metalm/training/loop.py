@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import yaml
 
+from metalm.batch import SemiCausalBatch
 from metalm.checkpoint.reader import CONFIG_NAME
 from metalm.config import RunConfig, write_config
 from metalm.data.loader import TrainingData
-from metalm.errors import EXIT_DONE, EXIT_RESTART
+from metalm.errors import EXIT_DONE, EXIT_RESTART, MetaLMError
+from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.evaluate import generate_samples, held_out_losses
@@ -19,7 +21,7 @@ from metalm.training.monitor import Monitor
 from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
 from metalm.training.session import Session, open_session, provenance
-from metalm.training.step import StepResult, TrainStep
+from metalm.training.step import TrainStep
 from metalm.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,9 @@ def train(config: RunConfig) -> int:
 
     Returns:
         EXIT_DONE, or EXIT_RESTART when it was asked to stop and has saved.
+
+    Raises:
+        MetaLMError: ranks, data or checkpoints do not fit the run; alike on all ranks.
 
     Collective: all ranks of the job.
     """
@@ -53,46 +58,27 @@ class _Run:
             write_config(config, session.run_folder / CONFIG_NAME, provenance())
         self._store = CheckpointStore(session.run_folder, config, topology)
         self._train_step = TrainStep(session.engines, topology, len(config.data.sources))
-        self._step, lane_states = 0, None
-        self._trained_tokens = torch.zeros((), dtype=torch.float64)
+        self._step = 0
         self._saved_step: int | None = None
-        folder = self._store.newest_whole()
-        if folder is not None:
-            state = self._store.load(folder, session.engines)
-            lane_states = self._store.lane_states(folder)
-            self._step = int(state["step"])
-            self._trained_tokens.fill_(state["progress"]["trained_tokens"])
-            self._saved_step = self._step
-            logger.info("resumed from %s", folder)
-        self._monitor = Monitor(config, topology, session.run_folder, self._step + 1 if folder else 0)
-        self._data: TrainingData | None = None
-        if topology.tensor_rank == 0:
-            self._data = TrainingData(
-                config,
-                dp_rank=topology.data_rank,
-                dp_size=topology.data_size,
-                tp_size=topology.tensor_size,
-                lane_states=lane_states,
-            )
+        self._trained_tokens = torch.zeros((), dtype=torch.float64)
+        self._lane_states: dict[int, Any] | None = None
+        self._restore()
+        self._data = self._open_data()
+        first_step = 0 if self._saved_step is None else self._step + 1
+        self._monitor = Monitor(config, topology, session.run_folder, first_step)
 
     def train(self) -> int:
-        config, monitor = self._config, self._monitor.write_texts
-        total = config.training.steps
-        if self._session.is_first:
-            print(f"run {self._session.run_folder}, {self._session.topology.describe()}", flush=True)
-            print(f"step {self._step} of {total}" + (" (resumed)" if self._saved_step else ""), flush=True)
-            monitor({"config": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)})
-            monitor({"plan": describe_plan(config, self._session.topology.world_size)})
+        self._announce()
         if self._step == 0:
             self._evaluate()
-        while self._step < total:
-            self._advance()
-            if self._step % config.checkpoint.every_steps == 0 and self._step < total:
-                self._save()
-            if self._step < total and self._stop.agreed():
+        while self._step < self._config.training.steps:
+            batches = self._next_batches()
+            if batches is None:
                 return self._stop_early()
-        if self._saved_step != total:
-            self._save()
+            self._advance(batches)
+            self._evaluate()
+            if self._is_due(self._config.checkpoint.every_steps):
+                self._save()
         return EXIT_DONE
 
     def close(self) -> None:
@@ -100,36 +86,87 @@ class _Run:
             self._data.close()
         self._monitor.close()
 
-    def _advance(self) -> None:
-        config, topology = self._config, self._session.topology
-        batches = broadcast_batches(next(self._data) if self._data else None, topology)
-        self._monitor.count(batches, self._data.wait_s if self._data else 0.0)
+    def _restore(self) -> None:
+        folder = self._store.newest_whole()
+        if folder is None:
+            return
+        state = self._store.load(folder, self._session.engines)
+        self._lane_states = self._store.lane_states(folder)
+        self._step = self._saved_step = int(state["step"])
+        self._trained_tokens.fill_(state["progress"]["trained_tokens"])
+        logger.info("resumed from %s", folder)
+
+    def _open_data(self) -> TrainingData | None:
+        """The data of this rank's TP group, on its first rank."""
+        topology, data, error = self._session.topology, None, None
+        if topology.tensor_rank == 0:
+            try:
+                data = TrainingData(
+                    self._config,
+                    dp_rank=topology.data_rank,
+                    dp_size=topology.data_size,
+                    tp_size=topology.tensor_size,
+                    lane_states=self._lane_states,
+                )
+            except MetaLMError as found:
+                error = found
+        raise_together(error)
+        return data
+
+    def _announce(self) -> None:
+        config, session = self._config, self._session
+        if not session.is_first:
+            return
+        resumed = "" if self._saved_step is None else ", resumed from the checkpoint"
+        print(f"run {session.run_folder}: {session.topology.describe()}", flush=True)
+        print(f"step {self._step} of {config.training.steps}{resumed}", flush=True)
+        self._monitor.write_text("config", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        self._monitor.write_text("plan", describe_plan(config, session.topology.world_size))
+
+    def _next_batches(self) -> list[SemiCausalBatch] | None:
+        """The micro-batches of the next step, None if the run is to stop before it.
+
+        Data that is fetched but not trained on does not count: lane states follow the steps done.
+        """
+        batches, error, wait_s = None, None, 0.0
+        if self._data is not None:
+            try:
+                batches = next(self._data)
+                wait_s = self._data.wait_s
+            except MetaLMError as found:
+                error = found
+        own = Verdict.FAIL if error else Verdict.STOP if self._stop.is_asked() else Verdict.GO_ON
+        verdict = agree(own)
+        if verdict is Verdict.FAIL:
+            raise_together(error)
+        if verdict is Verdict.STOP:
+            return None
+        batches = broadcast_batches(batches, self._session.topology)
+        self._monitor.count(batches, wait_s)
+        return batches
+
+    def _advance(self, batches: list[SemiCausalBatch]) -> None:
+        training = self._config.training
         self._step += 1
-        training = config.training
         rate = learning_rate(self._step, training.optimizer.learning_rate, training.steps, training.schedule)
         result = self._train_step.run(batches, rate)
-        self._log(result, rate)
-        self._evaluate()
-
-    def _log(self, result: StepResult, rate: float) -> None:
         self._trained_tokens += result.loss_counts.sum().cpu()
+        if self._data is not None:
+            self._lane_states = self._data.lane_states()
         if self._is_due(self._config.monitor.log_every_steps) or self._step == 1:
-            counters = self._data.counters() if self._data else None
-            self._monitor.log_step(self._step, result, rate, counters)
+            self._monitor.log_step(self._step, result, rate, self._data.counters() if self._data else None)
 
     def _evaluate(self) -> None:
-        config, session, monitor = self._config, self._session, self._config.monitor
-        engines, topology = session.engines, session.topology
-        if config.data.evaluation and (self._is_due(monitor.evaluate_every_steps) or self._step == 0):
-            losses = held_out_losses(engines, topology, config)
-            if session.is_first:
+        config, session = self._config, self._session
+        monitor, parts = config.monitor, (session.engines, session.topology, config)
+        if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
+            losses = held_out_losses(*parts)
+            if session.is_first and losses:
                 self._monitor.write_evaluation(self._step, losses)
             self._monitor.restart_window()
-        if self._is_due(monitor.sample_every_steps) and self._step:
+        if self._step and self._is_due(monitor.sample_every_steps):
             for name in config.data.evaluation:
-                samples = generate_samples(
-                    engines, topology, config, name, monitor.num_samples, monitor.sample_new_tokens
-                )
+                samples = generate_samples(*parts, name, monitor.num_samples, monitor.sample_new_tokens)
                 if session.is_first:
                     self._monitor.write_samples(self._step, samples)
             self._monitor.restart_window()
@@ -138,15 +175,15 @@ class _Run:
         return self._step % every == 0 or self._step == self._config.training.steps
 
     def _save(self) -> None:
-        progress: dict[str, Any] = {"trained_tokens": float(self._trained_tokens)}
-        lane_states = self._data.lane_states() if self._data else None
+        progress = {"trained_tokens": float(self._trained_tokens)}
+        lane_states = self._lane_states if self._data is not None else None
         folder = self._store.save(self._session.engines, self._step, lane_states, progress)
         self._saved_step = self._step
         logger.info("saved %s", folder)
         self._monitor.restart_window()
 
     def _stop_early(self) -> int:
-        if self._saved_step != self._step:
+        if self._saved_step != self._step and self._step:
             self._save()
         if self._session.is_first:
             self._stop.clear()

@@ -142,11 +142,10 @@ class Monitor:
                 picture = caption_picture(sample.image, lines)
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
 
-    def write_texts(self, texts: Mapping[str, str]) -> None:
-        """Show fixed texts of the run, such as its config. Rank 0 calls it."""
+    def write_text(self, name: str, text: str) -> None:
+        """Show a text of the run, such as its config. Rank 0 calls it."""
         assert self._writer is not None
-        for name, text in texts.items():
-            self._writer.add_text(name, _quoted(text), self._first_step)
+        self._writer.add_text(name, _quoted(text), self._first_step)
 
     def restart_window(self) -> None:
         """Forget the time since the last line: it went into evaluation or saving."""

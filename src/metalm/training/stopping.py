@@ -1,13 +1,10 @@
-"""Requests to stop: a signal, or the stop file in the run folder, agreed on by all ranks between steps."""
+"""Requests to stop: a signal, or the stop file in the run folder."""
 
 from __future__ import annotations
 
 import signal
 import types
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 STOP_NAME = "stop"
 
@@ -25,14 +22,9 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
 
-    def agreed(self) -> bool:
-        """Whether any rank has been asked.
-
-        Collective: all ranks, over gloo.
-        """
-        asked = torch.tensor(int(self._signalled or self._file.exists()))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+    def is_asked(self) -> bool:
+        """Whether this rank has been asked."""
+        return self._signalled or self._file.exists()
 
     def clear(self) -> None:
         """Take the stop file away, so that the run can be started again. One rank calls it."""

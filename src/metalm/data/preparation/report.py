@@ -18,9 +18,9 @@ class Tally:
         """Counts one kept sample, or several, of a subset: for example `documents=1, tokens=17`."""
         self.subsets[subset].update(amounts)
 
-    def drop(self, cause: str, count: int = 1) -> None:
-        """Counts samples that were left out."""
-        self.dropped[cause] += count
+    def drop(self, cause: str) -> None:
+        """Counts a sample that was left out."""
+        self.dropped[cause] += 1
 
     def as_json(self) -> dict[str, Any]:
         """Totals, `dropped` and `subsets`, all in sorted order."""

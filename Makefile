@@ -1,0 +1,57 @@
+# Everything that is typed in this project. `make demo` and `make test` each work alone on a fresh clone.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RANKS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := data/demo
+RUN := runs/demo
+
+.PHONY: setup demo test check clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/ready
+
+# torch comes first and by its exact version: an unpinned torch pulls gigabytes of CUDA packages.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: setup $(DEMO)/ready
+	$(BIN)/torchrun --nproc-per-node $(RANKS) -m metalm train pipelines/demo.yaml
+	$(BIN)/torchrun --nproc-per-node $(RANKS) -m metalm evaluate pipelines/demo.yaml --samples 200
+	rm -rf $(RUN)/hf
+	$(BIN)/python tools/convert_to_hf.py $(RUN) $(RUN)/hf
+	$(BIN)/python tools/summarise_demo.py $(RUN)
+
+$(DEMO)/ready: | setup
+	rm -rf $(DEMO)
+	$(BIN)/python tools/make_demo_data.py $(DEMO)/raw --image-size 48
+	$(BIN)/python tools/train_tokenizer.py $(DEMO)/raw/text/train.jsonl \
+		--captions $(DEMO)/raw/scenes/train.jsonl --vocab-size 4096 --out $(DEMO)/tokenizer
+	for split in train heldout; do \
+		$(BIN)/python tools/prepare_text.py $(DEMO)/raw/text/$$split.jsonl \
+			--tokenizer $(DEMO)/tokenizer --shard-mib 4 --out $(DEMO)/shards/text_$$split || exit; \
+	done
+	for split in train heldout unseen; do \
+		$(BIN)/python tools/prepare_image_text.py $(DEMO)/raw/scenes/$$split.jsonl \
+			--out $(DEMO)/shards/scenes_$$split || exit; \
+	done
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'slurm/*.sh' 'slurm/*.sbatch')
+
+clean:
+	rm -rf $(DEMO) $(RUN)

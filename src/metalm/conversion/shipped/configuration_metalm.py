@@ -1,0 +1,84 @@
+"""Configuration of an exported MetaLM: a causal decoder and the encoders that dock onto it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+ENCODER_DEFAULTS = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "normalization": "deepnorm",
+    "max_text_positions": 64,
+    "connector": "linear",
+    "image_size": None,
+    "patch_size": None,
+}
+
+
+class MetaLMConfig(PreTrainedConfig):
+    """Sizes of the decoder at the top level, those of the encoders by name in `encoders`.
+
+    Args:
+        normalization: "deepnorm" (post-LN, residual weighted by (2 * layers) ** 0.25) or "pre_ln".
+        max_position_embeddings: row length in training. Positions are sinusoidal and have no limit.
+        encoders: by name, in order, the keys of ENCODER_DEFAULTS. `image_size` and `patch_size` (pixels
+            per side) are None for an encoder of text; `connector` is "linear" or "feed_forward".
+        image_encoder: the encoder of images that come without span tensors.
+        text_encoder: the encoder of text spans that name none.
+        image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
+    """
+
+    model_type = "metalm"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size: int = 512,
+        hidden_size: int = 32,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 2,
+        intermediate_size: int = 128,
+        normalization: str = "deepnorm",
+        max_position_embeddings: int = 2048,
+        layer_norm_eps: float = 1e-5,
+        encoders: dict[str, dict[str, Any]] | None = None,
+        image_encoder: str | None = None,
+        text_encoder: str | None = None,
+        image_token_id: int | None = None,
+        bos_token_id: int | None = 0,
+        eos_token_id: int | None = 2,
+        pad_token_id: int | None = 4,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.normalization = normalization
+        self.max_position_embeddings = max_position_embeddings
+        self.layer_norm_eps = layer_norm_eps
+        self.encoders = {name: ENCODER_DEFAULTS | sizes for name, sizes in (encoders or {}).items()}
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.image_token_id = image_token_id
+        self.use_cache = use_cache
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**kwargs)
+
+    @property
+    def num_patches(self) -> int:
+        """Decoder positions that one image takes."""
+        if self.image_encoder is None:
+            return 0
+        sizes = self.encoders[self.image_encoder]
+        return (sizes["image_size"] // sizes["patch_size"]) ** 2

@@ -1,0 +1,175 @@
+"""Encoders of MetaLM, and the span tensors that say which decoder position shows which encoder's vector.
+
+Every vector of an encoder takes one decoder position, so spans are described beside `input_ids`, in
+tensors of the same shape [B, S]. Shape letters: B rows, S positions, N docked positions, K spans of one
+encoder, L elements of the longest of them, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.masking_utils import create_bidirectional_mask
+
+from .configuration_metalm import MetaLMConfig
+from .layers_metalm import MetaLMEncoderLayer
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What the encoders read, and where their vectors stand; all [B, S] int64."""
+
+    input_ids: Tensor
+    """The token that the encoder reads; the image token where it reads a patch."""
+    encoders: Tensor
+    """0: the decoder's own token. k: the k-th encoder of the config."""
+    numbers: Tensor
+    """Tells apart the spans of a row, from 1; 0 outside spans."""
+
+    def from_column(self, start: int) -> Spans:
+        """Without the columns before `start`."""
+        return Spans(self.input_ids[:, start:], self.encoders[:, start:], self.numbers[:, start:])
+
+    def image_starts(self, image_token_id: int) -> Tensor:
+        """[B, S] bool: the first patch of each image."""
+        before = functional.pad(self.numbers, (1, 0))[:, :-1]
+        return (self.numbers != before) & (self.numbers > 0) & (self.input_ids == image_token_id)
+
+
+def spans_of_images(input_ids: Tensor, config: MetaLMConfig) -> Spans:
+    """Spans of a prompt whose every `num_patches` image tokens of a row are one image by itself.
+
+    Raises:
+        ValueError: the model has no image encoder, or a row's image tokens do not make whole images.
+    """
+    if config.image_encoder is None:
+        raise ValueError("pixel_values were given, but this model has no image encoder")
+    placeholder = input_ids == config.image_token_id
+    count = placeholder.cumsum(dim=1)
+    if bool((count[:, -1] % config.num_patches).any()):
+        raise ValueError(
+            f"an image takes {config.num_patches} image tokens, but the rows have {count[:, -1].tolist()}"
+        )
+    place = list(config.encoders).index(config.image_encoder) + 1
+    numbers = torch.where(placeholder, 1 + (count - 1) // config.num_patches, 0)
+    return Spans(input_ids, placeholder.long() * place, numbers)
+
+
+class MetaLMEncoder(nn.Module):
+    """A bidirectional encoder of text, or of images followed by text, with its connector."""
+
+    def __init__(self, config: MetaLMConfig, name: str) -> None:
+        super().__init__()
+        sizes = config.encoders[name]
+        hidden = sizes["hidden_size"]
+        self.config = config
+        self.patch_size = sizes["patch_size"]
+        self.token_embedding = nn.Embedding(config.vocab_size, hidden)
+        self.text_positions = nn.Embedding(sizes["max_text_positions"], hidden)
+        if self.patch_size is not None:
+            self.patch_embedding = nn.Linear(3 * self.patch_size**2, hidden)
+            self.image_positions = nn.Embedding((sizes["image_size"] // self.patch_size) ** 2, hidden)
+        self.layers = nn.ModuleList(
+            MetaLMEncoderLayer(config, name) for _ in range(sizes["num_hidden_layers"])
+        )
+        pre_norm = sizes["normalization"] == "pre_ln"
+        self.final_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
+        self.connector = _connector(sizes["connector"], hidden, config.hidden_size)
+
+    def forward(self, input_ids: Tensor, num_elements: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Encode spans, padded to the longest.
+
+        Args:
+            input_ids: [K, L]; image tokens, if any, come first.
+            num_elements: [K] real elements of each span.
+            pixel_values: [images, 3, height, width] in [-1, 1], those of the spans that have one, in order.
+
+        Returns:
+            [K, L, decoder's hidden size].
+        """
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        real = index < num_elements[:, None]
+        is_patch = real & (input_ids == self.config.image_token_id)
+        num_patches = is_patch.sum(dim=1, keepdim=True)
+        last = self.text_positions.num_embeddings - 1
+        hidden = self.token_embedding(input_ids)
+        hidden = hidden + self.text_positions((index - num_patches).clamp(min=0, max=last))
+        if pixel_values is not None:
+            patches = self.patch_embedding(self._cut(pixel_values.to(hidden.dtype)))
+            patches = patches + self.image_positions.weight
+            hidden = hidden.masked_scatter(is_patch[..., None], patches)
+        mask = create_bidirectional_mask(self.config, hidden, real)
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return self.connector(self.final_norm(hidden))
+
+    def _cut(self, pixels: Tensor) -> Tensor:
+        """[images, 3, height, width] to patches [images, patches, rows * columns * channels]."""
+        images, channels, height, width = pixels.shape
+        patch = self.patch_size
+        cells = pixels.view(images, channels, height // patch, patch, width // patch, patch)
+        return cells.permute(0, 2, 4, 3, 5, 1).reshape(images, -1, patch * patch * channels)
+
+
+class MetaLMEncoders(nn.ModuleDict):
+    """All encoders of a model, by name."""
+
+    def __init__(self, config: MetaLMConfig) -> None:
+        super().__init__({name: MetaLMEncoder(config, name) for name in config.encoders})
+        self.image_token_id = config.image_token_id
+
+    def dock(self, hidden: Tensor, spans: Spans, pixel_values: Tensor | None) -> Tensor:
+        """Encode the spans and put their vectors where they stand in the decoder's input.
+
+        Args:
+            hidden: [B, S', decoder's hidden size]; S' may be longer than the spans' S, by generated tokens.
+            spans: of the first S positions.
+            pixel_values: of all images, row after row.
+
+        Raises:
+            ValueError: the number of images is not that of the image spans.
+        """
+        starts = spans.image_starts(self.image_token_id)
+        given = 0 if pixel_values is None else pixel_values.shape[0]
+        if int(starts.sum()) != given:
+            raise ValueError(f"the prompts have {int(starts.sum())} image(s), pixel_values has {given}")
+        for place, encoder in enumerate(self.values(), start=1):
+            rows, columns = (spans.encoders == place).nonzero(as_tuple=True)  # [N], row after row
+            if not len(rows):
+                continue
+            own = pixel_values
+            if pixel_values is not None:
+                own = pixel_values[spans.encoders[starts] == place]
+                own = own if len(own) else None
+            vectors = _encode(encoder, spans.input_ids[rows, columns], rows, spans.numbers[rows, columns], own)
+            hidden = hidden.index_put((rows, columns), vectors.to(hidden.device, hidden.dtype))
+        return hidden
+
+
+def _encode(
+    encoder: MetaLMEncoder, ids: Tensor, rows: Tensor, numbers: Tensor, pixel_values: Tensor | None
+) -> Tensor:
+    """The vectors [N, ...] of the docked positions [N], through a padded grid of spans."""
+    is_first = torch.ones_like(rows, dtype=torch.bool)
+    is_first[1:] = (rows[1:] != rows[:-1]) | (numbers[1:] != numbers[:-1])
+    span = is_first.cumsum(dim=0) - 1
+    lengths = span.bincount()
+    element = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(dim=0) - lengths)[span]
+    padded = ids.new_zeros(len(lengths), int(lengths.max()))
+    padded[span, element] = ids
+    return encoder(padded, lengths, pixel_values)[span, element]
+
+
+def _connector(kind: str, encoder_size: int, decoder_size: int) -> nn.Sequential:
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(encoder_size, decoder_size))
+    return nn.Sequential(
+        nn.Linear(encoder_size, decoder_size),
+        nn.GELU(),
+        nn.Linear(decoder_size, decoder_size),
+        nn.GELU(),
+        nn.Linear(decoder_size, decoder_size),
+    )

@@ -1,0 +1,289 @@
+"""MetaLM in transformers: a causal decoder into whose input the vectors of encoders are docked.
+
+Follows "Language Models are General-Purpose Interfaces" (arXiv 2206.06336). Shape letters: B rows,
+S positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_metalm import MetaLMConfig
+from .encoder_metalm import MetaLMEncoders, Spans, spans_of_images
+from .layers_metalm import MetaLMCausalAttention, MetaLMDecoderLayer, MetaLMLayer
+
+EMBEDDING_STD = 0.02
+
+
+def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
+    """Sines at even and cosines at odd dimensions (Vaswani et al., 2017); [...] to [..., D] float32."""
+    exponents = torch.arange(0, hidden_size, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[..., None] * torch.exp(exponents * (-math.log(10000.0) / hidden_size))
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+class MetaLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initial weights."""
+
+    config_class = MetaLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MetaLMDecoderLayer", "MetaLMEncoder")
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MetaLMDecoderLayer, "attentions": MetaLMCausalAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            decoder = module is self.get_input_embeddings()
+            init.normal_(module.weight, std=self.config.hidden_size**-0.5 if decoder else EMBEDDING_STD)
+        elif isinstance(module, nn.Linear) and module.bias is not None:
+            init.xavier_normal_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MetaLMLayer):
+            attention, feed_forward = module.self_attn, module.mlp
+            for part in (attention.v_proj, attention.o_proj, feed_forward.up_proj, feed_forward.down_proj):
+                init.xavier_normal_(part.weight, gain=module.init_gain)
+
+
+class MetaLMModel(MetaLMPreTrainedModel):
+    """Decoder and encoders, without the output layer."""
+
+    def __init__(self, config: MetaLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            MetaLMDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        pre_norm = config.normalization == "pre_ln"
+        self.final_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
+        )
+        self.encoders = MetaLMEncoders(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        span_input_ids: Tensor | None = None,
+        span_encoders: Tensor | None = None,
+        span_numbers: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder over tokens and docked vectors.
+
+        Args:
+            input_ids: [B, S] int64, with the image token wherever an encoder's vector is docked.
+            attention_mask: [B, S] with 0 at padding; positions count from the first real token.
+            position_ids: [B, S] or [1, S].
+            past_key_values: a dynamic or static cache.
+            inputs_embeds: [B, S, D] in place of `input_ids`, as `get_input_embeddings()` gives them.
+            pixel_values: [images, 3, height, width], x / 127.5 - 1 of 8-bit pixels, row after row.
+            span_input_ids, span_encoders, span_numbers: [B, S] each, see `Spans`. Without them every
+                `num_patches` image tokens are one image of `pixel_values`.
+            use_cache: answer with a cache.
+
+        Raises:
+            ValueError: both or none of `input_ids` and `inputs_embeds`; spans and images do not match.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        hidden = inputs_embeds * self.config.hidden_size**0.5
+        spans = _spans(self.config, input_ids, pixel_values, span_input_ids, span_encoders, span_numbers)
+        if spans is not None:
+            hidden = self.encoders.dock(hidden, spans, pixel_values)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = _positions(hidden, attention_mask, past_key_values)
+        hidden = hidden + sinusoidal_positions(position_ids, self.config.hidden_size).to(hidden.dtype)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        for layer in self.layers:
+            hidden = layer(hidden, mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_norm(hidden), past_key_values=past_key_values
+        )
+
+
+class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
+    """MetaLM with its output layer, the decoder's own embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MetaLMConfig) -> None:
+        super().__init__(config)
+        self.model = MetaLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        span_input_ids: Tensor | None = None,
+        span_encoders: Tensor | None = None,
+        span_numbers: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where labels are given; arguments as `MetaLMModel.forward`, and:
+
+        Args:
+            labels: [B, S] int64, `input_ids` with -100 where nothing is to be predicted: padding, and
+                the tokens inside a span after its first.
+            logits_to_keep: so many last positions, or the positions of a vector; 0 for all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            span_input_ids=span_input_ids,
+            span_encoders=span_encoders,
+            span_numbers=span_numbers,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        span_input_ids: Tensor | None = None,
+        span_encoders: Tensor | None = None,
+        span_numbers: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The next forward's inputs; spans and images only while their positions are not in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        spans = _spans(self.config, input_ids, pixel_values, span_input_ids, span_encoders, span_numbers)
+        embedded = inputs.get("inputs_embeds")
+        fed = (inputs["input_ids"] if embedded is None else embedded).shape[1]
+        start = input_ids.shape[1] - fed if embedded is None else 0
+        if spans is None or start >= spans.numbers.shape[1]:
+            return inputs
+        ahead = spans.from_column(start)
+        if pixel_values is not None:
+            starts = spans.image_starts(self.config.image_token_id)
+            pixel_values = pixel_values[starts.nonzero()[:, 1] >= start]
+        return inputs | {
+            "pixel_values": None if pixel_values is None or not len(pixel_values) else pixel_values,
+            "span_input_ids": ahead.input_ids,
+            "span_encoders": ahead.encoders,
+            "span_numbers": ahead.numbers,
+        }
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat each row for its beams, its images together."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None:
+            names = ("span_input_ids", "span_encoders", "span_numbers")
+            spans = _spans(self.config, input_ids, pixel_values, *(model_kwargs.get(name) for name in names))
+            model_kwargs |= zip(names, (spans.input_ids, spans.encoders, spans.numbers), strict=True)
+            counts = spans.image_starts(self.config.image_token_id).sum(dim=1).tolist()
+            rows = pixel_values.split(counts)
+            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        return input_ids, model_kwargs | ({} if pixel_values is None else {"pixel_values": pixel_values})
+
+
+def _spans(
+    config: MetaLMConfig,
+    input_ids: Tensor | None,
+    pixel_values: Tensor | None,
+    span_input_ids: Tensor | None,
+    span_encoders: Tensor | None,
+    span_numbers: Tensor | None,
+) -> Spans | None:
+    given = (span_input_ids, span_encoders, span_numbers)
+    if any(part is not None for part in given):
+        if any(part is None for part in given):
+            raise ValueError("span_input_ids, span_encoders and span_numbers belong together")
+        return Spans(*given)
+    if pixel_values is None:
+        return None
+    if input_ids is None:
+        raise ValueError("with inputs_embeds, images need the span tensors")
+    return spans_of_images(input_ids, config)
+
+
+def _positions(hidden: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    """[B, S] or [1, S], counted from each row's first real token."""
+    length = hidden.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return (torch.arange(length, device=hidden.device) + past)[None]
+
+
+__all__ = ["MetaLMForConditionalGeneration", "MetaLMModel", "MetaLMPreTrainedModel"]

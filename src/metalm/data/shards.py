@@ -1,0 +1,135 @@
+"""What one shard holds: a record per usable sample, and a count of the others by cause.
+
+A shard is scanned by its tar headers alone. What they show to be unusable (no caption, a truncated member,
+...) never enters the index, so that training meets only samples worth reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from metalm.config.schema import SourceKind
+from metalm.data.tar import Member, TarEnd, scan_members
+
+MAX_MEMBER_BYTES = 256 << 20
+"""A larger member makes its sample unusable: it would be read into memory whole."""
+
+FORMATS = ("u16", "u32", "txt", "jpg", "png", "webp")
+"""Formats of a main member, in the order of their codes in the index."""
+TOKEN_DTYPES: dict[str, np.dtype] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+
+RECORD = np.dtype(
+    [
+        ("offset", "<u8"),  # of the sample's first header in the shard
+        ("size", "<u4"),  # from there to the end of the last member, padded to the block
+        ("main_offset", "<u4"),  # token, text or image member, from `offset`
+        ("main_size", "<u4"),
+        ("caption_offset", "<u4"),  # .txt of a pair, from `offset`; size 0: there is none
+        ("caption_size", "<u4"),
+        ("json_offset", "<u4"),  # .json of a pair, likewise
+        ("json_size", "<u4"),
+        ("format", "u1"),  # of the main member, index into FORMATS
+    ],
+    align=True,
+)
+
+_IMAGE_SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
+_KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of an index. `skipped` counts the samples left out, by cause."""
+
+    name: str
+    size: int
+    sha256: str
+    num_samples: int
+    skipped: dict[str, int]
+
+
+def scan_shard(
+    path: Path, kind: SourceKind, *, max_member_bytes: int = MAX_MEMBER_BYTES
+) -> tuple[Shard, np.ndarray]:
+    """Reads one shard: its entry for the index, and the records [num_samples] of its usable samples."""
+    size = path.stat().st_size
+    if size == 0:
+        return Shard(path.name, 0, hashlib.sha256().hexdigest(), 0, {"empty_shard": 1}), np.zeros(0, RECORD)
+    records: list[tuple[int, ...]] = []
+    skipped: Counter[str] = Counter()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        members: dict[str, Member] = {}
+        key, fault = "", ""
+
+        def finish_sample() -> None:
+            if members:
+                outcome = fault or _record(members, kind)
+                if isinstance(outcome, str):
+                    skipped[outcome] += 1
+                else:
+                    records.append(outcome)
+
+        for item in scan_members(data):
+            if isinstance(item, TarEnd):
+                if item is TarEnd.CLOSED:
+                    finish_sample()
+                else:
+                    # The last sample may lack a member: it goes with what was cut off.
+                    skipped[item.value] += 1
+                break
+            match = _KEY_AND_SUFFIX.fullmatch(item.name)
+            if match is None or PurePosixPath(item.name).name.startswith("__"):
+                continue
+            if match[1] != key:
+                finish_sample()
+                members, key, fault = {}, match[1], ""
+            suffix = match[2].lower()
+            if suffix in members:
+                fault = fault or "duplicate_member"
+            elif item.size > max_member_bytes:
+                fault = "oversize_member"
+            elif item.name.startswith("/") or ".." in PurePosixPath(item.name).parts:
+                fault = fault or "unsafe_name"
+            members[suffix] = item
+        digest = hashlib.sha256(data).hexdigest()
+    # Padding bytes must be zero: the index is named after its content.
+    table = np.zeros(len(records), RECORD)
+    table[:] = records
+    return Shard(path.name, size, digest, len(table), dict(sorted(skipped.items()))), table
+
+
+def _record(members: dict[str, Member], kind: SourceKind) -> tuple[int, ...] | str:
+    """The record of a sample, or why it is not usable."""
+    start = min(member.header_offset for member in members.values())
+    end = max(member.end for member in members.values())
+    if end - start > 0xFFFFFFFF:
+        return "oversize_member"
+    caption = description = None
+    if kind == "text":
+        suffix = next((suffix for suffix in ("u16", "u32", "txt") if suffix in members), "")
+        if not suffix:
+            return "missing_text"
+        if suffix in TOKEN_DTYPES and members[suffix].size % TOKEN_DTYPES[suffix].itemsize:
+            return "partial_token"
+        if members[suffix].size == 0:
+            return "empty_text"
+    else:
+        images = [suffix for suffix in members if suffix in _IMAGE_SUFFIXES]
+        if len(images) != 1:
+            return "several_images" if images else "missing_image"
+        suffix = images[0]
+        caption, description = members.get("txt"), members.get("json")
+        if not ((caption and caption.size) or (description and description.size)):
+            return "missing_caption"
+    main = members[suffix]
+    fields = [start, end - start, main.offset - start, main.size]
+    for member in (caption, description):
+        fields += [member.offset - start, member.size] if member else [0, 0]
+    return (*fields, FORMATS.index(_IMAGE_SUFFIXES.get(suffix, suffix)))

@@ -1,0 +1,45 @@
+"""What the ranks decide together between steps: to go on, to stop, or to fail with one message."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from metalm.errors import MetaLMError
+
+
+class Verdict(enum.IntEnum):
+    """In the order of urgency: the highest that any rank asks for holds for all."""
+
+    GO_ON = 0
+    STOP = 1
+    FAIL = 2
+
+
+def agree(own: Verdict) -> Verdict:
+    """The most urgent verdict of all ranks.
+
+    Collective: all ranks, over gloo.
+    """
+    asked = torch.tensor(int(own))
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    return Verdict(int(asked))
+
+
+def raise_together(error: MetaLMError | None) -> None:
+    """Raise on every rank what any rank met, so that none waits for one that is gone.
+
+    Raises:
+        MetaLMError: of the first rank that has one.
+
+    Collective: all ranks.
+    """
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if error is None else (type(error), str(error)))
+    for found in told:
+        if found is not None:
+            kind, message = found
+            raise kind(message) from error

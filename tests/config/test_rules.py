@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from metalm.config import load_config
+from metalm.config.rules import check_topology
+from metalm.errors import ConfigError, TopologyError
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO = REPOSITORY / "pipelines" / "demo.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.decoder.num_heads=5", "model.decoder.hidden_size = 192 is not divisible by num_heads = 5"),
+        ("model.encoders.text.num_heads=3", "model.encoders.text.hidden_size = 128 is not divisible"),
+        ("model.encoders.scene.image.patch_size=7", "image_size = 48 is not divisible by patch_size = 7"),
+        ("model.encoders.scene.image=null", "has no `image` section, but the source holds pairs"),
+        ("data.sources.scenes.encoder=null", "pairs need an encoder with images"),
+        ("data.sources.text.encoder=txt", "'txt' is not in model.encoders (text, scene)"),
+        ("data.spans.max_length=64", "data.spans.max_length = 64 is above model.encoders.text.max_text"),
+        ("data.spans.min_length=33", "min_length = 33 is above data.spans.max_length = 32"),
+        ("data.sequence_length=16", "16 patches, start, one caption token and end do not fit"),
+        ("data.lanes=7", "training.global_batch_size = 16 is not divisible by data.lanes = 7"),
+        ("training.schedule.warmup_steps=99999", "warmup_steps = 99999 is not below training.steps"),
+        ("deepspeed.decoder=deepspeed_configs/absent.json", "absent.json does not exist"),
+    ],
+)
+def test_contradictions_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEMO, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ({"zero_optimization": {"stage": 1}, "optimizer": {}}, [], "holds optimizer, which the pipeline owns"),
+        ({"zero_optimization": {"stage": 0}}, [], "stage must be 1, 2 or 3, not 0"),
+        ({}, [], "stage must be 1, 2 or 3, not None"),
+        (
+            {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+            ["training.precision=bf16"],
+            "use stage 2",
+        ),
+    ],
+)
+def test_deepspeed_json_is_checked(tmp_path: Path, content: dict, overrides: list[str], message: str) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as caught:
+        load_config(DEMO, [f"deepspeed.decoder={path}", *overrides])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8, 16, 32])
+def test_fitting_layouts_pass(world_size: int) -> None:
+    check_topology(load_config(DEMO, ["training.micro_batch_size=1"]), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (3, [], "3 rank(s) cannot be split into tensor-parallel groups of 2"),
+        (1, [], "1 rank(s) cannot be split"),
+        (4, ["parallel.tensor=4"], "model.decoder.num_heads = 6 is not divisible by parallel.tensor = 4"),
+        (6, ["parallel.tensor=2"], "data.lanes = 16 is not divisible by 3 data-parallel ranks"),
+        (4, [], "16 is not divisible by 2 data-parallel ranks x training.micro_batch_size = 16"),
+    ],
+)
+def test_impossible_layouts_are_named(world_size: int, overrides: list[str], message: str) -> None:
+    with pytest.raises(TopologyError) as caught:
+        check_topology(load_config(DEMO, overrides), world_size)
+    assert message in str(caught.value)

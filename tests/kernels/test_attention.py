@@ -1,0 +1,260 @@
+"""Every backend against the float64 dense reference, in values and all gradients.
+
+The Triton kernels run in Triton's interpreter on CPU, and compiled where there is a GPU.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from metalm.kernels import (
+    IntervalMask,
+    RelativeBias,
+    backend_counts,
+    interval_attention,
+    reset_backend_counts,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is used where there is no GPU")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+backends = pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        pytest.param("tiled", "cpu", id="tiled"),
+        pytest.param("triton", "cpu", id="triton-interpreted", marks=on_cpu),
+        pytest.param("triton", "cuda", id="triton-compiled", marks=on_gpu),
+    ],
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    table: Tensor
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> "Inputs":
+        return Inputs(*(x.detach().to(device, dtype).requires_grad_() for x in self))
+
+
+def draw_inputs(
+    batch_size: int,
+    num_heads: int,
+    num_queries: int,
+    head_size: int,
+    *,
+    num_keys: int | None = None,
+    num_key_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    keys = (batch_size, num_key_heads or num_heads, num_keys or num_queries, head_size)
+    queries = (batch_size, num_heads, num_queries, head_size)
+    shapes = (queries, keys, keys, queries, (num_heads, 32))
+    # Through the low precision: the float64 reference gets exactly the same numbers.
+    return Inputs(*(torch.randn(shape, generator=generator).to(dtype) for shape in shapes))
+
+
+def run(
+    backend: str, inputs: Inputs, mask: IntervalMask, *, bias: bool = False, **options: object
+) -> list[Tensor]:
+    """Output and gradients of q, k, v and, with a bias, its table; in float64 on CPU."""
+    reset_backend_counts()
+    relative = RelativeBias(inputs.table) if bias else None
+    mask = mask.to(inputs.q.device)
+    out = interval_attention(inputs.q, inputs.k, inputs.v, mask, bias=relative, backend=backend, **options)
+    assert backend_counts() == {backend: 1}
+    assert out.dtype == inputs.q.dtype
+    wanted = [inputs.q, inputs.k, inputs.v, *([inputs.table] if bias else [])]
+    grads = torch.autograd.grad(out, wanted, inputs.grad)
+    return [x.detach().cpu().double() for x in (out, *grads)]
+
+
+def run_sdpa(inputs: Inputs, mask: IntervalMask) -> list[Tensor]:
+    """PyTorch's own attention in the same dtype, with the dense mask; rows that see nothing see all."""
+    dense = mask.to_dense()[:, None].to(inputs.q.device)
+    dense = dense | ~dense.any(-1, keepdim=True)
+    groups = inputs.q.shape[1] // inputs.k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (inputs.k, inputs.v))
+    out = torch.nn.functional.scaled_dot_product_attention(inputs.q, k, v, attn_mask=dense)
+    grads = torch.autograd.grad(out, [inputs.q, inputs.k, inputs.v], inputs.grad)
+    return [x.detach().cpu().double() for x in (out, *grads)]
+
+
+def check_against_sdpa(
+    backend: str, device: str, inputs: Inputs, mask: IntervalMask, dtype: torch.dtype
+) -> None:
+    """Errors of at most twice those of SDPA, or of four float32 roundings where it makes none.
+
+    Roundings are those of the products, of order one, also where they cancel: gradients of one-key rows.
+    """
+    seen = (mask.end > mask.start)[:, None, :, None]
+    inputs = inputs._replace(grad=inputs.grad * seen)
+    reference = run("dense", inputs.to(torch.float64), mask)
+    ours = run(backend, inputs.to(dtype, device), mask)
+    peers = run_sdpa(inputs.to(dtype, device), mask)
+    peers[0] = peers[0] * seen
+    for name, exact, value, peer in zip(("out", "q", "k", "v"), reference, ours, peers, strict=True):
+        rounding = max(float(exact.abs().max()), 1.0) * torch.finfo(torch.float32).eps
+        allowed = max(2 * float((peer - exact).abs().max()), 4 * rounding)
+        error = float((value - exact).abs().max())
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@backends
+@pytest.mark.parametrize("length", [1, 17, 63, 111, 128, 1000])
+def test_packed_documents_with_spans(
+    backend: str, device: str, length: int, make_documents: Callable[..., IntervalMask]
+) -> None:
+    if length == 1000 and backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter takes minutes at 1000; tiled and the compiled kernels run it")
+    inputs = draw_inputs(2, 2, length, 16)
+    for seed in range(2 if device == "cpu" else 5):
+        check_against_sdpa(backend, device, inputs, make_documents(2, length, seed), torch.float32)
+
+
+@backends
+@dtypes
+def test_every_dtype_with_grouped_heads(
+    backend: str, device: str, dtype: torch.dtype, make_documents: Callable[..., IntervalMask]
+) -> None:
+    inputs = draw_inputs(2, 4, 63, 32, num_key_heads=2, dtype=dtype)
+    check_against_sdpa(backend, device, inputs, make_documents(2, 63, 3), dtype)
+
+
+@backends
+@pytest.mark.parametrize("head_size", [32, 80, 128, 256])
+def test_head_sizes(
+    backend: str, device: str, head_size: int, make_documents: Callable[..., IntervalMask]
+) -> None:
+    check_against_sdpa(
+        backend, device, draw_inputs(1, 1, 40, head_size), make_documents(1, 40, 0), torch.float32
+    )
+
+
+@backends
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(63, 111), (111, 50)])
+def test_any_intervals_over_other_numbers_of_keys(
+    backend: str, device: str, num_queries: int, num_keys: int, make_intervals: Callable[..., IntervalMask]
+) -> None:
+    inputs = draw_inputs(2, 1, num_queries, 16, num_keys=num_keys)
+    mask = make_intervals(2, num_queries, num_keys, 0)
+    check_against_sdpa(backend, device, inputs, mask, torch.float32)
+
+
+@backends
+def test_one_key_rows(backend: str, device: str) -> None:
+    position = torch.arange(40, dtype=torch.int32)[None]
+    mask = IntervalMask(position, position + 1, 40)
+    inputs = draw_inputs(1, 2, 40, 16).to(torch.float32, device)
+    out, grad_q, grad_k, grad_v = run(backend, inputs, mask)
+    assert torch.equal(out, inputs.v.detach().cpu().double())
+    # A softmax over one key is constant; only rounding in (gradient of the weight - its mean) is left.
+    assert grad_q.abs().max() < 1e-5
+    assert grad_k.abs().max() < 1e-5
+    torch.testing.assert_close(grad_v, inputs.grad.detach().cpu().double(), rtol=1e-6, atol=1e-6)
+
+
+@backends
+def test_empty_rows_give_zeros_and_zero_gradients(backend: str, device: str) -> None:
+    mask = IntervalMask.padded(torch.tensor([20, 0]), 50)
+    inputs = draw_inputs(2, 2, 50, 16).to(torch.float32, device)
+    for result in run(backend, inputs, mask):
+        assert result[0, :, :20].abs().min() > 0
+        assert not result[0, :, 20:].any()
+        assert not result[1].any()
+
+
+@backends
+def test_mask_of_one_row_holds_for_the_batch(backend: str, device: str) -> None:
+    inputs = draw_inputs(3, 1, 40, 16)
+    shared = run(backend, inputs.to(torch.float32, device), IntervalMask.causal(40))
+    repeated = run(backend, inputs.to(torch.float32, device), IntervalMask.causal(40, batch_size=3))
+    for one, other in zip(shared, repeated, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    check_against_sdpa(backend, device, inputs, IntervalMask.causal(40), torch.float32)
+
+
+@backends
+def test_permuted_inputs(backend: str, device: str) -> None:
+    """Megatron's layout: memory order [S, B, H, D]."""
+    inputs = draw_inputs(2, 2, 33, 16).to(torch.float32, device)
+    permuted = Inputs(
+        *(
+            x.detach().permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3).requires_grad_()
+            for x in inputs[:4]
+        ),
+        inputs.table,
+    )
+    mask = IntervalMask.causal(33)
+    for plain, other in zip(run(backend, inputs, mask), run(backend, permuted, mask), strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-6)
+
+
+@backends
+@pytest.mark.parametrize("length", [17, 111])
+def test_bias_and_the_gradient_of_its_table(
+    backend: str, device: str, length: int, make_documents: Callable[..., IntervalMask]
+) -> None:
+    inputs, mask = draw_inputs(2, 2, length, 16), make_documents(2, length, 1)
+    reference = run("dense", inputs.to(torch.float64), mask, bias=True)
+    ours = run(backend, inputs.to(torch.float32, device), mask, bias=True)
+    for exact, value in zip(reference, ours, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_dropout_drops_what_the_reference_drops(
+    backend: str, device: str, make_documents: Callable[..., IntervalMask]
+) -> None:
+    inputs, mask = draw_inputs(2, 4, 63, 16, num_key_heads=2), make_documents(2, 63, 2)
+    options = {"dropout": 0.3, "dropout_seed": 2**40 + 7, "dropout_head_offset": 5}
+    reference = run("dense", inputs.to(torch.float64), mask, **options)
+    ours = run(backend, inputs.to(torch.float32, device), mask, **options)
+    undropped = run("dense", inputs.to(torch.float64), mask)
+    assert (reference[0] - undropped[0]).abs().max() > 0.1
+    for exact, value in zip(reference, ours, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_scale(backend: str, device: str) -> None:
+    inputs, mask = draw_inputs(1, 1, 33, 16), IntervalMask.causal(33)
+    reference = run("dense", inputs.to(torch.float64), mask, scale=0.7, bias=True)
+    ours = run(backend, inputs.to(torch.float32, device), mask, scale=0.7, bias=True)
+    for exact, value in zip(reference, ours, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_of_many_keys_are_joined() -> None:
+    """More than one rectangle of keys per tile, which short rows never reach."""
+    inputs = draw_inputs(1, 1, 140, 16, num_keys=2600)
+    check_against_sdpa("tiled", "cpu", inputs, IntervalMask.causal(140, 2600), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_kernels_never_wait_for_the_device_nor_compile_again(
+    make_documents: Callable[..., IntervalMask],
+) -> None:
+    from metalm.kernels.triton_forward import forward_kernel
+
+    inputs = draw_inputs(2, 2, 128, 64, dtype=torch.bfloat16).to(torch.bfloat16, "cuda")
+    run("triton", inputs, make_documents(2, 128, 0))
+    compiled = sum(len(cache[0]) for cache in forward_kernel.fn.device_caches.values())
+    mask = make_documents(2, 128, 1).to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = interval_attention(inputs.q, inputs.k, inputs.v, mask)
+        torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert backend_counts()["triton"] == 2
+    assert compiled == sum(len(cache[0]) for cache in forward_kernel.fn.device_caches.values())

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from distributed.tiny import LENGTH, tiny_config
+
+from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.model.decoder import Decoder, decoder_draw
+from metalm.model.deepnorm import deepnorm_alpha, deepnorm_divisor
+from metalm.model.encoder import EncoderBank, encoder_draw
+from metalm.model.initialization import initialize_parameters
+from metalm.model.parameters import count_decoder, count_encoder, count_encoders
+from metalm.model.positions import sinusoidal_positions
+from metalm.parallel.topology import Topology
+
+
+def test_deepnorm_constants_of_the_paper() -> None:
+    assert deepnorm_alpha(24) == pytest.approx(2.6321, abs=5e-5)
+    assert deepnorm_divisor(24) == pytest.approx(3.7224, abs=5e-5)
+
+
+def test_sinusoidal_positions_equal_the_formula() -> None:
+    found = sinusoidal_positions(torch.tensor([[0, 1], [7, 2047]]), 8)
+    for row, positions in enumerate(((0, 1), (7, 2047))):
+        for column, position in enumerate(positions):
+            for i in range(0, 8, 2):
+                angle = position / 10000 ** (i / 8)
+                assert found[row, column, i].item() == pytest.approx(math.sin(angle), abs=2e-4)
+                assert found[row, column, i + 1].item() == pytest.approx(math.cos(angle), abs=2e-4)
+
+
+@pytest.mark.parametrize("normalization", ["deepnorm", "pre_ln"])
+def test_counts_equal_the_built_modules(topology: Topology, normalization: str) -> None:
+    config = tiny_config("unused").model
+    decoder = config.decoder.model_copy(update={"normalization": normalization})
+    config = config.model_copy(update={"decoder": decoder})
+    built = sum(p.numel() for p in Decoder(config, LENGTH, topology).parameters())
+    assert count_decoder(config, 1).total == count_decoder(config, 1).per_rank == built
+    assert count_encoders(config).total == sum(p.numel() for p in EncoderBank(config).parameters())
+
+
+def test_counts_of_the_papers_language_setting() -> None:
+    encoder = EncoderConfig(num_layers=24, hidden_size=1024, num_heads=16, max_text_positions=512)
+    decoder = DecoderConfig(num_layers=24, hidden_size=2048, num_heads=32)
+    config = ModelConfig(vocab_size=64_001, vocab_multiple=1, decoder=decoder, encoders={"text": encoder})
+    assert count_decoder(config, 1).total == pytest.approx(1339.7e6, rel=1e-3)
+    connector = 1025 * 2048
+    assert count_encoder(encoder, config) - connector == pytest.approx(368.4e6, rel=1e-3)
+
+
+def test_count_of_the_papers_vision_language_decoder() -> None:
+    decoder = DecoderConfig(num_layers=24, hidden_size=1024, num_heads=16)
+    config = ModelConfig(vocab_size=50_257, vocab_multiple=1, decoder=decoder)
+    assert count_decoder(config, 1).total == pytest.approx(353.8e6, rel=1e-3)
+
+
+def test_deepnorm_divides_values_and_outputs_but_not_queries_and_keys(topology: Topology) -> None:
+    config = ModelConfig(
+        vocab_size=128, decoder=DecoderConfig(num_layers=1, hidden_size=256, num_heads=4, ffn_hidden_size=256)
+    )
+    decoder = Decoder(config, LENGTH, topology)
+    initialize_parameters(decoder, "decoder", 1, lambda name: decoder_draw(config.decoder, name), 0, 1)
+    weights = {name.rsplit(".", 2)[-2]: p for name, p in decoder.named_parameters() if p.dim() == 2}
+    xavier, divisor = (2 / 512) ** 0.5, 8**0.25
+    by_kind = weights["linear_qkv"].view(4, 3, 64, 256)
+    for kind, scale in ((0, 1.0), (1, 1.0), (2, divisor)):
+        assert by_kind[:, kind].std().item() == pytest.approx(xavier / scale, rel=0.03)
+    for name in ("linear_proj", "linear_fc1", "linear_fc2"):
+        assert weights[name].std().item() == pytest.approx(xavier / divisor, rel=0.03)
+
+
+def test_initial_weights_of_an_encoder_do_not_depend_on_the_others() -> None:
+    config = tiny_config("unused").model
+    fewer = config.model_copy(update={"encoders": {"text": config.encoders["text"]}})
+    banks = []
+    for one in (config, fewer):
+        bank = EncoderBank(one)
+        initialize_parameters(bank, "encoders", 1, lambda name, one=one: encoder_draw(one, name), 0, 1)
+        banks.append(dict(bank.named_parameters()))
+    assert all(torch.equal(parameter, banks[0][name]) for name, parameter in banks[1].items())
