@@ -23,7 +23,8 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     except MetaLMError as error:
         # Ranks raise such errors together: one of them speaks.
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+            program = Path(sys.argv[0]).name.replace("__main__.py", "metalm")
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130

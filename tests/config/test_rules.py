@@ -21,8 +21,8 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.decoder.num_heads=5", "model.decoder.hidden_size = 192 is not divisible by num_heads = 5"),
-        ("model.encoders.text.num_heads=3", "model.encoders.text.hidden_size = 128 is not divisible"),
+        ("model.decoder.num_heads=7", "model.decoder.hidden_size = 128 is not divisible by num_heads = 7"),
+        ("model.encoders.text.num_heads=7", "model.encoders.text.hidden_size = 96 is not divisible"),
         ("model.encoders.scene.image.patch_size=7", "image_size = 48 is not divisible by patch_size = 7"),
         ("model.encoders.scene.image=null", "has no `image` section, but the source holds pairs"),
         ("data.sources.scenes.encoder=null", "pairs need an encoder with images"),
@@ -72,7 +72,7 @@ def test_fitting_layouts_pass(world_size: int) -> None:
     [
         (3, [], "3 rank(s) cannot be split into tensor-parallel groups of 2"),
         (1, [], "1 rank(s) cannot be split"),
-        (4, ["parallel.tensor=4"], "model.decoder.num_heads = 6 is not divisible by parallel.tensor = 4"),
+        (8, ["parallel.tensor=8"], "model.decoder.num_heads = 4 is not divisible by parallel.tensor = 8"),
         (6, ["parallel.tensor=2"], "data.lanes = 16 is not divisible by 3 data-parallel ranks"),
         (4, [], "16 is not divisible by 2 data-parallel ranks x training.micro_batch_size = 16"),
     ],

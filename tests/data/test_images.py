@@ -99,6 +99,7 @@ def png_of_stated_size(width: int, height: int) -> bytes:
     )
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1, 12_000, 60_000])
 def test_bombs_are_refused_by_their_header(side: int) -> None:
     with pytest.raises(BadSample) as failure:

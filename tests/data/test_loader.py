@@ -266,6 +266,11 @@ def test_signals_to_the_whole_group_leave_the_workers_to_their_parent(config: Ru
             next(data)
 
 
+def test_workers_do_not_pay_for_torch() -> None:
+    program = "import sys, metalm.data.workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
 def test_an_error_in_a_worker_is_the_error_of_the_step(
     config: RunConfig, text_source: Callable[..., Path]
 ) -> None:
@@ -298,7 +303,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("end", "code"), [("killed", -signal.SIGKILL), ("failed", 1), ("done", 0)])
+@pytest.mark.parametrize(("end", "code"), [("killed", -signal.SIGKILL), ("failed", 1)])
 def test_no_worker_outlives_its_parent(config: RunConfig, tmp_path: Path, end: str, code: int) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)

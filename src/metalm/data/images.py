@@ -7,7 +7,6 @@ JPEGs are decoded at the smallest of libjpeg's scales that is still at least the
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image
@@ -30,10 +29,7 @@ def decode_image(data: bytes | memoryview, *, image_size: int | None = None) -> 
         BadSample: `image_bomb` (more than MAX_PIXELS by its header) or `undecodable_image`.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow's own size warning comes before ours, from a process-wide limit.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=DECODERS)
+        image = Image.open(io.BytesIO(data), formats=DECODERS)
         if image.width * image.height > MAX_PIXELS:
             raise BadSample("image_bomb")
         if image_size is not None and image.format == "JPEG":

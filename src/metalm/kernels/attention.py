@@ -58,8 +58,8 @@ def interval_attention(
         ValueError: shapes, dtypes, devices or options that do not fit together, or a forced backend that
             cannot run here.
     """
-    _check(q, k, v, mask, dropout, bias)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    _check(q, k, v, mask, scale, dropout, bias)
     seeds = row_seeds(dropout_seed, q.shape[0], q.device) if dropout > 0.0 else None
     by_distance = None if bias is None else bias.by_distance(mask.num_queries, mask.num_keys)
     backend = _choose(q) if backend is None else backend
@@ -99,7 +99,13 @@ def _choose(q: Tensor) -> Backend:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, dropout: float, bias: RelativeBias | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    dropout: float,
+    bias: RelativeBias | None,
 ) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
@@ -122,6 +128,8 @@ def _check(
         )
     if mask.device != q.device:
         raise ValueError(f"mask is on {mask.device}, q on {q.device}; move it once with mask.to(device)")
+    if not scale > 0.0:
+        raise ValueError(f"scale is {scale}, expected a positive number")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}, expected at least 0 and below 1")
     if bias is not None and bias.table.shape[0] != num_heads:

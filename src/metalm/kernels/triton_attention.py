@@ -40,8 +40,12 @@ def triton_attention(
         )
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(f"the triton backend needs CUDA or TRITON_INTERPRET=1, got tensors on {q.device}")
+    dtype = q.dtype
+    if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
+        # The interpreter multiplies the bits of bfloat16 as integers, and truncates where hardware rounds.
+        q, k, v = q.float(), k.float(), v.float()
     out: Tensor = _TritonAttention.apply(q, k, v, bias, seeds, mask, scale, dropout, head_offset)
-    return out
+    return out.to(dtype)
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -128,8 +132,6 @@ def _scalars(scale: float, dropout: float, head_offset: int, q: Tensor, k: Tenso
 
 def _meta(q: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any]:
     head_size = q.shape[-1]
-    # TF32 would lose thirteen bits of a float32 product.
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
     return {
         "HEAD_SIZE": head_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
@@ -137,7 +139,8 @@ def _meta(q: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any
         "HAS_DROPOUT": seeds is not None,
         # Contraction of multiply and add, which Triton is about to turn off by default.
         "enable_fp_fusion": True,
-        "PRECISION": "interpreted" if triton.knobs.runtime.interpret else precision,
+        # TF32 would lose thirteen bits of a float32 product.
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
 
 

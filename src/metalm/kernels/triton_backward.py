@@ -15,7 +15,6 @@ import triton.language as tl
 from metalm.kernels.triton_tile import (
     add_bias,
     block_range,
-    dot,
     keep_pairs,
     load_rows,
     prune_configs,
@@ -59,15 +58,14 @@ def _query_block(
     keys = first_key + tl.arange(0, BLOCK_K)
     k = load_rows(k_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     v = load_rows(v_ptr, stride_v, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
-    nothing = tl.zeros((queries.shape[0], BLOCK_K), tl.float32)
-    raw = dot(q, tl.trans(k), nothing, PRECISION)
+    raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_BIAS:
         raw = add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys)
     weights = tl.exp2(raw * scale_log2 - log_sum[:, None])
     if PARTIAL:
         visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
         weights = tl.where(visible, weights, 0.0)
-    grad_weights = dot(grad, tl.trans(v), nothing, PRECISION)
+    grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keep = keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K)
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
@@ -76,7 +74,7 @@ def _query_block(
         inside = (queries < num_queries)[:, None] & (keys < num_keys)[None, :]
         distance = keys[None, :] - queries[:, None] + num_queries - 1
         tl.atomic_add(grad_bias_ptr + distance, grad_scores, mask=inside, sem="relaxed")
-    return dot(grad_scores.to(k.dtype), k, grad_q, PRECISION)
+    return tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
 
 
 @triton.autotune(
@@ -234,8 +232,7 @@ def _key_block(
         log_sum = tl.load(log_sum_ptr + queries)
         delta = tl.load(delta_ptr + queries)
     # Everything is [keys, queries] here, so that both gradients accumulate without a transposed copy.
-    nothing = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
-    raw = dot(k, tl.trans(q), nothing, PRECISION)
+    raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if HAS_BIAS:
         bias = add_bias(
             tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), bias_ptr, queries, keys, num_queries, num_keys
@@ -245,15 +242,15 @@ def _key_block(
     if PARTIAL:
         visible = (queries[None, :] >= query_start[:, None]) & (queries[None, :] < query_end[:, None])
         weights = tl.where(visible, weights, 0.0)
-    grad_weights = dot(v, tl.trans(grad), nothing, PRECISION)
+    grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     dropped = weights
     if HAS_DROPOUT:
         keep = tl.trans(keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K))
         dropped = tl.where(keep, weights * keep_scale, 0.0)
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-    grad_v = dot(dropped.to(grad.dtype), grad, grad_v, PRECISION)
+    grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
     grad_scores = weights * (grad_weights - delta[None, :])
-    grad_k = dot(grad_scores.to(q.dtype), q, grad_k, PRECISION)
+    grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 
 

@@ -12,7 +12,6 @@ from metalm.kernels.triton_tile import (
     LOWEST,
     add_bias,
     block_range,
-    dot,
     keep_pairs,
     load_rows,
     prune_configs,
@@ -53,7 +52,7 @@ def _attend_block(
 ):
     keys = first_key + tl.arange(0, BLOCK_K)
     k = load_rows(k_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
-    raw = dot(q, tl.trans(k), tl.zeros((queries.shape[0], BLOCK_K), tl.float32), PRECISION)
+    raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_BIAS:
         raw = add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys)
     if PARTIAL:
@@ -67,7 +66,7 @@ def _attend_block(
         keep = keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K)
         weights = tl.where(keep, weights * keep_scale, 0.0)
     v = load_rows(v_ptr, stride_v, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
-    acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], PRECISION)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
 
 

@@ -51,14 +51,6 @@ def store_rows(ptr, stride, rows, num_rows, values, HEAD_SIZE: tl.constexpr, BLO
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32. Triton's interpreter would multiply the bits of bfloat16 as integers."""
-    if PRECISION == "interpreted":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def block_range(first, last, inside, num_others, BLOCK: tl.constexpr):
     """Blocks of the other side for rows with intervals `[first, last)`; all results are multiples of BLOCK.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from metalm.data.pictures import caption_picture
 from metalm.model.flops import count_training_flops
 from metalm.parallel.topology import Topology
 from metalm.training.evaluate import Sample
+from metalm.training.metrics import append_metrics, drop_superseded
 from metalm.training.step import StepResult
-
-METRICS_NAME = "metrics.jsonl"
 
 PEAK_TFLOPS_BF16 = {
     # Dense tensor-core peaks from the vendors' data sheets; the first name found in the device's name holds.
@@ -56,10 +54,10 @@ class Monitor:
         self._began, self._first_step = time.perf_counter(), first_step
         self._peak_tflops = config.monitor.peak_tflops or _peak_tflops(topology, config)
         self._writer: SummaryWriter | None = None
-        self._metrics = run_folder / "logs" / METRICS_NAME
+        self._run_folder = run_folder
         if topology.rank == 0:
             self._writer = SummaryWriter(run_folder / "tensorboard", purge_step=first_step)
-            _drop_superseded(self._metrics, first_step)
+            drop_superseded(run_folder, first_step)
 
     def count(self, micro_batches: list[SemiCausalBatch], wait_s: float) -> None:
         """Add one step's batches, in host memory, and the seconds that the step waited for them."""
@@ -118,8 +116,7 @@ class Monitor:
         assert self._writer is not None
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-        with self._metrics.open("a") as handle:
-            handle.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+        append_metrics(self._run_folder, step, figures)
         self._writer.flush()
 
     def write_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
@@ -179,23 +176,6 @@ class Monitor:
             f"{figures['speed/tokens_per_second']:.0f} tokens/s  "
             f"data wait {figures['speed/data_wait_share']:.0%}  left {_clock(left_s)}"
         )
-
-
-def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """All figures written so far, one dictionary per write, in order."""
-    path = run_folder / "logs" / METRICS_NAME
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
-def _drop_superseded(path: Path, first_step: int) -> None:
-    if not path.exists():
-        return
-    kept = [e for e in read_metrics(path.parent.parent) if e["step"] < first_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    partial.replace(path)
 
 
 def _add_counters(parts: list[Mapping[str, int | float]]) -> dict[str, float]:

@@ -254,8 +254,8 @@ def test_unusable_lists_are_data_errors(
 
 def test_the_tool_reports_and_ends_with_exit_codes(table: Path, run_tool: RunTool, tmp_path: Path) -> None:
     options = ["--out", tmp_path / "out", "--shard-images", 30, "--processes", 1]
-    code, out, _ = run_tool("prepare_image_text.py", table, *options)
-    assert code == 0 and "2 shards" in out
+    code, out, err = run_tool("prepare_image_text.py", table, *options)
+    assert code == 0 and "2 shards" in out, err
     code, _, err = run_tool("prepare_image_text.py", tmp_path / "no.csv", "--out", tmp_path / "other")
     assert code == 65 and "No such file" in err and "Traceback" not in err
     code, _, err = run_tool("prepare_image_text.py", table, "--out", tmp_path / "out", "--resize", 0)

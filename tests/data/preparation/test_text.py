@@ -223,7 +223,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_never_killed(
     written = {shard: shard.stat().st_mtime_ns for shard in out.glob("*.tar")}
     receipts = len(list((out / "preparation" / "receipts").glob("*.json")))
 
-    assert run_tool(*command, out)[0] == 0
+    code, _, err = run_tool(*command, out)
+    assert code == 0, err
     untouched = [shard for shard, mtime_ns in written.items() if shard.stat().st_mtime_ns == mtime_ns]
     assert len(untouched) >= receipts >= 1
     prepare_text([path], tmp_path / "whole", tokenizer_folder, shard_bytes=1 << 18, backend="huggingface")
@@ -322,7 +323,7 @@ def test_mistakes_end_with_a_message_and_an_exit_code(
 ) -> None:
     arguments = [str(corpus_file) if argument == "{corpus}" else argument for argument in arguments]
     found, _, err = run_tool("prepare_text.py", *arguments, "--out", tmp_path / "out")
-    assert found == code
+    assert found == code, err
     assert message in err and "Traceback" not in err
     assert not list((tmp_path / "out").glob("*.tar"))
 
@@ -335,7 +336,7 @@ def test_damage_in_a_worker_reaches_the_user(corpus_file: Path, run_tool: RunToo
         *tmp_path.glob("*.gz"),
         *("--store", "text", "--processes", 2, "--out", tmp_path / "out"),
     )
-    assert code == 65
+    assert code == 65, err
     assert "is damaged" in err and "Traceback" not in err
 
 

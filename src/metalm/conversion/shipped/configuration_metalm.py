@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-ENCODER_DEFAULTS = {
+ENCODER_DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 32,
     "num_attention_heads": 2,

@@ -29,11 +29,20 @@ class Spans:
     numbers: Tensor
     """Tells apart the spans of a row, from 1; 0 outside spans."""
 
-    def from_column(self, start: int) -> Spans:
-        """Without the columns before `start`."""
-        return Spans(self.input_ids[:, start:], self.encoders[:, start:], self.numbers[:, start:])
+    def columns(self, start: int, stop: int) -> Spans:
+        """The spans of columns [start, stop), relative to `start`.
 
-    def image_starts(self, image_token_id: int) -> Tensor:
+        Raises:
+            ValueError: a span lies across a border.
+        """
+        for border in (start, stop):
+            if 0 < border < self.numbers.shape[1]:
+                left, right = self.numbers[:, border - 1], self.numbers[:, border]
+                if bool(((left == right) & (right > 0)).any()):
+                    raise ValueError(f"a span lies across position {border}, where the input was cut")
+        return Spans(*(part[:, start:stop] for part in (self.input_ids, self.encoders, self.numbers)))
+
+    def image_starts(self, image_token_id: int | None) -> Tensor:
         """[B, S] bool: the first patch of each image."""
         before = functional.pad(self.numbers, (1, 0))[:, :-1]
         return (self.numbers != before) & (self.numbers > 0) & (self.input_ids == image_token_id)
@@ -45,9 +54,9 @@ def spans_of_images(input_ids: Tensor, config: MetaLMConfig) -> Spans:
     Raises:
         ValueError: the model has no image encoder, or a row's image tokens do not make whole images.
     """
-    if config.image_encoder is None:
+    if config.image_encoder is None or config.image_token_id is None:
         raise ValueError("pixel_values were given, but this model has no image encoder")
-    placeholder = input_ids == config.image_token_id
+    placeholder = input_ids.eq(config.image_token_id)
     count = placeholder.cumsum(dim=1)
     if bool((count[:, -1] % config.num_patches).any()):
         raise ValueError(
@@ -97,7 +106,7 @@ class MetaLMEncoder(nn.Module):
         last = self.text_positions.num_embeddings - 1
         hidden = self.token_embedding(input_ids)
         hidden = hidden + self.text_positions((index - num_patches).clamp(min=0, max=last))
-        if pixel_values is not None:
+        if pixel_values is not None and len(pixel_values):
             patches = self.patch_embedding(self._cut(pixel_values.to(hidden.dtype)))
             patches = patches + self.image_positions.weight
             hidden = hidden.masked_scatter(is_patch[..., None], patches)
@@ -140,17 +149,15 @@ class MetaLMEncoders(nn.ModuleDict):
             rows, columns = (spans.encoders == place).nonzero(as_tuple=True)  # [N], row after row
             if not len(rows):
                 continue
-            own = pixel_values
-            if pixel_values is not None:
-                own = pixel_values[spans.encoders[starts] == place]
-                own = own if len(own) else None
-            vectors = _encode(encoder, spans.input_ids[rows, columns], rows, spans.numbers[rows, columns], own)
+            own = None if pixel_values is None else pixel_values[spans.encoders[starts] == place]
+            ids, numbers = spans.input_ids[rows, columns], spans.numbers[rows, columns]
+            vectors = _encode(encoder, ids, rows, numbers, own)
             hidden = hidden.index_put((rows, columns), vectors.to(hidden.device, hidden.dtype))
         return hidden
 
 
 def _encode(
-    encoder: MetaLMEncoder, ids: Tensor, rows: Tensor, numbers: Tensor, pixel_values: Tensor | None
+    encoder: nn.Module, ids: Tensor, rows: Tensor, numbers: Tensor, pixel_values: Tensor | None
 ) -> Tensor:
     """The vectors [N, ...] of the docked positions [N], through a padded grid of spans."""
     is_first = torch.ones_like(rows, dtype=torch.bool)

@@ -122,7 +122,7 @@ class MetaLMLayer(GradientCheckpointingLayer):
         super().__init__()
         self.post_norm = normalization == "deepnorm"
         self.residual_scale = (2 * num_layers) ** 0.25 if self.post_norm else 1.0
-        self.init_gain = (8 * num_layers) ** -0.25 if self.post_norm else (2 * num_layers) ** -0.5
+        self.num_layers = num_layers
         self.self_attn = attention
         self.attention_norm = nn.LayerNorm(hidden_size, eps=eps)
         self.mlp = MetaLMFeedForward(hidden_size, intermediate_size)

@@ -61,9 +61,14 @@ class MetaLMPreTrainedModel(PreTrainedModel):
             init.xavier_normal_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, MetaLMLayer):
-            attention, feed_forward = module.self_attn, module.mlp
-            for part in (attention.v_proj, attention.o_proj, feed_forward.up_proj, feed_forward.down_proj):
-                init.xavier_normal_(part.weight, gain=module.init_gain)
+            # DeepNorm scales what passes values through; pre-LN what is added to the residual stream.
+            post_norm, depth = module.post_norm, module.num_layers
+            scaled = [module.self_attn.o_proj, module.mlp.down_proj]
+            scaled += [module.self_attn.v_proj, module.mlp.up_proj] if post_norm else []
+            for part in scaled:
+                init.xavier_normal_(
+                    part.weight, gain=(8 * depth) ** -0.25 if post_norm else (2 * depth) ** -0.5
+                )
 
 
 class MetaLMModel(MetaLMPreTrainedModel):
@@ -216,20 +221,21 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         """The next forward's inputs; spans and images only while their positions are not in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         spans = _spans(self.config, input_ids, pixel_values, span_input_ids, span_encoders, span_numbers)
-        embedded = inputs.get("inputs_embeds")
-        fed = (inputs["input_ids"] if embedded is None else embedded).shape[1]
-        start = input_ids.shape[1] - fed if embedded is None else 0
+        cache = inputs.get("past_key_values")
+        start = 0 if cache is None else int(cache.get_seq_length())
         if spans is None or start >= spans.numbers.shape[1]:
             return inputs
-        ahead = spans.from_column(start)
+        embedded = inputs.get("inputs_embeds")
+        stop = start + (inputs["input_ids"] if embedded is None else embedded).shape[1]
+        fed = spans.columns(start, stop)
         if pixel_values is not None:
-            starts = spans.image_starts(self.config.image_token_id)
-            pixel_values = pixel_values[starts.nonzero()[:, 1] >= start]
+            column = spans.image_starts(self.config.image_token_id).nonzero()[:, 1]
+            pixel_values = pixel_values[(column >= start) & (column < stop)]
         return inputs | {
-            "pixel_values": None if pixel_values is None or not len(pixel_values) else pixel_values,
-            "span_input_ids": ahead.input_ids,
-            "span_encoders": ahead.encoders,
-            "span_numbers": ahead.numbers,
+            "pixel_values": pixel_values,
+            "span_input_ids": fed.input_ids,
+            "span_encoders": fed.encoders,
+            "span_numbers": fed.numbers,
         }
 
     def _expand_inputs_for_generation(
@@ -244,6 +250,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             names = ("span_input_ids", "span_encoders", "span_numbers")
             spans = _spans(self.config, input_ids, pixel_values, *(model_kwargs.get(name) for name in names))
+            assert spans is not None
             model_kwargs |= zip(names, (spans.input_ids, spans.encoders, spans.numbers), strict=True)
             counts = spans.image_starts(self.config.image_token_id).sum(dim=1).tolist()
             rows = pixel_values.split(counts)
@@ -265,11 +272,10 @@ def _spans(
     span_encoders: Tensor | None,
     span_numbers: Tensor | None,
 ) -> Spans | None:
-    given = (span_input_ids, span_encoders, span_numbers)
-    if any(part is not None for part in given):
-        if any(part is None for part in given):
-            raise ValueError("span_input_ids, span_encoders and span_numbers belong together")
-        return Spans(*given)
+    if span_input_ids is not None and span_encoders is not None and span_numbers is not None:
+        return Spans(span_input_ids, span_encoders, span_numbers)
+    if span_input_ids is not None or span_encoders is not None or span_numbers is not None:
+        raise ValueError("span_input_ids, span_encoders and span_numbers belong together")
     if pixel_values is None:
         return None
     if input_ids is None:

@@ -1,0 +1,261 @@
+"""Prompts and images to the model's inputs: what the encoders read is marked in the prompt.
+
+    <span>some text</span>            the text encoder reads it, the decoder sees its vectors
+    <image>                           the image encoder reads the next image
+    <span><image>some text</span>     the image encoder reads the next image and the text together
+    <span:NAME>...</span>             the encoder NAME reads it
+
+Everything else is text that the decoder reads itself. A prompt starts with `<s>`, as documents did in
+training. Markers are looked for in the string, before tokens are made; they are no tokens themselves.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+
+IMAGE_MARKER = "<image>"
+_MARKED = re.compile(r"<span(?::(?P<encoder>[a-z][a-z0-9_]*))?>(?P<text>.*?)</span>|<image>", re.DOTALL)
+_LEFT_OVER = re.compile(r"</?span(?::[a-z0-9_]*)?>")
+
+
+class Prompt(NamedTuple):
+    """One prompt; the first four are of its length. See `Spans` in encoder_metalm.py."""
+
+    input_ids: list[int]
+    span_input_ids: list[int]
+    span_encoders: list[int]
+    span_numbers: list[int]
+    num_images: int
+
+
+class MetaLMProcessor(ProcessorMixin):
+    """Tokenizer and image preparation in one."""
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        encoders: dict[str, dict[str, int]] | None = None,
+        image_encoder: str | None = None,
+        text_encoder: str | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        """Made by `AutoProcessor.from_pretrained`.
+
+        Args:
+            encoders: by name, in the model's order, `max_text_positions` and `num_patches` (0: text only).
+            image_encoder: reads images whose span names none.
+            text_encoder: reads texts whose span names none.
+            image_size: pixels per side.
+        """
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.encoders = encoders or {}
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.image_size = image_size
+        self.image_token = IMAGE_MARKER
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call may answer with."""
+        spans = ["span_input_ids", "span_encoders", "span_numbers"] if self.encoders else []
+        return ["input_ids", "attention_mask", *spans, *(["pixel_values"] if self.image_encoder else [])]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        max_length: int | None = None,
+        truncation: bool = False,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Prepare prompts for the model.
+
+        Args:
+            images: one, a list in the order of the prompts' image markers, or a list per prompt. Each is a
+                PIL image, [height, width, 3] uint8, the bytes or the path of an image file, or a URL.
+            text: one prompt or several.
+            add_special_tokens: put `<s>` before prompts that do not start with it.
+            padding: False, True (to the longest prompt) or "max_length".
+            padding_side: "left" for generation.
+            max_length: length with padding "max_length", else the longest prompt allowed.
+            truncation: cutting would tear spans, so True is refused.
+            return_tensors: "pt", "np" or None for lists.
+
+        Returns:
+            `input_ids` and `attention_mask`; span tensors if there is a span; `pixel_values` [images, 3,
+            height, width] float32 if there is an image.
+
+        Raises:
+            ValueError: a prompt's markers, length or images do not fit the model.
+        """
+        if text is None:
+            raise ValueError("text is missing; the prompt of an image by itself is '<image>'")
+        if truncation:
+            raise ValueError("truncation is not supported, because it would cut spans: shorten the prompt")
+        texts = [text] if isinstance(text, str) else list(text)
+        prompts = [self._prompt(one, add_special_tokens) for one in texts]
+        pixels = [self.prepare_image(image) for image in _flat_images(images, prompts)]
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        if max_length is not None and max(lengths) > max_length:
+            raise ValueError(f"the longest prompt has {max(lengths)} tokens, max_length is {max_length}")
+        if not padding:
+            width = None
+        else:
+            width = max_length if padding == "max_length" and max_length is not None else max(lengths)
+
+        def column(values: Sequence[Sequence[int]], filler: int) -> list[list[int]]:
+            return [_padded(row, width, filler, padding_side) for row in values]
+
+        data: dict[str, Any] = {
+            "input_ids": column([p.input_ids for p in prompts], self.tokenizer.pad_token_id),
+            "attention_mask": column([[1] * length for length in lengths], 0),
+        }
+        if any(any(p.span_numbers) for p in prompts):
+            data["span_input_ids"] = column([p.span_input_ids for p in prompts], self.tokenizer.pad_token_id)
+            data["span_encoders"] = column([p.span_encoders for p in prompts], 0)
+            data["span_numbers"] = column([p.span_numbers for p in prompts], 0)
+        if pixels:
+            data["pixel_values"] = torch.stack(pixels) if return_tensors == "pt" else np.stack(pixels)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def prepare_image(self, image: Any) -> torch.Tensor:
+        """One image as in training: opaque RGB, resized to a square, x / 127.5 - 1.
+
+        Returns:
+            [3, image_size, image_size] float32.
+
+        Raises:
+            ValueError: this model reads no images.
+        """
+        from PIL import Image
+
+        if self.image_size is None:
+            raise ValueError("an image was given, but this model reads text only")
+        side = self.image_size
+        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+            image = load_image(image)
+        elif isinstance(image, str | Path | bytes):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            if image.format == "JPEG":
+                image.draft("RGB", (side, side))
+        elif not isinstance(image, Image.Image):
+            image = Image.fromarray(np.asarray(image))
+        if image.mode != "RGB":
+            if image.has_transparency_data:
+                layer = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+            image = image.convert("RGB")
+        if image.size != (side, side):
+            image = image.resize((side, side), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pixels.to(torch.float32) / 127.5 - 1.0
+
+    def _prompt(self, text: str, add_special_tokens: bool) -> Prompt:
+        prompt = Prompt([], [], [], [], sum(1 for _ in re.finditer(IMAGE_MARKER, text)))
+        start = self.tokenizer.bos_token
+        if add_special_tokens and not text.startswith(start):
+            self._append(prompt, [self.tokenizer.bos_token_id], None)
+        number = 0
+        for piece, is_span, encoder in _pieces(text):
+            if not is_span:
+                self._append(prompt, self._ids(piece), None)
+                continue
+            number += 1
+            self._append(prompt, *self._span(piece, encoder), number)
+        return prompt
+
+    def _span(self, content: str, encoder: str | None) -> tuple[list[int], int]:
+        """Tokens that an encoder reads, image tokens for patches, and the encoder's place."""
+        has_image = content.startswith(IMAGE_MARKER)
+        words = content.removeprefix(IMAGE_MARKER)
+        if IMAGE_MARKER in words:
+            raise ValueError(f"in a span, one image comes first: {content!r}")
+        name = encoder or (self.image_encoder if has_image else self.text_encoder)
+        if name not in self.encoders:
+            known = ", ".join(self.encoders) or "none"
+            raise ValueError(f"no encoder {name or 'for this'!r} to read {content!r}; the model has: {known}")
+        sizes = self.encoders[name]
+        if has_image and not sizes["num_patches"]:
+            raise ValueError(f"encoder {name!r} reads no images: {content!r}")
+        ids = self._ids(words)
+        if len(ids) > sizes["max_text_positions"]:
+            raise ValueError(
+                f"encoder {name!r} reads at most {sizes['max_text_positions']} tokens, a span has {len(ids)}"
+            )
+        patches = [self.image_token_id] * (sizes["num_patches"] if has_image else 0)
+        if not patches and not ids:
+            raise ValueError("a span is empty")
+        return patches + ids, list(self.encoders).index(name) + 1
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _append(self, prompt: Prompt, ids: list[int], encoder: int | None, number: int = 0) -> None:
+        docked = encoder is not None
+        prompt.input_ids.extend([self.image_token_id] * len(ids) if docked else ids)
+        prompt.span_input_ids.extend(ids if docked else [self.tokenizer.pad_token_id] * len(ids))
+        prompt.span_encoders.extend([encoder or 0] * len(ids))
+        prompt.span_numbers.extend([number] * len(ids))
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool, str | None]]:
+    """Text, whether it is a span, and the encoder that the span names; empty text is left out."""
+    end = 0
+    for match in _MARKED.finditer(text):
+        yield from _plain(text[end : match.start()])
+        content = IMAGE_MARKER if match["text"] is None else match["text"]
+        if _LEFT_OVER.search(content):
+            raise ValueError(f"spans do not nest: {match[0]!r}")
+        yield content, True, match["encoder"]
+        end = match.end()
+    yield from _plain(text[end:])
+
+
+def _plain(text: str) -> Iterator[tuple[str, bool, None]]:
+    if found := _LEFT_OVER.search(text):
+        raise ValueError(f"{found[0]} has no counterpart in {text!r}")
+    if text:
+        yield text, False, None
+
+
+def _flat_images(images: Any, prompts: Sequence[Prompt]) -> list[Any]:
+    """All images in the order of the prompts, checked against the prompts' markers."""
+    counts = [prompt.num_images for prompt in prompts]
+    if images is None:
+        given = []
+    elif not isinstance(images, list | tuple):
+        given = [images]
+    elif images and all(isinstance(group, list | tuple) for group in images):
+        if [len(group) for group in images] != counts:
+            raise ValueError(
+                f"the prompts have {counts} image marker(s), images has {[len(group) for group in images]}"
+            )
+        given = [image for group in images for image in group]
+    else:
+        given = list(images)
+    if len(given) != sum(counts):
+        raise ValueError(f"the prompts have {sum(counts)} image marker(s), {len(given)} image(s) were given")
+    return given
+
+
+def _padded(values: Sequence[int], width: int | None, filler: int, side: str) -> list[int]:
+    padding = [filler] * (0 if width is None else width - len(values))
+    return [*padding, *values] if side == "left" else [*values, *padding]
+
+
+__all__ = ["MetaLMProcessor"]

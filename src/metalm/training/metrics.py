@@ -1,0 +1,40 @@
+"""The figures of a run as JSON Lines in `logs/metrics.jsonl`: readable without torch or TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def append_metrics(run_folder: Path, step: int, figures: Mapping[str, float]) -> None:
+    """Add the figures of a step."""
+    with _path(run_folder).open("a") as handle:
+        handle.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """All figures written so far, one dictionary per write, in order; a line cut short is left out."""
+    path = _path(run_folder)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def drop_superseded(run_folder: Path, first_step: int) -> None:
+    """Forget the figures of `first_step` and later: a resumed run writes them again."""
+    path = _path(run_folder)
+    if not path.exists():
+        return
+    kept = [entry for entry in read_metrics(run_folder) if entry["step"] < first_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    partial.replace(path)
+
+
+def _path(run_folder: Path) -> Path:
+    return run_folder / "logs" / METRICS_NAME

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from metalm.training.metrics import append_metrics, drop_superseded, read_metrics
+
+
+def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for step in range(1, 6):
+        append_metrics(tmp_path, step, {"loss": float(step)})
+    with (tmp_path / "logs" / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 6, "lo')  # the run was killed here
+    drop_superseded(tmp_path, 4)
+    append_metrics(tmp_path, 4, {"loss": 40.0})
+    assert [(e["step"], e["loss"]) for e in read_metrics(tmp_path)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 40.0),
+    ]
+
+
+def test_a_run_without_figures_has_none(tmp_path: Path) -> None:
+    drop_superseded(tmp_path, 1)
+    assert read_metrics(tmp_path) == []

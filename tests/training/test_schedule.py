@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from metalm.config import ScheduleConfig
+from metalm.training.schedule import learning_rate
+
+
+def test_warms_up_from_the_first_step_without_a_zero() -> None:
+    schedule = ScheduleConfig(warmup_steps=4)
+    rates = [learning_rate(step, 2.0, 100, schedule) for step in range(1, 5)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0])
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_decay_equals_torch(decay: str) -> None:
+    schedule = ScheduleConfig(warmup_steps=0, decay=decay, final_fraction=0.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    peer = (
+        torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=50)
+        if decay == "linear"
+        else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    )
+    for step in range(1, 51):
+        optimizer.step()
+        peer.step()
+        assert learning_rate(step, 0.3, 50, schedule) == pytest.approx(peer.get_last_lr()[0], abs=1e-9)
+
+
+def test_ends_at_the_final_fraction_and_stays() -> None:
+    for decay in ("linear", "cosine"):
+        schedule = ScheduleConfig(warmup_steps=10, decay=decay, final_fraction=0.1)
+        assert learning_rate(100, 1.0, 100, schedule) == pytest.approx(0.1)
+        assert learning_rate(500, 1.0, 100, schedule) == pytest.approx(0.1)
+    assert math.isclose(learning_rate(99, 1.0, 100, ScheduleConfig(warmup_steps=1, decay="constant")), 1.0)
