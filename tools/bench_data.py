@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
-from bench_data_peers import Peer, installed_peers, pack
+from bench_data_peers import installed_peers, pack
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -123,12 +124,12 @@ def measure(root: Path, text_mb: float, num_photographs: int, rounds: int) -> di
         print(what, {name: f"{value:,.4g}" for name, value in results[what].items()}, flush=True)
 
     restores = {"metalm": [restore_in(config_of(root, own), len(documents), f) for f in FRACTIONS]}
-    memory = {"metalm": memory_of_worker(config_of(root, own, workers=1))}
+    memory = {"metalm": in_fresh_process("memory_of_worker", root, own)}
     for peer in peers:
         folder = root / peer.name / first
         restores[peer.name] = [peer.restore(folder, fraction) for fraction in FRACTIONS]
-        if (used := memory_of_peer(peer, folder)) is not None:
-            memory[peer.name] = used
+        if peer.dataset(folder) is not None:
+            memory[peer.name] = in_fresh_process("memory_of_peer", peer.name, folder)
     results["restore at 1%, 50%, 99% (s)"] = restores
     results["memory of a worker (MiB)"] = memory
     results["memory after epochs 1 and 10 (MiB)"] = {"metalm": memory_over_epochs(config_of(root, own))}
@@ -290,19 +291,28 @@ def restore_in_a_million(root: Path) -> list[float]:
     return [restore_in(config_of(root, folder, lanes=64), 10**6, fraction) for fraction in FRACTIONS]
 
 
-def memory_of_worker(config: RunConfig) -> float:
+def in_fresh_process(function: str, *arguments: object) -> float:
+    """Calls a function of this file where a spawned worker does not import this file, as in training."""
+    call = f"import bench_data; print(bench_data.{function}(*{tuple(map(str, arguments))}))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", call], env=environment, capture_output=True, text=True, check=True
+    )
+    return float(run.stdout.splitlines()[-1])
+
+
+def memory_of_worker(root: str, folder: str) -> float:
     """Private MiB of a worker that has read a while."""
-    with closing(open_data(config)) as data:
-        for _ in itertools.islice(data, 40):
+    with closing(open_data(config_of(Path(root), Path(folder), workers=1))) as data:
+        for _ in itertools.islice(data, 16):
             pass
         return private_mib(data.worker_ids[0])
 
 
-def memory_of_peer(peer: Peer, folder: Path) -> float | None:
+def memory_of_peer(name: str, folder: str) -> float:
     """Private MiB of a spawned DataLoader worker of the peer that has read a while."""
-    dataset = peer.dataset(folder)
-    if dataset is None:
-        return None
+    (dataset,) = (peer.dataset(Path(folder)) for peer in installed_peers()[0] if peer.name == name)
+    assert dataset is not None
     loader = iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
     for _ in itertools.islice(loader, 3000):
         pass

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -64,7 +65,12 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     evaluate.add_argument("--samples", type=int, default=64, help="samples to generate per held-out source")
     evaluate.set_defaults(run=_evaluate)
 
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse does not take positional arguments up again after an option: `train X.yaml --dry-run a.b=c`.
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     return options.run(options)
 
 
@@ -77,6 +83,7 @@ def _train(options: argparse.Namespace) -> int | None:
         from metalm.training.plan import print_plan
 
         return print_plan(config, options.ranks or find_launch(os.environ).world_size)
+    _prepare_imports()
     from metalm.training.loop import train
 
     return train(config)
@@ -84,9 +91,20 @@ def _train(options: argparse.Namespace) -> int | None:
 
 def _evaluate(options: argparse.Namespace) -> int | None:
     from metalm.config import load_config
+
+    config = load_config(options.pipeline, options.overrides)
+    _prepare_imports()
     from metalm.training.evaluate import evaluate
 
-    return evaluate(load_config(options.pipeline, options.overrides), options.samples)
+    return evaluate(config, options.samples)
+
+
+def _prepare_imports() -> None:
+    """Tell DeepSpeed its device and keep Megatron's notes on what is not installed off the terminal."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
 
 
 if __name__ == "__main__":

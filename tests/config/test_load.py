@@ -31,7 +31,8 @@ def test_every_shipped_pipeline_loads(path: Path) -> None:
 
 def test_overrides_are_yaml_and_win() -> None:
     config = load_config(DEMO, ["run.name=x", "parallel.tensor=1", "training.optimizer.learning_rate=1e-4"])
-    assert (config.run.name, config.parallel.tensor, config.training.optimizer.learning_rate) == ("x", 1, 1e-4)
+    assert (config.run.name, config.parallel.tensor) == ("x", 1)
+    assert config.training.optimizer.learning_rate == 1e-4
 
 
 def test_extends_merges_in_order_and_null_removes(tmp_path: Path) -> None:

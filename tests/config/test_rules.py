@@ -44,7 +44,7 @@ def test_contradictions_are_named(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "overrides", "message"),
     [
-        ({"zero_optimization": {"stage": 1}, "optimizer": {}}, [], "holds optimizer, which the pipeline owns"),
+        ({"zero_optimization": {"stage": 1}, "optimizer": {}}, [], "holds optimizer, which the pipeline"),
         ({"zero_optimization": {"stage": 0}}, [], "stage must be 1, 2 or 3, not 0"),
         ({}, [], "stage must be 1, 2 or 3, not None"),
         (

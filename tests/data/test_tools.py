@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,3 +61,14 @@ def test_a_folder_without_shards_is_one_message(tmp_path: Path) -> None:
     assert done.returncode == 65
     assert done.stderr.strip().splitlines()[-1].startswith("index_shards.py: error:")
     assert "Traceback" not in done.stderr
+
+
+def test_the_benchmark_measures_every_loader_that_is_installed(tmp_path: Path) -> None:
+    arguments = ("--text-mb", 0.5, "--photographs", 2, "--rounds", 1, "--out", tmp_path / "bench.json")
+    done = run_tool("bench_data.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench.json").read_text())
+    for what in ("samples/s", "packed rows, Mtokens/s", "photographs of 256 pixels to 224, /s"):
+        assert results[what]["metalm"] > 0
+        assert results[what]["webdataset"] > 0
+    assert len(results["restore at 1%, 50%, 99% (s)"]["metalm"]) == 3

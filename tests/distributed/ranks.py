@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(__file__).parent / "programs"
-TESTS = Path(__file__).parents[1]
+_ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+    "PYTHONWARNINGS": "ignore",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def run_ranks(program: str, num_ranks: int, *arguments: str, timeout_s: int = 280) -> list[Any]:
@@ -34,7 +38,7 @@ def run_command(command: list[str], timeout_s: int, **environment: str) -> tuple
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
+        env={**os.environ, **_ENVIRONMENT, **environment},
     )
     try:
         output, _ = process.communicate(timeout=timeout_s)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from distributed.ranks import run_ranks
 from distributed.tiny import RATES, STEPS, global_batch, tiny_config
-from reference import training as reference
-
 from metalm.checkpoint.reader import CheckpointReader
+from reference import training as reference
 
 TOPOLOGIES = {"tp1_dp1": (1, 1), "tp2_dp1": (2, 1), "tp1_dp2": (1, 2), "tp2_dp2": (2, 2), "tp4_dp1": (4, 1)}
 ZERO_PAIRS = ("1,1", "1,3", "2,1", "2,3")

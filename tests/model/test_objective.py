@@ -6,11 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed.tiny import LENGTH, VOCAB, tiny_config, to_row
-from reference import model as plain
-from reference.rows import DOCUMENT, PAD, START, Document, PlainRow, Span, random_rows
-from reference.training import gradients
 
+from distributed.tiny import LENGTH, VOCAB, tiny_config, to_row
 from metalm.batch import SemiCausalBatch
 from metalm.config import ModelConfig
 from metalm.data.collate import collate
@@ -18,6 +15,9 @@ from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.topology import Topology
+from reference import model as plain
+from reference.rows import DOCUMENT, PAD, START, Document, PlainRow, Span, random_rows
+from reference.training import gradients
 
 
 class Model:
@@ -32,7 +32,7 @@ class Model:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         parts = {"decoder": self.decoder, "encoders": self.encoders}
-        return {f"{part}/{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+        return {f"{part}/{n}": p for part, module in parts.items() for n, p in module.named_parameters()}
 
     def batch(self, rows: list[PlainRow]) -> SemiCausalBatch:
         return collate(

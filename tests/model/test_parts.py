@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from distributed.tiny import LENGTH, tiny_config
 
+from distributed.tiny import LENGTH, tiny_config
 from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.deepnorm import deepnorm_alpha, deepnorm_divisor

@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 
 import torch
-from reference.rows import Document, PlainRow
 from torch import Tensor
 from torch.nn import functional
 
 from metalm.config import ModelConfig
+from reference.rows import Document, PlainRow
 
 Weights = dict[str, Tensor]
 
 
 def trained_targets(document: Document) -> list[int]:
-    """Indices t of the tokens that the objective predicts: e_i <= t <= s_{i+1}, with e_0 = 1, s_{k+1} = n - 1."""
+    """Indices t of the predicted tokens: e_i <= t <= s_{i+1}, with e_0 = 1 and s_{k+1} = n - 1."""
     starts = [span.start for span in document.spans] + [len(document.tokens) - 1]
     ends = [1] + [span.end for span in document.spans]
     return [t for end, start in zip(ends, starts, strict=True) for t in range(end, start + 1)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from reference.model import Weights, loss_sum
-from reference.rows import PlainRow
 
 from metalm.config import RunConfig
+from reference.model import Weights, loss_sum
+from reference.rows import PlainRow
 
 
 def gradients(rows: list[PlainRow], weights: Weights, config: RunConfig) -> tuple[float, Weights]:

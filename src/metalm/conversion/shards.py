@@ -69,7 +69,7 @@ def write_shards(
         ]
     stream = iter(tensors)
     for path, names in zip(paths, shards, strict=True):
-        _write_file(path, stream, {name: shapes[name] for name in names}, dtype)
+        write_safetensors(path, stream, {name: shapes[name] for name in names}, dtype)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         weight_map = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
@@ -78,9 +78,10 @@ def write_shards(
     return paths
 
 
-def _write_file(
+def write_safetensors(
     path: Path, tensors: Iterator[tuple[str, Tensor]], shapes: Mapping[str, Shape], dtype: torch.dtype
 ) -> None:
+    """Write one file: as many tensors of the stream as `shapes` has; see `write_shards`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

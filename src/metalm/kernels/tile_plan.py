@@ -22,6 +22,7 @@ class Tile(NamedTuple):
     """Queries `[query_first, query_last)` and all keys that any of them sees, `[key_first, key_last)`.
 
     Keys of `[full_first, full_last)` are seen by all of the queries; only the others need a test per element.
+    `is_causal`: the first query sees the first key alone, and each further query one key more.
     """
 
     query_first: int
@@ -30,35 +31,49 @@ class Tile(NamedTuple):
     key_last: int
     full_first: int
     full_last: int
+    is_causal: bool
+
+    @property
+    def is_full(self) -> bool:
+        return (self.full_first, self.full_last) == (self.key_first, self.key_last)
 
 
 def plan_tiles(mask: IntervalMask) -> list[list[Tile]]:
-    """The tiles of each mask row. They hold all visible pairs once, and no query that sees nothing."""
+    """Tiles of at most 128 queries of each mask row: all visible pairs once, no query that sees nothing."""
+    return _plan(mask, keep_runs=False)
+
+
+def plan_whole_runs(mask: IntervalMask) -> list[list[Tile]]:
+    """The same, but causal and full tiles may be of any length."""
+    return _plan(mask, keep_runs=True)
+
+
+def _plan(mask: IntervalMask, keep_runs: bool) -> list[list[Tile]]:
     starts, ends = mask.start.cpu().numpy(), mask.end.cpu().numpy()
-    return [_plan_row(start, end) for start, end in zip(starts, ends, strict=True)]
+    return [
+        [_tile(start, end, first, last) for first, last in _join(start, end, _pieces(start, end, keep_runs))]
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
-def _plan_row(start: np.ndarray, end: np.ndarray) -> list[Tile]:
-    tiles: list[Tile] = []
-    open_first = open_last = 0
-    for first, last in _pieces(start, end):
-        if last - open_first <= _MAX_QUERIES and first == open_last and open_last > open_first:
-            wasted = (last - open_first) * (end[last - 1] - start[open_first])
-            wasted -= (open_last - open_first) * (end[open_last - 1] - start[open_first])
-            wasted -= (last - first) * (end[last - 1] - start[first])
-            if wasted <= _MAX_WASTED_PAIRS:
-                open_last = last
-                continue
-        if open_last > open_first:
-            tiles.append(_tile(start, end, open_first, open_last))
-        open_first, open_last = first, last
-    if open_last > open_first:
-        tiles.append(_tile(start, end, open_first, open_last))
-    return tiles
+def _join(start: np.ndarray, end: np.ndarray, pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Joins neighbours while the rectangle around them is short and wastes little."""
+    joined = pieces[:1]
+    for first, last in pieces[1:]:
+        open_first, open_last = joined[-1]
+        wasted = (last - open_first) * (end[last - 1] - start[open_first])
+        wasted -= (open_last - open_first) * (end[open_last - 1] - start[open_first])
+        wasted -= (last - first) * (end[last - 1] - start[first])
+        fits = last - open_first <= _MAX_QUERIES and wasted <= _MAX_WASTED_PAIRS
+        if first == open_last and fits:
+            joined[-1] = (open_first, last)
+        else:
+            joined.append((first, last))
+    return joined
 
 
-def _pieces(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
-    """Runs of rows that see something and whose interval stays or grows key by key, at most one tile long."""
+def _pieces(start: np.ndarray, end: np.ndarray, keep_runs: bool) -> list[tuple[int, int]]:
+    """Runs of rows that see something and whose interval stays or grows key by key, cut to a tile's length."""
     visible = end > start
     growth = np.diff(end, prepend=end[:1])
     changes = (
@@ -67,18 +82,25 @@ def _pieces(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
         | (growth > 1)
         | (np.diff(growth, prepend=growth[:1]) != 0)
     )
-    edges = [0, *np.flatnonzero(changes[1:]) + 1, len(start)]
+    edges = [0, *(int(edge) + 1 for edge in np.flatnonzero(changes[1:])), len(start)]
     pieces: list[tuple[int, int]] = []
     for first, last in pairwise(edges):
         if last > first and visible[first]:
-            num_parts = -(-(last - first) // _MAX_QUERIES)
+            whole = keep_runs and (_is_causal(start, end, first, last) or end[first] == end[last - 1])
+            num_parts = 1 if whole else -(-(last - first) // _MAX_QUERIES)
             cuts = [first + (last - first) * part // num_parts for part in range(num_parts + 1)]
             pieces += pairwise(cuts)
-    return [(int(first), int(last)) for first, last in pieces]
+    return pieces
+
+
+def _is_causal(start: np.ndarray, end: np.ndarray, first: int, last: int) -> bool:
+    grows = start[first] + 1 + np.arange(last - first)
+    return bool((start[first:last] == start[first]).all() and (end[first:last] == grows).all())
 
 
 def _tile(start: np.ndarray, end: np.ndarray, first: int, last: int) -> Tile:
     key_last, full_first, full_last = int(end[last - 1]), int(start[last - 1]), int(end[first])
     if full_first >= full_last:
         full_first = full_last = key_last
-    return Tile(first, last, int(start[first]), key_last, full_first, full_last)
+    is_causal = _is_causal(start, end, first, last)
+    return Tile(first, last, int(start[first]), key_last, full_first, full_last, is_causal)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metalm.kernels.dropout import keep_tile
+from metalm.kernels.fused_tiles import fused_tiled_attention
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.relative_bias import add_bias_tile_gradient, bias_tile
 from metalm.kernels.tile_plan import Tile, plan_tiles
@@ -45,6 +46,8 @@ def tiled_attention(
     num_heads, groups = q.shape[1], q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if q.device.type == "cpu" and bias is None and seeds is None:
+        return fused_tiled_attention(q, k, v, mask, scale)
     options = _Options(mask, num_heads, scale, dropout, head_offset)
     out: Tensor = _TiledAttention.apply(q, k, v, bias, seeds, options)
     return out

@@ -98,6 +98,7 @@ class Monitor:
                 f"optimizer/gradient_norm_{name}": float(norm)
                 for name, norm in zip(("decoder", "encoders"), result.norms.parts, strict=False)
             },
+            "optimizer/skipped_steps": result.skipped_steps,
             "speed/tokens_per_second": positions / seconds,
             "speed/rows_per_second": rows / seconds,
             "speed/step_seconds": seconds / window.steps,

@@ -23,6 +23,8 @@ class StepResult:
     loss_sums: Tensor  # [sources] float64, nats over the trained positions of the global batch
     loss_counts: Tensor  # [sources] float64, trained positions
     norms: GradientNorms
+    skipped_steps: int
+    """Steps so far, over all resumes, whose gradients were not finite: neither engine moved."""
 
 
 def encode(engines: Engines, batch: SemiCausalBatch, topology: Topology) -> dict[str, Tensor]:
@@ -81,7 +83,7 @@ class TrainStep:
                 group["lr"] = learning_rate
         self._step_engines()
         dist.all_reduce(sums, group=topology.data_group)
-        return StepResult(sums, counts, norms)
+        return StepResult(sums, counts, norms, self._engines.decoder.skipped_steps)
 
     def _forward_backward(self, batch: SemiCausalBatch, scale: Tensor) -> Tensor:
         encoded = encode(self._engines, batch, self._topology)

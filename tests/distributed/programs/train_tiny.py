@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 from distributed.tiny import RATES, STEPS, global_batch, micro_batches, tiny_config
-
 from metalm.config import write_config
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
 from metalm.training.step import TrainStep
+
 
 def main() -> None:
     faulthandler.enable()

@@ -28,7 +28,6 @@ class MetaLMConfig(PreTrainedConfig):
         encoders: by name, in order, the keys of ENCODER_DEFAULTS. `image_size` and `patch_size` (pixels
             per side) are None for an encoder of text; `connector` is "linear" or "feed_forward".
         image_encoder: the encoder of images that come without span tensors.
-        text_encoder: the encoder of text spans that name none.
         image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
     """
 
@@ -47,7 +46,6 @@ class MetaLMConfig(PreTrainedConfig):
         layer_norm_eps: float = 1e-5,
         encoders: dict[str, dict[str, Any]] | None = None,
         image_encoder: str | None = None,
-        text_encoder: str | None = None,
         image_token_id: int | None = None,
         bos_token_id: int | None = 0,
         eos_token_id: int | None = 2,
@@ -66,7 +64,6 @@ class MetaLMConfig(PreTrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.encoders = {name: ENCODER_DEFAULTS | sizes for name, sizes in (encoders or {}).items()}
         self.image_encoder = image_encoder
-        self.text_encoder = text_encoder
         self.image_token_id = image_token_id
         self.use_cache = use_cache
         self.bos_token_id = bos_token_id

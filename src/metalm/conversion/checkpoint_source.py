@@ -1,0 +1,97 @@
+"""A checkpoint as conversion sees it: its config, its tokenizer and parameters that fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from metalm.checkpoint.folders import find_checkpoint
+from metalm.checkpoint.reader import CONFIG_NAME, CheckpointReader
+from metalm.config import RunConfig
+from metalm.config.load import load_resolved_config
+from metalm.conversion.mapping import Rule, conversion_rules
+from metalm.data.tokenizer import Tokenizer, load_tokenizer
+from metalm.errors import CheckpointError, DataError
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """One step of a run, checked against its own model config."""
+
+    folder: Path
+    config: RunConfig
+    provenance: dict[str, Any]
+    """Versions and commit that the run was started with."""
+    reader: CheckpointReader
+    tokenizer: Tokenizer
+    rules: list[Rule]
+
+    def read(self, component: str, name: str, dtype: torch.dtype) -> Tensor:
+        """A whole parameter, float32, with the precision of `dtype`."""
+        return self.reader.read(component, name).to(dtype).to(torch.float32)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The Hugging Face folder's tensors, in the order of the rules."""
+        for rule in self.rules:
+            yield from zip(rule.targets, rule.split(self.reader.read(rule.component, rule.name)), strict=True)
+
+
+def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> CheckpointSource:
+    """Open a run's newest checkpoint, or the one that `path` is, and hash all of it.
+
+    Args:
+        path: a run folder or a step folder.
+        tokenizer_path: where the tokenizer is now, if not where the run's config says.
+
+    Raises:
+        CheckpointError: damaged, partial, or not of the model that its config describes.
+        DataError: there is no tokenizer, or it is not the run's.
+    """
+    folder = find_checkpoint(path)
+    reader = CheckpointReader(folder, verify=True)
+    config = load_resolved_config(folder / CONFIG_NAME)
+    content = yaml.safe_load((folder / CONFIG_NAME).read_text())
+    rules = conversion_rules(config.model)
+    _check_parameters(reader, rules)
+    tokenizer = load_tokenizer(tokenizer_path or config.data.tokenizer)
+    _check_tokenizer(tokenizer, reader, config, tokenizer_path or config.data.tokenizer)
+    return CheckpointSource(folder, config, content.get("provenance", {}), reader, tokenizer, rules)
+
+
+def _check_parameters(reader: CheckpointReader, rules: list[Rule]) -> None:
+    found = {
+        (component, name): shape
+        for component in reader.components()
+        for name, shape in reader.parameters(component).items()
+    }
+    wanted = {(rule.component, rule.name): rule.shape for rule in rules}
+    problems = [f"lacks {'.'.join(key)}" for key in wanted.keys() - found.keys()]
+    problems += [f"holds {'.'.join(key)}, which the model has not" for key in found.keys() - wanted.keys()]
+    problems += [
+        f"holds {'.'.join(key)} of {list(found[key])}, the model needs {list(wanted[key])}"
+        for key in wanted.keys() & found.keys()
+        if wanted[key] != found[key]
+    ]
+    if problems:
+        lines = [f"  {problem}" for problem in sorted(problems)[:10]]
+        raise CheckpointError("\n".join([f"checkpoint {reader.folder} does not fit its config:", *lines]))
+
+
+def _check_tokenizer(tokenizer: Tokenizer, reader: CheckpointReader, config: RunConfig, path: Path) -> None:
+    if tokenizer.size > config.model.vocab_size:
+        raise DataError(
+            f"the tokenizer {path} has {tokenizer.size} ids, the model {config.model.vocab_size}: "
+            "give the run's own with --tokenizer"
+        )
+    trained_with = reader.state.get("tokenizer")
+    if trained_with is not None and trained_with != tokenizer.fingerprint:
+        raise DataError(
+            f"the run was trained with the tokenizer {trained_with[:16]}, but {path} is "
+            f"{tokenizer.fingerprint[:16]}: give the run's own with --tokenizer"
+        )

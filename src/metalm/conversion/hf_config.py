@@ -1,0 +1,150 @@
+"""The JSON files of an exported folder: configs of model, generation and processor, chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metalm.config import EncoderConfig, RunConfig
+from metalm.conversion.reference import LAYER_NORM_EPS
+from metalm.data.tokenizer import Tokenizer
+from metalm.errors import ConfigError
+
+SMALLEST_TRANSFORMERS = "5.17.0"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+FORMAT_NAME = "metalm_format_version"
+FORMAT_VERSION = 1
+
+SPAN_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set ns = namespace(images=0, text='') -%}
+{%- if message['content'] is string -%}
+{%- set ns.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{%- set ns.images = ns.images + 1 -%}
+{%- elif part['type'] == 'text' -%}{%- set ns.text = ns.text + part['text'] -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{{- ns.text -}}{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}
+{%- else -%}
+{%- for number in range(ns.images - 1) -%}{{- '<image>' -}}{%- endfor -%}
+{{- '<span>' -}}{%- if ns.images -%}{{- '<image>' -}}{%- endif -%}{{- ns.text -}}{{- '</span>' -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+"""Every turn but the assistant's is encoded, its last image with its text; paragraphs end answers."""
+
+
+def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, folder: Path) -> None:
+    """Write config.json, generation_config.json, processor_config.json and the chat template.
+
+    Raises:
+        ConfigError: the model has encoders of images of different sizes.
+    """
+    _write(folder / "config.json", model_config(config, tokenizer, dtype))
+    generation = {
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.document_id,
+        "pad_token_id": tokenizer.pad_id,
+        "transformers_version": SMALLEST_TRANSFORMERS,
+    }
+    _write(folder / "generation_config.json", generation)
+    _write(folder / "processor_config.json", processor_config(config))
+    if config.model.encoders:
+        (folder / CHAT_TEMPLATE_NAME).write_text(SPAN_TEMPLATE)
+
+
+def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json."""
+    model, decoder = config.model, config.model.decoder
+    return {
+        "model_type": "metalm",
+        "architectures": ["MetaLMForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_metalm.MetaLMConfig",
+            "AutoModel": "modeling_metalm.MetaLMModel",
+            "AutoModelForCausalLM": "modeling_metalm.MetaLMForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_metalm.MetaLMForConditionalGeneration",
+        },
+        FORMAT_NAME: FORMAT_VERSION,
+        "transformers_version": SMALLEST_TRANSFORMERS,
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": model.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_heads,
+        "intermediate_size": decoder.feed_forward_size,
+        "normalization": decoder.normalization,
+        "max_position_embeddings": config.data.sequence_length,
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "encoders": {name: _encoder(encoder) for name, encoder in model.encoders.items()},
+        "image_encoder": image_encoder(config),
+        "image_token_id": tokenizer.image_id,
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.document_id,
+        "pad_token_id": tokenizer.pad_id,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+    }
+
+
+def processor_config(config: RunConfig) -> dict[str, Any]:
+    """The content of processor_config.json."""
+    encoders = config.model.encoders
+    sizes = {encoder.image.image_size for encoder in encoders.values() if encoder.image}
+    if len(sizes) > 1:
+        raise ConfigError(f"encoders of images of different sizes ({sorted(sizes)}) cannot be exported")
+    return {
+        "processor_class": "MetaLMProcessor",
+        "auto_map": {"AutoProcessor": "processing_metalm.MetaLMProcessor"},
+        "encoders": {
+            name: {
+                "max_text_positions": encoder.max_text_positions,
+                "num_patches": encoder.image.num_patches if encoder.image else 0,
+            }
+            for name, encoder in encoders.items()
+        },
+        "image_encoder": image_encoder(config),
+        "text_encoder": text_encoder(config),
+        "image_size": next(iter(sizes), None),
+    }
+
+
+def image_encoder(config: RunConfig) -> str | None:
+    """The encoder that images go to: the one that pairs were trained with, else the first with images."""
+    return _trained_encoder(config, "image_text", lambda encoder: encoder.image is not None)
+
+
+def text_encoder(config: RunConfig) -> str | None:
+    """The encoder that text spans go to: the one that text was trained with, else the first for text."""
+    return _trained_encoder(config, "text", lambda encoder: encoder.image is None)
+
+
+def _trained_encoder(config: RunConfig, kind: str, fits: Callable[[EncoderConfig], bool]) -> str | None:
+    trained = [s.encoder for s in config.data.sources.values() if s.kind == kind and s.encoder]
+    fitting = [name for name, encoder in config.model.encoders.items() if fits(encoder)]
+    return next(iter([*trained, *fitting]), None)
+
+
+def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": encoder.num_layers,
+        "hidden_size": encoder.hidden_size,
+        "num_attention_heads": encoder.num_heads,
+        "intermediate_size": encoder.feed_forward_size,
+        "normalization": encoder.normalization,
+        "max_text_positions": encoder.max_text_positions,
+        "connector": encoder.connector,
+        "image_size": encoder.image.image_size if encoder.image else None,
+        "patch_size": encoder.image.patch_size if encoder.image else None,
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

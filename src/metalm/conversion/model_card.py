@@ -1,0 +1,174 @@
+"""The README.md of an exported folder: figures of the run, the proof, and snippets that run as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from metalm.conversion.checkpoint_source import CheckpointSource
+from metalm.conversion.hf_config import image_encoder, text_encoder
+from metalm.conversion.proof import TOLERANCE, ProofResult
+
+CARD_NAME = "README.md"
+
+
+def write_model_card(
+    source: CheckpointSource,
+    folder: Path,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    num_parameters: int,
+    proof: list[ProofResult],
+    license_name: str,
+) -> None:
+    """Write README.md.
+
+    Args:
+        source: the checkpoint.
+        folder: where to.
+        name: of the model, the exported folder's.
+        dtype: of the exported weights.
+        num_parameters: without the padding of the vocabulary.
+        proof: empty if there was none.
+        license_name: identifier as the Hugging Face hub knows it.
+    """
+    images = image_encoder(source.config) is not None
+    parts = [
+        _front_matter(images, license_name),
+        f"# {name}\n\n"
+        "A MetaLM (arXiv 2206.06336): a causal decoder into whose input the vectors of bidirectional "
+        "encoders are docked.\n",
+        "## Use\n\nThe model code is in this folder and needs torch and transformers 5.17 or newer"
+        + (", and Pillow for images.\n" if images else ".\n"),
+        _snippet(source, name, images),
+        "In a prompt, `<span>...</span>` marks text that an encoder reads, `<image>` an image, and "
+        "`<span><image>...</span>` an image read together with text; `<span:NAME>` chooses an encoder. "
+        "A blank line is the end-of-paragraph token. Images are resized to a square, without cropping.\n"
+        if source.config.model.encoders
+        else "",
+        "## Training\n\n" + _table(_figures(source, dtype, num_parameters)),
+        "## Encoders\n\n" + _encoder_table(source) if source.config.model.encoders else "",
+        "## Conversion\n\n" + _proof_table(proof),
+    ]
+    (folder / CARD_NAME).write_text("\n".join(part for part in parts if part))
+
+
+def _front_matter(images: bool, license_name: str) -> str:
+    task = "image-text-to-text" if images else "text-generation"
+    fields = (
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        f"license: {license_name}",
+        "tags: [metalm]",
+    )
+    return "\n".join(["---", *fields, "---", ""])
+
+
+def _snippet(source: CheckpointSource, name: str, images: bool) -> str:
+    auto = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+    lines = [
+        f"from transformers import {auto}, AutoProcessor",
+        "",
+        f'model = {auto}.from_pretrained("{name}", trust_remote_code=True)',
+        f'processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)',
+        "",
+        'inputs = processor(text="Once upon a time")',
+        "tokens = model.generate(**inputs, max_new_tokens=20)",
+        "print(processor.decode(tokens[0], skip_special_tokens=True))",
+    ]
+    if text_encoder(source.config) is not None:
+        lines += [
+            "",
+            'inputs = processor(text="Once<span> upon a time</span> there")',
+            "tokens = model.generate(**inputs, max_new_tokens=20)",
+        ]
+    if images:
+        lines += [
+            "",
+            "from PIL import Image",
+            "",
+            'image = Image.new("RGB", (64, 64), "red")',
+            'inputs = processor(text="<image>", images=image)',
+            "tokens = model.generate(**inputs, max_new_tokens=20)",
+            "print(processor.decode(tokens[0], skip_special_tokens=True))",
+        ]
+    return "```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def _figures(source: CheckpointSource, dtype: torch.dtype, num_parameters: int) -> Iterator[tuple[str, str]]:
+    config, state = source.config, source.reader.state
+    decoder, training = config.model.decoder, config.training
+    yield "Parameters", f"{num_parameters:,}, {str(dtype).removeprefix('torch.')}"
+    yield (
+        "Decoder",
+        f"{decoder.num_layers} layers, {decoder.hidden_size} wide, {decoder.num_heads} heads, "
+        f"{decoder.normalization}",
+    )
+    yield "Vocabulary", f"{config.model.vocab_size:,}"
+    yield "Row length", f"{config.data.sequence_length:,} tokens"
+    yield "Steps", f"{source.reader.step:,} of {training.steps:,}"
+    yield "Rows per step", f"{training.global_batch_size:,}"
+    if "trained_tokens" in state["progress"]:
+        yield "Trained positions", f"{state['progress']['trained_tokens']:,.0f}"
+    sources = config.data.sources.items()
+    yield "Data", ", ".join(f"{name} ({one.kind}, weight {one.weight:g})" for name, one in sources)
+    yield "Precision", training.precision
+    yield "Learning rate", f"{training.optimizer.learning_rate:g}, {training.schedule.decay} decay"
+    topology = state["topology"]
+    yield "Layout", f"tensor {topology['tensor']} x data {topology['data']}"
+    yield "ZeRO stages", ", ".join(f"{name} {stage}" for name, stage in state["zero_stages"].items())
+    yield "Seed", str(config.run.seed)
+    yield "Code", str(source.provenance.get("commit"))
+    versions = source.provenance.get("versions", {})
+    yield "Versions", ", ".join(f"{package} {version}" for package, version in versions.items())
+    yield from _held_out_losses(source)
+
+
+def _held_out_losses(source: CheckpointSource) -> Iterator[tuple[str, str]]:
+    """What `metalm evaluate` wrote beside the checkpoints, if it was of this one."""
+    path = source.folder.parent.parent / "evaluation.json"
+    if not path.is_file():
+        return
+    evaluation = json.loads(path.read_text())
+    if evaluation["step"] == source.reader.step:
+        for name, loss in evaluation["losses"].items():
+            yield f"Held-out loss, {name}", f"{loss:.4f} nats per token"
+
+
+def _table(rows: Iterator[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
+
+
+def _encoder_table(source: CheckpointSource) -> str:
+    lines = ["| encoder | layers | wide | heads | connector | reads |", "|---|---|---|---|---|---|"]
+    for name, encoder in source.config.model.encoders.items():
+        reads = f"up to {encoder.max_text_positions} tokens"
+        if encoder.image:
+            side = encoder.image.image_size
+            reads = f"images of {side} x {side} in {encoder.image.num_patches} patches, {reads}"
+        lines.append(
+            f"| {name} | {encoder.num_layers} | {encoder.hidden_size} | {encoder.num_heads} "
+            f"| {encoder.connector} | {reads} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _proof_table(proof: list[ProofResult]) -> str:
+    if not proof:
+        return "Converted without proof: nobody has compared this model with its checkpoint.\n"
+    lines = [
+        f"Before this folder got its name, its logits were compared with the checkpoint's own model, in "
+        f"float32 (at most {TOLERANCE:g} apart).\n",
+        "| prompt | tokens | largest difference | largest logit | same most likely token |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.name} | {r.num_tokens} | {r.largest_difference:.2e} | {r.largest_logit:.2f} "
+        f"| {r.same_argmax} of {r.num_tokens} |"
+        for r in proof
+    ]
+    return "\n".join(lines) + "\n"

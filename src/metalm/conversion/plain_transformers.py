@@ -1,0 +1,49 @@
+"""A program by itself: logits of an exported folder, in a process that has torch and transformers only.
+
+Usage: python -I plain_transformers.py FOLDER PROMPTS.json LOGITS.safetensors
+
+PROMPTS.json: a list of {"text", "image": path of a .npy [height, width, 3] uint8, or null}. The prompts
+run as one left-padded batch; the answer has the logits of each prompt's own tokens, float32.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+FORBIDDEN = ("metalm", "deepspeed", "megatron", "triton")
+
+
+class _Forbid(importlib.abc.MetaPathFinder):
+    """Refuses the packages that an exported model must do without."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname.split(".")[0] in FORBIDDEN:
+            raise ModuleNotFoundError(f"{fullname} is not to be used here", name=fullname)
+
+
+def main(folder: Path, prompts_path: Path, out: Path) -> None:
+    """Write the logits of the prompts."""
+    sys.meta_path.insert(0, _Forbid())
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+    prompts = json.loads(prompts_path.read_text())
+    images = [np.load(prompt["image"]) for prompt in prompts if prompt["image"]]
+    auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(text=[prompt["text"] for prompt in prompts], images=images or None)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    own = inputs["attention_mask"].bool()
+    save_file({str(row): logits[row, own[row]].float().contiguous() for row in range(len(prompts))}, out)
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""The proof of a conversion: the exported folder's logits beside those of the checkpoint's own model.
+
+The two sides share nothing but the weights' values: the training data path and the checkpoint's names
+on one, the processor and plain transformers in a process of its own on the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from metalm.config import EncoderConfig
+from metalm.conversion import plain_transformers
+from metalm.conversion.checkpoint_source import CheckpointSource
+from metalm.conversion.reference import reference_logits
+from metalm.data.collate import collate
+from metalm.data.rows import Row, image_prompt, text_prompt
+from metalm.errors import CheckpointError
+
+TOLERANCE = 1e-4
+"""Largest difference between two logits, in float32."""
+
+_BEFORE = "A language model reads what stands before.\n\nThen it comes to"
+_SPAN = " a few words that are encoded as a whole,"
+_AFTER = " and it writes what follows them."
+_CAPTION = "a picture of a red square above a blue circle"
+
+
+@dataclass(frozen=True)
+class ProofCase:
+    """One prompt, as the processor and as the training data path take it."""
+
+    name: str
+    text: str
+    image: np.ndarray | None  # [height, width, 3] uint8
+    row: Row
+
+
+@dataclass(frozen=True)
+class ProofResult:
+    """How far the exported model is from the checkpoint's own on one prompt."""
+
+    name: str
+    num_tokens: int
+    largest_difference: float
+    largest_logit: float
+    same_argmax: int
+    """Positions at which both have the same most likely token."""
+
+
+def prove(source: CheckpointSource, folder: Path, dtype: torch.dtype) -> list[ProofResult]:
+    """Compare logits, in float32 with the weights as they were exported.
+
+    Args:
+        source: the checkpoint.
+        folder: the exported folder.
+        dtype: of the exported weights.
+
+    Raises:
+        CheckpointError: the folder does not load in transformers, or a logit differs by more than TOLERANCE.
+    """
+    cases = proof_cases(source)
+    exported = _exported_logits(folder, cases)
+    length = max(len(case.row.tokens) for case in cases)
+    batch = collate(
+        [case.row for case in cases],
+        model_config=source.config.model,
+        sequence_length=length,
+        tp_size=1,
+        pad_id=source.tokenizer.pad_id,
+    )
+    own = reference_logits(source.config.model, partial(source.read, dtype=dtype), batch)
+    results = []
+    for number, case in enumerate(cases):
+        results.append(_compare(case, own[number, : len(case.row.tokens)], exported[number]))
+    if bad := [result for result in results if not result.largest_difference <= TOLERANCE]:
+        raise CheckpointError(
+            "the exported model is not the checkpoint's: "
+            + "; ".join(f"{r.name}: logits differ by {r.largest_difference:.3g}" for r in bad)
+            + f" (at most {TOLERANCE:g} is allowed)"
+        )
+    return results
+
+
+def proof_cases(source: CheckpointSource) -> list[ProofCase]:
+    """Plain text, and for each encoder a span of what it reads."""
+    tokenizer = source.tokenizer
+    ids = tokenizer.encode([_BEFORE + _AFTER])[0]
+    cases = [ProofCase("text", _BEFORE + _AFTER, None, text_prompt(ids, start_id=tokenizer.start_id))]
+    for name, encoder in source.config.model.encoders.items():
+        case = _text_case if encoder.image is None else _image_case
+        cases.append(case(source, name, encoder))
+    return cases
+
+
+def _text_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> ProofCase:
+    words = _fitting(source, _SPAN, encoder.max_text_positions)
+    before, span, after = source.tokenizer.encode([_BEFORE, words, _AFTER])
+    row = text_prompt(
+        np.concatenate((before, span, after)),
+        start_id=source.tokenizer.start_id,
+        encoder=name,
+        span=(len(before), len(before) + len(span)),
+    )
+    return ProofCase(
+        f"text with a span of {name}", f"{_BEFORE}<span:{name}>{words}</span>{_AFTER}", None, row
+    )
+
+
+def _image_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> ProofCase:
+    assert encoder.image is not None
+    words = _fitting(source, "Summarize this image:", encoder.max_text_positions)
+    prefix, caption = source.tokenizer.encode([words, _CAPTION])
+    pixels = proof_image()
+    row = image_prompt(
+        pixels,
+        encoder=name,
+        image=encoder.image,
+        start_id=source.tokenizer.start_id,
+        paragraph_id=source.tokenizer.paragraph_id,
+        prefix_ids=prefix,
+        ids=caption,
+    )
+    return ProofCase(
+        f"image and text of {name}", f"<span:{name}><image>{words}</span>{_CAPTION}", pixels, row
+    )
+
+
+def proof_image() -> np.ndarray:
+    """A picture with detail in every patch, [200, 260, 3] uint8."""
+    rows, columns = np.mgrid[0:200, 0:260]
+    channels = (rows * columns // 97, rows * 2 + columns, 7 * rows ^ 3 * columns)
+    return np.stack([channel % 256 for channel in channels], axis=-1).astype(np.uint8)
+
+
+def _fitting(source: CheckpointSource, words: str, max_tokens: int) -> str:
+    """As many leading characters as make at most `max_tokens` tokens."""
+    while len(source.tokenizer.encode([words])[0]) > max_tokens:
+        words = words[:-1]
+    return words
+
+
+def _exported_logits(folder: Path, cases: list[ProofCase]) -> list[torch.Tensor]:
+    """Logits [tokens, vocabulary] of each case, from a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch_name:
+        scratch = Path(scratch_name)
+        prompts = []
+        for number, case in enumerate(cases):
+            image = None
+            if case.image is not None:
+                image = str(scratch / f"{number}.npy")
+                np.save(image, case.image)
+            prompts.append({"text": case.text, "image": image})
+        (scratch / "prompts.json").write_text(json.dumps(prompts))
+        out = scratch / "logits.safetensors"
+        script = Path(plain_transformers.__file__)
+        done = subprocess.run(
+            [sys.executable, "-I", script, folder.resolve(), scratch / "prompts.json", out],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")},
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise CheckpointError(
+                f"the exported folder does not work in transformers:\n{done.stderr[-2000:]}"
+            )
+        logits = load_file(out)
+    return [logits[str(number)] for number in range(len(cases))]
+
+
+def _compare(case: ProofCase, own: torch.Tensor, exported: torch.Tensor) -> ProofResult:
+    if own.shape != exported.shape:
+        raise CheckpointError(
+            f"{case.name}: the exported model gives logits {list(exported.shape)}, "
+            f"the checkpoint's {list(own.shape)}"
+        )
+    return ProofResult(
+        case.name,
+        len(own),
+        float((own - exported).abs().max()),
+        float(own.abs().max()),
+        int((own.argmax(dim=-1) == exported.argmax(dim=-1)).sum()),
+    )

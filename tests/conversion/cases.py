@@ -1,0 +1,127 @@
+"""Models and prompts of the conversion tests; a prompt is given both as training and as a user has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from metalm.config import RunConfig
+from metalm.data.images import cut_patches, fit_image
+from metalm.data.rows import Row, RowSpans
+from metalm.data.tokenizer import Tokenizer
+
+VOCABULARY = 330
+"""Not a multiple of 128, so the embedding has padding rows; more ids than the tokenizer has."""
+NEW_TOKENS = 64
+KINDS = ("deepnorm", "pre_ln")
+
+_SMALL = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_text_positions": 12}
+_VISION = {
+    **_SMALL,
+    "hidden_size": 32,
+    "image": {"image_size": 16, "patch_size": 8},
+    "connector": "feed_forward",
+}
+
+
+def run_config(kind: str, tokenizer: Path) -> RunConfig:
+    """A run whose decoder is normalised in one way and whose encoders are in both."""
+    other = {"deepnorm": "pre_ln", "pre_ln": "deepnorm"}[kind]
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "small", "seed": 11},
+            "model": {
+                "vocab_size": VOCABULARY,
+                "decoder": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "normalization": kind},
+                "encoders": {
+                    "text": {**_SMALL, "normalization": kind},
+                    "vision": {**_VISION, "normalization": other},
+                },
+            },
+            "data": {
+                "tokenizer": str(tokenizer),
+                "sequence_length": 128,
+                "sources": {
+                    "books": {"path": "unused", "kind": "text", "encoder": "text"},
+                    "scenes": {"path": "unused", "kind": "image_text", "encoder": "vision"},
+                },
+            },
+            "training": {"steps": 5000, "global_batch_size": 64, "micro_batch_size": 1},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some text of a prompt: read by the decoder, or by an encoder, then perhaps behind an image."""
+
+    text: str
+    encoder: str | None = None
+    image: int | None = None
+
+
+PROMPTS: dict[str, tuple[Part, ...]] = {
+    "text": (Part("the quick brown fox\n\njumps over"),),
+    "span": (Part("the quick"), Part(" brown fox", "text"), Part(" jumps")),
+    "two adjacent spans": (Part("the", "text"), Part(" lazy dog", "text")),
+    "image": (Part("", "vision", 0),),
+    "image and prefix": (Part("the fox", "vision", 1), Part(" jumps over the dog")),
+    "images and spans": (
+        Part("brown"),
+        Part("", "vision", 2),
+        Part(" fox over"),
+        Part("the lazy", "vision", 0),
+        Part(" the dog", "text"),
+        Part(" jumps"),
+    ),
+    "text in the image encoder": (Part("over", "vision"), Part(" the fox")),
+}
+
+
+def pictures() -> list[np.ndarray]:
+    """Three random pictures of different sizes, [height, width, 3] uint8."""
+    draw = np.random.default_rng(5)
+    return [draw.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((16, 16), (40, 25), (17, 60))]
+
+
+def prompt_text(parts: tuple[Part, ...]) -> str:
+    """The prompt as the processor takes it."""
+    written = []
+    for part in parts:
+        if part.encoder is None:
+            written.append(part.text)
+        else:
+            marker = "" if part.image is None else "<image>"
+            written.append(f"<span:{part.encoder}>{marker}{part.text}</span>")
+    return "".join(written)
+
+
+def prompt_images(parts: tuple[Part, ...]) -> list[np.ndarray]:
+    """The prompt's images, in order."""
+    return [pictures()[part.image] for part in parts if part.image is not None]
+
+
+def prompt_row(parts: tuple[Part, ...], tokenizer: Tokenizer, config: RunConfig) -> Row:
+    """The prompt as a row of the training data."""
+    tokens = [tokenizer.start_id]
+    found: dict[str, list[tuple[int, int, np.ndarray | None]]] = {}
+    for part in parts:
+        start, patches = len(tokens), None
+        if part.image is not None:
+            image = config.model.encoders[part.encoder].image
+            patches = cut_patches(fit_image(pictures()[part.image], image.image_size), image)
+            tokens += [tokenizer.paragraph_id] * len(patches)
+        tokens += tokenizer.encode([part.text])[0].tolist()
+        if part.encoder is not None:
+            found.setdefault(part.encoder, []).append((start, len(tokens), patches))
+    spans = {}
+    for encoder, members in found.items():
+        images = [patches for *_, patches in members if patches is not None]
+        spans[encoder] = RowSpans(
+            bounds=np.array([[start, end] for start, end, _ in members]),
+            num_patches=np.array([0 if patches is None else len(patches) for *_, patches in members]),
+            patches=np.concatenate(images) if images else None,
+        )
+    return Row(np.array(tokens, np.int32), np.array([len(tokens)]), spans=spans)

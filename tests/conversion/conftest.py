@@ -1,0 +1,163 @@
+"""A small training model, its checkpoints cut as ranks cut them, and exported folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from conversion.cases import KINDS, run_config
+from distributed.ranks import run_command
+from metalm.checkpoint.folders import step_folder
+from metalm.checkpoint.format import STATES, ParameterIndex, Piece, piece_name, rank_file, write_index
+from metalm.checkpoint.manifest import publish, record_file, write_manifest
+from metalm.config import RunConfig, write_config
+from metalm.conversion.export import export_checkpoint
+from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+PROGRAM = Path(__file__).parent / "programs" / "training_model.py"
+SHARDED = {"word_embeddings": 0, "linear_qkv": 0, "linear_fc1": 0, "linear_proj": 1, "linear_fc2": 1}
+
+
+@dataclass(frozen=True)
+class TrainingModel:
+    """What the program answered."""
+
+    config: RunConfig
+    parameters: dict[str, dict[str, Tensor]]  # by component and name
+    logits: dict[str, Tensor]  # by prompt, [tokens, vocabulary]
+    greedy: dict[str, list[int]]  # by prompt
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["the quick brown fox jumps over the lazy dog. " * 20], 300, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def training_model(
+    request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TrainingModel:
+    """The model under its real modules, once with a DeepNorm and once with a pre-LN decoder."""
+    out = tmp_path_factory.mktemp("model") / "answers.safetensors"
+    command = [sys.executable, str(PROGRAM), request.param, str(tokenizer_folder), str(out)]
+    code, output = run_command(command, timeout_s=120)
+    assert code == 0, output
+    answers = load_file(out)
+    parameters: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in answers.items():
+        if key.startswith("parameter/"):
+            _, component, name = key.split("/")
+            parameters.setdefault(component, {})[name] = tensor
+    return TrainingModel(
+        run_config(request.param, tokenizer_folder),
+        parameters,
+        {key[7:]: tensor for key, tensor in answers.items() if key.startswith("logits/")},
+        {key[7:]: tensor.tolist() for key, tensor in answers.items() if key.startswith("greedy/")},
+    )
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Path]:
+    """Writes a run folder with one checkpoint, cut over TP ranks and then over ZeRO ranks."""
+
+    def make(
+        folder: Path,
+        model: TrainingModel,
+        *,
+        tensor_size: int = 2,
+        zero_size: int = 3,
+        state: dict[str, Any] | None = None,
+    ) -> Path:
+        checkpoints = folder / "checkpoints"
+        partial = step_folder(checkpoints, 200).with_suffix(".partial")
+        for component, parameters in model.parameters.items():
+            (partial / component).mkdir(parents=True)
+            size = tensor_size if component == "decoder" else 1
+            write_component(partial / component, parameters, size, zero_size)
+        content = {
+            "step": 200,
+            "progress": {"trained_tokens": 12345.0},
+            "topology": {"tensor": tensor_size, "data": zero_size},
+            "zero_stages": {"decoder": 1, "encoders": 3},
+            **(state or {}),
+        }
+        (partial / "state.json").write_text(json.dumps(content))
+        write_config(model.config, partial / "config.yaml", {"commit": "abc", "versions": {"torch": "2"}})
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        write_manifest(partial, {str(path.relative_to(partial)): record_file(path) for path in files})
+        publish(partial)
+        return folder
+
+    return make
+
+
+def write_component(folder: Path, parameters: dict[str, Tensor], tensor_size: int, zero_size: int) -> None:
+    files: dict[str, dict[str, Tensor]] = {}
+    index: dict[str, ParameterIndex] = {}
+    for name, whole in parameters.items():
+        dimension = SHARDED.get(name.split(".")[-2])
+        if name.endswith(("linear_proj.bias", "linear_fc2.bias")) or folder.name == "encoders":
+            dimension = None
+        shards = [whole] if dimension is None else whole.chunk(tensor_size, dimension)
+        pieces = []
+        for tensor_rank, shard in enumerate(shards):
+            start = 0
+            for zero_rank, part in enumerate(shard.flatten().tensor_split(zero_size)):
+                if not len(part):
+                    continue
+                file = rank_file(zero_rank * tensor_size + tensor_rank)
+                pieces.append(Piece(file, tensor_rank, start, len(part)))
+                start += len(part)
+                for number, state in enumerate(STATES):
+                    files.setdefault(file, {})[piece_name(name, state)] = part.clone() + number
+        index[name] = ParameterIndex(tuple(whole.shape), dimension, 1, len(shards), tuple(pieces))
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
+    write_index(folder, index)
+
+
+@pytest.fixture(scope="session")
+def run_folder(
+    training_model: TrainingModel, make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), training_model)
+
+
+@pytest.fixture(scope="session")
+def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint in Hugging Face format, in float32, proved."""
+    out = tmp_path_factory.mktemp("exported") / "small"
+    export_checkpoint(run_folder, out, max_shard_bytes=50_000)
+    return out
+
+
+@pytest.fixture(scope="session")
+def hf_model(exported: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(exported, trust_remote_code=True).eval()
+
+
+@pytest.fixture(scope="session")
+def processor(exported: Path) -> Any:
+    return AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,94 @@
+"""What a user sees who gets something wrong: one message, the right exit code, no trace, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed.ranks import run_command
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def metalm(*arguments: str) -> tuple[int, str]:
+    return run_command([sys.executable, "-m", "metalm", *arguments], timeout_s=120)
+
+
+@pytest.fixture
+def pipeline(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a run that would work, into an empty folder."""
+    monkeypatch.chdir(REPOSITORY)
+    return [str(tiny_data / "tiny.yaml"), f"run.folder={tmp_path / 'runs'}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["training.step=3"], 64, "training.step: unknown key; did you mean 'steps'?"),
+        (["parallel.tensor=2"], 64, "1 rank(s) cannot be split into tensor-parallel groups of 2"),
+        (["model.decoder.num_heads=3"], 64, "is not divisible by num_heads = 3"),
+        (["model.vocab_size=256"], 64, "model.vocab_size is 256, but the tokenizer"),
+        (["data.tokenizer=absent"], 65, "absent"),
+        (["data.sources.text.path=absent"], 65, "absent"),
+        (["data.sources.text.kind=image_text", "data.sources.text.encoder=image"], 65, "kind"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_one_message_and_a_code(
+    pipeline: list[str], tmp_path: Path, overrides: list[str], code: int, message: str
+) -> None:
+    found, output = metalm("train", *pipeline, *overrides)
+    assert (found, message in output) == (code, True), output
+    assert "Traceback" not in output
+    assert output.count("error:") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_pipeline() -> None:
+    code, output = metalm("train", "absent.yaml")
+    assert (code, output) == (64, "metalm: error: config absent.yaml does not exist\n")
+
+
+def test_an_unknown_command() -> None:
+    code, output = metalm("trian")
+    assert code == 64
+    assert "invalid choice: 'trian'" in output
+
+
+def test_shards_of_another_tokenizer(pipeline: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tokenizer"
+    shutil.copytree(tiny_data / "tokenizer", other)
+    with (other / "tokenizer.json").open("a") as handle:
+        handle.write("\n")
+    code, output = metalm("train", *pipeline, f"data.tokenizer={other}")
+    assert code == 65, output
+    assert "were written with the tokenizer" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_source(pipeline: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, output = metalm("train", *pipeline, f"data.sources.text.path={tmp_path / 'empty'}")
+    assert code == 65, output
+    assert "Traceback" not in output
+
+
+def test_a_layout_that_does_not_fit_is_said_once_by_many_ranks(pipeline: list[str], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "3",
+        "-m",
+        "metalm",
+        "train",
+    ]
+    code, output = run_command([*command, *pipeline, "parallel.tensor=2"], timeout_s=120)
+    assert code != 0
+    assert output.count("3 rank(s) cannot be split into tensor-parallel groups of 2") == 1
+    assert "exitcode  : 64" in output
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,180 @@
+"""Runs as operators start, stop and resume them, on real ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distributed.ranks import run_command
+from metalm.checkpoint.folders import list_checkpoints
+from metalm.training.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def command(num_ranks: int, data: Path, runs: Path, name: str, *overrides: str) -> list[str]:
+    start = [sys.executable, "-m"]
+    if num_ranks > 1:
+        start += ["torch.distributed.run", "--nproc-per-node", str(num_ranks), "--rdzv-backend", "c10d"]
+        start += ["--rdzv-endpoint", "127.0.0.1:0", "-m"]
+    arguments = ["metalm", "train", str(data / "tiny.yaml"), f"run.folder={runs}", f"run.name={name}"]
+    return [*start, *arguments, *overrides]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss/all"] for entry in read_metrics(run) if "loss/all" in entry}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Eight steps on two tensor-parallel ranks, not interrupted."""
+    runs = tmp_path_factory.mktemp("whole")
+    code, output = run_command(command(2, tiny_data, runs, "whole", "parallel.tensor=2"), timeout_s=200)
+    assert code == 0, output
+    return runs / "whole", output
+
+
+def test_the_run_folder_holds_what_the_design_says(whole_run: tuple[Path, str]) -> None:
+    run, output = whole_run
+    assert [folder.name for folder in list_checkpoints(run / "checkpoints")] == [
+        "step_00000004",
+        "step_00000008",
+    ]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000008"
+    assert (run / "config.yaml").is_file()
+    assert {path.name for path in (run / "logs").glob("rank_*.log")} == {"rank_00000.log", "rank_00001.log"}
+    assert "step 8/8  loss" in output
+    assert "interval attention runs on the tiled backend" in (run / "logs" / "rank_00000.log").read_text()
+
+
+def test_tensorboard_shows_what_operators_watch(whole_run: tuple[Path, str]) -> None:
+    board = EventAccumulator(str(whole_run[0] / "tensorboard"))
+    board.Reload()
+    scalars = set(board.Tags()["scalars"])
+    assert scalars >= {
+        *("loss/all", "loss/text", "loss/scenes", "optimizer/learning_rate", "optimizer/gradient_norm"),
+        *("optimizer/gradient_norm_decoder", "optimizer/gradient_norm_encoders", "speed/tokens_per_second"),
+        *("speed/rows_per_second", "speed/data_wait_share", "speed/model_tflops_per_rank"),
+        *("memory/resident_gib", "held_out/text", "held_out/scenes", "held_out/scenes/wrong_image"),
+    }
+    assert [event.step for event in board.Scalars("loss/all")] == list(range(1, 9))
+    assert set(board.Tags()["images"]) == {"scenes/0", "scenes/1"}
+    assert {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]} >= {
+        "config",
+        "text/0",
+        "text/1",
+    }
+
+
+def test_a_resumed_run_repeats_the_losses_bit_for_bit(
+    tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    first = command(2, tiny_data, tmp_path, "resumed", "parallel.tensor=2", "checkpoint.every_steps=3")
+    process = subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run, deadline = tmp_path / "resumed", time.monotonic() + 200
+    while not (run / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (run / "stop").touch()
+    output, _ = process.communicate(timeout=100)
+    stopped_at = max(losses(run))
+    assert "stopped as asked after step" in output, output
+    assert "exitcode  : 75" in output
+    assert not (run / "stop").exists()
+    assert 3 <= stopped_at < 8
+    code, output = run_command(first, timeout_s=200)
+    assert code == 0, output
+    assert f"step {stopped_at} of 8, resumed" in output
+    assert losses(run) == losses(whole_run[0])
+
+
+def test_another_topology_gives_the_same_losses(
+    tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    arguments = ("training.micro_batch_size=2", "deepspeed.decoder=deepspeed_configs/decoder_zero2.json")
+    code, output = run_command(command(2, tiny_data, tmp_path, "dp2", *arguments), timeout_s=200)
+    assert code == 0, output
+    assert losses(tmp_path / "dp2") == pytest.approx(losses(whole_run[0]), abs=1e-5)
+
+
+def test_a_checkpoint_goes_on_under_another_topology(
+    tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    moved = command(1, tiny_data, tmp_path, "moved", "data.workers=0")
+    (tmp_path / "moved" / "checkpoints").mkdir(parents=True)
+    source = whole_run[0] / "checkpoints" / "step_00000004"
+    (tmp_path / "moved" / "checkpoints" / source.name).symlink_to(source)
+    code, output = run_command(moved, timeout_s=200)
+    assert code == 0, output
+    found = losses(tmp_path / "moved")
+    assert sorted(found) == [5, 6, 7, 8]
+    assert found == pytest.approx({step: losses(whole_run[0])[step] for step in found}, abs=1e-5)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copytree(whole_run[0] / "checkpoints", tmp_path / "hurt" / "checkpoints")
+    victim = tmp_path / "hurt" / "checkpoints" / "step_00000008" / "decoder" / "rank_00000.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    code, output = run_command(command(1, tiny_data, tmp_path, "hurt", "training.steps=5"), timeout_s=200)
+    assert code == 0, output
+    assert "step_00000008 is passed over: decoder/rank_00000.safetensors has" in output
+    assert "step 4 of 5, resumed" in output
+
+
+def test_a_signal_stops_a_run_after_saving(tiny_data: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(1, tiny_data, tmp_path, "signalled", "training.steps=2000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run, deadline = tmp_path / "signalled", time.monotonic() + 120
+    while not losses(run) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    (folder,) = list_checkpoints(run / "checkpoints")
+    assert json.loads((folder / "state.json").read_text())["step"] == max(losses(run))
+
+
+def test_evaluation_writes_its_figures(tiny_data: Path, whole_run: tuple[Path, str]) -> None:
+    run = whole_run[0]
+    code, output = run_command(
+        [
+            *(sys.executable, "-m", "metalm", "evaluate", str(tiny_data / "tiny.yaml"), "--samples", "3"),
+            *(f"run.folder={run.parent}", "run.name=whole"),
+        ],
+        timeout_s=120,
+    )
+    assert code == 0, output
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["step"] == 8
+    assert found["losses"].keys() == {"text", "scenes", "scenes/wrong_image"}
+    last = [entry for entry in read_metrics(run) if "held_out/text" in entry][-1]
+    assert found["losses"]["scenes"] == pytest.approx(last["held_out/scenes"], abs=1e-5)
+    assert len((run / "samples_scenes.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_dry_run_prints_the_plan_and_starts_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    code, output = run_command(
+        [*command(1, tiny_data, tmp_path, "dry"), "--dry-run", "--ranks", "4"], timeout_s=60
+    )
+    assert code == 0, output
+    assert "4: tensor 1 x data 4" in output
+    assert "4 rows = 4 data-parallel ranks x 1 micro-batch(es) x 1 row(s)" in output
+    assert not (tmp_path / "dry").exists()
