@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from metalm.checkpoint.folders import find_checkpoint, list_checkpoints, prune_checkpoints, step_folder
 from metalm.checkpoint.format import STATES, ParameterIndex, Piece, piece_name, rank_file, write_index
+from metalm.checkpoint.inspection import compare_checkpoints, describe_checkpoint
 from metalm.checkpoint.manifest import publish, record_file, write_manifest
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import CheckpointError
@@ -35,7 +37,13 @@ def make_checkpoint(folder: Path, step: int = 1, **changes: object) -> Path:
             pieces.append(Piece(file, tensor_rank, start, size))
     index = ParameterIndex((8, 6), 0, 2, 2, tuple(pieces))
     write_index(partial / "decoder", {"w": replace(index, **changes)})
-    (partial / "state.json").write_text(json.dumps({"step": step}))
+    state = {
+        "step": step,
+        "topology": {"tensor": 2, "data": 2},
+        "zero_stages": {"decoder": 1},
+        "optimizer_steps": {"decoder": 1.0},
+    }
+    (partial / "state.json").write_text(json.dumps(state))
     files = [path for path in partial.rglob("*") if path.is_file()]
     write_manifest(partial, {str(path.relative_to(partial)): record_file(path) for path in files})
     return publish(partial)
@@ -141,3 +149,18 @@ def test_old_checkpoints_go_and_marked_ones_stay(tmp_path: Path) -> None:
     prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=3)
     assert list_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (3, 6, 7)]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
+    readers = [CheckpointReader(make_checkpoint(tmp_path, step)) for step in (1, 2)]
+    assert "written by    tensor 2 x data 2" in describe_checkpoint(readers[0])
+    assert "decoder       1 parameters, 48 values, ZeRO 1, 1 updates" in describe_checkpoint(readers[0])
+    (same,) = compare_checkpoints(*readers, "master")
+    assert (same.name, same.largest, same.relative) == ("w", 0.0, 0.0)
+
+
+def test_a_parameter_of_another_shape_differs_without_end(tmp_path: Path) -> None:
+    one = CheckpointReader(make_checkpoint(tmp_path, 1))
+    two = CheckpointReader(make_checkpoint(tmp_path, 2, shape=(6, 8), partition_dim=1))
+    (found,) = compare_checkpoints(one, two, "master")
+    assert found.largest == math.inf

@@ -1,7 +1,7 @@
 """Tiles on CPU with PyTorch's own fused attention: one operation per tile and pass.
 
-The operation behind `scaled_dot_product_attention` on CPU also returns the log-sum-exp and has a backward that
-takes it, so tiles need no autograd of their own. A document or span of one shape is one tile, which the
+The operation behind `scaled_dot_product_attention` on CPU also returns the log-sum-exp, and has a backward
+that takes it, so tiles need no autograd of their own. A document or span of one shape is one tile, which the
 operation blocks itself; only tiles of mixed rows get a mask, as large as the tile.
 """
 

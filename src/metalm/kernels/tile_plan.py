@@ -73,19 +73,16 @@ def _join(start: np.ndarray, end: np.ndarray, pieces: list[tuple[int, int]]) -> 
 
 
 def _pieces(start: np.ndarray, end: np.ndarray, keep_runs: bool) -> list[tuple[int, int]]:
-    """Runs of rows that see something and whose interval stays or grows key by key, cut to a tile's length."""
+    """Runs of rows that see something, whose interval stays or grows key by key, cut to a tile's length."""
     visible = end > start
-    growth = np.diff(end, prepend=end[:1])
-    changes = (
-        (np.diff(start, prepend=start[:1]) != 0)
-        | (np.diff(visible, prepend=visible[:1]))
-        | (growth > 1)
-        | (np.diff(growth, prepend=growth[:1]) != 0)
-    )
-    edges = [0, *(int(edge) + 1 for edge in np.flatnonzero(changes[1:])), len(start)]
+    growth = np.diff(end, prepend=0)
+    begins = (np.diff(start, prepend=-1) != 0) | (np.diff(visible, prepend=~visible[:1])) | (growth > 1)
+    # Where a run begins, its end may be anywhere; from the next row on it stays, or grows by one.
+    turns = (np.diff(growth, prepend=growth[:1]) != 0) & ~np.roll(begins, 1)
+    edges = [*(int(edge) for edge in np.flatnonzero(begins | turns)), len(start)]
     pieces: list[tuple[int, int]] = []
     for first, last in pairwise(edges):
-        if last > first and visible[first]:
+        if visible[first]:
             whole = keep_runs and (_is_causal(start, end, first, last) or end[first] == end[last - 1])
             num_parts = 1 if whole else -(-(last - first) // _MAX_QUERIES)
             cuts = [first + (last - first) * part // num_parts for part in range(num_parts + 1)]

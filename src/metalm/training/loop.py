@@ -76,9 +76,9 @@ class _Run:
             if batches is None:
                 return self._stop_early()
             self._advance(batches)
-            self._evaluate()
             if self._is_due(self._config.checkpoint.every_steps):
                 self._save()
+            self._evaluate()
         return EXIT_DONE
 
     def close(self) -> None:

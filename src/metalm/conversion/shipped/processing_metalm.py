@@ -75,6 +75,8 @@ class MetaLMProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
         *,
         add_special_tokens: bool = True,
         padding: bool | str = True,
@@ -89,6 +91,7 @@ class MetaLMProcessor(ProcessorMixin):
             images: one, a list in the order of the prompts' image markers, or a list per prompt. Each is a
                 PIL image, [height, width, 3] uint8, the bytes or the path of an image file, or a URL.
             text: one prompt or several.
+            videos, audio: None; transformers hands them over.
             add_special_tokens: put `<s>` before prompts that do not start with it.
             padding: False, True (to the longest prompt) or "max_length".
             padding_side: "left" for generation.
@@ -105,6 +108,8 @@ class MetaLMProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("text is missing; the prompt of an image by itself is '<image>'")
+        if videos is not None or audio is not None:
+            raise ValueError("this model reads text and images only")
         if truncation:
             raise ValueError("truncation is not supported, because it would cut spans: shorten the prompt")
         texts = [text] if isinstance(text, str) else list(text)

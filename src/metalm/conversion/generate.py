@@ -1,0 +1,173 @@
+"""Text from an exported folder: one prompt, or a conversation.
+
+The folder's weights and JSON are used, not its Python: the model code is this package's own, so that a
+folder from elsewhere can run nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging as transformers_logging
+
+from metalm.conversion.shipped.modeling_metalm import MetaLMForConditionalGeneration
+from metalm.conversion.shipped.processing_metalm import IMAGE_MARKER, MetaLMProcessor
+from metalm.errors import ConfigError, DataError
+
+IMAGE_COMMAND = "/image "
+FORGET_COMMAND = "/forget"
+
+
+class FolderModel:
+    """An exported model, ready to generate."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """Load a folder that `convert_to_hf` wrote.
+
+        Raises:
+            ConfigError: there is none, or it is not one.
+        """
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} is not an exported model: it has no config.json")
+        transformers_logging.disable_progress_bar()
+        try:
+            self._model: Any = MetaLMForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+            self._processor = _load_processor(folder)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"{folder} cannot be loaded: {error}") from error
+        self._model.eval().to(device)
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[Path] = (),
+        *,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+        temperature: float = 0.0,
+    ) -> str:
+        """Continue a prompt; see the processor for its markers.
+
+        Args:
+            prompt: images without a marker in it are encoded with it, as `<span><image>prompt</span>`.
+            images: image files, in the order of their markers.
+            max_new_tokens: at most so many; the end of the document ends it.
+            num_beams: 1 for the most likely token each time.
+            temperature: above 0, sample.
+
+        Raises:
+            ConfigError: prompt and images do not fit the model or each other.
+            DataError: an image file is missing or is no image.
+        """
+        for path in images:
+            if not path.is_file():
+                raise DataError(f"image {path} does not exist")
+        try:
+            inputs = self._processor(
+                text=with_image_markers(prompt, len(images)), images=list(images) or None
+            )
+        except OSError as error:
+            raise DataError(f"an image cannot be read: {error}") from error
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        sampling = (
+            {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        )
+        tokens = self._model.generate(
+            **inputs.to(self._model.device), max_new_tokens=max_new_tokens, num_beams=num_beams, **sampling
+        )
+        return self._processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt of a conversation: each turn of the user is encoded, answers are plain text."""
+        return self._processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def generate_from_folder(
+    folder: Path,
+    prompt: str,
+    images: Sequence[Path] = (),
+    *,
+    max_new_tokens: int = 64,
+    num_beams: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """What an exported model says to one prompt; arguments and errors as `FolderModel.generate`."""
+    model = FolderModel(folder, device)
+    set_seed(seed)
+    return model.generate(
+        prompt, images, max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=temperature
+    )
+
+
+def chat_with_folder(
+    folder: Path,
+    lines: Iterator[str],
+    say: Callable[[str], None],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    device: str = "cpu",
+) -> None:
+    """A conversation of several turns, until `lines` ends.
+
+    Args:
+        folder: the exported model.
+        lines: a turn each; `/image PATH` adds an image to the next turn, `/forget` starts anew.
+        say: is told each answer, and each mistake in a turn.
+        max_new_tokens: per answer.
+        temperature: above 0, sample.
+        device: that the model runs on.
+
+    Raises:
+        ConfigError: the folder is no exported model.
+    """
+    model = FolderModel(folder, device)
+    messages: list[dict[str, Any]] = []
+    images: list[Path] = []
+    waiting: list[Path] = []
+    for line in lines:
+        turn = line.strip()
+        if turn == FORGET_COMMAND:
+            messages, images, waiting = [], [], []
+            continue
+        if turn.startswith(IMAGE_COMMAND):
+            waiting.append(Path(turn.removeprefix(IMAGE_COMMAND).strip()))
+            continue
+        if not turn and not waiting:
+            continue
+        content = [{"type": "image"} for _ in waiting] + [{"type": "text", "text": turn}]
+        asked = [*messages, {"role": "user", "content": content}]
+        try:
+            answer = model.generate(
+                model.chat_prompt(asked),
+                [*images, *waiting],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+        except (ConfigError, DataError) as error:
+            say(f"error: {error}")
+            waiting = []
+            continue
+        say(answer)
+        messages = [*asked, {"role": "assistant", "content": answer}]
+        images, waiting = [*images, *waiting], []
+
+
+def _load_processor(folder: Path) -> Any:
+    """AutoTokenizer would ask to run the folder's code, whatever class the tokenizer is of."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    content, _ = MetaLMProcessor.get_processor_dict(folder, local_files_only=True)
+    return MetaLMProcessor.from_args_and_dict([tokenizer], content)
+
+
+def with_image_markers(prompt: str, num_images: int) -> str:
+    """The prompt, and where it marks no image, all images before it and the last encoded with it."""
+    if not num_images or IMAGE_MARKER in prompt:
+        return prompt
+    return IMAGE_MARKER * (num_images - 1) + f"<span>{IMAGE_MARKER}{prompt}</span>"
