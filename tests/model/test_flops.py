@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from distributed.tiny import LENGTH, tiny_config, to_row
-from reference.rows import DOCUMENT, PAD, PARAGRAPH, START, Document, PlainRow, Span
 from torch.utils.flop_counter import FlopCounterMode
 
+from distributed.tiny import LENGTH, tiny_config, to_row
 from metalm.data.collate import collate
 from metalm.model.decoder import Decoder
 from metalm.model.encoder import EncoderBank
 from metalm.model.flops import FORWARD_AND_BACKWARD, count_training_flops
 from metalm.parallel.topology import Topology
+from reference.rows import DOCUMENT, PAD, PARAGRAPH, START, Document, PlainRow, Span
 
 
 def test_matrix_products_equal_torchs_own_count(topology: Topology) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from metalm.conversion.tokenizer_files import write_tokenizer
 from metalm.errors import CheckpointError, ConfigError
 
 PARTIAL_SUFFIX = ".partial"
+PROOF_NAME = "proof.json"
+"""The proof's figures, for programs; the model card has them for people."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHARD_BYTES = 4 * 2**30
 
@@ -117,6 +120,8 @@ def _write(
             f"proof: {result.name}: {result.num_tokens} tokens, largest difference "
             f"{result.largest_difference:.2e} of logits up to {result.largest_logit:.1f}"
         )
+    if proof:
+        (folder / PROOF_NAME).write_text(json.dumps([asdict(result) for result in proof], indent=1) + "\n")
     write_model_card(
         source,
         folder,

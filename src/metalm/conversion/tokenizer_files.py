@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from metalm.data.tokenizer import BLANK_LINE, DOCUMENT, IMAGE, PAD, PARAGRAPH, START, Tokenizer
+from metalm.errors import DataError
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -56,11 +57,19 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     (folder / TOKENIZER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def training_tokenizer(exported: Path) -> str:
-    """The training tokenizer's tokenizer.json, from the one that `write_tokenizer` wrote."""
-    content = _respelt(json.loads(exported.read_text()), BLANK_LINE, PARAGRAPH, special=True)
-    content["post_processor"] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(content)).to_str(pretty=True)
+def is_same_tokenizer(exported: Path, tokenizer: Tokenizer) -> bool:
+    """Whether an exported tokenizer.json gives the ids of a training tokenizer.
+
+    Raises:
+        DataError: there is no such file, or it is no tokenizer.json.
+    """
+    try:
+        found = _respelt(json.loads(exported.read_text()), BLANK_LINE, PARAGRAPH, special=True)
+        own = json.loads(tokenizer.definition)
+        parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+        return all(found[part] == own[part] for part in parts)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{exported} is not an exported tokenizer: {error!r}") from None
 
 
 def _respelt(content: dict[str, Any], old: str, new: str, special: bool) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import yaml
+
 from metalm.config import RunConfig
 from metalm.config.load import load_deepspeed_json
 from metalm.config.rules import check_topology
@@ -91,6 +93,8 @@ def plan_components(config: RunConfig, world_size: int) -> dict[str, ComponentPl
 
 
 def print_plan(config: RunConfig, world_size: int) -> int:
-    """Print the plan of a run on so many ranks."""
-    print(describe_plan(config, world_size))
+    """Print the resolved config and the plan of a run on so many ranks."""
+    plan = describe_plan(config, world_size)
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    print(plan)
     return 0
