@@ -68,6 +68,24 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     evaluate.add_argument("--samples", type=int, default=64, help="samples to generate per held-out source")
     evaluate.set_defaults(run=_evaluate)
 
+    generate = commands.add_parser("generate", help="continue a prompt with an exported model")
+    generate.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
+    generate.add_argument("--prompt", default="", help="text; without a marker, images are encoded with it")
+    generate.add_argument(
+        "--image", type=Path, action="append", default=[], help="may be given several times"
+    )
+    generate.add_argument("--num-beams", type=int, default=1)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk with an exported model: /image PATH, /forget, end of input")
+    chat.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
+    chat.set_defaults(run=_chat)
+    for command in (generate, chat):
+        command.add_argument("--max-new-tokens", type=int, default=64)
+        command.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
+        command.add_argument("--device", default="cpu")
+
     options, rest = parser.parse_known_args(arguments)
     # argparse does not take positional arguments up again after an option: `train X.yaml --dry-run a.b=c`.
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
@@ -100,6 +118,35 @@ def _evaluate(options: argparse.Namespace) -> int | None:
     from metalm.training.evaluate import evaluate
 
     return evaluate(config, options.samples)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from metalm.conversion.generate import generate_from_folder
+
+    answer = generate_from_folder(
+        options.folder,
+        options.prompt,
+        options.image,
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        temperature=options.temperature,
+        seed=options.seed,
+        device=options.device,
+    )
+    print(answer)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from metalm.conversion.generate import chat_with_folder
+
+    chat_with_folder(
+        options.folder,
+        iter(sys.stdin.readline, ""),
+        print,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        device=options.device,
+    )
 
 
 def _prepare_imports() -> None:

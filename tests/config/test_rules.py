@@ -11,6 +11,12 @@ from metalm.errors import ConfigError, TopologyError
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "pipelines" / "demo.yaml"
+SIZES = [
+    "model.decoder={num_layers: 2, hidden_size: 128, num_heads: 4}",
+    "model.encoders.text={num_layers: 1, hidden_size: 96, num_heads: 3, max_text_positions: 32}",
+    "model.encoders.scene.image={image_size: 48, patch_size: 12}",
+]
+"""What the expected messages are about, whatever the demo's sizes come to be."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +43,7 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_contradictions_are_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(DEMO, [override])
+        load_config(DEMO, [*SIZES, override])
     assert message in str(caught.value)
 
 
@@ -79,5 +85,5 @@ def test_fitting_layouts_pass(world_size: int) -> None:
 )
 def test_impossible_layouts_are_named(world_size: int, overrides: list[str], message: str) -> None:
     with pytest.raises(TopologyError) as caught:
-        check_topology(load_config(DEMO, overrides), world_size)
+        check_topology(load_config(DEMO, [*SIZES, *overrides]), world_size)
     assert message in str(caught.value)

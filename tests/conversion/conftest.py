@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,74 +38,81 @@ class TrainingModel:
     greedy: dict[str, list[int]]  # by prompt
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["the quick brown fox jumps over the lazy dog. " * 20], 300, folder)
+class Workshop:
+    """Makes what the tests share, each thing once, by the decoder's kind of normalisation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer_folder = folder / "tokenizer"
+        train_tokenizer(["the quick brown fox jumps over the lazy dog. " * 20], 300, self.tokenizer_folder)
+
+    @cache  # noqa: B019
+    def training_model(self, kind: str) -> TrainingModel:
+        out = self.folder / f"{kind}.safetensors"
+        command = [sys.executable, str(PROGRAM), kind, str(self.tokenizer_folder), str(out)]
+        code, output = run_command(command, timeout_s=120)
+        assert code == 0, output
+        answers = load_file(out)
+        parameters: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in answers.items():
+            if key.startswith("parameter/"):
+                _, component, name = key.split("/")
+                parameters.setdefault(component, {})[name] = tensor
+        return TrainingModel(
+            run_config(kind, self.tokenizer_folder),
+            parameters,
+            {key[7:]: tensor for key, tensor in answers.items() if key.startswith("logits/")},
+            {key[7:]: tensor.tolist() for key, tensor in answers.items() if key.startswith("greedy/")},
+        )
+
+    @cache  # noqa: B019
+    def run_folder(self, kind: str) -> Path:
+        return write_run(self.folder / f"run_{kind}", self.training_model(kind))
+
+    @cache  # noqa: B019
+    def exported(self, kind: str) -> Path:
+        """In several files, proved."""
+        out = self.folder / f"exported_{kind}"
+        export_checkpoint(self.run_folder(kind), out, max_shard_bytes=50_000)
+        return out
+
+    @cache  # noqa: B019
+    def hf_model(self, kind: str) -> Any:
+        path = self.exported(kind)
+        return AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True).eval()
+
+    @cache  # noqa: B019
+    def processor(self, kind: str) -> Any:
+        return AutoProcessor.from_pretrained(self.exported(kind), trust_remote_code=True)
+
+
+def write_run(
+    folder: Path,
+    model: TrainingModel,
+    *,
+    tensor_size: int = 2,
+    zero_size: int = 3,
+    state: dict[str, Any] | None = None,
+) -> Path:
+    """A run folder with one checkpoint, cut over TP ranks and then over ZeRO ranks."""
+    partial = step_folder(folder / "checkpoints", 200).with_suffix(".partial")
+    for component, parameters in model.parameters.items():
+        (partial / component).mkdir(parents=True)
+        size = tensor_size if component == "decoder" else 1
+        write_component(partial / component, parameters, size, zero_size)
+    content = {
+        "step": 200,
+        "progress": {"trained_tokens": 12345.0},
+        "topology": {"tensor": tensor_size, "data": zero_size},
+        "zero_stages": {"decoder": 1, "encoders": 3},
+        **(state or {}),
+    }
+    (partial / "state.json").write_text(json.dumps(content))
+    write_config(model.config, partial / "config.yaml", {"commit": "abc", "versions": {"torch": "2"}})
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    write_manifest(partial, {str(path.relative_to(partial)): record_file(path) for path in files})
+    publish(partial)
     return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tokenizer_folder: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_folder)
-
-
-@pytest.fixture(scope="session", params=KINDS)
-def training_model(
-    request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> TrainingModel:
-    """The model under its real modules, once with a DeepNorm and once with a pre-LN decoder."""
-    out = tmp_path_factory.mktemp("model") / "answers.safetensors"
-    command = [sys.executable, str(PROGRAM), request.param, str(tokenizer_folder), str(out)]
-    code, output = run_command(command, timeout_s=120)
-    assert code == 0, output
-    answers = load_file(out)
-    parameters: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in answers.items():
-        if key.startswith("parameter/"):
-            _, component, name = key.split("/")
-            parameters.setdefault(component, {})[name] = tensor
-    return TrainingModel(
-        run_config(request.param, tokenizer_folder),
-        parameters,
-        {key[7:]: tensor for key, tensor in answers.items() if key.startswith("logits/")},
-        {key[7:]: tensor.tolist() for key, tensor in answers.items() if key.startswith("greedy/")},
-    )
-
-
-@pytest.fixture(scope="session")
-def make_run() -> Callable[..., Path]:
-    """Writes a run folder with one checkpoint, cut over TP ranks and then over ZeRO ranks."""
-
-    def make(
-        folder: Path,
-        model: TrainingModel,
-        *,
-        tensor_size: int = 2,
-        zero_size: int = 3,
-        state: dict[str, Any] | None = None,
-    ) -> Path:
-        checkpoints = folder / "checkpoints"
-        partial = step_folder(checkpoints, 200).with_suffix(".partial")
-        for component, parameters in model.parameters.items():
-            (partial / component).mkdir(parents=True)
-            size = tensor_size if component == "decoder" else 1
-            write_component(partial / component, parameters, size, zero_size)
-        content = {
-            "step": 200,
-            "progress": {"trained_tokens": 12345.0},
-            "topology": {"tensor": tensor_size, "data": zero_size},
-            "zero_stages": {"decoder": 1, "encoders": 3},
-            **(state or {}),
-        }
-        (partial / "state.json").write_text(json.dumps(content))
-        write_config(model.config, partial / "config.yaml", {"commit": "abc", "versions": {"torch": "2"}})
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        write_manifest(partial, {str(path.relative_to(partial)): record_file(path) for path in files})
-        publish(partial)
-        return folder
-
-    return make
 
 
 def write_component(folder: Path, parameters: dict[str, Tensor], tensor_size: int, zero_size: int) -> None:
@@ -134,28 +141,33 @@ def write_component(folder: Path, parameters: dict[str, Tensor], tensor_size: in
 
 
 @pytest.fixture(scope="session")
-def run_folder(
-    training_model: TrainingModel, make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"), training_model)
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("conversion"))
 
 
-@pytest.fixture(scope="session")
-def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint in Hugging Face format, in float32, proved."""
-    out = tmp_path_factory.mktemp("exported") / "small"
-    export_checkpoint(run_folder, out, max_shard_bytes=50_000)
-    return out
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-@pytest.fixture(scope="session")
-def hf_model(exported: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(exported, trust_remote_code=True).eval()
+@pytest.fixture
+def training_model(workshop: Workshop, kind: str) -> TrainingModel:
+    return workshop.training_model(kind)
 
 
-@pytest.fixture(scope="session")
-def processor(exported: Path) -> Any:
-    return AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+@pytest.fixture
+def hf_model(workshop: Workshop, kind: str) -> Any:
+    return workshop.hf_model(kind)
+
+
+@pytest.fixture
+def processor(workshop: Workshop, kind: str) -> Any:
+    return workshop.processor(kind)
+
+
+@pytest.fixture
+def tokenizer(workshop: Workshop) -> Tokenizer:
+    return load_tokenizer(workshop.tokenizer_folder)
 
 
 @pytest.fixture(autouse=True)

@@ -152,6 +152,24 @@ def test_a_signal_stops_a_run_after_saving(tiny_data: Path, tmp_path: Path) -> N
     assert json.loads((folder / "state.json").read_text())["step"] == max(losses(run))
 
 
+def test_a_run_leaves_as_a_hugging_face_model_and_speaks(
+    tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_to_hf.py")]
+    code, output = run_command([*tool, str(whole_run[0]), str(tmp_path / "hf")], timeout_s=200)
+    assert code == 0, output
+    proof = json.loads((tmp_path / "hf" / "proof.json").read_text())
+    assert len(proof) == 3
+    assert all(case["largest_difference"] < 1e-4 for case in proof)
+    image = next((tiny_data / "raw" / "scenes" / "images").rglob("*.png"))
+    speak = [sys.executable, "-m", "metalm", "generate", str(tmp_path / "hf"), "--image", str(image)]
+    code, output = run_command([*speak, "--prompt", "a", "--max-new-tokens", "4"], timeout_s=200)
+    assert code == 0, output
+    code, output = run_command([*speak[:-1], str(tmp_path / "absent.png")], timeout_s=200)
+    assert (code, "absent.png does not exist" in output) == (65, True), output
+    assert "Traceback" not in output
+
+
 def test_evaluation_writes_its_figures(tiny_data: Path, whole_run: tuple[Path, str]) -> None:
     run = whole_run[0]
     code, output = run_command(

@@ -65,7 +65,7 @@ def is_same_tokenizer(exported: Path, tokenizer: Tokenizer) -> bool:
     """
     try:
         found = _respelt(json.loads(exported.read_text()), BLANK_LINE, PARAGRAPH, special=True)
-        own = json.loads(tokenizer.definition)
+        own = json.loads(tokenizers.Tokenizer.from_buffer(tokenizer.definition).to_str())
         parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         return all(found[part] == own[part] for part in parts)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,73 @@
+"""Text from an exported folder for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conversion.cases import pictures
+from conversion.conftest import Workshop
+from metalm.conversion.generate import chat_with_folder, generate_from_folder, with_image_markers
+from metalm.errors import ConfigError, DataError
+
+KIND = "deepnorm"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
+    Image.fromarray(np.asarray(pictures()[1])).save(path)
+    return path
+
+
+def test_it_says_what_the_training_model_says(workshop: Workshop, image: Path, tokenizer) -> None:
+    """The prompt is encoded with the image, as `<span><image>prompt</span>`."""
+    model = workshop.training_model(KIND)
+    expected = tokenizer.decode(model.greedy["image and prefix"])
+    prompt = "<span><image>the fox</span> jumps over the dog"
+    assert generate_from_folder(workshop.exported(KIND), prompt, [image]) == expected
+
+
+def test_images_without_markers_are_encoded_with_the_prompt() -> None:
+    assert with_image_markers("what is it?", 0) == "what is it?"
+    assert with_image_markers("what is it?", 1) == "<span><image>what is it?</span>"
+    assert with_image_markers("which?", 3) == "<image><image><span><image>which?</span>"
+    assert with_image_markers("<image> shows", 1) == "<image> shows"
+
+
+def test_a_conversation_keeps_its_turns(workshop: Workshop, image: Path) -> None:
+    folder, said = workshop.exported(KIND), []
+    turns = [f"/image {image}", "the fox", "over", "/image nowhere.png", "dog", "/forget", "over"]
+    chat_with_folder(folder, iter(turns), said.append, max_new_tokens=4)
+    first, second, mistake, alone = said
+    prompt = "<span><image>the fox</span>"
+    assert first == generate_from_folder(folder, prompt, [image], max_new_tokens=4)
+    prompt = f"{prompt}{first}\n\n<span>over</span>"
+    assert second == generate_from_folder(folder, prompt, [image], max_new_tokens=4)
+    assert mistake == "error: image nowhere.png does not exist"
+    assert alone == generate_from_folder(folder, "<span>over</span>", max_new_tokens=4)
+
+
+def test_no_code_of_the_folder_runs(workshop: Workshop, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(workshop.exported(KIND), tmp_path / "copy")
+    for path in (tmp_path / "copy").glob("*.py"):
+        path.write_text("raise SystemExit('the code of the folder ran')\n")
+    generate_from_folder(tmp_path / "copy", "the fox", max_new_tokens=2)
+
+
+def test_mistakes_are_one_message(workshop: Workshop, tmp_path: Path, image: Path) -> None:
+    folder = workshop.exported(KIND)
+    with pytest.raises(ConfigError, match="is not an exported model"):
+        generate_from_folder(tmp_path, "the fox")
+    with pytest.raises(DataError, match="does not exist"):
+        generate_from_folder(folder, "the fox", [tmp_path / "none.png"])
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match="cannot be read"):
+        generate_from_folder(folder, "the fox", [tmp_path / "text.png"])
+    with pytest.raises(ConfigError, match="no encoder 'nobody'"):
+        generate_from_folder(folder, "<span:nobody>x</span>")

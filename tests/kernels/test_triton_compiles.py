@@ -1,0 +1,98 @@
+"""The Triton kernels compile for Hopper without a device: what the interpreter accepts, the compiler must too.
+
+Run as a script, this file prints the facts about each compiled kernel, in a process without the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Bytes of shared memory that a program may use on compute capability 9.0.
+HOPPER_SHARED_BYTES = 232_448
+POINTERS = {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32", "seeds": "*i64"}
+FLOATS = ("log_sum", "delta", "bias", "grad_bias")
+
+
+def compile_kernel(kernel: Any, dtype: str, head_size: int, features: bool) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = kernel.fn
+    constants: dict[str, Any] = {
+        "HEAD_SIZE": head_size,
+        "BLOCK_D": triton.next_power_of_2(head_size),
+        "HAS_BIAS": features,
+        "HAS_DROPOUT": features,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "BLOCK_Q": 64,
+        "BLOCK_K": 64,
+    }
+    if "GROUPS" in function.arg_names:
+        constants["GROUPS"] = 2 if features else 1
+    signature = {}
+    for name in function.arg_names:
+        tensor = name.removesuffix("_ptr")
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name != tensor:
+            signature[name] = POINTERS.get(tensor, "*fp32" if tensor in FLOATS else f"*{dtype}")
+        else:
+            signature[name] = "fp32" if name in ("scale", "scale_log2", "keep_scale") else "i32"
+    aligned = [
+        index for index, name in enumerate(function.arg_names) if name.endswith("_ptr") or "stride" in name
+    ]
+    source = ASTSource(
+        function,
+        signature,
+        constexprs={(function.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return {"shared": compiled.metadata.shared, "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
+
+
+def main(dtype: str, head_size: str, features: str) -> None:
+    from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
+    from metalm.kernels.triton_forward import forward_kernel
+
+    facts = {
+        kernel.fn.__name__: compile_kernel(kernel, dtype, int(head_size), features == "features")
+        for kernel in (forward_kernel, query_gradient_kernel, key_gradient_kernel)
+    }
+    print(json.dumps(facts))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "features"),
+    [("bf16", "128", "plain"), ("fp16", "80", "features"), ("fp32", "64", "features")],
+)
+def test_kernels_compile_for_hopper(dtype: str, head_size: str, features: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, __file__, dtype, head_size, features],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=220,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = json.loads(result.stdout.splitlines()[-1])
+    assert len(kernels) == 3
+    for name, facts in kernels.items():
+        assert facts["shared"] <= HOPPER_SHARED_BYTES, name
+        # Tensor cores do the products, except in float32, whose bits they would cut.
+        assert (facts["wgmma"] > 0) == (dtype != "fp32"), name
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
