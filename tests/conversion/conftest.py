@@ -25,6 +25,8 @@ from metalm.conversion.export import export_checkpoint
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 PROGRAM = Path(__file__).parent / "programs" / "training_model.py"
+PROOF_FILES = {"README.md", "proof.json"}
+"""What of an exported folder depends on the run and on whether there was a proof."""
 SHARDED = {"word_embeddings": 0, "linear_qkv": 0, "linear_fc1": 0, "linear_proj": 1, "linear_fc2": 1}
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion.conftest import Workshop, write_run
+from conversion.conftest import PROOF_FILES, Workshop, write_run
 from distributed.ranks import run_command
 from metalm.conversion import checkpoint_source, export, proof
 from metalm.conversion.export import export_checkpoint
 from metalm.conversion.plain_transformers import FORBIDDEN
 from metalm.data.tokenizer import train_tokenizer
-from metalm.errors import EXIT_DATA, EXIT_USAGE, CheckpointError, ConfigError, DataError
+from metalm.errors import EXIT_DATA, CheckpointError, ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[2]
 KIND = "deepnorm"
@@ -35,7 +35,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def nothing_is_left(folder: Path) -> bool:
-    return not [path for path in folder.glob("out*")]
+    return not list(folder.glob("out*"))
 
 
 @pytest.mark.parametrize(("tensor_size", "zero_size"), [(1, 1), (4, 2)])
@@ -45,11 +45,11 @@ def test_every_layout_gives_the_same_bytes(
     model = workshop.training_model(KIND)
     run = write_run(tmp_path / "run", model, tensor_size=tensor_size, zero_size=zero_size)
     export_checkpoint(run, tmp_path / "out", max_shard_bytes=50_000, with_proof=False)
-    files = sorted(path.name for path in workshop.exported(KIND).iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
-    for name in files:
-        if name != "README.md":
-            assert (tmp_path / "out" / name).read_bytes() == (workshop.exported(KIND) / name).read_bytes()
+    exported = workshop.exported(KIND)
+    names = {path.name for path in exported.iterdir()} - PROOF_FILES
+    assert names == {path.name for path in (tmp_path / "out").iterdir()} - PROOF_FILES
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
 
 
 def test_shards_hold_the_size_asked_for_and_their_index_is_right(workshop: Workshop) -> None:
@@ -170,13 +170,9 @@ def test_an_existing_folder_is_not_touched(workshop: Workshop, tmp_path: Path) -
 def test_the_tool_ends_with_one_message_and_the_kinds_exit_code(workshop: Workshop, tmp_path: Path) -> None:
     tool = [sys.executable, str(REPOSITORY / "tools" / "convert_to_hf.py")]
     run = str(workshop.run_folder(KIND))
-    for arguments, expected, message in (
-        ([run, str(tmp_path / "out"), "--max-shard-size", "many"], EXIT_USAGE, "'many' is not of the form"),
-        ([str(tmp_path), str(tmp_path / "out")], EXIT_DATA, "neither a checkpoint nor a run folder"),
-    ):
-        code, output = run_command([*tool, *arguments], timeout_s=60)
-        assert code == expected
-        assert message in output and "Traceback" not in output
+    code, output = run_command([*tool, str(tmp_path), str(tmp_path / "out")], timeout_s=60)
+    assert code == EXIT_DATA
+    assert "neither a checkpoint nor a run folder" in output and "Traceback" not in output
     code, output = run_command([*tool, run, str(tmp_path / "out"), "--no-proof"], timeout_s=60)
     assert code == 0, output
     assert "Converted without proof" in (tmp_path / "out" / "README.md").read_text()

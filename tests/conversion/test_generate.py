@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,6 @@ def test_a_conversation_keeps_its_turns(workshop: Workshop, image: Path) -> None
 
 
 def test_no_code_of_the_folder_runs(workshop: Workshop, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(workshop.exported(KIND), tmp_path / "copy")
     for path in (tmp_path / "copy").glob("*.py"):
         path.write_text("raise SystemExit('the code of the folder ran')\n")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from conversion.cases import PROMPTS, pictures, prompt_images, prompt_row, prompt_text, run_config
 from conversion.conftest import Workshop
@@ -42,8 +43,9 @@ def image_file(mode: str, format_name: str, size: tuple[int, int] = (70, 45)) ->
         ("RGBA", "PNG"),
         ("LA", "PNG"),
         ("P", "PNG"),
-    ]
-    + [("RGB", "WEBP"), ("RGBA", "WEBP")],
+        ("RGB", "WEBP"),
+        ("RGBA", "WEBP"),
+    ],
 )
 def test_pixels_are_those_of_training(processor, tmp_path: Path, mode: str, format_name: str) -> None:
     data = image_file(mode, format_name)
@@ -132,8 +134,6 @@ def test_mistakes_in_prompts_are_named(processor, text: str, images: int, messag
 
 
 def test_saved_again_it_is_the_same(processor, workshop, tmp_path: Path) -> None:
-    from transformers import AutoProcessor
-
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     prompt, images = prompt_text(PROMPTS["images and spans"]), prompt_images(PROMPTS["images and spans"])

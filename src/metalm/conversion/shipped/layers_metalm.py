@@ -40,6 +40,12 @@ def eager_attention(
     return attended.transpose(1, 2).contiguous(), probabilities
 
 
+class MetaLMLinear(nn.Linear):
+    """A linear map that knows the gain of its initial weights."""
+
+    init_gain = 1.0
+
+
 class MetaLMAttention(nn.Module):
     """Multi-head attention, bidirectional."""
 
@@ -49,10 +55,10 @@ class MetaLMAttention(nn.Module):
         super().__init__()
         self.config = config
         self.head_size = hidden_size // num_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size, hidden_size)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
-        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj = MetaLMLinear(hidden_size, hidden_size)
+        self.k_proj = MetaLMLinear(hidden_size, hidden_size)
+        self.v_proj = MetaLMLinear(hidden_size, hidden_size)
+        self.o_proj = MetaLMLinear(hidden_size, hidden_size)
 
     def forward(
         self,
@@ -98,8 +104,8 @@ class MetaLMFeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+        self.up_proj = MetaLMLinear(hidden_size, intermediate_size)
+        self.down_proj = MetaLMLinear(intermediate_size, hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
@@ -122,11 +128,15 @@ class MetaLMLayer(GradientCheckpointingLayer):
         super().__init__()
         self.post_norm = normalization == "deepnorm"
         self.residual_scale = (2 * num_layers) ** 0.25 if self.post_norm else 1.0
-        self.num_layers = num_layers
         self.self_attn = attention
         self.attention_norm = nn.LayerNorm(hidden_size, eps=eps)
         self.mlp = MetaLMFeedForward(hidden_size, intermediate_size)
         self.mlp_norm = nn.LayerNorm(hidden_size, eps=eps)
+        # DeepNorm scales what passes values through; pre-LN what is added to the residual stream.
+        scaled = [attention.o_proj, self.mlp.down_proj]
+        scaled += [attention.v_proj, self.mlp.up_proj] if self.post_norm else []
+        for part in scaled:
+            part.init_gain = (8 * num_layers) ** -0.25 if self.post_norm else (2 * num_layers) ** -0.5
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_metalm import MetaLMConfig
 from .encoder_metalm import MetaLMEncoders, Spans, spans_of_images
-from .layers_metalm import MetaLMCausalAttention, MetaLMDecoderLayer, MetaLMLayer
+from .layers_metalm import MetaLMCausalAttention, MetaLMDecoderLayer, MetaLMLinear
 
 EMBEDDING_STD = 0.02
 
@@ -57,18 +57,10 @@ class MetaLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             decoder = module is self.get_input_embeddings()
             init.normal_(module.weight, std=self.config.hidden_size**-0.5 if decoder else EMBEDDING_STD)
-        elif isinstance(module, nn.Linear) and module.bias is not None:
-            init.xavier_normal_(module.weight)
+        elif isinstance(module, nn.Linear) and module.bias is not None:  # the output layer is tied
+            gain = module.init_gain if isinstance(module, MetaLMLinear) else 1.0
+            init.xavier_normal_(module.weight, gain=gain)
             init.zeros_(module.bias)
-        elif isinstance(module, MetaLMLayer):
-            # DeepNorm scales what passes values through; pre-LN what is added to the residual stream.
-            post_norm, depth = module.post_norm, module.num_layers
-            scaled = [module.self_attn.o_proj, module.mlp.down_proj]
-            scaled += [module.self_attn.v_proj, module.mlp.up_proj] if post_norm else []
-            for part in scaled:
-                init.xavier_normal_(
-                    part.weight, gain=(8 * depth) ** -0.25 if post_norm else (2 * depth) ** -0.5
-                )
 
 
 class MetaLMModel(MetaLMPreTrainedModel):

@@ -1,0 +1,44 @@
+# What every template starts with: where it was submitted, the cluster's settings, and how to run Python.
+# Sourced by the batch scripts; not for use alone.
+# shellcheck shell=bash
+
+# shellcheck disable=SC2034  # for the scripts that source this
+readonly EXIT_USAGE=64 EXIT_DATA=65 EXIT_FAULT=70 EXIT_RESTART=75
+
+say() { printf '[slurm %s] %s\n' "$(date +%H:%M:%S)" "$*"; }
+
+give_up() {
+    say "error: $2" >&2
+    exit "$1"
+}
+
+if [[ -n ${METALM_CLUSTER:-} ]]; then
+    [[ -r $METALM_CLUSTER ]] || give_up $EXIT_USAGE "METALM_CLUSTER names $METALM_CLUSTER, which cannot be read"
+    # shellcheck source=/dev/null
+    . "$METALM_CLUSTER"
+fi
+if [[ -n ${METALM_MODULES:-} ]]; then
+    # shellcheck disable=SC2086  # a list
+    module load $METALM_MODULES || give_up $EXIT_USAGE "cannot load the modules $METALM_MODULES"
+fi
+
+METALM_PYTHON=${METALM_PYTHON:-.venv/bin/python}
+in_container=()
+if [[ -n ${METALM_CONTAINER:-} ]]; then
+    in_container=("--container-image=$METALM_CONTAINER" "--container-workdir=$PWD")
+    [[ -z ${METALM_MOUNTS:-} ]] || in_container+=("--container-mounts=$METALM_MOUNTS")
+fi
+
+# Run Python once, on the node of the batch script.
+run_python() {
+    if [[ ${#in_container[@]} = 0 ]]; then
+        "$METALM_PYTHON" "$@"
+    else
+        srun --nodes=1 --ntasks=1 --relative=0 "${in_container[@]}" "$METALM_PYTHON" "$@"
+    fi
+}
+
+# Ranks on each node: as set, else a GPU each, else one.
+ranks_per_node() {
+    echo "${METALM_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+}
