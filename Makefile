@@ -44,7 +44,7 @@ $(DEMO)/ready: | setup
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .
