@@ -68,6 +68,14 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     evaluate.add_argument("--samples", type=int, default=64, help="samples to generate per held-out source")
     evaluate.set_defaults(run=_evaluate)
 
+    status = commands.add_parser("status", help="tell how a run is doing, from its folder alone")
+    status.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder, such as runs/NAME")
+    status.set_defaults(run=_status)
+
+    stop = commands.add_parser("stop", help="ask a run to save and end")
+    stop.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder, such as runs/NAME")
+    stop.set_defaults(run=_stop)
+
     generate = commands.add_parser("generate", help="continue a prompt with an exported model")
     generate.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
     generate.add_argument("--prompt", default="", help="text; without a marker, images are encoded with it")
@@ -147,6 +155,18 @@ def _chat(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         device=options.device,
     )
+
+
+def _status(options: argparse.Namespace) -> int | None:
+    from metalm.operations.status import status
+
+    return status(options.run_folder)
+
+
+def _stop(options: argparse.Namespace) -> int | None:
+    from metalm.operations.stop import stop
+
+    return stop(options.run_folder)
 
 
 def _prepare_imports() -> None:

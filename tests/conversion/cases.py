@@ -36,8 +36,8 @@ def run_config(kind: str, tokenizer: Path) -> RunConfig:
                 "vocab_size": VOCABULARY,
                 "decoder": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "normalization": kind},
                 "encoders": {
-                    "text": {**_SMALL, "normalization": kind},
                     "vision": {**_VISION, "normalization": other},
+                    "text": {**_SMALL, "normalization": kind},
                 },
             },
             "data": {

@@ -210,6 +210,6 @@ def test_the_card_has_the_figures_of_run_and_proof(workshop: Workshop) -> None:
 def test_proof_prompts_reach_every_encoder(workshop: Workshop) -> None:
     source = checkpoint_source.open_checkpoint(workshop.run_folder(KIND))
     cases = proof.proof_cases(source)
-    assert [set(case.row.spans) for case in cases] == [set(), {"text"}, {"vision"}]
+    assert [set(case.row.spans) for case in cases] == [set(), {"vision"}, {"text"}]
     lengths = [spans.num_patches.tolist() for case in cases for spans in case.row.spans.values()]
-    assert lengths == [[0], [4]]
+    assert lengths == [[4], [0]]

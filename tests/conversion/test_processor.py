@@ -80,8 +80,7 @@ def test_prompts_are_the_rows_of_training(processor, workshop, tokenizer, name: 
         assert (ids[docked] == tokenizer.image_id).all()
         read = inputs["span_input_ids"][0].numpy()
         ids[docked] = np.where(read == tokenizer.image_id, tokenizer.paragraph_id, read)[docked]
-        names = list(config.model.encoders)
-        for place, encoder in enumerate(names, start=1):
+        for place, encoder in enumerate(sorted(config.model.encoders), start=1):
             bounds = row.spans[encoder].bounds if encoder in row.spans else []
             expected = [position for start, end in bounds for position in range(start, end)]
             assert np.flatnonzero(inputs["span_encoders"][0] == place).tolist() == expected

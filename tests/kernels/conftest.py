@@ -1,14 +1,9 @@
-"""Random interval masks, Triton's interpreter where there is no GPU, and memory that starts as NaN."""
+"""Random interval masks, and memory that starts as NaN."""
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when Triton is first imported: its kernels then run on CPU, in NumPy.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from metalm.kernels import IntervalMask
 

@@ -26,7 +26,7 @@ def check(mask: IntervalMask, plan: list[list[Tile]], max_queries: int | None) -
 
 @pytest.mark.parametrize("length", [1, 17, 130, 300])
 def test_documents(length: int, make_documents: Callable[..., IntervalMask]) -> None:
-    for seed in range(20):
+    for seed in range(8):
         mask = make_documents(2, length, seed)
         check(mask, plan_tiles(mask), max_queries=128)
         check(mask, plan_whole_runs(mask), max_queries=None)
@@ -34,7 +34,7 @@ def test_documents(length: int, make_documents: Callable[..., IntervalMask]) -> 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(40, 7), (40, 300), (300, 40)])
 def test_any_intervals(num_queries: int, num_keys: int, make_intervals: Callable[..., IntervalMask]) -> None:
-    for seed in range(20):
+    for seed in range(8):
         mask = make_intervals(2, num_queries, num_keys, seed)
         check(mask, plan_tiles(mask), max_queries=128)
         check(mask, plan_whole_runs(mask), max_queries=None)

@@ -11,6 +11,7 @@ from distributed.tiny import LENGTH, VOCAB, tiny_config, to_row
 from metalm.batch import SemiCausalBatch
 from metalm.config import ModelConfig
 from metalm.data.collate import collate
+from metalm.kernels import backend_counts, reset_backend_counts
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw
 from metalm.model.initialization import initialize_parameters
@@ -117,3 +118,10 @@ def test_rows_without_any_span_still_reach_every_encoder_parameter(topology: Top
     model.loss([PlainRow([document], 0)]).backward()
     assert all(p.grad is None or not p.grad.any() for p in model.encoders.parameters())
     assert all(p.grad is not None for p in model.encoders.parameters())
+
+
+def test_every_layers_attention_runs_through_the_interval_kernel(topology: Topology) -> None:
+    model = build(topology)
+    reset_backend_counts()
+    model.loss(random_rows(1, 2, VOCAB, LENGTH))
+    assert backend_counts() == {"tiled": 2 + 2 + 2}  # decoder, text encoder, image encoder

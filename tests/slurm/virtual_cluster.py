@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +31,8 @@ ip link add bridge type bridge
 ip address add 10.0.0.100/24 dev bridge
 ip link set bridge up
 {
-    munged --foreground --force --key-file="$1/munge/key" --socket="$1/munge/socket" --pid-file="$1/munge/pid" \
-        --log-file="$1/munge/log" --seed-file="$1/munge/seed" >/dev/null 2>&1 &
+    munged --foreground --force --key-file="$1/munge/key" --socket="$1/munge/socket" \
+        --pid-file="$1/munge/pid" --log-file="$1/munge/log" --seed-file="$1/munge/seed" >/dev/null 2>&1 &
     until munge -n -S "$1/munge/socket" >/dev/null 2>&1; do sleep 0.05; done
     exec slurmctld -D -c >"$1/log/slurmctld.out" 2>&1
 } &
@@ -88,7 +87,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
 GresTypes=gpu
-NodeName=node[1-{nodes}] NodeAddr=10.0.0.[1-{nodes}] CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
+NodeName=node[1-{nodes}] NodeAddr=10.0.0.[1-{nodes}] CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 """
@@ -133,7 +132,7 @@ class VirtualCluster:
         wait_until((folder / "munge/socket").exists, "munged listens", timeout_s=20)
         for number in range(1, NUM_NODES + 1):
             self.boot(f"node{number}")
-        wait_until(lambda: len(self._idle_nodes()) == NUM_NODES, "all nodes are idle", timeout_s=60)
+        self.wait_for_idle()
 
     def boot(self, node: str) -> None:
         """Give a node power."""
@@ -145,6 +144,10 @@ class VirtualCluster:
         link = ["ip", "link", "add", f"to_{node}", "type", "veth", "peer", "name", "eth0", "netns", str(pid)]
         self._in_network(*link)
         self._in_network("ip", "link", "set", f"to_{node}", "master", "bridge", "up")
+
+    def wait_for_idle(self) -> None:
+        """Wait until every node is up and free."""
+        wait_until(lambda: len(self._idle_nodes()) == NUM_NODES, "all nodes are idle", timeout_s=60)
 
     def cut_power(self, node: str) -> None:
         """End all processes of a node at once."""
@@ -180,6 +183,13 @@ class VirtualCluster:
 
         wait_until(reached, f"job {job} is {' or '.join(states)}", timeout_s)
         return facts
+
+    def clear(self) -> None:
+        """Cancel all jobs and wait until every node is up and free."""
+        self.command("scancel", "--user=root", check=False)
+        self.command("scancel", "--full", "--signal=KILL", "--user=root", check=False)
+        wait_until(lambda: not self.command("squeue", "--noheader"), "no job is left", timeout_s=60)
+        self.wait_for_idle()
 
     def close(self) -> None:
         """End everything."""
@@ -220,7 +230,9 @@ class VirtualCluster:
         subprocess.run(["nsenter", "--target", str(self._first_pid), "--net", *words], check=True)
 
     def _idle_nodes(self) -> list[str]:
-        listed = self.command("sinfo", "--noheader", "--Node", "-p", "main", "-t", "idle", "-o", "%N", check=False)
+        listed = self.command(
+            "sinfo", "--noheader", "--Node", "-p", "main", "-t", "idle", "-o", "%N", check=False
+        )
         return listed.split()
 
 

@@ -19,6 +19,9 @@ from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, DataError
 
+MAPPED_BYTES = 2**28
+"""Contents that may stay mapped before the files are opened anew."""
+
 
 @dataclass(frozen=True)
 class CheckpointSource:
@@ -38,8 +41,14 @@ class CheckpointSource:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face folder's tensors, in the order of the rules."""
+        mapped_bytes = 0
         for rule in self.rules:
-            yield from zip(rule.targets, rule.split(self.reader.read(rule.component, rule.name)), strict=True)
+            whole = self.reader.read(rule.component, rule.name)
+            yield from zip(rule.targets, rule.split(whole), strict=True)
+            mapped_bytes += whole.nbytes
+            if mapped_bytes > MAPPED_BYTES:
+                self.reader.close()  # pages of its files count as this process's memory
+                mapped_bytes = 0
 
 
 def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> CheckpointSource:

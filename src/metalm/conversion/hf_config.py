@@ -83,7 +83,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "normalization": decoder.normalization,
         "max_position_embeddings": config.data.sequence_length,
         "layer_norm_eps": LAYER_NORM_EPS,
-        "encoders": {name: _encoder(encoder) for name, encoder in model.encoders.items()},
+        "encoders": {name: _encoder(encoder) for name, encoder in sorted(model.encoders.items())},
         "image_encoder": image_encoder(config),
         "image_token_id": tokenizer.image_id,
         "bos_token_id": tokenizer.start_id,
@@ -108,7 +108,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
                 "max_text_positions": encoder.max_text_positions,
                 "num_patches": encoder.image.num_patches if encoder.image else 0,
             }
-            for name, encoder in encoders.items()
+            for name, encoder in sorted(encoders.items())
         },
         "image_encoder": image_encoder(config),
         "text_encoder": text_encoder(config),

@@ -207,29 +207,20 @@ class IntervalMask:
 
     def block_ranges(self, block_q: int, block_k: int) -> BlockRanges:
         """Key blocks of `block_k` to visit for each block of `block_q` queries, from the bounds' extremes."""
-        padding = -self.num_queries % block_q
         visible = self.end > self.start
-        bounds = {
-            "first_start": torch.where(visible, self.start, _INT32_MAX),
-            "last_start": torch.where(visible, self.start, _INT32_MAX),
-            "first_end": torch.where(visible, self.end, 0),
-            "last_end": torch.where(visible, self.end, 0),
-        }
-        # Rows past the last query must not decide anything.
-        neutral = {"first_start": _INT32_MAX, "last_start": 0, "first_end": _INT32_MAX, "last_end": 0}
-        blocks = {
-            name: torch.nn.functional.pad(bound, (0, padding), value=neutral[name]).unflatten(
-                -1, (-1, block_q)
-            )
-            for name, bound in bounds.items()
-        }
-        first = blocks["first_start"].amin(-1) // block_k
-        last = _ceil_div(blocks["last_end"].amax(-1), block_k)
-        first = torch.minimum(first, last)
-        full_first = torch.minimum(_ceil_div(blocks["last_start"].amax(-1), block_k), last)
-        full_last = torch.minimum(blocks["first_end"].amin(-1) // block_k, last)
-        full_last = torch.maximum(full_first, full_last)
-        return BlockRanges(first, full_first, full_last, last)
+        start, end = torch.where(visible, self.start, _INT32_MAX), torch.where(visible, self.end, 0)
+
+        def blocks(bound: Tensor, beyond: int) -> Tensor:
+            """`[B, blocks, block_q]`; `beyond` fills the last block and must not decide anything."""
+            padding = -self.num_queries % block_q
+            padded = torch.nn.functional.pad(bound, (0, padding), value=beyond)
+            return padded.view(self.batch_size, -1, block_q)
+
+        last = _ceil_div(blocks(end, 0).amax(-1), block_k)
+        first = torch.minimum(blocks(start, _INT32_MAX).amin(-1) // block_k, last)
+        full_first = torch.minimum(_ceil_div(blocks(start, 0).amax(-1), block_k), last)
+        full_last = torch.minimum(blocks(end, _INT32_MAX).amin(-1) // block_k, last)
+        return BlockRanges(first, full_first, torch.maximum(full_first, full_last), last)
 
     def visible_pairs(self) -> Tensor:
         """Number of (query, key) pairs that see each other, int64 `[B]`, on the mask's device."""

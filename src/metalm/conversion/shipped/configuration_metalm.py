@@ -25,8 +25,9 @@ class MetaLMConfig(PreTrainedConfig):
     Args:
         normalization: "deepnorm" (post-LN, residual weighted by (2 * layers) ** 0.25) or "pre_ln".
         max_position_embeddings: row length in training. Positions are sinusoidal and have no limit.
-        encoders: by name, in order, the keys of ENCODER_DEFAULTS. `image_size` and `patch_size` (pixels
-            per side) are None for an encoder of text; `connector` is "linear" or "feed_forward".
+        encoders: by name, the keys of ENCODER_DEFAULTS; kept in alphabetical order. `image_size` and
+            `patch_size` (pixels per side) are None for an encoder of text; `connector` is "linear" or
+            "feed_forward".
         image_encoder: the encoder of images that come without span tensors.
         image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
     """
@@ -62,7 +63,8 @@ class MetaLMConfig(PreTrainedConfig):
         self.normalization = normalization
         self.max_position_embeddings = max_position_embeddings
         self.layer_norm_eps = layer_norm_eps
-        self.encoders = {name: ENCODER_DEFAULTS | sizes for name, sizes in (encoders or {}).items()}
+        # By name, because JSON files that transformers writes are sorted: the place must not depend on it.
+        self.encoders = {name: ENCODER_DEFAULTS | sizes for name, sizes in sorted((encoders or {}).items())}
         self.image_encoder = image_encoder
         self.image_token_id = image_token_id
         self.use_cache = use_cache

@@ -25,7 +25,7 @@ class Spans:
     input_ids: Tensor
     """The token that the encoder reads; the image token where it reads a patch."""
     encoders: Tensor
-    """0: the decoder's own token. k: the k-th encoder of the config."""
+    """0: the decoder's own token. k: the k-th encoder in alphabetical order."""
     numbers: Tensor
     """Tells apart the spans of a row, from 1; 0 outside spans."""
 

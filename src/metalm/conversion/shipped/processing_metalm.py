@@ -52,13 +52,13 @@ class MetaLMProcessor(ProcessorMixin):
         """Made by `AutoProcessor.from_pretrained`.
 
         Args:
-            encoders: by name, in the model's order, `max_text_positions` and `num_patches` (0: text only).
+            encoders: by name, `max_text_positions` and `num_patches` (0: text only).
             image_encoder: reads images whose span names none.
             text_encoder: reads texts whose span names none.
             image_size: pixels per side.
         """
         super().__init__(tokenizer, chat_template=chat_template)
-        self.encoders = encoders or {}
+        self.encoders = dict(sorted((encoders or {}).items()))
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.image_size = image_size

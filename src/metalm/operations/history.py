@@ -1,0 +1,92 @@
+"""What a run has left in its `logs` folder: the newest figures, and the jobs' starts and ends.
+
+The metrics file is read from its end, so that the answer takes as long for a run of a million steps as for
+one of ten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+METRICS_NAME = "metrics.jsonl"
+ATTEMPTS_NAME = "attempts.jsonl"
+_BLOCK_BYTES = 1 << 16
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run by a Slurm job. Without an end it is running, or was lost with its node."""
+
+    job: str
+    nodes: str
+    ranks: int
+    began: float
+    first_step: int
+    ended: float | None = None
+    code: int | None = None
+    cause: str | None = None
+    comes_back: bool = False
+
+
+def read_attempts(run_folder: Path) -> list[Attempt]:
+    """All starts that the batch scripts have recorded, oldest first."""
+    attempts: list[Attempt] = []
+    path = run_folder / "logs" / ATTEMPTS_NAME
+    if not path.exists():
+        return attempts
+    for entry in _entries(path.read_text().splitlines()):
+        if entry["event"] == "start":
+            attempts.append(
+                Attempt(entry["job"], entry["nodes"], entry["ranks"], entry["time"], entry["step"])
+            )
+        elif attempts and attempts[-1].job == entry["job"]:
+            last = attempts[-1]
+            attempts[-1] = Attempt(
+                last.job,
+                last.nodes,
+                last.ranks,
+                last.began,
+                last.first_step,
+                entry["time"],
+                entry["code"],
+                entry["cause"],
+                entry["comes_back"],
+            )
+    return attempts
+
+
+def newest_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """The last figures that were written, newest first, of up to a mebibyte of the file."""
+    path = run_folder / "logs" / METRICS_NAME
+    return list(_entries(_lines_from_end(path))) if path.exists() else []
+
+
+def _lines_from_end(path: Path) -> Iterator[str]:
+    with path.open("rb") as handle:
+        end = handle.seek(0, os.SEEK_END)
+        first, cut = end, b""
+        while first > 0 and end - first < _MOST_BYTES:
+            size = min(_BLOCK_BYTES, first)
+            first = handle.seek(first - size)
+            cut, *whole = (handle.read(size) + cut).split(b"\n")
+            for line in reversed(whole):
+                yield line.decode(errors="replace")
+        if first == 0:
+            yield cut.decode(errors="replace")
+
+
+def _entries(lines: Iterator[str] | list[str]) -> Iterator[dict[str, Any]]:
+    """The lines as objects; one that is empty or still being written is left out."""
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            yield entry

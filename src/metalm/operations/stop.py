@@ -1,0 +1,30 @@
+"""`metalm stop RUN`: ask a run to save and end."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from pathlib import Path
+
+from metalm.errors import ConfigError
+
+STOP_NAME = "stop"
+
+
+def stop(run_folder: Path) -> int:
+    """Write the stop file, with who asked and when; the ranks look for it before each step.
+
+    A job that Slurm queues again by itself stays away as well: only requests of the job itself bring it back.
+
+    Raises:
+        ConfigError: there is no run in this folder.
+    """
+    if not (run_folder / "logs").is_dir():
+        raise ConfigError(f"{run_folder} is no run folder: it has no logs")
+    path = run_folder / STOP_NAME
+    if path.exists():
+        print(f"{run_folder} has been asked to stop before: {path.read_text().strip() or 'no word by whom'}")
+        return 0
+    path.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    print(f"{run_folder} saves and ends after its step; `metalm status {run_folder}` tells when")
+    return 0

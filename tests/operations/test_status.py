@@ -1,0 +1,169 @@
+"""What `metalm status` tells of run folders in every state."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metalm.errors import ConfigError
+from metalm.operations.history import newest_metrics, read_attempts
+from metalm.operations.status import describe_run
+
+NOW = 1_800_000_000.0
+
+
+def metrics(step: int, at: float, **more: float) -> str:
+    figures = {
+        "loss/all": 2.5,
+        "loss/text": 2.0,
+        "loss/scenes": 3.0,
+        "optimizer/skipped_steps": 1,
+        "speed/tokens_per_second": 12345.6,
+        "speed/step_seconds": 0.5,
+        "speed/data_wait_share": 0.02,
+        "data/scenes/skipped/undecodable": 3,
+        "data/text/skipped/too_long": 0,
+    }
+    return json.dumps({"step": step, "time": at, **figures, **more}) + "\n"
+
+
+def start(at: float, job: str = "7", step: int = 0) -> str:
+    entry = {"event": "start", "time": at, "job": job, "restart": 0, "nodes": "gpu[1-2]", "ranks": 16}
+    return json.dumps(entry | {"chain": job, "step": step}) + "\n"
+
+
+def end(at: float, code: int, cause: str, comes_back: bool, job: str = "7") -> str:
+    entry = {"event": "end", "time": at, "job": job, "restart": 0, "code": code, "cause": cause}
+    return json.dumps(entry | {"comes_back": comes_back, "step": 0}) + "\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 1,000 steps that logged steps 10 to 100, one step a second, and saved step 80."""
+    folder = tmp_path / "run"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "config.yaml").write_text("training: {steps: 1000}\n")
+    lines = [metrics(step, NOW - 110 + step) for step in range(10, 101, 10)]
+    (folder / "logs/metrics.jsonl").write_text("".join(lines))
+    checkpoint = folder / "checkpoints/step_00000080"
+    checkpoint.mkdir(parents=True)
+    os.utime(checkpoint, (NOW - 30, NOW - 30))
+    os.utime(checkpoint.parent, (NOW - 30, NOW - 30))
+    return folder
+
+
+def described(folder: Path, now: float = NOW) -> dict[str, str]:
+    """The lines by their names; the lines that follow one without a name belong to it."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in describe_run(folder, now).splitlines():
+        name = line[:12].strip() or name
+        found[name] = f"{found[name]}\n{line[12:]}" if name in found else line[12:]
+    return found
+
+
+def test_a_running_run(run: Path) -> None:
+    found = described(run)
+    assert found["state"] == "running"
+    assert found["step"] == "100 of 1,000 (10.0%)"
+    assert found["loss"] == "2.5000 (text 2.0000  scenes 3.0000)"
+    assert found["speed"] == "12,346 tokens/s, 0.50 s per step, data wait 2%"
+    assert found["time left"] == "15 min 00 s"  # 900 steps at the second per step that the clock shows
+    assert found["checkpoint"] == "step 80, 30 s old"
+    assert found["skipped"] == "3 samples, scenes undecodable 3; 1 steps"
+
+
+def test_a_run_without_a_sign_of_life(run: Path) -> None:
+    found = described(run, NOW + 3600)
+    assert found["state"].startswith("silent for 1 h 00 min")
+    assert "time left" not in found
+
+
+def test_a_run_that_was_asked_to_stop(run: Path) -> None:
+    (run / "stop").touch()
+    assert described(run)["state"] == "running, asked to stop"
+
+
+def test_restarts_and_their_causes(run: Path) -> None:
+    history = start(NOW - 900) + end(NOW - 600, 75, "time limit", True)
+    history += start(NOW - 500, step=40) + start(NOW - 105, step=80)
+    (run / "logs/attempts.jsonl").write_text(history)
+    found = described(run)
+    assert found["state"] == "running (job 7 on gpu[1-2], 16 ranks)"
+    count, first, second = found["restarts"].splitlines()
+    assert count == "2"
+    assert "from step 40  time limit" in first
+    assert "from step 80  lost: its node failed" in second
+
+
+def test_the_pace_is_of_the_current_start(run: Path) -> None:
+    slow = [metrics(step, NOW + 2 * (step - 100)) for step in (110, 120)]
+    with (run / "logs/metrics.jsonl").open("a") as handle:
+        handle.writelines(slow)
+    (run / "logs/attempts.jsonl").write_text(start(NOW - 300) + start(NOW, step=80))
+    assert described(run, NOW + 40)["time left"] == "29 min 20 s"  # 880 steps at two seconds
+
+
+@pytest.mark.parametrize(
+    ("code", "cause", "comes_back", "state"),
+    [
+        (75, "time limit", True, "waiting to start again (ended 1 min 00 s ago, job 7: time limit)"),
+        (70, "rank_00003 on gpu2 ended with 70", False, "ended 1 min 00 s ago, job 7: rank_00003 on gpu2"),
+    ],
+)
+def test_a_start_that_ended(run: Path, code: int, cause: str, comes_back: bool, state: str) -> None:
+    (run / "logs/attempts.jsonl").write_text(start(NOW - 200) + end(NOW - 60, code, cause, comes_back))
+    assert described(run)["state"].startswith(state)
+
+
+def test_a_run_that_is_done(run: Path) -> None:
+    (run / "checkpoints/step_00001000").mkdir()
+    assert described(run)["state"] == "done"
+
+
+def test_a_run_that_has_not_come_to_its_first_step(run: Path) -> None:
+    (run / "logs/metrics.jsonl").unlink()
+    (run / "checkpoints/step_00000080").rmdir()
+    (run / "logs/attempts.jsonl").write_text(start(NOW - 20))
+    found = described(run)
+    assert found["state"] == "running (job 7 on gpu[1-2], 16 ranks)"
+    assert found["checkpoint"] == "none"
+
+
+def test_no_run() -> None:
+    with pytest.raises(ConfigError, match="no run folder"):
+        describe_run(Path("absent"), NOW)
+
+
+def test_a_line_that_is_being_written_is_left_out(run: Path) -> None:
+    with (run / "logs/metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 110, "ti')
+    assert newest_metrics(run)[0]["step"] == 100
+    (run / "logs/attempts.jsonl").write_text(start(NOW) + '{"event": "en')
+    assert len(read_attempts(run)) == 1
+
+
+def test_the_newest_lines_come_from_the_end_of_a_long_file(run: Path) -> None:
+    path = run / "logs/metrics.jsonl"
+    path.write_text("".join(metrics(step, NOW - 20_000 + step) for step in range(1, 20_001)))
+    steps = [line["step"] for line in newest_metrics(run)]
+    assert steps == list(range(20_000, 20_000 - len(steps), -1))
+    assert 1000 < len(steps) < 10_000
+
+
+def test_it_needs_neither_torch_nor_pydantic(run: Path) -> None:
+    program = (
+        "import sys; sys.argv = ['metalm', 'status', sys.argv[1]]\n"
+        "from metalm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'pydantic', 'numpy'} & sys.modules.keys()"
+    )
+    found = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "100 of 1,000" in found.stdout

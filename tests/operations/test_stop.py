@@ -1,0 +1,32 @@
+"""What `metalm stop` leaves for the ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from metalm.errors import ConfigError
+from metalm.operations.stop import stop
+from metalm.training.stopping import StopRequest
+
+
+def test_the_ranks_see_it(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    request = StopRequest(tmp_path)
+    assert not request.is_asked()
+    stop(tmp_path)
+    assert request.is_asked()
+
+
+def test_the_first_who_asked_stays_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "stop").write_text("somebody 2030-01-01\n")
+    stop(tmp_path)
+    assert "asked to stop before: somebody 2030-01-01" in capsys.readouterr().out
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run folder"):
+        stop(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()

@@ -1,0 +1,193 @@
+"""When `pretrain.sbatch` brings a run back and when it does not, on two nodes with a stand-in for training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metalm.operations.status import describe_run
+from metalm.operations.stop import stop
+from slurm.virtual_cluster import VirtualCluster, wait_until
+
+REPOSITORY = Path(__file__).parents[2]
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+Submit = Callable[..., str]
+
+
+@pytest.fixture
+def submit(cluster: VirtualCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Submit]:
+    """Submit the template as an operator does, with options of sbatch, overrides and settings."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def submitted(*overrides: str, options: tuple[str, ...] = (), **settings: str) -> str:
+        environment = {
+            "METALM_PYTHON": str(REPOSITORY / "tests/slurm/trainer.sh"),
+            "METALM_LAUNCHER": "srun",
+            **settings,
+        }
+        words = ("--nodes=2", "--time=60", f"--output={tmp_path}/job.log", *options)
+        arguments = ("any.yaml", f"run.folder={tmp_path}", *overrides)
+        return cluster.submit(*words, "slurm/pretrain.sbatch", *arguments, environment=environment)
+
+    yield submitted
+    cluster.clear()
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "run/logs/attempts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def causes(folder: Path) -> list[str]:
+    return [event["cause"] for event in events(folder) if event["event"] == "end"]
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    latest = folder / "run/checkpoints/latest"
+    wait_until(
+        lambda: latest.exists() and int(latest.read_text().strip().removeprefix("step_") or 0) >= step,
+        f"the run has saved step {step}",
+        timeout_s=40,
+    )
+
+
+def test_a_run_that_is_done_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit("steps=3", options=("--gpus-per-node=2",))
+    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    log = (tmp_path / "job.log").read_text()
+    assert facts["JobState"] == "COMPLETED", log
+    assert causes(tmp_path) == ["done"]
+    assert sorted({line[:7] for line in log.splitlines() if "goes on from" in line}) == [
+        f"{rank}: rank"
+        for rank in range(4)  # two GPUs per node: two ranks per node
+    ]
+    assert not list((tmp_path / "run/logs/exit_codes").iterdir())
+
+
+@pytest.mark.parametrize("code", [64, 65])
+def test_what_starting_again_cannot_mend_is_not_queued_again(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path, code: int
+) -> None:
+    job = submit(f"fails={code}@0")
+    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    assert causes(tmp_path) == [f"ranks ended with {code}"]
+
+
+def test_a_fault_comes_back_and_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit("fails=70@5", "steps=8")
+    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
+    first, last = causes(tmp_path)
+    assert first.startswith("rank_0000") and first.endswith("ended with 70")
+    assert last == "done"
+    assert [event["step"] for event in events(tmp_path)] == [0, 5, 5, 8]
+
+
+def test_a_run_that_always_fails_gives_up(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit("fails=137@2", METALM_MAX_STARTS="2")
+    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
+    first, last = causes(tmp_path)
+    assert first.endswith("was killed by signal 9 (out of memory?)")
+    assert last.endswith("2 starts without a new checkpoint")
+
+
+def test_the_time_limits_signal_saves_and_comes_back(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit(options=("--time=2", "--signal=B:USR2@90"))  # Slurm looks at limits twice a minute
+    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=100)
+    ended, again = events(tmp_path)[1:3]
+    assert (ended["cause"], ended["code"], again["restart"]) == ("time limit", 75, 1)
+    assert again["step"] == ended["step"] > 0
+    wait_for_step(tmp_path, again["step"] + 1)
+    assert f"goes on from step {ended['step']}" in (tmp_path / "job.log").read_text()
+
+
+def test_scancel_saves_and_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit()
+    wait_for_step(tmp_path, 5)
+    cluster.command("scancel", job)
+    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    wait_until(lambda: causes(tmp_path) == ["cancelled"], "the end is on record", timeout_s=30)
+
+
+def test_an_operators_stop_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit()
+    wait_for_step(tmp_path, 5)
+    stop(tmp_path / "run")
+    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
+    assert causes(tmp_path) == ["asked to stop"]
+    assert "asked to stop" in describe_run(tmp_path / "run", 0.0)
+
+
+def test_an_operators_stop_holds_for_a_job_that_waits(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    (tmp_path / "run/logs").mkdir(parents=True)
+    job = submit(options=("--hold",))
+    stop(tmp_path / "run")
+    cluster.command("scontrol", "release", job)
+    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    assert facts["ExitCode"] == "75:0"
+    assert events(tmp_path) == []
+    assert not (tmp_path / "run/stop").exists()
+
+
+def test_a_preempted_run_saves_and_comes_back(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit(options=("--partition=low",))
+    wait_for_step(tmp_path, 5)
+    urgent = cluster.submit("--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=60)
+    cluster.wait_for(urgent, ["COMPLETED"], timeout_s=30)
+    ended, again = events(tmp_path)[1:3]
+    assert (ended["cause"], ended["code"], again["step"]) == ("preempted", 75, ended["step"])
+
+
+def test_an_operators_requeue_comes_back_once(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit()
+    wait_for_step(tmp_path, 5)
+    cluster.command("scontrol", "requeue", job)
+    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=60)
+    ended, again = events(tmp_path)[1:3]
+    assert (ended["cause"], ended["code"]) == ("queued again by Slurm", 75)
+    assert (again["job"], again["restart"], again["step"]) == (job, 1, ended["step"])
+
+
+def test_a_successor_where_requeueing_is_not_allowed(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit("fails=70@5", "steps=8", options=("--no-requeue",), METALM_COME_BACK="submit")
+    assert cluster.wait_for(job, ENDED, timeout_s=60)["JobState"] == "FAILED"
+    wait_until(lambda: causes(tmp_path)[1:] == ["done"], "the successor is done", timeout_s=60)
+    first, _, second, _ = events(tmp_path)
+    assert second["job"] != job
+    assert second["chain"] == first["chain"] == job
+
+
+def test_a_lost_node_is_left_behind(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit()
+    wait_for_step(tmp_path, 5)
+    lost = "node2"
+    assert events(tmp_path)[0]["nodes"] == "node[1-2]"
+    cluster.cut_power(lost)
+    try:
+        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=90)
+        ended, again = events(tmp_path)[1:3]
+        assert ended["cause"] == "queued again by Slurm: lost node2"
+        assert again["nodes"] == "node[1,3]"
+        assert again["step"] >= 5
+    finally:
+        cluster.boot(lost)

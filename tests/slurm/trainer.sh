@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Stands in for `python` where a test is about the batch script and not about training: a rank of
+# `python -m metalm train` that counts steps, saves each fifth, and looks at the stop file before each.
+#
+#   steps=N          done after N steps
+#   fails=CODE@N     ends with CODE at step N, unless it was resumed from there
+#   fails=CODE@0     ends with CODE before the first step
+set -eu
+
+folder='' steps=1000000 fails=0@-1
+for word in "$@"; do
+    case $word in
+        run.folder=*) folder=${word#*=} ;;
+        steps=*) steps=${word#*=} ;;
+        fails=*) fails=${word#*=} ;;
+    esac
+done
+if [[ " $* " = *" --dry-run "* ]]; then
+    printf 'run:\n  name: run\n  folder: %s\n' "$folder"
+    exit 0
+fi
+
+run=$folder/run asked=''
+mkdir -p "$run/checkpoints"
+trap 'asked=yes' TERM USR2
+step=$(cat "$run/checkpoints/latest" 2>/dev/null || echo step_0)
+step=$((10#${step#step_})) resumed=$step
+save() {
+    [[ $SLURM_PROCID != 0 ]] || printf 'step_%08d\n' "$step" >"$run/checkpoints/latest"
+}
+echo "rank $SLURM_PROCID goes on from step $step"
+while :; do
+    if [[ -n $asked || -e $run/stop ]]; then
+        save
+        sleep 0.5 # so that the other ranks see the file before it goes
+        rm -f "$run/stop"
+        exit 75
+    fi
+    if [[ $step = "${fails#*@}" && ($resumed -lt $step || $step = 0) ]]; then
+        [[ ${fails%@*} != 137 ]] || kill -KILL $$
+        exit "${fails%@*}"
+    fi
+    if [[ $step = "$steps" ]]; then
+        save
+        exit 0
+    fi
+    sleep 0.1 || : # a signal reaches it, too
+    step=$((step + 1))
+    ((step % 5)) || save
+done
