@@ -5,7 +5,7 @@
 # shellcheck disable=SC2034  # for the scripts that source this
 readonly EXIT_USAGE=64 EXIT_DATA=65 EXIT_FAULT=70 EXIT_RESTART=75
 
-say() { printf '[slurm %s] %s\n' "$(date +%H:%M:%S)" "$*"; }
+say() { printf '[slurm %(%H:%M:%S)T] %s\n' -1 "$*"; }
 
 give_up() {
     say "error: $2" >&2

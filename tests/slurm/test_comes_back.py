@@ -1,4 +1,4 @@
-"""When `pretrain.sbatch` brings a run back and when it does not, on two nodes with a stand-in for training."""
+"""When `pretrain.sbatch` brings a run back and when not, with a stand-in for training on two nodes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_run_that_always_fails_gives_up(cluster: VirtualCluster, submit: Submi
 def test_the_time_limits_signal_saves_and_comes_back(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
-    job = submit(options=("--time=2", "--signal=B:USR2@90"))  # Slurm looks at limits twice a minute
+    submit(options=("--time=2", "--signal=B:USR2@90"))  # Slurm looks at limits twice a minute
     wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=100)
     ended, again = events(tmp_path)[1:3]
     assert (ended["cause"], ended["code"], again["restart"]) == ("time limit", 75, 1)
@@ -145,7 +145,7 @@ def test_an_operators_stop_holds_for_a_job_that_waits(
 def test_a_preempted_run_saves_and_comes_back(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
-    job = submit(options=("--partition=low",))
+    submit(options=("--partition=low",))
     wait_for_step(tmp_path, 5)
     urgent = cluster.submit("--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=60)
@@ -178,7 +178,7 @@ def test_a_successor_where_requeueing_is_not_allowed(
 
 
 def test_a_lost_node_is_left_behind(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
-    job = submit()
+    submit()
     wait_for_step(tmp_path, 5)
     lost = "node2"
     assert events(tmp_path)[0]["nodes"] == "node[1-2]"

@@ -155,15 +155,11 @@ class VirtualCluster:
 
     def command(self, *words: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
         """Standard output of a command on the controller."""
-        found = subprocess.run(
-            ["nsenter", "--target", str(self._first_pid), "--all", "--wd=" + str(Path.cwd()), *words],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=self._environment | dict(environment or {}),
-        )
-        assert not check or found.returncode == 0, f"{' '.join(words)}: {found.stderr}"
-        return found.stdout
+        return self._run(self._first_pid, words, check, environment)
+
+    def on_node(self, node: str, *words: str) -> str:
+        """Standard output of a command on a node."""
+        return self._run(self._nodes[node], words, check=True)
 
     def submit(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
         """The id of a job submitted with these words after `sbatch`."""
@@ -196,6 +192,19 @@ class VirtualCluster:
         os.kill(self._first_pid, signal.SIGKILL)
         self._first.wait(timeout=30)
         self._log.close()
+
+    def _run(
+        self, pid: int, words: Sequence[str], check: bool, environment: Mapping[str, str] | None = None
+    ) -> str:
+        found = subprocess.run(
+            ["nsenter", "--target", str(pid), "--all", f"--wd={Path.cwd()}", *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=self._environment | dict(environment or {}),
+        )
+        assert not check or found.returncode == 0, f"{' '.join(words)}: {found.stderr}"
+        return found.stdout
 
     def _write_config(self) -> None:
         folder = self.folder

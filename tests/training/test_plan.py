@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from distributed.tiny import tiny_config
 
+from distributed.tiny import tiny_config
 from metalm.errors import TopologyError
 from metalm.model.parameters import ParameterCount
 from metalm.training.plan import describe_plan, plan_component

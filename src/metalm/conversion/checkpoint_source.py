@@ -23,7 +23,7 @@ MAPPED_BYTES = 2**28
 """Contents that may stay mapped before the files are opened anew."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointSource:
     """One step of a run, checked against its own model config."""
 
@@ -34,21 +34,21 @@ class CheckpointSource:
     reader: CheckpointReader
     tokenizer: Tokenizer
     rules: list[Rule]
+    _mapped_bytes: int = 0
 
-    def read(self, component: str, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, component: str, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A whole parameter, float32, with the precision of `dtype`."""
-        return self.reader.read(component, name).to(dtype).to(torch.float32)
+        whole = self.reader.read(component, name)
+        self._mapped_bytes += whole.nbytes
+        if self._mapped_bytes > MAPPED_BYTES:
+            self.reader.close()  # pages of its files count as this process's memory
+            self._mapped_bytes = 0
+        return whole.to(dtype).to(torch.float32)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face folder's tensors, in the order of the rules."""
-        mapped_bytes = 0
         for rule in self.rules:
-            whole = self.reader.read(rule.component, rule.name)
-            yield from zip(rule.targets, rule.split(whole), strict=True)
-            mapped_bytes += whole.nbytes
-            if mapped_bytes > MAPPED_BYTES:
-                self.reader.close()  # pages of its files count as this process's memory
-                mapped_bytes = 0
+            yield from zip(rule.targets, rule.split(self.read(rule.component, rule.name)), strict=True)
 
 
 def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> CheckpointSource:

@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 FORBIDDEN = ("metalm", "deepspeed", "megatron", "triton")
 
 
@@ -29,20 +32,37 @@ def main(folder: Path, prompts_path: Path, out: Path) -> None:
     """Write the logits of the prompts."""
     sys.meta_path.insert(0, _Forbid())
     import numpy as np
-    import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     prompts = json.loads(prompts_path.read_text())
     images = [np.load(prompt["image"]) for prompt in prompts if prompt["image"]]
     auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    if model.dtype != torch.float32:
+        compute_in_float32(model)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = processor(text=[prompt["text"] for prompt in prompts], images=images or None)
     with torch.no_grad():
-        logits = model.eval()(**inputs).logits
+        logits = model(**inputs).logits
     own = inputs["attention_mask"].bool()
     save_file({str(row): logits[row, own[row]].float().contiguous() for row in range(len(prompts))}, out)
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Widen each module's weights for its own forward only, which is exact and needs no second copy."""
+    stored = next(model.parameters()).dtype
+
+    def widen(module: nn.Module, inputs: Any) -> None:
+        module.float()
+
+    def narrow(module: nn.Module, inputs: Any, output: Any) -> None:
+        module.to(stored)
+
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(narrow)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""The templates around training, each submitted as its first lines say."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distributed.ranks import run_command
+from slurm.virtual_cluster import VirtualCluster, wait_until
+
+REPOSITORY = Path(__file__).parents[2]
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+SETTINGS = {"METALM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(cluster: VirtualCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(REPOSITORY)
+    yield
+    cluster.clear()
+
+
+def samples(folder: Path) -> list[bytes]:
+    """The token members of a folder's shards, in the order of its index."""
+    found = []
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        with tarfile.open(folder / shard["name"]) as tar:
+            for member in tar.getmembers():
+                content = tar.extractfile(member)
+                assert content is not None
+                found.append(content.read())
+    return found
+
+
+def test_an_array_prepares_what_one_process_does(
+    cluster: VirtualCluster, pipeline: Path, tmp_path: Path
+) -> None:
+    lines = (pipeline.parent / "raw/text/train.jsonl").read_text().splitlines(keepends=True)
+    inputs = []
+    for number in range(4):
+        inputs.append(tmp_path / f"{number}.jsonl")
+        inputs[-1].write_text("".join(lines[number::4]))
+    tokenizer = ("--tokenizer", str(pipeline.parent / "tokenizer"))
+    words = ("tools/prepare_text.py", str(tmp_path / "many"), *tokenizer, "--", *map(str, inputs))
+    log = f"--output={tmp_path}/%a.log"
+    cluster.submit("--array=0-2", log, "slurm/prepare.sbatch", *words, environment=SETTINGS)
+    command = [sys.executable, "tools/prepare_text.py", *map(str, inputs), *tokenizer]
+    code, output = run_command([*command, "--out", str(tmp_path / "one")], timeout_s=100)
+    assert code == 0, output
+    wait_until(lambda: not cluster.command("squeue", "--noheader"), "the tasks have ended", timeout_s=100)
+    many, one = samples(tmp_path / "many"), samples(tmp_path / "one")
+    assert len(one) == len(lines)
+    assert many == one
+    summary = [json.loads((tmp_path / name / "index.json").read_text()) for name in ("many", "one")]
+    for key in ("kind", "num_samples", "num_tokens", "tokenizer_fingerprint", "token_dtype"):
+        assert summary[0][key] == summary[1][key]
+
+
+def test_evaluate_says_its_ranks_code(cluster: VirtualCluster, pipeline: Path, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    words = (f"--output={log}", "slurm/evaluate.sbatch", str(pipeline), "training.step=3")
+    settings = {**SETTINGS, "METALM_RANKS_PER_NODE": "1"}
+    job = cluster.submit("--nodes=2", *words, environment=settings)
+    facts = cluster.wait_for(job, ENDED, timeout_s=100)
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "64:0")
+    assert "did you mean 'steps'?" in log.read_text()
+    assert not list(REPOSITORY.glob(".exit_codes.*"))
+
+
+def test_convert_says_what_is_missing(cluster: VirtualCluster, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    words = (f"--output={log}", "slurm/convert.sbatch", str(tmp_path), str(tmp_path / "out"))
+    job = cluster.submit(*words, environment=SETTINGS)
+    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "65:0")
+    assert "neither a checkpoint nor a run folder" in log.read_text()
+
+
+def test_tensorboard_is_reached_on_its_node_alone(cluster: VirtualCluster, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    words = (f"--output={log}", "slurm/tensorboard.sbatch", str(tmp_path))
+    job = cluster.submit(*words, environment=SETTINGS)
+    wait_until(lambda: log.exists() and "Press CTRL+C" in log.read_text(), "it listens", timeout_s=60)
+    (port,) = re.findall(r"ssh -N -L 6006:localhost:(\d+)", log.read_text())
+    program = (
+        "import sys, urllib.request as r; print(r.urlopen(sys.argv[1] + '/data/logdir').read().decode())"
+    )
+    fetch = (sys.executable, "-c", program)
+    node = cluster.facts(job)["NodeList"]
+    assert str(tmp_path) in cluster.on_node(node, *fetch, f"http://localhost:{port}")
+    assert not cluster.command(*fetch, f"http://{node}:{port}", check=False)
