@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 DEMO := data/demo
 RUN := runs/demo
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-slurm check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -44,7 +44,11 @@ $(DEMO)/ready: | setup
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --ignore tests/slurm
+
+# On a cluster of virtual nodes of its own, which wants root, Slurm's packages and the machine for itself.
+test-slurm: setup
+	$(BIN)/python -m pytest tests/slurm
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -22,6 +22,11 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
+try:  # in a try, or transformers asks for Pillow before it loads this file
+    from PIL import Image
+except ImportError:  # for text it is not needed
+    Image = None
+
 IMAGE_MARKER = "<image>"
 _MARKED = re.compile(r"<span(?::(?P<encoder>[a-z][a-z0-9_]*))?>(?P<text>.*?)</span>|<image>", re.DOTALL)
 _LEFT_OVER = re.compile(r"</?span(?::[a-z0-9_]*)?>")
@@ -146,11 +151,12 @@ class MetaLMProcessor(ProcessorMixin):
 
         Raises:
             ValueError: this model reads no images.
+            ImportError: Pillow is not installed.
         """
-        from PIL import Image
-
         if self.image_size is None:
             raise ValueError("an image was given, but this model reads text only")
+        if Image is None:
+            raise ImportError("images need Pillow: pip install pillow")
         side = self.image_size
         if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
             image = load_image(image)
