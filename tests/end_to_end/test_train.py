@@ -161,6 +161,14 @@ def test_a_run_leaves_as_a_hugging_face_model_and_speaks(
     proof = json.loads((tmp_path / "hf" / "proof.json").read_text())
     assert len(proof) == 3
     assert all(case["largest_difference"] < 1e-4 for case in proof)
+    further = [str(tiny_data / "tiny.yaml"), f"run.folder={tmp_path}", "run.name=further", "training.steps=3"]
+    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_from_hf.py")]
+    code, output = run_command([*tool, str(tmp_path / "hf"), *further], timeout_s=200)
+    assert code == 0, output
+    code, output = run_command([sys.executable, "-m", "metalm", "train", *further], timeout_s=200)
+    assert code == 0, output
+    assert sorted(losses(tmp_path / "further")) == [1, 2, 3]
+    assert losses(tmp_path / "further")[1] < losses(whole_run[0])[1]  # it goes on from what was learnt
     image = next((tiny_data / "raw" / "scenes" / "images").rglob("*.png"))
     speak = [sys.executable, "-m", "metalm", "generate", str(tmp_path / "hf"), "--image", str(image)]
     code, output = run_command([*speak, "--prompt", "a", "--max-new-tokens", "4"], timeout_s=200)

@@ -58,7 +58,7 @@ class CheckpointStore:
         engines: Engines,
         step: int,
         lane_states: Mapping[int, Any] | None,
-        progress: Mapping[str, Any],
+        facts: Mapping[str, Any],
     ) -> Path:
         """Write and publish the checkpoint of a step, then remove what need not be kept.
 
@@ -66,7 +66,7 @@ class CheckpointStore:
             engines: what is saved.
             step: optimizer steps done.
             lane_states: of this data-parallel rank's lanes; None on tensor ranks above 0.
-            progress: JSON-able counters, as rank 0 holds them.
+            facts: JSON-able entries of `state.json` beside its own, as rank 0 holds them.
 
         Collective: all ranks.
         """
@@ -90,7 +90,7 @@ class CheckpointStore:
         told: list[Any] = [None] * topology.world_size
         dist.gather_object((indices, written), told if topology.rank == 0 else None)
         if topology.rank == 0:
-            state = self._state(engines, step, progress)
+            state = self._state(engines, step, facts)
             self._finish(partial, told, state)
             publish(partial)
             prune_checkpoints(self._folder, self._config.keep_last, self._config.keep_every_steps)
@@ -198,11 +198,11 @@ class CheckpointStore:
             files[name] = record_file(partial / name)
         write_manifest(partial, files)
 
-    def _state(self, engines: Engines, step: int, progress: Mapping[str, Any]) -> dict[str, Any]:
+    def _state(self, engines: Engines, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         topology, components = self._topology, engines.by_component()
         return {
             "step": step,
-            "progress": dict(progress),
+            **facts,
             "topology": {"tensor": topology.tensor_size, "data": topology.data_size},
             "zero_stages": {name: engine.zero_optimization_stage() for name, engine in components.items()},
             "optimizer_steps": {name: optimizer_step(engine) for name, engine in components.items()},

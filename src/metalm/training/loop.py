@@ -12,6 +12,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.checkpoint.reader import CONFIG_NAME
 from metalm.config import RunConfig, write_config
 from metalm.data.loader import TrainingData
+from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import EXIT_DONE, EXIT_RESTART, MetaLMError
 from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
@@ -58,6 +59,7 @@ class _Run:
             write_config(config, session.run_folder / CONFIG_NAME, provenance())
         self._store = CheckpointStore(session.run_folder, config, topology)
         self._train_step = TrainStep(session.engines, topology, len(config.data.sources))
+        self._tokenizer_fingerprint = load_tokenizer(config.data.tokenizer).fingerprint
         self._step = 0
         self._saved_step: int | None = None
         self._trained_tokens = torch.zeros((), dtype=torch.float64)
@@ -91,7 +93,9 @@ class _Run:
         if folder is None:
             return
         state = self._store.load(folder, self._session.engines)
-        self._lane_states = self._store.lane_states(folder)
+        self._lane_states = (
+            self._store.lane_states(folder) or None
+        )  # none in one made from a Hugging Face folder
         self._step = self._saved_step = int(state["step"])
         self._trained_tokens.fill_(state["progress"]["trained_tokens"])
         logger.info("resumed from %s", folder)
@@ -175,9 +179,12 @@ class _Run:
         return self._step % every == 0 or self._step == self._config.training.steps
 
     def _save(self) -> None:
-        progress = {"trained_tokens": float(self._trained_tokens)}
+        facts = {
+            "progress": {"trained_tokens": float(self._trained_tokens)},
+            "tokenizer": self._tokenizer_fingerprint,
+        }
         lane_states = self._lane_states if self._data is not None else None
-        folder = self._store.save(self._session.engines, self._step, lane_states, progress)
+        folder = self._store.save(self._session.engines, self._step, lane_states, facts)
         self._saved_step = self._step
         logger.info("saved %s", folder)
         self._monitor.restart_window()
