@@ -13,7 +13,8 @@ class StopRequest:
     """Whether somebody asked this run to save and end.
 
     SIGTERM, SIGINT and SIGUSR2 to any rank count, and so does the file `stop` in the run folder, which
-    reaches ranks whose launcher swallows signals. A second signal ends the process at once.
+    reaches ranks whose launcher swallows signals. A second SIGINT ends the process at once; a second
+    SIGTERM does not, since Slurm signals every process of a job and torchrun then signals its workers again.
     """
 
     def __init__(self, run_folder: Path) -> None:
@@ -31,7 +32,7 @@ class StopRequest:
         self._file.unlink(missing_ok=True)
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        if self._signalled:
+        if self._signalled and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._signalled = True
