@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METRICS_NAME = "metrics.jsonl"
+from metalm.run_folder import METRICS_NAME
+
 ATTEMPTS_NAME = "attempts.jsonl"
 _BLOCK_BYTES = 1 << 16
 _MOST_BYTES = 1 << 20

@@ -13,7 +13,7 @@ import yaml
 from metalm.checkpoint.folders import list_checkpoints
 from metalm.errors import ConfigError
 from metalm.operations.history import Attempt, newest_metrics, read_attempts
-from metalm.operations.stop import STOP_NAME
+from metalm.run_folder import STOP_NAME
 
 CONFIG_NAME = "config.yaml"
 QUIET_S = 300.0

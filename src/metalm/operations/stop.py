@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 from metalm.errors import ConfigError
-
-STOP_NAME = "stop"
+from metalm.run_folder import STOP_NAME
 
 
 def stop(run_folder: Path) -> int:

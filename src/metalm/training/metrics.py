@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS_NAME = "metrics.jsonl"
+from metalm.run_folder import METRICS_NAME
 
 
 def append_metrics(run_folder: Path, step: int, figures: Mapping[str, float]) -> None:

@@ -6,7 +6,7 @@ import signal
 import types
 from pathlib import Path
 
-STOP_NAME = "stop"
+from metalm.run_folder import STOP_NAME
 
 
 class StopRequest:

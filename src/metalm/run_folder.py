@@ -1,0 +1,7 @@
+"""Names inside a run's folder that both the run and those who look at it from outside use."""
+
+STOP_NAME = "stop"
+"""While this file is there, the run is asked to save and end."""
+
+METRICS_NAME = "metrics.jsonl"
+"""In `logs/`: the figures of the run, a JSON object a line."""
