@@ -255,6 +255,20 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this are never removed."""
+    background: bool = True
+    """Write while training goes on; the last one, and that before a stop, are always waited for."""
+    resume: Literal["auto", "required"] = "auto"
+    """`required`: refuse to start where there is no checkpoint of this run."""
+
+
+class InitializeConfig(Section):
+    """Weights of other runs that a new run starts from. A run that has a checkpoint goes on from that."""
+
+    decoder: Path | None = None
+    """A checkpoint, or a run folder, whose newest is meant."""
+    encoders: Path | None = None
+    new: tuple[str, ...] = ()
+    """Patterns of parameter names that need not be there, such as `encoders.audio.*`: they start afresh."""
 
 
 class MonitorConfig(Section):
@@ -280,5 +294,6 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    initialize: InitializeConfig = InitializeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()

@@ -62,6 +62,7 @@ class _Run:
         self._tokenizer_fingerprint = load_tokenizer(config.data.tokenizer).fingerprint
         self._step = 0
         self._saved_step: int | None = None
+        self._failed_saves = 0
         self._trained_tokens = torch.zeros((), dtype=torch.float64)
         self._lane_states: dict[int, Any] | None = None
         self._restore()
@@ -79,11 +80,13 @@ class _Run:
                 return self._stop_early()
             self._advance(batches)
             if self._is_due(self._config.checkpoint.every_steps):
-                self._save()
+                last = self._step == self._config.training.steps
+                self._save(background=self._config.checkpoint.background and not last)
             self._evaluate()
         return EXIT_DONE
 
     def close(self) -> None:
+        self._store.close()
         if self._data is not None:
             self._data.close()
         self._monitor.close()
@@ -91,6 +94,7 @@ class _Run:
     def _restore(self) -> None:
         folder = self._store.newest_whole()
         if folder is None:
+            self._initialize()
             return
         state = self._store.load(folder, self._session.engines)
         self._lane_states = (
@@ -99,6 +103,15 @@ class _Run:
         self._step = self._saved_step = int(state["step"])
         self._trained_tokens.fill_(state["progress"]["trained_tokens"])
         logger.info("resumed from %s", folder)
+
+    def _initialize(self) -> None:
+        """Take the weights of other runs where the config says so."""
+        initialize = self._config.initialize
+        for component in ("decoder", "encoders"):
+            path = getattr(initialize, component)
+            if path is not None:
+                self._store.initialize(path, component, self._session.engines, initialize.new)
+                logger.info("the %s start(s) from %s", component, path)
 
     def _open_data(self) -> TrainingData | None:
         """The data of this rank's TP group, on its first rank."""
@@ -140,7 +153,9 @@ class _Run:
             except MetaLMError as found:
                 error = found
         own = Verdict.FAIL if error else Verdict.STOP if self._stop.is_asked() else Verdict.GO_ON
-        verdict = agree(own)
+        verdict, save_failed = agree(own, self._store.has_failed())
+        if save_failed:
+            self._tell_failed_save(self._store.finish())
         if verdict is Verdict.FAIL:
             raise_together(error)
         if verdict is Verdict.STOP:
@@ -178,20 +193,29 @@ class _Run:
     def _is_due(self, every: int) -> bool:
         return self._step % every == 0 or self._step == self._config.training.steps
 
-    def _save(self) -> None:
+    def _save(self, *, background: bool) -> None:
         facts = {
             "progress": {"trained_tokens": float(self._trained_tokens)},
             "tokenizer": self._tokenizer_fingerprint,
         }
         lane_states = self._lane_states if self._data is not None else None
-        folder = self._store.save(self._session.engines, self._step, lane_states, facts)
+        problem = self._store.save(
+            self._session.engines, self._step, lane_states, facts, background=background
+        )
+        self._tell_failed_save(problem)
         self._saved_step = self._step
-        logger.info("saved %s", folder)
         self._monitor.restart_window()
 
+    def _tell_failed_save(self, problem: str | None) -> None:
+        if problem is not None:
+            self._failed_saves += 1
+            self._saved_step = None
+            logger.error("%s; the training goes on", problem)
+
     def _stop_early(self) -> int:
+        self._tell_failed_save(self._store.finish())
         if self._saved_step != self._step and self._step:
-            self._save()
+            self._save(background=False)
         if self._session.is_first:
             self._stop.clear()
             print(
