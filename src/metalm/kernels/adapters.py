@@ -48,7 +48,7 @@ def transformers_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -62,7 +62,7 @@ def transformers_mask(
         batch_size: rows of the batch.
         q_length: queries per row.
         kv_length: keys per row, with those of the cache.
-        q_offset: position of the first query.
+        q_offset: position of the first query, an integer or a tensor of one.
         kv_offset: position of the first key.
         mask_function: of transformers. Causal and bidirectional masks take memory linear in the lengths;
             any other (a sliding window, packed positions, bidirectional blocks) is drawn densely first.
@@ -88,6 +88,7 @@ def transformers_mask(
             use_vmap=use_vmap,
             device=device,
         )
+        assert dense is not None
         return _intervals(dense[:, 0], "this model's attention mask")
     first = torch.zeros(batch_size, 1, dtype=torch.int32, device=device)
     last = torch.full_like(first, kv_length)
