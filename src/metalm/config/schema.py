@@ -84,8 +84,8 @@ class DecoderConfig(Section):
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     biases: bool = True
     """Whether the linear layers have biases; layer norms always have."""
-    qkv_biases: bool | None = None
-    """Whether queries, keys and values have biases. Default: as `biases`."""
+    qkv_biases: bool = False
+    """Biases of queries, keys and values where `biases` is false and no other layer has them."""
     positions: Positions = "sinusoidal"
     max_positions: PositiveInt | None = None
     """Rows of the table of `learned` positions."""
@@ -118,7 +118,7 @@ class DecoderConfig(Section):
     @property
     def has_qkv_biases(self) -> bool:
         """Whether queries, keys and values have biases."""
-        return self.biases if self.qkv_biases is None else self.qkv_biases
+        return self.biases or self.qkv_biases
 
 
 class ImageConfig(Section):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.model.parameters import layer_weights
 
 if TYPE_CHECKING:
     from metalm.batch import SemiCausalBatch
@@ -87,8 +88,7 @@ def encoder_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
 
 def _layer_flops(config: DecoderConfig | EncoderConfig) -> int:
     """Matrix products of all layers for one position, forward."""
-    hidden = config.hidden_size
-    return 2 * config.num_layers * (4 * hidden**2 + 2 * hidden * config.feed_forward_size)
+    return 2 * config.num_layers * layer_weights(config)
 
 
 def _connector_flops(config: EncoderConfig, decoder_size: int) -> int:

@@ -1,35 +1,54 @@
 """Train the tiny model for five steps under every ZeRO pair, each from the same start, and save it.
 
-Arguments: tensor size, micro-batch size, output folder, pairs such as 1,3 2,1 (decoder, encoders).
+Arguments: output folder, JSON of `tiny_config`'s arguments and the number of steps, ZeRO stages as pairs
+such as 1,3 2,1 (decoder, encoders).
 """
 
 import faulthandler
+import hashlib
 import json
 import os
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from distributed.tiny import RATES, STEPS, global_batch, micro_batches, tiny_config
 from metalm.config import write_config
 from metalm.parallel.launch import find_launch, open_process_group
-from metalm.parallel.topology import build_topology, close_topology
+from metalm.parallel.sharding import sharding_of
+from metalm.parallel.topology import Topology, build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
-from metalm.training.engines import build_engines
+from metalm.training.engines import Engines, build_engines
+from metalm.training.pieces import owned_ranges
 from metalm.training.step import TrainStep
+
+
+def replicas_are_equal(engines: Engines, topology: Topology) -> bool:
+    """Whether the ranks of every TP group hold the same, to the bit, of parameters that are not split."""
+    digest = hashlib.sha256()
+    for name, parameter, owned in owned_ranges(engines.decoder):
+        if sharding_of(parameter) is None:
+            digest.update(f"{name} {owned.start}".encode())
+            digest.update(owned.states["master"].detach().numpy().tobytes())
+    told: list[tuple[int, str]] = [(0, "")] * topology.world_size
+    dist.all_gather_object(told, (topology.data_rank, digest.hexdigest()))
+    return len(set(told)) == topology.data_size
 
 
 def main() -> None:
     faulthandler.enable()
-    tensor, micro_batch_size, folder, *pairs = sys.argv[1:]
+    folder, arguments, *pairs = sys.argv[1:]
+    shape = {"tensor": 1, **json.loads(arguments)}
+    steps = shape.pop("steps", STEPS)
     launch = find_launch(os.environ)
     device = open_process_group(launch, timeout_minutes=3)
-    topology = build_topology(int(tensor), device)
+    topology = build_topology(shape["tensor"], device)
     for pair in pairs:
         decoder, encoders = pair.split(",")
         config = tiny_config(
             folder,
-            tensor=int(tensor),
-            micro_batch_size=int(micro_batch_size),
+            **shape,
             decoder=f"deepspeed_configs/decoder_zero{decoder}.json",
             encoders=f"deepspeed_configs/encoders_zero{encoders}.json",
         )
@@ -42,15 +61,21 @@ def main() -> None:
         store.save(engines, 0, None, {})
         step = TrainStep(engines, topology, num_sources=2)
         losses, norms = [], []
-        for number in range(STEPS):
+        for number in range(steps):
             rows = global_batch(number)
             batches = micro_batches(rows, config, topology.data_rank, topology.data_size)
-            result = step.run(batches, RATES[number])
+            result = step.run(batches, RATES[number % len(RATES)])
             losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))
             norms.append(float(result.norms.joint))
-        store.save(engines, STEPS, None, {})
+        store.save(engines, steps, None, {})
+        answer = {
+            "zero": pair,
+            "losses": losses,
+            "norms": norms,
+            "replicas_are_equal": replicas_are_equal(engines, topology),
+        }
         if launch.rank == 0:
-            print("RESULT " + json.dumps({"zero": pair, "losses": losses, "norms": norms}), flush=True)
+            print("RESULT " + json.dumps(answer), flush=True)
     close_topology()
 
 
