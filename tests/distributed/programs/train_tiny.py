@@ -15,6 +15,7 @@ from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
+from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
         store.save(engines, 0, None, {})
-        step = TrainStep(engines, topology, num_sources=2)
+        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses, norms = [], []
         for number in range(STEPS):
             rows = global_batch(number)
