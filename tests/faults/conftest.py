@@ -17,8 +17,10 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def start(tiny_data: Path) -> Callable[..., Ranks]:  # noqa: F811
+def start(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ranks]:  # noqa: F811
     """Start the tiny run in a folder; its checkpoints come every five steps."""
+
+    terminals = tmp_path_factory.mktemp("terminals")
 
     def run(
         folder: Path, *overrides: str, num_ranks: int = 2, fault: tuple[str, dict] | None = None
@@ -34,7 +36,8 @@ def start(tiny_data: Path) -> Callable[..., Ranks]:  # noqa: F811
             *("training.micro_batch_size=2", "data.evaluation=null"),
             *overrides,
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        return Ranks(arguments, num_ranks, folder / "terminal.txt", fault)
+        log = terminals / f"{len(list(terminals.iterdir()))}.txt"
+        log.touch()
+        return Ranks(arguments, num_ranks, log, fault)
 
     return run

@@ -69,7 +69,7 @@ class Ranks:
 
     def output(self) -> str:
         """What the ranks wrote to their terminals, the last of it."""
-        return self.log.read_text()[-6000:] if self.log.exists() else ""
+        return self.log.read_text()[-6000:]
 
 
 def wait_until(condition: Callable[[], bool], ranks: Ranks, timeout_s: float = 100.0) -> bool:
