@@ -18,6 +18,12 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Normalization = Literal["deepnorm", "pre_ln"]
+"""Where a layer normalises: after each residual sum with DeepNorm's weights, or before each branch."""
+Norm = Literal["layer_norm", "rms_norm"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+"""Of the feed-forward layers; `swiglu` has a gate, so its first layer is twice as wide."""
+Positions = Literal["sinusoidal", "learned", "rope"]
+SpanAttention = Literal["causal", "bidirectional"]
 SourceKind = Literal["text", "image_text"]
 
 
@@ -39,6 +45,8 @@ class ParallelConfig(Section):
     """How ranks are laid out. The data-parallel size is the number of ranks divided by `tensor`."""
 
     tensor: PositiveInt = 1
+    sequence_parallel: bool = False
+    """Split what the decoder's layers keep between attention and feed-forward over the tensor ranks, too."""
     timeout_minutes: PositiveInt = 30
     """How long a collective may wait before the process group gives up."""
 
@@ -50,20 +58,68 @@ class DeepSpeedConfig(Section):
     encoders: Path = Path("deepspeed_configs/encoders_zero3.json")
 
 
+class RopeScalingConfig(Section):
+    """Llama 3's stretch of the rotary wavelengths past the length that a model was pretrained with."""
+
+    factor: Annotated[float, Field(ge=1)]
+    """Long wavelengths are multiplied by this."""
+    low_frequency_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_frequency_factor: Annotated[float, Field(gt=0)] = 4.0
+    """Wavelengths below `original_positions` over this stay; those between the two factors blend."""
+    original_positions: PositiveInt = 8192
+
+
 class DecoderConfig(Section):
-    """The causal decoder (PAPER section 4 and 5)."""
+    """The causal decoder. The defaults are the paper's (arXiv 2206.06336)."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None = None
+    """Grouped-query attention: heads of keys and values. Default: as many as `num_heads`."""
     ffn_hidden_size: PositiveInt | None = None
     """Default: four times the hidden size."""
+    activation: Activation = "gelu"
     normalization: Normalization = "deepnorm"
+    norm: Norm = "layer_norm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    biases: bool = True
+    """Whether the linear layers have biases; layer norms always have."""
+    qkv_biases: bool = False
+    """Biases of queries, keys and values where `biases` is false and no other layer has them."""
+    positions: Positions = "sinusoidal"
+    max_positions: PositiveInt | None = None
+    """Rows of the table of `learned` positions."""
+    rope_base: Annotated[float, Field(gt=1)] = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    scale_embedding: bool = True
+    """Whether token embeddings are multiplied by the square root of the hidden size."""
+    tied_output: bool = True
+    """Whether the output layer is the token embedding."""
+    spans: SpanAttention = "causal"
+    """How the decoder attends among the vectors of one span."""
+    recompute: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, slower."""
 
     @property
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def has_qkv_biases(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.biases or self.qkv_biases
 
 
 class ImageConfig(Section):
@@ -91,6 +147,8 @@ class EncoderConfig(Section):
     max_text_positions: PositiveInt
     """Longest text of one span, in tokens."""
     image: ImageConfig | None = None
+    recompute: bool = False
+    """As the decoder's."""
     connector: Literal["linear", "feed_forward"] = "linear"
     """`linear`: one projection (language-only setting). `feed_forward`: three layers with GELU, as wide
     as the decoder (vision-language setting; width and activation are open)."""

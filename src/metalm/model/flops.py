@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.model.parameters import layer_weights
 
 FORWARD_AND_BACKWARD = 3
 
@@ -37,8 +38,7 @@ def count_training_flops(batch: SemiCausalBatch, config: ModelConfig) -> float:
 
 def _layer_flops(config: DecoderConfig | EncoderConfig) -> int:
     """Matrix products of all layers for one position, forward."""
-    hidden = config.hidden_size
-    return 2 * config.num_layers * (4 * hidden**2 + 2 * hidden * config.feed_forward_size)
+    return 2 * config.num_layers * layer_weights(config)
 
 
 def _connector_flops(config: EncoderConfig, decoder_size: int) -> int:
