@@ -132,7 +132,7 @@ def micro_batches(
         collate(
             own[first : first + size],
             model_config=config.model,
-            sequence_length=LENGTH,
+            sequence_length=config.data.sequence_length,
             tp_size=config.parallel.tensor,
             pad_id=PAD,
         )

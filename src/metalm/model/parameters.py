@@ -15,6 +15,13 @@ class ParameterCount:
     """Of the whole component."""
     per_rank: int
     """What one tensor-parallel rank holds of it, before ZeRO."""
+    frozen: int = 0
+    """Of those of one rank: not trained, so without gradients and optimizer."""
+
+    @property
+    def trained_per_rank(self) -> int:
+        """What one tensor-parallel rank trains of it, before ZeRO."""
+        return self.per_rank - self.frozen
 
 
 def count_decoder(config: ModelConfig, tensor_size: int) -> ParameterCount:

@@ -17,18 +17,10 @@ from metalm.config import RunConfig
 from metalm.data.pictures import caption_picture
 from metalm.model.flops import count_training_flops
 from metalm.parallel.topology import Topology
+from metalm.planning.devices import device_by_driver_name
 from metalm.training.evaluate import Sample
 from metalm.training.metrics import append_metrics, drop_superseded
 from metalm.training.step import StepResult
-
-PEAK_TFLOPS_BF16 = {
-    # Dense tensor-core peaks from the vendors' data sheets; the first name found in the device's name holds.
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-}
 
 
 @dataclass
@@ -217,8 +209,8 @@ def _memory_gib(device: torch.device) -> dict[str, float]:
 def _peak_tflops(topology: Topology, config: RunConfig) -> float | None:
     if topology.device.type != "cuda" or config.training.precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(topology.device)
-    return next((peak for known, peak in PEAK_TFLOPS_BF16.items() if known in name), None)
+    device = device_by_driver_name(torch.cuda.get_device_name(topology.device))
+    return None if device is None else device.peak_tflops
 
 
 def _clock(seconds: float) -> str:
