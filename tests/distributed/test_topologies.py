@@ -47,7 +47,7 @@ def test_losses_and_weights_equal_the_plain_model(name: str, expected, tmp_path:
     assert [result["zero"] for result in results] == list(ZERO_PAIRS)
     for result in results:
         assert result["losses"] == pytest.approx(losses, abs=1e-5), result["zero"]
-        assert result["replicas_are_equal"]
+        assert result["drift"] == []
         folder = tmp_path / f"zero_{result['zero'].replace(',', '_')}"
         for step, wanted in ((0, start), (STEPS, weights)):
             found = read_weights(folder, step)

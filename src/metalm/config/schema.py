@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -220,7 +221,7 @@ class SourceConfig(Section):
     kind: SourceKind
     encoder: str | None = None
     """The encoder of this source's spans. Text without one is plain causal; pairs need one with `image`."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: PositiveFloat = 1.0
     """Share of the rows, relative to the other sources."""
 
 
@@ -250,11 +251,11 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW. Betas, eps, decay and clipping are *open* in the language-only setting."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    learning_rate: PositiveFloat = 6e-4
     betas: tuple[Probability, Probability] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
+    gradient_clipping: PositiveFloat = 1.0
     """Largest joint gradient norm over decoder and encoders."""
 
 
@@ -275,8 +276,31 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt
     """Rows per forward pass of one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    deterministic: bool = False
+    """Bit for bit the same on the same ranks and devices, at some cost in speed."""
+    time_limit_minutes: PositiveFloat | None = None
+    """Save and end with exit code 75 when the process is this old."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+
+
+class GuardConfig(Section):
+    """What a run does about harm from inside."""
+
+    spike_sigma: PositiveFloat | None = 6.0
+    """A step whose loss or gradient norm is this many standard deviations above the mean is skipped."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Accepted steps that mean and deviation are taken over; before so many, nothing is a spike."""
+    max_skipped_steps: PositiveInt = 16
+    """After more than these in a row the run goes back to its last checkpoint, and on with later data."""
+    max_rewinds: NonNegativeInt = 3
+    """How often it does so before it gives up."""
+    hang_minutes: PositiveFloat = 30.0
+    """When no step ends for so long, every rank writes its stacks and ends with exit code 70."""
+    drift_every_steps: PositiveInt = 1000
+    """How often replicas of parameters are compared bit by bit."""
+    slow_rank_ratio: Annotated[float, Field(gt=1)] = 2.0
+    """A rank that takes this many times the median rank's time is named in the log."""
 
 
 class CheckpointConfig(Section):
@@ -312,7 +336,7 @@ class MonitorConfig(Section):
     sample_every_steps: PositiveInt = 1000
     num_samples: PositiveInt = 4
     sample_new_tokens: PositiveInt = 48
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    peak_tflops: PositiveFloat | None = None
     """Peak of one device in the training precision; default: looked up by device name, else not shown."""
 
 
@@ -326,5 +350,6 @@ class RunConfig(Section):
     data: DataConfig
     training: TrainingConfig
     initialize: InitializeConfig = InitializeConfig()
+    guards: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()

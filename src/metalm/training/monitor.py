@@ -42,14 +42,19 @@ class Monitor:
         """Open the outputs. What they hold of `first_step` and later, from before a resume, is superseded."""
         self._config = config
         self._topology = topology
-        self._window = _Window(time.perf_counter())
-        self._began, self._first_step = time.perf_counter(), first_step
         self._peak_tflops = config.monitor.peak_tflops or _peak_tflops(topology, config)
         self._writer: SummaryWriter | None = None
         self._run_folder = run_folder
-        if topology.rank == 0:
-            self._writer = SummaryWriter(run_folder / "tensorboard", purge_step=first_step)
-            drop_superseded(run_folder, first_step)
+        self.begin(first_step)
+
+    def begin(self, first_step: int) -> None:
+        """Go on from a step, at the start or after going back to a checkpoint."""
+        self._window = _Window(time.perf_counter())
+        self._began, self._first_step = time.perf_counter(), first_step
+        self.close()
+        if self._topology.rank == 0:
+            self._writer = SummaryWriter(self._run_folder / "tensorboard", purge_step=first_step)
+            drop_superseded(self._run_folder, first_step)
 
     def count(self, micro_batches: list[SemiCausalBatch], wait_s: float) -> None:
         """Add one step's batches, in host memory, and the seconds that the step waited for them."""
@@ -62,12 +67,18 @@ class Monitor:
             window.flops += count_training_flops(batch, self._config.model)
 
     def log_step(
-        self, step: int, result: StepResult, rate: float, counters: Mapping[str, int | float] | None
+        self,
+        step: int,
+        result: StepResult,
+        rate: float,
+        counters: Mapping[str, int | float] | None,
+        guards: Mapping[str, float],
     ) -> None:
         """Write the figures of a step and of the window since the last call.
 
         Args:
             counters: of this data-parallel rank's data; None on tensor ranks above 0.
+            guards: what the guards count.
 
         Collective: all ranks.
         """
@@ -91,6 +102,7 @@ class Monitor:
                 for name, norm in zip(("decoder", "encoders"), result.norms.parts, strict=False)
             },
             "optimizer/skipped_steps": result.skipped_steps,
+            **guards,
             "speed/tokens_per_second": positions / seconds,
             "speed/rows_per_second": rows / seconds,
             "speed/step_seconds": seconds / window.steps,
@@ -145,6 +157,7 @@ class Monitor:
         """Flush and close the outputs."""
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
     def _losses(self, result: StepResult) -> dict[str, float]:
         sums, counts = result.loss_sums.tolist(), result.loss_counts.tolist()

@@ -101,7 +101,7 @@ def set_state(engine: Any, parameter: Any, state: str, values: Tensor) -> None:
             safe_set_local_optimizer_state(parameter, padded, state)
     else:
         fragment = parameter._hp_mapping.get_hp_fragment(None if state == "master" else state)
-        fragment.copy_(values.view_as(fragment))
+        fragment.data.copy_(values.view_as(fragment))
 
 
 def push_masters(engine: Any) -> None:

@@ -5,35 +5,20 @@ such as 1,3 2,1 (decoder, encoders).
 """
 
 import faulthandler
-import hashlib
 import json
 import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from distributed.tiny import RATES, STEPS, global_batch, micro_batches, tiny_config
 from metalm.config import write_config
 from metalm.parallel.launch import find_launch, open_process_group
-from metalm.parallel.sharding import sharding_of
-from metalm.parallel.topology import Topology, build_topology, close_topology
+from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
-from metalm.training.engines import Engines, build_engines
-from metalm.training.pieces import owned_ranges
+from metalm.training.drift import find_drift
+from metalm.training.engines import build_engines
+from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
-
-
-def replicas_are_equal(engines: Engines, topology: Topology) -> bool:
-    """Whether the ranks of every TP group hold the same, to the bit, of parameters that are not split."""
-    digest = hashlib.sha256()
-    for name, parameter, owned in owned_ranges(engines.decoder):
-        if sharding_of(parameter) is None:
-            digest.update(f"{name} {owned.start}".encode())
-            digest.update(owned.states["master"].detach().numpy().tobytes())
-    told: list[tuple[int, str]] = [(0, "")] * topology.world_size
-    dist.all_gather_object(told, (topology.data_rank, digest.hexdigest()))
-    return len(set(told)) == topology.data_size
 
 
 def main() -> None:
@@ -59,7 +44,7 @@ def main() -> None:
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
         store.save(engines, 0, None, {})
-        step = TrainStep(engines, topology, num_sources=2)
+        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses, norms = [], []
         for number in range(steps):
             rows = global_batch(number)
@@ -72,7 +57,7 @@ def main() -> None:
             "zero": pair,
             "losses": losses,
             "norms": norms,
-            "replicas_are_equal": replicas_are_equal(engines, topology),
+            "drift": find_drift(engines, topology),
         }
         if launch.rank == 0:
             print("RESULT " + json.dumps(answer), flush=True)
