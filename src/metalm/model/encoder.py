@@ -116,10 +116,7 @@ class EncoderBank(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(
-            {
-                name: _build_encoder(encoder, config)
-                for name, encoder in config.encoders.items()
-            }
+            {name: _build_encoder(encoder, config) for name, encoder in config.encoders.items()}
         )
 
     def forward(self, shares: dict[str, EncoderShare]) -> dict[str, Tensor]:

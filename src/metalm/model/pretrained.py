@@ -250,7 +250,7 @@ def _unused_names(config: EncoderConfig) -> frozenset[str]:
 def _find_unused(encoder: str) -> frozenset[str]:
     """Parameters that no gradient of the vectors reaches, found on the meta device."""
     config = EncoderConfig.model_validate_json(encoder)
-    with torch.device("meta"):
+    with torch.device("meta"), torch.enable_grad():
         model = _build(config, OTHER_ATTENTION)
         if config.image is not None:
             size = config.image.image_size
@@ -258,5 +258,5 @@ def _find_unused(encoder: str) -> frozenset[str]:
             vectors = vectors[:, -config.image.num_patches :]
         else:
             vectors = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).last_hidden_state
-    vectors.sum().backward()
+        vectors.sum().backward()
     return frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
