@@ -140,7 +140,8 @@ class PretrainedConfig(Section):
     """An encoder of transformers, from a local folder. Its sizes and input follow from the folder."""
 
     path: Path
-    """Holds config.json and model.safetensors; for images preprocessor_config.json, for text tokenizer.json."""
+    """Holds config.json, model.safetensors and, for images preprocessor_config.json, for text
+    tokenizer.json."""
     definition: dict[str, Any] = {}
     """The model's config, filled in when a pipeline is read: a run goes on without the folder."""
     image_mean: tuple[float, float, float] | None = None

@@ -206,8 +206,8 @@ def _with_interval_attention(model: Any, config: EncoderConfig) -> Any:
     if config.image is None:
         assert config.pretrained is not None
         raise ConfigError(
-            f"{config.pretrained.path}: a model of type {config.pretrained.model_type!r} does not read packed "
-            "spans as it reads them alone; expected one such as BERT, RoBERTa, XLM-R or ELECTRA"
+            f"{config.pretrained.path}: a model of type {config.pretrained.model_type!r} does not read "
+            "packed spans as it reads them alone; expected one such as BERT, RoBERTa, XLM-R or ELECTRA"
         )
     model.set_attn_implementation(OTHER_ATTENTION)
     return model
