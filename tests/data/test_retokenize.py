@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_the_next_token_of_a_cut_row_is_the_first_of_the_following(
     source: Source, own: tokenizers.Tokenizer
 ) -> None:
     rows = list(iter(packer_of(source, own, 61).next_row, None))
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in itertools.pairwise(rows):
         begins_anew = following.tokens[0] == source.tokenizer.start_id
         assert row.next_token == (-1 if begins_anew else following.tokens[0])
 

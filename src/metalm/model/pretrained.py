@@ -83,7 +83,7 @@ class PretrainedEncoder(nn.Module):
                 pixels.unbind(1), self.image_mean, self.image_std, strict=True
             )
         ]
-        return torch.stack(channels, 1).to(self.connector[0].weight.dtype)
+        return torch.stack(channels, 1).to(next(self.connector.parameters()).dtype)
 
 
 def encode_packed(model: nn.Module, token_ids: Tensor, positions: Tensor, mask: IntervalMask) -> Tensor:
