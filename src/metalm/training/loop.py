@@ -67,7 +67,8 @@ class _Run:
         self._restore()
         self._data = self._open_data()
         first_step = 0 if self._saved_step is None else self._step + 1
-        self._monitor = Monitor(config, topology, session.run_folder, first_step)
+        timer = self._train_step.timer
+        self._monitor = Monitor(config, topology, session.run_folder, first_step, timer)
 
     def train(self) -> int:
         self._announce()
@@ -164,16 +165,16 @@ class _Run:
         config, session = self._config, self._session
         monitor, parts = config.monitor, (session.engines, session.topology, config)
         if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
-            losses = held_out_losses(*parts)
+            with self._monitor.apart("evaluate", self._step):
+                losses = held_out_losses(*parts)
             if session.is_first and losses:
                 self._monitor.write_evaluation(self._step, losses)
-            self._monitor.restart_window()
         if self._step and self._is_due(monitor.sample_every_steps):
-            for name in config.data.evaluation:
-                samples = generate_samples(*parts, name, monitor.num_samples, monitor.sample_new_tokens)
-                if session.is_first:
-                    self._monitor.write_samples(self._step, samples)
-            self._monitor.restart_window()
+            with self._monitor.apart("sample", self._step):
+                for name in config.data.evaluation:
+                    samples = generate_samples(*parts, name, monitor.num_samples, monitor.sample_new_tokens)
+                    if session.is_first:
+                        self._monitor.write_samples(self._step, samples)
 
     def _is_due(self, every: int) -> bool:
         return self._step % every == 0 or self._step == self._config.training.steps
@@ -184,10 +185,10 @@ class _Run:
             "tokenizer": self._tokenizer_fingerprint,
         }
         lane_states = self._lane_states if self._data is not None else None
-        folder = self._store.save(self._session.engines, self._step, lane_states, facts)
+        with self._monitor.apart("save", self._step):
+            folder = self._store.save(self._session.engines, self._step, lane_states, facts)
         self._saved_step = self._step
         logger.info("saved %s", folder)
-        self._monitor.restart_window()
 
     def _stop_early(self) -> int:
         if self._saved_step != self._step and self._step:
