@@ -34,7 +34,7 @@ PAGE = {
     },
     "Health": {
         "skipped samples by source and cause": ["data/skipped_samples", "data/.*/skipped/.*"],
-        "skipped steps": ["optimizer/skipped_steps"],
+        "skipped steps, rewinds, failed saves": ["optimizer/skipped_steps", "guards/.*"],
         "restarts": ["run/restarts"],
         "saving and evaluation, seconds": ["time/apart/.*"],
         "memory, GiB": ["memory/.*"],
