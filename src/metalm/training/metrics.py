@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +12,22 @@ from typing import Any
 
 from metalm.run_folder import METRICS_NAME
 
+RESTARTS = "run/restarts"
+"""The figure that counts how often a run was started again."""
+
 
 def append_metrics(run_folder: Path, step: int, figures: Mapping[str, float]) -> None:
-    """Add the figures of a step."""
-    with _path(run_folder).open("a") as handle:
-        handle.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+    """Add the figures of a step.
+
+    Raises:
+        OSError: the line could not be written; the file is as before.
+    """
+    line = json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n"
+    with _path(run_folder).open("ab", buffering=0) as handle:
+        end = handle.tell()
+        if handle.write(content := line.encode()) < len(content):
+            handle.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), handle.name)
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -23,6 +36,13 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def count_starts(run_folder: Path) -> int:
+    """How often the run was started before, steps that are superseded included."""
+    return 1 + max(
+        (int(entry[RESTARTS]) for entry in read_metrics(run_folder) if RESTARTS in entry), default=-1
+    )
 
 
 def drop_superseded(run_folder: Path, first_step: int) -> None:

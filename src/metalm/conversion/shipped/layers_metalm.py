@@ -182,9 +182,8 @@ class MetaLMLayer(GradientCheckpointingLayer):
         self.mlp = mlp
         self.mlp_norm = build_norm(norm, hidden_size, eps)
         # DeepNorm scales what passes values through; pre-LN what is added to the residual stream.
-        scaled = [attention.o_proj, mlp.down_proj]
-        if self.post_norm:
-            scaled += [attention.v_proj, *(part for part in mlp.children() if part is not mlp.down_proj)]
+        values = [attention.v_proj, attention.o_proj, *mlp.children()]
+        scaled = values if self.post_norm else [attention.o_proj, mlp.down_proj]
         for part in scaled:
             part.init_gain = (8 * num_layers) ** -0.25 if self.post_norm else (2 * num_layers) ** -0.5
 
