@@ -27,8 +27,10 @@ _VISION = {
 
 
 def run_config(kind: str, tokenizer: Path) -> RunConfig:
-    """A run whose decoder is normalised in one way and whose encoders are in both."""
+    """A run whose decoder is normalised in one way and whose encoders are in both; one kind has T5's
+    relative bias and VLMo's feed-forwards."""
     other = {"deepnorm": "pre_ln", "pre_ln": "deepnorm"}[kind]
+    bias, joint = ({"num_buckets": 8, "max_distance": 6}, 1) if kind == "deepnorm" else (None, None)
     return RunConfig.model_validate(
         {
             "run": {"name": "small", "seed": 11},
@@ -36,8 +38,8 @@ def run_config(kind: str, tokenizer: Path) -> RunConfig:
                 "vocab_size": VOCABULARY,
                 "decoder": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "normalization": kind},
                 "encoders": {
-                    "vision": {**_VISION, "normalization": other},
-                    "text": {**_SMALL, "normalization": kind},
+                    "vision": {**_VISION, "normalization": other, "joint_layers": joint},
+                    "text": {**_SMALL, "normalization": kind, "relative_bias": bias},
                 },
             },
             "data": {

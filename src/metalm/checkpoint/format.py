@@ -42,6 +42,8 @@ class ParameterIndex:
     tensor_size: int
     """Number of shards; 1 where replicated."""
     pieces: tuple[Piece, ...]
+    trained: bool = True
+    """Whether the optimizer has moments of it; a frozen parameter is kept as `master` alone."""
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
@@ -101,6 +103,7 @@ def _parameter(entry: dict[str, Any]) -> ParameterIndex:
             Piece(str(p["file"]), int(p["tensor_rank"]), int(p["start"]), int(p["size"]))
             for p in entry["pieces"]
         ),
+        trained=bool(entry.get("trained", True)),
     )
 
 

@@ -66,7 +66,7 @@ class CheckpointReader:
         Args:
             component: `decoder` or `encoders`.
             name: as in the module's `named_parameters()`.
-            state: "master" (the weight), "exp_avg" or "exp_avg_sq".
+            state: "master" (the weight), "exp_avg" or "exp_avg_sq"; the moments of a frozen one are zero.
 
         Raises:
             CheckpointError: the checkpoint does not hold it, or a file is not what the index says.
@@ -76,6 +76,8 @@ class CheckpointReader:
         index = self._index_of(component).get(name)
         if index is None:
             raise CheckpointError(f"checkpoint {self.folder} has no parameter {name!r} in {component}")
+        if state != "master" and not index.trained:
+            return torch.zeros(index.shape)
         shards = [torch.empty(math.prod(index.shard_shape)) for _ in range(index.tensor_size)]
         for piece in index.pieces:
             found = self._tensor(self.folder / component / piece.file, piece_name(name, state))

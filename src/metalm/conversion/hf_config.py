@@ -140,6 +140,8 @@ def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
         "intermediate_size": encoder.feed_forward_size,
         "normalization": encoder.normalization,
         "max_text_positions": encoder.max_text_positions,
+        "relative_bias": encoder.relative_bias.model_dump() if encoder.relative_bias else None,
+        "joint_layers": encoder.joint_layers,
         "connector": encoder.connector,
         "image_size": encoder.image.image_size if encoder.image else None,
         "patch_size": encoder.image.patch_size if encoder.image else None,

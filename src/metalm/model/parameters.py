@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.config import DecoderConfig, ModelConfig
+from metalm.model.encoder_parameters import count_connector, count_encoder, count_frozen
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,13 @@ class ParameterCount:
     """Of the whole component."""
     per_rank: int
     """What one tensor-parallel rank holds of it, before ZeRO."""
+    frozen: int = 0
+    """Of those of one rank: not trained, so without gradients and optimizer."""
+
+    @property
+    def trained_per_rank(self) -> int:
+        """What one tensor-parallel rank trains of it, before ZeRO."""
+        return self.per_rank - self.frozen
 
 
 def count_decoder(config: ModelConfig, tensor_size: int) -> ParameterCount:
@@ -28,23 +36,12 @@ def count_decoder(config: ModelConfig, tensor_size: int) -> ParameterCount:
 
 def count_encoders(config: ModelConfig) -> ParameterCount:
     """All encoders with their connectors; no tensor parallelism splits them."""
-    total = sum(count_encoder(encoder, config) for encoder in config.encoders.values())
-    return ParameterCount(total, total)
+    encoders = config.encoders.values()
+    total = sum(count_encoder(one, config) + count_connector(one, config) for one in encoders)
+    return ParameterCount(total, total, sum(count_frozen(one, config) for one in encoders))
 
 
-def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
-    """One encoder with its connector."""
-    hidden, decoder_hidden = encoder.hidden_size, config.decoder.hidden_size
-    total = (config.padded_vocab_size + encoder.max_text_positions) * hidden + sum(_layers(encoder))
-    if encoder.image is not None:
-        total += (3 * encoder.image.patch_size**2 + 1 + encoder.image.num_patches) * hidden
-    total += (hidden + 1) * decoder_hidden
-    if encoder.connector == "feed_forward":
-        total += 2 * (decoder_hidden + 1) * decoder_hidden
-    return total
-
-
-def _layers(config: DecoderConfig | EncoderConfig) -> tuple[int, int]:
+def _layers(config: DecoderConfig) -> tuple[int, int]:
     """Parameters of all layers that tensor parallelism would split, and those that it repeats."""
     hidden, feed_forward = config.hidden_size, config.feed_forward_size
     weights = 4 * hidden**2 + 2 * hidden * feed_forward

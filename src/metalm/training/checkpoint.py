@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ class CheckpointStore:
                 partition_stride=1 if sharding is None else sharding.stride,
                 tensor_size=tensor_size,
                 pieces=(piece,),
+                trained=parameter.requires_grad,
             )
             for state, tensor in owned.states.items():
                 tensors[piece_name(name, state)] = tensor.detach().float().cpu().contiguous()
@@ -182,13 +184,7 @@ class CheckpointStore:
                 whole = merged.setdefault(component, {})
                 for name, own in index.items():
                     pieces = whole[name].pieces if name in whole else ()
-                    whole[name] = ParameterIndex(
-                        own.shape,
-                        own.partition_dim,
-                        own.partition_stride,
-                        own.tensor_size,
-                        pieces + own.pieces,
-                    )
+                    whole[name] = replace(own, pieces=pieces + own.pieces)
         for component, index in merged.items():
             write_index(partial / component, index)
             files[f"{component}/index.json"] = record_file(partial / component / "index.json")

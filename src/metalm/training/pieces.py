@@ -1,7 +1,8 @@
 """What of each parameter a ZeRO engine keeps on this rank, read and written without gathering.
 
 ZeRO 1 and 2 keep flat fragments of parameters (`_hp_mapping`); ZeRO 3 keeps equal partitions of every
-parameter, the last ones padded.
+parameter, the last ones padded. A frozen parameter has no master and no moments: what is kept is the
+weight that the model works with, whole on every rank at ZeRO 1 and 2, where each writes an equal part.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class OwnedRange:
 
     start: int
     states: dict[str, Tensor]
-    """One-dimensional float32, all of the range's length, by state name."""
+    """One-dimensional, all of the range's length, by state name; `master` alone where it is frozen."""
 
     @property
     def size(self) -> int:
@@ -69,40 +70,35 @@ def owned_ranges(engine: Any) -> Iterator[tuple[str, Any, OwnedRange]]:
     """Every range of this rank, with its parameter."""
     for name, parameter in engine.module.named_parameters():
         if is_partitioned(engine):
-            start, size = _partition(engine, parameter)
-            if size <= 0:
-                continue
-            states = {
-                state: (
-                    safe_get_local_fp32_param(parameter)
-                    if state == "master"
-                    else safe_get_local_optimizer_state(parameter, state)
-                )[:size]
-                for state in STATES
-            }
+            owned = _owned_partition(engine, parameter)
+        elif parameter.requires_grad:
+            owned = _owned_fragment(parameter)
         else:
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                continue
-            start = mapping.lp_fragment_address.start
-            states = {
-                state: mapping.get_hp_fragment(None if state == "master" else state).flatten()
-                for state in STATES
-            }
-        yield name, parameter, OwnedRange(start, states)
+            owned = _owned_part_of_frozen(engine, parameter)
+        if owned is not None:
+            yield name, parameter, owned
 
 
 def set_state(engine: Any, parameter: Any, state: str, shard: Tensor) -> None:
-    """Set what this rank keeps of a parameter from its whole tensor-parallel shard."""
+    """Set what this rank keeps of a parameter from its whole tensor-parallel shard.
+
+    The moments of a frozen parameter are nowhere kept, and passed over.
+    """
+    if not parameter.requires_grad and state != "master":
+        return
     if is_partitioned(engine):
         start, size = _partition(engine, parameter)
         own = torch.zeros(parameter.ds_tensor.numel())
         if size > 0:
             own[:size] = shard.flatten()[start : start + size]
-        if state == "master":
+        if not parameter.requires_grad:
+            parameter.ds_tensor.data.copy_(own)
+        elif state == "master":
             safe_set_local_fp32_param(parameter, own)
         else:
             safe_set_local_optimizer_state(parameter, own, state)
+    elif not parameter.requires_grad:
+        parameter.data.copy_(shard)
     elif state == "master":
         safe_set_full_fp32_param(parameter, shard)
     else:
@@ -142,6 +138,45 @@ def _flat_masters(engine: Any) -> list[Tensor]:
         if is_partitioned(engine)
         else optimizer.single_partition_of_fp32_groups
     )
+
+
+def _owned_partition(engine: Any, parameter: Any) -> OwnedRange | None:
+    """ZeRO 3."""
+    start, size = _partition(engine, parameter)
+    if size <= 0:
+        return None
+    if not parameter.requires_grad:
+        return OwnedRange(start, {"master": parameter.ds_tensor.data[:size]})
+    states = {
+        state: (
+            safe_get_local_fp32_param(parameter)
+            if state == "master"
+            else safe_get_local_optimizer_state(parameter, state)
+        )[:size]
+        for state in STATES
+    }
+    return OwnedRange(start, states)
+
+
+def _owned_fragment(parameter: Any) -> OwnedRange | None:
+    """ZeRO 1 and 2."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    states = {
+        state: mapping.get_hp_fragment(None if state == "master" else state).flatten() for state in STATES
+    }
+    return OwnedRange(mapping.lp_fragment_address.start, states)
+
+
+def _owned_part_of_frozen(engine: Any, parameter: Any) -> OwnedRange | None:
+    """ZeRO 1 and 2, where every rank of the data-parallel group holds all of it."""
+    group, count = engine.optimizer.dp_process_group, parameter.numel()
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    start, end = rank * count // ranks, (rank + 1) * count // ranks
+    if start == end:
+        return None
+    return OwnedRange(start, {"master": parameter.data.flatten()[start:end]})
 
 
 def _partition(engine: Any, parameter: Any) -> tuple[int, int]:

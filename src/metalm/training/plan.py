@@ -10,6 +10,7 @@ import yaml
 from metalm.config import RunConfig
 from metalm.config.load import load_deepspeed_json
 from metalm.config.rules import check_topology
+from metalm.model.encoder_parameters import count_connector, count_encoder
 from metalm.model.parameters import ParameterCount, count_decoder, count_encoders
 
 MIB = 2**20
@@ -39,12 +40,14 @@ def plan_component(count: ParameterCount, stage: int, shards: int, precision: st
     size = 2 if precision == "bf16" else 4
     held = count.per_rank
     shard = math.ceil(held / shards)
+    trained = count.trained_per_rank
+    trained_shard = math.ceil(trained / shards)
     return ComponentPlan(
         parameters=count.total,
         stage=stage,
         weight_bytes=size * (shard if stage == 3 else held),
-        gradient_bytes=size * (shard if stage >= 2 else held),
-        optimizer_bytes=12 * shard,
+        gradient_bytes=size * (trained_shard if stage >= 2 else trained),
+        optimizer_bytes=12 * trained_shard,
     )
 
 
@@ -74,6 +77,11 @@ def describe_plan(config: RunConfig, world_size: int) -> str:
             f"{size / MIB:>12,.1f}" for size in (plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes)
         )
         lines.append(f"{name:<12}{plan.parameters:>16,}{plan.stage:>6}{sizes}")
+    for name, encoder in config.model.encoders.items():
+        lines.append(
+            f"  {name:<10}{count_encoder(encoder, config.model):>16,}, and its connector "
+            f"{count_connector(encoder, config.model):,}; trained layers: {encoder.trained_layers}"
+        )
     return "\n".join(lines)
 
 

@@ -13,6 +13,8 @@ ENCODER_DEFAULTS: dict[str, Any] = {
     "intermediate_size": 128,
     "normalization": "deepnorm",
     "max_text_positions": 64,
+    "relative_bias": None,
+    "joint_layers": None,
     "connector": "linear",
     "image_size": None,
     "patch_size": None,
@@ -27,7 +29,8 @@ class MetaLMConfig(PreTrainedConfig):
         max_position_embeddings: row length in training. Positions are sinusoidal and have no limit.
         encoders: by name, the keys of ENCODER_DEFAULTS; kept in alphabetical order. `image_size` and
             `patch_size` (pixels per side) are None for an encoder of text; `connector` is "linear" or
-            "feed_forward".
+            "feed_forward"; `relative_bias` None or T5's `num_buckets` and `max_distance`; `joint_layers`
+            None, or the number of last layers with a joint feed-forward beside those of the modalities.
         image_encoder: the encoder of images that come without span tensors.
         image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
     """

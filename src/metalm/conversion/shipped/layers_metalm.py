@@ -75,6 +75,8 @@ class MetaLMAttention(nn.Module):
         )
         key, value = self._remember(key, value, past_key_values)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if kwargs.pop("has_bias", False):  # the fused kernels of other implementations take no bias
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         attended, probabilities = attend(
             self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0, **kwargs
         )
@@ -112,15 +114,38 @@ class MetaLMFeedForward(nn.Module):
         return self.down_proj(functional.gelu(self.up_proj(hidden)))
 
 
+class MetaLMRoutedFeedForward(nn.ModuleDict):
+    """VLMo's feed-forwards: each element goes through the one of its modality, or through a joint one."""
+
+    def __init__(self, names: tuple[str, ...], hidden_size: int, intermediate_size: int) -> None:
+        super().__init__({name: MetaLMFeedForward(hidden_size, intermediate_size) for name in names})
+
+    def forward(self, hidden: Tensor, routes: dict[str, Tensor]) -> Tensor:
+        """[B, L, D] to [B, L, D].
+
+        Args:
+            hidden: all elements.
+            routes: by name of a feed-forward, [B, L] bool; `joint` wins over the others where it is known.
+        """
+        output = torch.zeros_like(hidden)
+        taken = torch.zeros_like(routes["joint"])
+        for name in ("joint", "vision", "language"):
+            if name in self:
+                chosen = routes[name] & ~taken
+                output[chosen] = self[name](hidden[chosen])
+                taken = taken | chosen
+        return output
+
+
 class MetaLMLayer(GradientCheckpointingLayer):
     """Attention and feed-forward; post-LN with DeepNorm's residual weight (Wang et al., 2022), or pre-LN."""
 
     def __init__(
         self,
         attention: MetaLMAttention,
+        feed_forward: nn.Module,
         *,
         hidden_size: int,
-        intermediate_size: int,
         num_layers: int,
         normalization: str,
         eps: float,
@@ -130,11 +155,12 @@ class MetaLMLayer(GradientCheckpointingLayer):
         self.residual_scale = (2 * num_layers) ** 0.25 if self.post_norm else 1.0
         self.self_attn = attention
         self.attention_norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.mlp = MetaLMFeedForward(hidden_size, intermediate_size)
+        self.mlp = feed_forward
         self.mlp_norm = nn.LayerNorm(hidden_size, eps=eps)
         # DeepNorm scales what passes values through; pre-LN what is added to the residual stream.
-        scaled = [attention.o_proj, self.mlp.down_proj]
-        scaled += [attention.v_proj, self.mlp.up_proj] if self.post_norm else []
+        inner = [part for part in feed_forward.modules() if isinstance(part, MetaLMFeedForward)]
+        scaled = [attention.o_proj, *(part.down_proj for part in inner)]
+        scaled += [attention.v_proj, *(part.up_proj for part in inner)] if self.post_norm else []
         for part in scaled:
             part.init_gain = (8 * num_layers) ** -0.25 if self.post_norm else (2 * num_layers) ** -0.5
 
@@ -143,16 +169,20 @@ class MetaLMLayer(GradientCheckpointingLayer):
         hidden: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
+        routes: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, L, D] to [B, L, D]."""
         if self.post_norm:
             attended, _ = self.self_attn(hidden, attention_mask, past_key_values, **kwargs)
             hidden = self.attention_norm(self.residual_scale * hidden + attended)
-            return self.mlp_norm(self.residual_scale * hidden + self.mlp(hidden))
+            return self.mlp_norm(self.residual_scale * hidden + self._feed_forward(hidden, routes))
         attended, _ = self.self_attn(self.attention_norm(hidden), attention_mask, past_key_values, **kwargs)
         hidden = hidden + attended
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        return hidden + self._feed_forward(self.mlp_norm(hidden), routes)
+
+    def _feed_forward(self, hidden: Tensor, routes: dict[str, Tensor] | None) -> Tensor:
+        return self.mlp(hidden) if routes is None else self.mlp(hidden, routes)
 
 
 class MetaLMDecoderLayer(MetaLMLayer):
@@ -161,8 +191,8 @@ class MetaLMDecoderLayer(MetaLMLayer):
     def __init__(self, config: MetaLMConfig, layer_idx: int) -> None:
         super().__init__(
             MetaLMCausalAttention(config, layer_idx),
+            MetaLMFeedForward(config.hidden_size, config.intermediate_size),
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             normalization=config.normalization,
             eps=config.layer_norm_eps,
@@ -172,12 +202,19 @@ class MetaLMDecoderLayer(MetaLMLayer):
 class MetaLMEncoderLayer(MetaLMLayer):
     """A layer of an encoder, whose sizes are `config.encoders[name]`."""
 
-    def __init__(self, config: MetaLMConfig, name: str) -> None:
+    def __init__(self, config: MetaLMConfig, name: str, layer: int) -> None:
         sizes = config.encoders[name]
+        hidden, wide, joint_layers = (
+            sizes[key] for key in ("hidden_size", "intermediate_size", "joint_layers")
+        )
+        feed_forward: nn.Module = MetaLMFeedForward(hidden, wide)
+        if joint_layers is not None:
+            joint = ("joint",) if layer >= sizes["num_hidden_layers"] - joint_layers else ()
+            feed_forward = MetaLMRoutedFeedForward(("vision", "language", *joint), hidden, wide)
         super().__init__(
-            MetaLMAttention(config, sizes["hidden_size"], sizes["num_attention_heads"]),
-            hidden_size=sizes["hidden_size"],
-            intermediate_size=sizes["intermediate_size"],
+            MetaLMAttention(config, hidden, sizes["num_attention_heads"]),
+            feed_forward,
+            hidden_size=hidden,
             num_layers=sizes["num_hidden_layers"],
             normalization=sizes["normalization"],
             eps=config.layer_norm_eps,
