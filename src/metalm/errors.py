@@ -39,3 +39,7 @@ class CheckpointError(MetaLMError):
     """A checkpoint is missing, damaged or does not fit the model."""
 
     exit_code = EXIT_DATA
+
+
+class FaultError(MetaLMError):
+    """The run cannot go on, by no fault of its config or data; starting it again may help."""

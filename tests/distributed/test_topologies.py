@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def read_weights(folder: Path, step: int, dtype: torch.dtype = torch.float64) ->
 def expected(tmp_path_factory: pytest.TempPathFactory):
     """The reference trained from the initial weights of a single rank, in float64."""
     folder = tmp_path_factory.mktemp("start")
-    run_ranks("train_tiny", 1, "1", "2", str(folder), "1,1")
+    run_ranks("train_tiny", 1, str(folder), '{"micro_batch_size": 2}', "1,1")
     start = read_weights(folder / "zero_1_1", 0)
     losses, weights = reference.train(
         [global_batch(number) for number in range(STEPS)], start, tiny_config(str(folder)), RATES
@@ -41,13 +42,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory):
 def test_losses_and_weights_equal_the_plain_model(name: str, expected, tmp_path: Path) -> None:
     tensor, data = TOPOLOGIES[name]
     start, losses, weights = expected
-    micro_batch_size = "1" if data == 1 else "2"
-    results = run_ranks(
-        "train_tiny", tensor * data, str(tensor), micro_batch_size, str(tmp_path), *ZERO_PAIRS
-    )
+    shape = {"tensor": tensor, "micro_batch_size": 1 if data == 1 else 2}
+    results = run_ranks("train_tiny", tensor * data, str(tmp_path), json.dumps(shape), *ZERO_PAIRS)
     assert [result["zero"] for result in results] == list(ZERO_PAIRS)
     for result in results:
         assert result["losses"] == pytest.approx(losses, abs=1e-5), result["zero"]
+        assert result["drift"] == []
         folder = tmp_path / f"zero_{result['zero'].replace(',', '_')}"
         for step, wanted in ((0, start), (STEPS, weights)):
             found = read_weights(folder, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
@@ -50,6 +51,7 @@ class Encoder(nn.Module):
         self.has_images = config.image is not None
         self.has_relative_bias = config.relative_bias is not None
         self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
+        self.recompute = config.recompute
         pre_norm = config.normalization == "pre_ln"
         self.final_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS) if pre_norm else nn.Identity()
         self.connector = _build_connector(config.connector, hidden, decoder_hidden_size)
@@ -71,7 +73,10 @@ class Encoder(nn.Module):
         mask = IntervalMask(share.attention_start[None], share.attention_end[None], hidden.shape[0])
         bias = self.relative_bias() if self.has_relative_bias else None
         for layer in self.layers:
-            hidden = layer(hidden, mask, bias, share.routes)
+            if self.recompute:
+                hidden = checkpoint(layer, hidden, mask, bias, share.routes, use_reentrant=False)
+            else:
+                hidden = layer(hidden, mask, bias, share.routes)
         return self.connector(self.final_norm(hidden))
 
     def _embed(self, share: EncoderShare) -> Tensor:

@@ -31,6 +31,11 @@ def count_frozen(encoder: EncoderConfig, config: ModelConfig) -> int:
     return _encoder_embeddings(encoder, config) + layers
 
 
+def encoder_layer_weights(encoder: EncoderConfig) -> int:
+    """Weights of the matrix products that one element passes in one layer."""
+    return 4 * encoder.hidden_size**2 + 2 * encoder.hidden_size * encoder.feed_forward_size
+
+
 def _encoder_embeddings(encoder: EncoderConfig, config: ModelConfig) -> int:
     """Embeddings of tokens, patches and positions, and the table of the relative bias."""
     hidden = encoder.hidden_size

@@ -1,15 +1,43 @@
-"""Floating-point operations of training on a batch: counted from what the batch holds, not its padding.
+"""Floating-point operations of training, counted from what a batch holds, not from its padding.
 
 A matrix product costs 2 operations per weight and position forward and 4 backward. Attention costs, per
 layer, 4 * hidden operations per visible pair forward (scores and weighted values) and twice that backward.
+The backward pass of an encoder ends above its frozen layers.
 """
 
 from __future__ import annotations
 
-from metalm.batch import SemiCausalBatch
-from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from metalm.config import EncoderConfig, ModelConfig
+from metalm.model.encoder_parameters import encoder_layer_weights
+from metalm.model.parameters import decoder_layer_weights
+
+if TYPE_CHECKING:
+    from metalm.batch import SemiCausalBatch
 
 FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class EncoderWork:
+    """What one encoder has to do."""
+
+    elements: float
+    pairs: float
+    """Of an element and an element that it sees."""
+    patches: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch, or the mean batch of a plan, has the model do."""
+
+    positions: float
+    """Of the decoder, without padding."""
+    pairs: float
+    encoders: dict[str, EncoderWork]
 
 
 def count_training_flops(batch: SemiCausalBatch, config: ModelConfig) -> float:
@@ -18,27 +46,65 @@ def count_training_flops(batch: SemiCausalBatch, config: ModelConfig) -> float:
     The encoder shares of all TP ranks are counted, and the decoder as a whole: divide by the ranks that
     work on the batch for the rate of one.
     """
+    return training_flops(work_of(batch), config)
+
+
+def work_of(batch: SemiCausalBatch) -> Work:
+    """The work in a micro-batch held in host memory."""
+    return Work(
+        positions=int((batch.attention_end > batch.attention_start).sum()),
+        pairs=int((batch.attention_end - batch.attention_start).sum()),
+        encoders={
+            name: EncoderWork(
+                elements=sum(int((s.attention_end > s.attention_start).sum()) for s in spans.shares),
+                pairs=sum(int((s.attention_end - s.attention_start).sum()) for s in spans.shares),
+                patches=sum(share.patches.shape[0] for share in spans.shares),
+            )
+            for name, spans in batch.encoders.items()
+        },
+    )
+
+
+def training_flops(work: Work, config: ModelConfig) -> float:
+    """Operations of one forward and backward pass, of the decoder and all encoders."""
+    total = FORWARD_AND_BACKWARD * decoder_flops(work, config)
+    for name, part in work.encoders.items():
+        total += FORWARD_AND_BACKWARD * encoder_flops(part, name, config)
+        total -= (FORWARD_AND_BACKWARD - 1) * frozen_flops(part, name, config)
+    return total
+
+
+def decoder_flops(work: Work, config: ModelConfig) -> float:
+    """Operations of the decoder's forward pass, with the output layer."""
     decoder, hidden = config.decoder, config.decoder.hidden_size
-    positions = int((batch.attention_end > batch.attention_start).sum())
-    pairs = int((batch.attention_end - batch.attention_start).sum())
-    forward = positions * (_layer_flops(decoder) + 2 * hidden * config.padded_vocab_size)
-    forward += 4 * decoder.num_layers * hidden * pairs
-    for name, spans in batch.encoders.items():
-        encoder = config.encoders[name]
-        elements = sum(int((s.attention_end > s.attention_start).sum()) for s in spans.shares)
-        pairs = sum(int((s.attention_end - s.attention_start).sum()) for s in spans.shares)
-        forward += elements * (_layer_flops(encoder) + _connector_flops(encoder, hidden))
-        forward += 4 * encoder.num_layers * encoder.hidden_size * pairs
-        if encoder.image is not None:
-            patches = sum(share.patches.shape[0] for share in spans.shares)
-            forward += patches * 2 * 3 * encoder.image.patch_size**2 * encoder.hidden_size
-    return float(FORWARD_AND_BACKWARD * forward)
+    linear = work.positions * (
+        2 * decoder.num_layers * decoder_layer_weights(decoder) + 2 * hidden * config.padded_vocab_size
+    )
+    return float(linear + 4 * decoder.num_layers * hidden * work.pairs)
 
 
-def _layer_flops(config: DecoderConfig | EncoderConfig) -> int:
-    """Matrix products of all layers for one position, forward."""
-    hidden = config.hidden_size
-    return 2 * config.num_layers * (4 * hidden**2 + 2 * hidden * config.feed_forward_size)
+def encoder_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
+    """Operations of one encoder's forward pass, with its connector."""
+    encoder = config.encoders[name]
+    linear = 2 * encoder.num_layers * encoder_layer_weights(encoder)
+    total = work.elements * (linear + _connector_flops(encoder, config.decoder.hidden_size))
+    total += 4 * encoder.num_layers * encoder.hidden_size * work.pairs
+    return float(total + _patch_flops(work, encoder))
+
+
+def frozen_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
+    """Those of them that have no backward pass."""
+    encoder = config.encoders[name]
+    if encoder.trained_layers == "all":
+        return 0.0
+    layer = work.elements * 2 * encoder_layer_weights(encoder) + 4 * encoder.hidden_size * work.pairs
+    return float(encoder.num_frozen_layers * layer + _patch_flops(work, encoder))
+
+
+def _patch_flops(work: EncoderWork, encoder: EncoderConfig) -> float:
+    if encoder.image is None:
+        return 0.0
+    return work.patches * 2 * 3 * encoder.image.patch_size**2 * encoder.hidden_size
 
 
 def _connector_flops(config: EncoderConfig, decoder_size: int) -> int:

@@ -17,18 +17,10 @@ from metalm.config import RunConfig
 from metalm.data.pictures import caption_picture
 from metalm.model.flops import count_training_flops
 from metalm.parallel.topology import Topology
+from metalm.planning.devices import device_by_driver_name
 from metalm.training.evaluate import Sample
 from metalm.training.metrics import append_metrics, drop_superseded
 from metalm.training.step import StepResult
-
-PEAK_TFLOPS_BF16 = {
-    # Dense tensor-core peaks from the vendors' data sheets; the first name found in the device's name holds.
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-}
 
 
 @dataclass
@@ -50,14 +42,19 @@ class Monitor:
         """Open the outputs. What they hold of `first_step` and later, from before a resume, is superseded."""
         self._config = config
         self._topology = topology
-        self._window = _Window(time.perf_counter())
-        self._began, self._first_step = time.perf_counter(), first_step
         self._peak_tflops = config.monitor.peak_tflops or _peak_tflops(topology, config)
         self._writer: SummaryWriter | None = None
         self._run_folder = run_folder
-        if topology.rank == 0:
-            self._writer = SummaryWriter(run_folder / "tensorboard", purge_step=first_step)
-            drop_superseded(run_folder, first_step)
+        self.begin(first_step)
+
+    def begin(self, first_step: int) -> None:
+        """Go on from a step, at the start or after going back to a checkpoint."""
+        self._window = _Window(time.perf_counter())
+        self._began, self._first_step = time.perf_counter(), first_step
+        self.close()
+        if self._topology.rank == 0:
+            self._writer = SummaryWriter(self._run_folder / "tensorboard", purge_step=first_step)
+            drop_superseded(self._run_folder, first_step)
 
     def count(self, micro_batches: list[SemiCausalBatch], wait_s: float) -> None:
         """Add one step's batches, in host memory, and the seconds that the step waited for them."""
@@ -70,12 +67,18 @@ class Monitor:
             window.flops += count_training_flops(batch, self._config.model)
 
     def log_step(
-        self, step: int, result: StepResult, rate: float, counters: Mapping[str, int | float] | None
+        self,
+        step: int,
+        result: StepResult,
+        rate: float,
+        counters: Mapping[str, int | float] | None,
+        guards: Mapping[str, float],
     ) -> None:
         """Write the figures of a step and of the window since the last call.
 
         Args:
             counters: of this data-parallel rank's data; None on tensor ranks above 0.
+            guards: what the guards count.
 
         Collective: all ranks.
         """
@@ -99,6 +102,7 @@ class Monitor:
                 for name, norm in zip(("decoder", "encoders"), result.norms.parts, strict=False)
             },
             "optimizer/skipped_steps": result.skipped_steps,
+            **guards,
             "speed/tokens_per_second": positions / seconds,
             "speed/rows_per_second": rows / seconds,
             "speed/step_seconds": seconds / window.steps,
@@ -153,6 +157,7 @@ class Monitor:
         """Flush and close the outputs."""
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
     def _losses(self, result: StepResult) -> dict[str, float]:
         sums, counts = result.loss_sums.tolist(), result.loss_counts.tolist()
@@ -204,8 +209,8 @@ def _memory_gib(device: torch.device) -> dict[str, float]:
 def _peak_tflops(topology: Topology, config: RunConfig) -> float | None:
     if topology.device.type != "cuda" or config.training.precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(topology.device)
-    return next((peak for known, peak in PEAK_TFLOPS_BF16.items() if known in name), None)
+    device = device_by_driver_name(torch.cuda.get_device_name(topology.device))
+    return None if device is None else device.peak_tflops
 
 
 def _clock(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 ZeRO 1 and 2 keep flat fragments of parameters (`_hp_mapping`); ZeRO 3 keeps equal partitions of every
 parameter, the last ones padded. A frozen parameter has no master and no moments: what is kept is the
-weight that the model works with, whole on every rank at ZeRO 1 and 2, where each writes an equal part.
+weight that the model works with, at ZeRO 1 and 2 whole on every rank.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -32,7 +30,7 @@ class OwnedRange:
 
     start: int
     states: dict[str, Tensor]
-    """One-dimensional, all of the range's length, by state name; `master` alone where it is frozen."""
+    """One-dimensional, all of the range's length, by state name; the weight alone where it is frozen."""
 
     @property
     def size(self) -> int:
@@ -67,42 +65,43 @@ def create_optimizer_state(engine: Any) -> None:
 
 
 def owned_ranges(engine: Any) -> Iterator[tuple[str, Any, OwnedRange]]:
-    """Every range of this rank, with its parameter."""
+    """Every range that this rank writes, with its parameter: together the ranks write everything once."""
+    for name, parameter, kept in kept_ranges(engine):
+        if parameter.requires_grad or is_partitioned(engine):
+            yield name, parameter, kept
+        elif (own := _part_of_whole(engine, kept)).size:
+            yield name, parameter, own
+
+
+def kept_ranges(engine: Any) -> Iterator[tuple[str, Any, OwnedRange]]:
+    """Every range that this rank keeps, with its parameter."""
     for name, parameter in engine.module.named_parameters():
         if is_partitioned(engine):
-            owned = _owned_partition(engine, parameter)
+            kept = _partition_of(engine, parameter)
         elif parameter.requires_grad:
-            owned = _owned_fragment(parameter)
+            kept = _fragment_of(parameter)
         else:
-            owned = _owned_part_of_frozen(engine, parameter)
-        if owned is not None:
-            yield name, parameter, owned
+            kept = OwnedRange(0, {"master": parameter.data.flatten()})
+        if kept is not None:
+            yield name, parameter, kept
 
 
-def set_state(engine: Any, parameter: Any, state: str, shard: Tensor) -> None:
-    """Set what this rank keeps of a parameter from its whole tensor-parallel shard.
-
-    The moments of a frozen parameter are nowhere kept, and passed over.
-    """
-    if not parameter.requires_grad and state != "master":
-        return
+def set_state(engine: Any, parameter: Any, state: str, values: Tensor) -> None:
+    """Set what this rank keeps of a parameter: as many values as its range in `kept_ranges` has."""
     if is_partitioned(engine):
-        start, size = _partition(engine, parameter)
-        own = torch.zeros(parameter.ds_tensor.numel())
-        if size > 0:
-            own[:size] = shard.flatten()[start : start + size]
+        padded = torch.zeros(parameter.ds_tensor.numel())
+        padded[: values.numel()] = values
         if not parameter.requires_grad:
-            parameter.ds_tensor.data.copy_(own)
+            parameter.ds_tensor.data.copy_(padded)
         elif state == "master":
-            safe_set_local_fp32_param(parameter, own)
+            safe_set_local_fp32_param(parameter, padded)
         else:
-            safe_set_local_optimizer_state(parameter, own, state)
+            safe_set_local_optimizer_state(parameter, padded, state)
     elif not parameter.requires_grad:
-        parameter.data.copy_(shard)
-    elif state == "master":
-        safe_set_full_fp32_param(parameter, shard)
+        parameter.data.copy_(values.view_as(parameter))
     else:
-        safe_set_full_optimizer_state(parameter, shard, state)
+        fragment = parameter._hp_mapping.get_hp_fragment(None if state == "master" else state)
+        fragment.data.copy_(values.view_as(fragment))
 
 
 def push_masters(engine: Any) -> None:
@@ -140,8 +139,8 @@ def _flat_masters(engine: Any) -> list[Tensor]:
     )
 
 
-def _owned_partition(engine: Any, parameter: Any) -> OwnedRange | None:
-    """ZeRO 3."""
+def _partition_of(engine: Any, parameter: Any) -> OwnedRange | None:
+    """What ZeRO 3 keeps here of a parameter."""
     start, size = _partition(engine, parameter)
     if size <= 0:
         return None
@@ -158,8 +157,8 @@ def _owned_partition(engine: Any, parameter: Any) -> OwnedRange | None:
     return OwnedRange(start, states)
 
 
-def _owned_fragment(parameter: Any) -> OwnedRange | None:
-    """ZeRO 1 and 2."""
+def _fragment_of(parameter: Any) -> OwnedRange | None:
+    """What ZeRO 1 and 2 keep here of a trained parameter."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -169,14 +168,12 @@ def _owned_fragment(parameter: Any) -> OwnedRange | None:
     return OwnedRange(mapping.lp_fragment_address.start, states)
 
 
-def _owned_part_of_frozen(engine: Any, parameter: Any) -> OwnedRange | None:
-    """ZeRO 1 and 2, where every rank of the data-parallel group holds all of it."""
-    group, count = engine.optimizer.dp_process_group, parameter.numel()
+def _part_of_whole(engine: Any, whole: OwnedRange) -> OwnedRange:
+    """This rank's equal part of what every rank of the data-parallel group keeps whole."""
+    group = engine.optimizer.dp_process_group
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    start, end = rank * count // ranks, (rank + 1) * count // ranks
-    if start == end:
-        return None
-    return OwnedRange(start, {"master": parameter.data.flatten()[start:end]})
+    start, end = rank * whole.size // ranks, (rank + 1) * whole.size // ranks
+    return OwnedRange(start, {state: values[start:end] for state, values in whole.states.items()})
 
 
 def _partition(engine: Any, parameter: Any) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metalm.config import RunConfig
 from metalm.config.rules import check_topology
 from metalm.data.sources import open_sources
@@ -73,6 +75,8 @@ def open_session(config: RunConfig) -> Iterator[Session]:
     check_data(config)
     run_folder = config.run.folder / config.run.name
     _open_log(run_folder, launch)
+    if config.training.deterministic:
+        _make_deterministic()
     device = open_process_group(launch, config.parallel.timeout_minutes)
     topology = build_topology(config.parallel.tensor, device)
     try:
@@ -91,6 +95,14 @@ def provenance() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": {package: version(package) for package in packages},
     }
+
+
+def _make_deterministic() -> None:
+    """Refuse operations that may give other bits each time. Before CUDA starts."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def _git_commit() -> str | None:

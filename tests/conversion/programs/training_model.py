@@ -40,7 +40,8 @@ def main(kind: str, tokenizer_folder: Path, out: Path) -> None:
     for component, module in (("decoder", decoder), ("encoders", encoders)):
         for name, parameter in module.named_parameters():
             with torch.no_grad():  # so that biases and norms matter, and that greedy text is no one word
-                scale = 0.1 if parameter.dim() == 1 or "embed" in name else 1.0
+                small = parameter.dim() == 1 or "embed" in name or "output_layer" in name
+                scale = 0.1 if small else 1.0
                 if component == "encoders":  # scores that are too large turn rounding into differences
                     scale *= 0.3
                 parameter += scale * torch.randn(parameter.shape, generator=draw)
