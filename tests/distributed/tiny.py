@@ -116,6 +116,11 @@ def tiny_config(
     )
 
 
+def rate_of(step: int) -> float:
+    """Learning rate of a step, counted from 0."""
+    return RATES[step % len(RATES)]
+
+
 def global_batch(step: int) -> list[PlainRow]:
     """The rows of a step; the first half are pairs, the second half text."""
     return random_rows(step, GLOBAL_ROWS, VOCAB, LENGTH)

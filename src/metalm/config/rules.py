@@ -167,6 +167,9 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     for group in ("sources", "evaluation"):
         for name, source in getattr(data, group).items():
             yield from _source_problems(config, f"data.{group}.{name}", source)
+    for name, source in data.evaluation.items():
+        if source.url is not None:
+            yield f"data.evaluation.{name}.url is given, but held-out shards must lie on a file system"
 
 
 def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Iterator[str]:

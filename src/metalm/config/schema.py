@@ -214,11 +214,18 @@ class SpanConfig(Section):
     max_length: PositiveInt = 128
 
 
+SHARD_URL_PATTERN = r"^(pipe:|https?://).*\{shard\}"
+"""A template: the name of a shard stands in for `{shard}`."""
+
+
 class SourceConfig(Section):
     """A folder of shards with an index."""
 
     path: Path
     kind: SourceKind
+    url: Annotated[str, Field(pattern=SHARD_URL_PATTERN)] | None = None
+    """Where the shards are, if `path` holds their index alone: `https://host/pile/{shard}`, or a shell
+    command that writes a shard, `pipe:aws s3 cp s3://bucket/pile/{shard} -`. Each is read from its front."""
     encoder: str | None = None
     """The encoder of this source's spans. Text without one is plain causal; pairs need one with `image`."""
     weight: PositiveFloat = 1.0

@@ -141,10 +141,8 @@ def _trained_encoder(config: RunConfig, kind: str, fits: Callable[[EncoderConfig
     return next(iter([*trained, *fitting]), None)
 
 
-def _rope_parameters(decoder: DecoderConfig) -> dict[str, Any] | None:
-    """In transformers' terms."""
-    if decoder.positions != "rope":
-        return None
+def _rope_parameters(decoder: DecoderConfig) -> dict[str, Any]:
+    """In transformers' terms, which every config of it has; `positions` says whether they are used."""
     scaling = decoder.rope_scaling
     if scaling is None:
         return {"rope_type": "default", "rope_theta": decoder.rope_base}

@@ -79,7 +79,8 @@ class _Run:
         self._restore()
         self._data = self._open_data()
         first_step = 0 if self._saved_step is None else self._step + 1
-        self._monitor = Monitor(config, topology, session.run_folder, first_step)
+        timer = self._train_step.timer
+        self._monitor = Monitor(config, topology, session.run_folder, first_step, timer)
 
     def train(self) -> int:
         self._announce()
@@ -262,22 +263,19 @@ class _Run:
         monitor, parts = config.monitor, (session.engines, session.topology, config)
         if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
             self._watchdog.beat("evaluating")
-            losses = held_out_losses(*parts)
+            with self._monitor.apart("evaluate", self._step):
+                losses = held_out_losses(*parts)
             if session.is_first and losses:
                 self._monitor.write_evaluation(self._step, losses)
-            self._resume_steps()
+            self._watchdog.beat(f"step {self._step + 1}")
         if self._step and self._is_due(monitor.sample_every_steps):
-            for name in config.data.evaluation:
-                self._watchdog.beat(f"generating samples of {name}")
-                samples = generate_samples(*parts, name, monitor.num_samples, monitor.sample_new_tokens)
-                if session.is_first:
-                    self._monitor.write_samples(self._step, samples)
-            self._resume_steps()
-
-    def _resume_steps(self) -> None:
-        """What was done since the last step was none: it counts for neither speed nor hanging."""
-        self._monitor.restart_window()
-        self._watchdog.beat(f"step {self._step + 1}")
+            with self._monitor.apart("sample", self._step):
+                for name in config.data.evaluation:
+                    self._watchdog.beat(f"generating samples of {name}")
+                    samples = generate_samples(*parts, name, monitor.num_samples, monitor.sample_new_tokens)
+                    if session.is_first:
+                        self._monitor.write_samples(self._step, samples)
+            self._watchdog.beat(f"step {self._step + 1}")
 
     def _is_logged(self, step: int) -> bool:
         return (
@@ -297,12 +295,13 @@ class _Run:
         }
         lane_states = self._lane_states if self._data is not None else None
         self._watchdog.beat("saving")
-        problem = self._store.save(
-            self._session.engines, self._step, lane_states, facts, background=background
-        )
+        with self._monitor.apart("save", self._step):
+            problem = self._store.save(
+                self._session.engines, self._step, lane_states, facts, background=background
+            )
         self._tell_failed_save(problem)
         self._saved_step = self._step
-        self._resume_steps()
+        self._watchdog.beat(f"step {self._step + 1}")
 
     def _tell_failed_save(self, problem: str | None) -> None:
         if problem is not None:

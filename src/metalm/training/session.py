@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from metalm.commit import git_commit
 from metalm.config import RunConfig
 from metalm.config.rules import check_topology
 from metalm.data.sources import open_sources
@@ -91,7 +91,7 @@ def provenance() -> dict[str, Any]:
     """Versions and code that a run was started with."""
     packages = ("metalm", "torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy")
     return {
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "python": sys.version.split()[0],
         "versions": {package: version(package) for package in packages},
     }
@@ -103,14 +103,6 @@ def _make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _open_log(run_folder: Path, launch: Launch) -> None:

@@ -15,6 +15,7 @@ from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
 from metalm.training.gradient_norm import GradientNorms, JointNorm
 from metalm.training.guards import FINE, StepGuard
+from metalm.training.timing import PartTimer
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TrainStep:
         self._topology = topology
         self._num_sources = num_sources
         self._joint_norm = JointNorm(self._all)
+        self.timer = PartTimer(topology.device)
 
     def run(self, micro_batches: Sequence[SemiCausalBatch], learning_rate: float) -> StepResult:
         """Accumulate over the micro-batches and update both engines, unless the guard refuses the step.
@@ -75,18 +77,20 @@ class TrainStep:
         dist.all_reduce(counts, group=topology.data_group)
         scale = topology.data_size / counts.sum().clamp(min=1.0)
         sums = torch.zeros_like(counts)
-        for batch in batches[:-1]:
-            sums += self._forward_backward(batch, scale)
+        with self.timer.part("forward_backward"):
+            for batch in batches[:-1]:
+                sums += self._forward_backward(batch, scale)
+                self._step_engines()
+            sums += self._forward_backward(batches[-1], scale)
+        with self.timer.part("optimizer"):
+            norms = self._joint_norm.measure()
+            dist.all_reduce(sums, group=topology.data_group)
+            verdict = self._guard.judge(sums.sum() / counts.sum().clamp(min=1.0), norms.joint)
+            self._joint_norm.refuse(verdict != FINE)
+            for engine in self._all:
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = learning_rate
             self._step_engines()
-        sums += self._forward_backward(batches[-1], scale)
-        norms = self._joint_norm.measure()
-        dist.all_reduce(sums, group=topology.data_group)
-        verdict = self._guard.judge(sums.sum() / counts.sum().clamp(min=1.0), norms.joint)
-        self._joint_norm.refuse(verdict != FINE)
-        for engine in self._all:
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate
-        self._step_engines()
         return StepResult(sums, counts, norms, self._engines.decoder.skipped_steps)
 
     def _forward_backward(self, batch: SemiCausalBatch, scale: Tensor) -> Tensor:

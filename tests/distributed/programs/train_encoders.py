@@ -17,6 +17,7 @@ from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
+from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
 
 SAVED_STEPS = (0, 2, STEPS)
@@ -44,7 +45,7 @@ def main() -> None:
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
         first = 0 if start == "new" else int(store.load(Path(start), engines)["step"])
-        step = TrainStep(engines, topology, num_sources=2)
+        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses = []
         for number in range(first, STEPS + 1):
             if number in SAVED_STEPS:

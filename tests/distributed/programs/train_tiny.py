@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from distributed.tiny import RATES, STEPS, global_batch, micro_batches, tiny_config
+from distributed.tiny import STEPS, global_batch, micro_batches, rate_of, tiny_config
 from metalm.config import write_config
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
@@ -49,7 +49,7 @@ def main() -> None:
         for number in range(steps):
             rows = global_batch(number)
             batches = micro_batches(rows, config, topology.data_rank, topology.data_size)
-            result = step.run(batches, RATES[number % len(RATES)])
+            result = step.run(batches, rate_of(number))
             losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))
             norms.append(float(result.norms.joint))
         store.save(engines, steps, None, {})

@@ -90,7 +90,7 @@ class MetaLMConfig(PreTrainedConfig):
         self.qkv_biases = qkv_biases
         self.positions = positions
         self.max_position_embeddings = max_position_embeddings
-        self.rope_parameters = rope_parameters
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.scale_embedding = scale_embedding
         self.spans = spans
         # By name, because JSON files that transformers writes are sorted: the place must not depend on it.

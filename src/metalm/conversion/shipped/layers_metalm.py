@@ -208,10 +208,9 @@ class MetaLMLayer(GradientCheckpointingLayer):
         self.mlp_norm = build_norm(norm, hidden_size, eps)
         # DeepNorm scales what passes values through; pre-LN what is added to the residual stream.
         linear = [part for part in mlp.modules() if isinstance(part, MetaLMLinear)]
-        scaled = [attention.o_proj, attention.v_proj, *linear]
-        if not self.post_norm:
-            downs = [part.down_proj for part in mlp.modules() if isinstance(part, MetaLMFeedForward)]
-            scaled = [attention.o_proj, *downs]
+        downs = [part.down_proj for part in mlp.modules() if isinstance(part, MetaLMFeedForward)]
+        values = [attention.v_proj, attention.o_proj, *linear]
+        scaled = values if self.post_norm else [attention.o_proj, *downs]
         for part in scaled:
             part.init_gain = (8 * num_layers) ** -0.25 if self.post_norm else (2 * num_layers) ** -0.5
 

@@ -268,6 +268,9 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             column = spans.image_starts(self.config.image_token_id).nonzero()[:, 1]
             pixel_values = pixel_values[(column >= start) & (column < stop)]
+        if self.config.spans == "bidirectional":
+            # For a static cache transformers makes a causal mask here; the forward knows the spans.
+            inputs["attention_mask"] = kwargs.get("attention_mask")
         return inputs | {
             "pixel_values": pixel_values,
             "span_input_ids": fed.input_ids,
