@@ -155,13 +155,16 @@ def trained_names(model: Any, config: EncoderConfig) -> set[str]:
     return trained - _unused_names(config)
 
 
-def count_parameters(config: EncoderConfig) -> tuple[int, int]:
-    """All parameters of the model without connector, and those that are not trained."""
+@lru_cache(maxsize=8)
+def count_parameters(encoder: str) -> tuple[int, int]:
+    """Trained and frozen parameters without the connector, of an `EncoderConfig` as JSON."""
+    config = EncoderConfig.model_validate_json(encoder)
     with torch.device("meta"):
         model = build_skeleton(config)
     trained = trained_names(model, config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return sum(sizes.values()), sum(size for name, size in sizes.items() if name not in trained)
+    num_trained = sum(size for name, size in sizes.items() if name in trained)
+    return num_trained, sum(sizes.values()) - num_trained
 
 
 @contextmanager
