@@ -1,4 +1,4 @@
-"""Runs with encoders of transformers: three encoders docked at once, on several layouts and after a resume."""
+"""Runs with three encoders docked at once, two of transformers, on several layouts and after a resume."""
 
 from __future__ import annotations
 
@@ -122,6 +122,6 @@ def test_a_run_goes_on_without_the_folders(pipeline: Path, alone: Path, tmp_path
     save_tokenizer(folders / "roberta")
     for name in ("roberta", "vit"):
         resolved["model"]["encoders"][name]["pretrained"]["path"] = str(folders / name)
-    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     found = train(tmp_path / "resolved.yaml", tmp_path, "resumed", 2, "parallel.tensor=2")
     assert found == pytest.approx({step: losses(alone)[step] for step in (4, 5, 6)}, abs=1e-5)
