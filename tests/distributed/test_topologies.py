@@ -83,10 +83,24 @@ def test_losses_and_weights_equal_the_plain_model(name: str, expected, trained) 
                 )
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_ranks_with_text_alone_images_alone_or_nothing(tensor: int, expected, tmp_path: Path) -> None:
+    """No rank hangs under ZeRO 3, and what the gradients make of the weights is the plain model's."""
+    start, _, _ = expected
+    batches = [global_batch(number, "lonely") for number in range(2)]
+    losses, weights = reference.train(batches, start, tiny_config("unused"), [rate_of(0), rate_of(1)])
+    shape = {"tensor": tensor, "micro_batch_size": 2, "rows": "lonely", "steps": 2}
+    (result,) = run_ranks("train_tiny", 4, str(tmp_path), json.dumps(shape), "1,3")
+    assert result["losses"] == pytest.approx(losses, abs=1e-5)
+    found = read_weights(tmp_path / "zero_1_3", 2)
+    for parameter, value in weights.items():
+        torch.testing.assert_close(found[parameter], value, atol=1e-5, rtol=0)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_checkpoints_of_every_topology_go_on_here(name: str, expected, trained, tmp_path: Path) -> None:
-    """Ten steps from two ZeRO pairs of each topology; over all targets, every ZeRO pair follows every other."""
+    """Ten steps from two ZeRO pairs of each topology; over all targets every pair follows every other."""
     target = list(TOPOLOGIES).index(name)
     resumes = []
     for number, (source, second) in enumerate(itertools.product(TOPOLOGIES, (0, 2))):
