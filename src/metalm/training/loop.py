@@ -158,7 +158,7 @@ class _Run:
         if self._data is not None:
             self._lane_states = self._data.lane_states()
         if self._is_due(self._config.monitor.log_every_steps) or self._step == 1:
-            self._monitor.log_step(self._step, result, rate, self._data.counters() if self._data else None)
+            self._monitor.log_step(self._step, result, rate, self._data)
 
     def _evaluate(self) -> None:
         config, session = self._config, self._session

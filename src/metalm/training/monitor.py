@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
+from metalm.data.balance import imbalance_over_ranks
+from metalm.data.loader import TrainingData
 from metalm.data.pictures import caption_picture
 from metalm.model.flops import count_training_flops
 from metalm.parallel.topology import Topology
@@ -69,13 +72,11 @@ class Monitor:
             window.positions += int((batch.attention_end > batch.attention_start).sum())
             window.flops += count_training_flops(batch, self._config.model)
 
-    def log_step(
-        self, step: int, result: StepResult, rate: float, counters: Mapping[str, int | float] | None
-    ) -> None:
+    def log_step(self, step: int, result: StepResult, rate: float, data: TrainingData | None) -> None:
         """Write the figures of a step and of the window since the last call.
 
         Args:
-            counters: of this data-parallel rank's data; None on tensor ranks above 0.
+            data: of this data-parallel rank; None on tensor ranks above 0.
 
         Collective: all ranks.
         """
@@ -84,10 +85,12 @@ class Monitor:
         sums = torch.tensor([window.rows, window.positions, window.flops, window.wait_s], dtype=torch.float64)
         dist.all_reduce(sums, group=self._topology.data_group)
         told: list[Any] = [None] * self._topology.world_size
-        dist.gather_object(counters, told if self._topology.rank == 0 else None)
+        own = None if data is None else (data.counters(), data.encoder_costs)
+        dist.gather_object(own, told if self._topology.rank == 0 else None)
         self._window = _Window(now)
         if self._writer is None:
             return
+        parts = [part for part in told if part is not None]
         rows, positions, flops, wait_s = sums.tolist()
         rate_tflops = flops / seconds / self._topology.world_size / 1e12
         figures = {
@@ -105,7 +108,8 @@ class Monitor:
             "speed/data_wait_share": wait_s / self._topology.data_size / seconds,
             "speed/model_tflops_per_rank": rate_tflops,
             **_memory_gib(self._topology.device),
-            **_add_counters([part for part in told if part is not None]),
+            **_add_counters([counters for counters, _ in parts]),
+            **self._imbalances(np.stack([costs for _, costs in parts])),
         }
         if self._peak_tflops:
             figures["speed/model_flops_utilisation"] = rate_tflops / self._peak_tflops
@@ -160,6 +164,15 @@ class Monitor:
         for name, total, count in zip(self._config.data.sources, sums, counts, strict=True):
             if count:
                 figures[f"loss/{name}"] = total / count
+        return figures
+
+    def _imbalances(self, costs: np.ndarray) -> dict[str, float]:
+        """Of the last step's encoder work over data ranks; costs [ranks, 2, micro-batches, encoders]."""
+        before, after = (imbalance_over_ranks(costs[:, arrangement]) for arrangement in (0, 1))
+        figures = {}
+        for number, name in enumerate(self._config.model.encoders):
+            figures[f"data/encoder_imbalance_over_ranks/{name}"] = float(after[number])
+            figures[f"data/encoder_imbalance_over_ranks/{name}_in_lane_order"] = float(before[number])
         return figures
 
     def _line(self, step: int, figures: Mapping[str, float]) -> str:
