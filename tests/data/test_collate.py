@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import ModelConfig
-from metalm.data.collate import assign_spans, collate, span_costs
+from metalm.data.collate import collate
 from metalm.data.rows import Row, RowSpans, empty_row, image_prompt, text_prompt
 
 PAD, PATCHES, PATCH_BYTES = 4, 4, 192
@@ -188,24 +188,6 @@ def check_encoder(batch: SemiCausalBatch, rows: list[Row], name: str, length: in
         assert (share.attention_end > 0).sum() == docked + dummy
         assert torch.all(share.token_ids[docked:] == PAD)
         assert len(share.patches) == len(share.patch_slots)
-
-
-def test_spans_are_spread_evenly_by_cost() -> None:
-    lengths = np.random.default_rng(0).integers(65, 129, 40)
-    costs = span_costs(lengths, MODEL.encoders["text"])
-    for shares in (2, 4, 8):
-        owners = assign_spans(costs, shares)
-        loads = np.bincount(owners, costs, minlength=shares)
-        assert loads.max() / loads.mean() < 1.06
-        np.testing.assert_array_equal(owners, assign_spans(costs, shares))
-
-
-def test_cost_of_a_span_is_that_of_its_multiplications() -> None:
-    config = MODEL.encoders["text"]
-    n, h, f = 50, config.hidden_size, config.feed_forward_size
-    # Four projections h x h, two of the feed-forward, scores and their use, per element.
-    multiplications = n * (4 * h * h + 2 * h * f) + 2 * n * n * h
-    assert span_costs(np.array([n]), config)[0] == multiplications
 
 
 def test_prompts_are_left_open_and_dock_what_they_encode(pixels: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
 from metalm.config.schema import EncoderConfig, ModelConfig
+from metalm.data.balance import assign_spans, span_costs
 from metalm.data.rows import NO_TOKEN, Row, RowSpans
 
 SHARE_MULTIPLE = 16
@@ -76,26 +77,6 @@ def collate(
         source_ids=torch.tensor([row.source_id for row in rows]),
         encoders=encoders,
     )
-
-
-def span_costs(lengths: np.ndarray, config: EncoderConfig) -> np.ndarray:
-    """Relative cost [K] of encoding spans of so many elements: projections and feed-forward, attention."""
-    hidden = config.hidden_size
-    linear = 4 * hidden * hidden + 2 * hidden * config.feed_forward_size
-    return lengths * linear + 2 * hidden * lengths * lengths
-
-
-def assign_spans(costs: np.ndarray, num_shares: int) -> np.ndarray:
-    """The share [K] of each span: the dearest first, each to the share with the least cost so far."""
-    shares = np.zeros(len(costs), np.int64)
-    if num_shares == 1:
-        return shares
-    loads = [0.0] * num_shares
-    for span in np.argsort(-costs, kind="stable").tolist():
-        least = min(range(num_shares), key=loads.__getitem__)
-        loads[least] += float(costs[span])
-        shares[span] = least
-    return shares
 
 
 class _RowsSpans:
