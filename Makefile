@@ -45,8 +45,10 @@ $(DEMO)/ready: | setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --ignore tests/slurm
+	$(BIN)/python -m pytest tests/slurm
 
-# On a cluster of virtual nodes of its own, which wants root, Slurm's packages and the machine for itself.
+# On a cluster of virtual nodes of its own, which wants the machine for itself: hence after the other tests.
+# Skipped, with the reason, without root or Slurm's packages (tests/slurm/install.sh).
 test-slurm: setup
 	$(BIN)/python -m pytest tests/slurm
 
