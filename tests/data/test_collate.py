@@ -76,6 +76,27 @@ def test_an_encoder_without_spans_gets_one_dummy_element_that_is_docked_nowhere(
         assert share.patches.shape == (0, PATCH_BYTES)
 
 
+def test_elements_are_routed_by_the_modality_of_their_span() -> None:
+    """An image with two tokens of text, an image alone, text alone, and padding."""
+    encoder = MODEL.encoders["vision"].model_copy(update={"joint_layers": 1})
+    model = MODEL.model_copy(update={"encoders": {"vision": encoder}})
+    spans = RowSpans(
+        np.array([[1, 7], [8, 12], [13, 16]]), np.array([4, 4, 0]), np.zeros((8, PATCH_BYTES), np.uint8)
+    )
+    row = Row(np.arange(20, dtype=np.int32), [20], spans={"vision": spans})
+    batch = collate([row], model_config=model, sequence_length=24, tp_size=1, pad_id=PAD)
+    (share,) = batch.encoders["vision"].shares
+    found = {
+        kind: {name: slots.tolist() for name, slots in routes.items()}
+        for kind, routes in share.routes.items()
+    }
+    image, text, lone_image, lone_text = (list(range(*ends)) for ends in ((0, 4), (4, 6), (6, 10), (10, 16)))
+    assert found == {
+        "separate": {"vision": image + lone_image, "language": text + lone_text},
+        "joint": {"joint": image + text, "vision": lone_image, "language": lone_text},
+    }
+
+
 @st.composite
 def rows_of_one_batch(draw: st.DrawFn) -> tuple[list[Row], int]:
     """Rows with documents, spans of both encoders, with and without images, some of them full."""

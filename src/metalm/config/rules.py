@@ -85,16 +85,33 @@ def check_topology(config: RunConfig, world_size: int) -> None:
 def _model_problems(config: RunConfig) -> Iterator[str]:
     yield from _decoder_problems(config)
     for name, encoder in config.model.encoders.items():
-        if encoder.hidden_size % encoder.num_heads:
-            yield (
-                f"model.encoders.{name}.hidden_size = {encoder.hidden_size} is not divisible by "
-                f"num_heads = {encoder.num_heads}"
-            )
-        if encoder.image and encoder.image.image_size % encoder.image.patch_size:
-            yield (
-                f"model.encoders.{name}.image.image_size = {encoder.image.image_size} is not divisible by "
-                f"patch_size = {encoder.image.patch_size}"
-            )
+        yield from _encoder_problems(f"model.encoders.{name}", encoder)
+
+
+def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
+    if encoder.hidden_size % encoder.num_heads:
+        yield (
+            f"{where}.hidden_size = {encoder.hidden_size} is not divisible by num_heads = {encoder.num_heads}"
+        )
+    if encoder.image and encoder.image.image_size % encoder.image.patch_size:
+        yield (
+            f"{where}.image.image_size = {encoder.image.image_size} is not divisible by "
+            f"patch_size = {encoder.image.patch_size}"
+        )
+    if encoder.image and encoder.relative_bias:
+        yield f"{where}: relative_bias is of tokens in a line; an encoder with `image` has patches in a grid"
+    bias = encoder.relative_bias
+    if bias and bias.max_distance <= bias.num_buckets // 4:
+        yield (
+            f"{where}.relative_bias.max_distance = {bias.max_distance} is not above a quarter of "
+            f"num_buckets = {bias.num_buckets}, which hold one distance each"
+        )
+    if encoder.joint_layers and not encoder.image:
+        yield f"{where}.joint_layers is given, but the encoder has no `image` whose patches it could route"
+    for key in ("joint_layers", "trained_layers"):
+        value = getattr(encoder, key)
+        if isinstance(value, int) and value > encoder.num_layers:
+            yield f"{where}.{key} = {value} is above num_layers = {encoder.num_layers}"
 
 
 def _decoder_problems(config: RunConfig) -> Iterator[str]:

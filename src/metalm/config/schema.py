@@ -136,6 +136,15 @@ class ImageConfig(Section):
         return (self.image_size // self.patch_size) ** 2
 
 
+class RelativeBiasConfig(Section):
+    """T5's relative-position bias, one table for all layers; both values are *open* in the paper."""
+
+    num_buckets: Annotated[int, Field(ge=4, multiple_of=4)] = 32
+    """Half of them for each direction, and half of those for one distance each."""
+    max_distance: PositiveInt = 128
+    """Distance in tokens from which all share the last bucket."""
+
+
 class EncoderConfig(Section):
     """A bidirectional encoder. With `image` its spans are an image followed by a text prefix."""
 
@@ -146,7 +155,15 @@ class EncoderConfig(Section):
     normalization: Normalization = "deepnorm"
     max_text_positions: PositiveInt
     """Longest text of one span, in tokens."""
+    relative_bias: RelativeBiasConfig | None = None
+    """Added to the learned positions, in encoders of text."""
     image: ImageConfig | None = None
+    joint_layers: PositiveInt | None = None
+    """VLMo's feed-forwards: one for patches and one for text in every layer; in so many last layers also
+    a joint one, that spans of an image with text go through. Default: one feed-forward for all elements."""
+    trained_layers: PositiveInt | Literal["all", "none"] = "all"
+    """A number n trains the last n layers and the connector; `none`, the connector alone. Embeddings and
+    lower layers stay as they were loaded."""
     recompute: bool = False
     """As the decoder's."""
     connector: Literal["linear", "feed_forward"] = "linear"
@@ -157,6 +174,20 @@ class EncoderConfig(Section):
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def num_frozen_layers(self) -> int:
+        """Leading layers that are not trained."""
+        if isinstance(self.trained_layers, int):
+            return self.num_layers - self.trained_layers
+        return 0 if self.trained_layers == "all" else self.num_layers
+
+    def feed_forwards(self, layer: int) -> tuple[str, ...]:
+        """Names of the feed-forwards of a layer."""
+        if self.joint_layers is None:
+            return ("shared",)
+        joint = layer >= self.num_layers - self.joint_layers
+        return ("vision", "language", "joint") if joint else ("vision", "language")
 
 
 class ModelConfig(Section):

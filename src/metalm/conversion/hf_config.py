@@ -165,6 +165,8 @@ def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
         "normalization": encoder.normalization,
         "norm_eps": LAYER_NORM_EPS,
         "max_text_positions": encoder.max_text_positions,
+        "relative_bias": encoder.relative_bias.model_dump() if encoder.relative_bias else None,
+        "joint_layers": encoder.joint_layers,
         "connector": encoder.connector,
         "image_size": encoder.image.image_size if encoder.image else None,
         "patch_size": encoder.image.patch_size if encoder.image else None,

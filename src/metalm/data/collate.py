@@ -131,7 +131,9 @@ def _encoder_batch(
         docked = _ranges(spans.bounds[chosen, 0], spans.lengths[chosen])
         vectors.append(rank * length + np.arange(len(docked)))
         positions.append(docked)
-        shares.append(_share(spans, chosen, tokens[docked], patches, length, pad_id))
+        shares.append(
+            _share(spans, chosen, tokens[docked], patches, length, pad_id, config.joint_layers is not None)
+        )
     return EncoderBatch(
         shares=tuple(shares),
         dock_vectors=torch.from_numpy(np.concatenate(vectors)),
@@ -146,6 +148,7 @@ def _share(
     patches: np.ndarray,
     length: int,
     pad_id: int,
+    has_routes: bool,
 ) -> EncoderShare:
     """The elements of the chosen spans [k], packed end to end and padded to `length`."""
     lengths, num_patches = spans.lengths[chosen], spans.num_patches[chosen]
@@ -176,7 +179,25 @@ def _share(
         attention_end=_tensor(attention[1]),
         patches=_tensor(patches),
         patch_slots=_tensor(slots),
+        routes=_routes(lengths, num_patches, slots, length) if has_routes else {},
     )
+
+
+def _routes(
+    lengths: np.ndarray, num_patches: np.ndarray, patch_slots: np.ndarray, length: int
+) -> dict[str, dict[str, Tensor]]:
+    """Which elements go through which feed-forward: see `EncoderShare.routes`."""
+    is_patch, is_joint = np.zeros(length, bool), np.zeros(length, bool)
+    is_patch[patch_slots] = True
+    is_joint[: lengths.sum()] = np.repeat((num_patches > 0) & (num_patches < lengths), lengths)
+    chosen = {
+        "separate": {"vision": is_patch, "language": ~is_patch},
+        "joint": {"vision": is_patch & ~is_joint, "language": ~is_patch & ~is_joint, "joint": is_joint},
+    }
+    return {
+        kind: {name: _tensor(np.flatnonzero(which)) for name, which in routes.items()}
+        for kind, routes in chosen.items()
+    }
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
