@@ -3,7 +3,7 @@
 # shellcheck shell=bash
 
 # shellcheck disable=SC2034  # for the scripts that source this
-readonly EXIT_USAGE=64 EXIT_DATA=65 EXIT_FAULT=70 EXIT_RESTART=75
+readonly EXIT_USAGE=64 EXIT_DATA=65 EXIT_NODE=69 EXIT_FAULT=70 EXIT_RESTART=75
 
 say() { printf '[slurm %(%H:%M:%S)T] %s\n' -1 "$*"; }
 
@@ -23,6 +23,8 @@ if [[ -n ${METALM_MODULES:-} ]]; then
 fi
 
 METALM_PYTHON=${METALM_PYTHON:-.venv/bin/python}
+# The library beside these scripts, such as a snapshot, wins over an installed one.
+[[ -z ${METALM_ROOT:-} ]] || export PYTHONPATH=$METALM_ROOT/src${PYTHONPATH:+:$PYTHONPATH}
 in_container=()
 if [[ -n ${METALM_CONTAINER:-} ]]; then
     in_container=("--container-image=$METALM_CONTAINER" "--container-workdir=$PWD")

@@ -15,11 +15,12 @@ here=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 ranks=$(ranks_per_node)
 num_nodes=$SLURM_JOB_NUM_NODES
 num_ranks=$((num_nodes * ranks))
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+METALM_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ' ') # in the order of their ranks
+head=${METALM_NODES%% *}
 # Below the ports that Linux gives to outgoing connections, and another one for each job and restart.
 port=$((20000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0}) % 12000))
 
-export METALM_PYTHON METALM_CODES="${METALM_CODES:?}"
+export METALM_NODES METALM_PYTHON METALM_CODES="${METALM_CODES:?}"
 export MASTER_ADDR=$head MASTER_PORT=$port
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_ON_NODE:-1} + ranks - 1) / ranks))}
 if [[ -n ${METALM_INTERFACE:-} ]]; then
@@ -64,9 +65,10 @@ for _ in 1 2 3 4 5; do
     sleep 1
 done
 
-# The code for all: what starting again cannot mend comes first, then the agreed stop, then the first fault.
+# The code for all: what starting again cannot mend comes first, then a node that is not fit, the agreed stop,
+# and the first fault.
 verdict='' cause=''
-for wanted in $EXIT_USAGE $EXIT_DATA $EXIT_RESTART; do
+for wanted in $EXIT_USAGE $EXIT_DATA $EXIT_NODE $EXIT_RESTART; do
     for record in "${records[@]}"; do
         [[ ${record%% *} = "$wanted" ]] && verdict=$wanted cause="ranks ended with $wanted"
     done

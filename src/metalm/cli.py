@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `--help` answers without l
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, MetaLMError
+from metalm.operations.preflight_limits import Limits
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
@@ -75,6 +77,16 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     stop = commands.add_parser("stop", help="ask a run to save and end")
     stop.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder, such as runs/NAME")
     stop.set_defaults(run=_stop)
+
+    preflight = commands.add_parser("preflight", help="check the nodes of a job before a run starts on them")
+    preflight.add_argument("run_folder", type=Path, metavar="RUN", help="where the run will write")
+    for limit in dataclasses.fields(Limits):
+        name = f"--{limit.name.replace('_', '-')}"
+        preflight.add_argument(name, type=float, default=limit.default, **limit.metadata)
+    preflight.add_argument("--deadline-s", type=float, default=40.0, help="for reports, and again for links")
+    preflight.add_argument("--mebibytes", type=int, default=64, help="size of the tensor that is summed")
+    preflight.add_argument("--bad-nodes", type=Path, help="file for the names of nodes that are not fit")
+    preflight.set_defaults(run=_preflight)
 
     generate = commands.add_parser("generate", help="continue a prompt with an exported model")
     generate.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
@@ -167,6 +179,19 @@ def _stop(options: argparse.Namespace) -> int | None:
     from metalm.operations.stop import stop
 
     return stop(options.run_folder)
+
+
+def _preflight(options: argparse.Namespace) -> int | None:
+    from metalm.operations.preflight import preflight
+
+    limits = Limits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(Limits)})
+    return preflight(
+        options.run_folder,
+        limits,
+        deadline_s=options.deadline_s,
+        mebibytes=options.mebibytes,
+        bad_nodes=options.bad_nodes,
+    )
 
 
 def _prepare_imports() -> None:

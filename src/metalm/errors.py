@@ -1,12 +1,14 @@
 """Errors that are the user's to mend, each with the exit code that `metalm` ends with.
 
 Codes follow sysexits: a scheduler must be able to tell "never start this again" (64, 65) from
-"start it again" (75). Anything that is not a MetaLMError is a fault of ours: exit 70 with a stack trace.
+"start it again" (75) and from "start it again on other nodes" (69). Anything that is not a MetaLMError is
+a fault of ours: exit 70 with a stack trace.
 """
 
 EXIT_DONE = 0
 EXIT_USAGE = 64
 EXIT_DATA = 65
+EXIT_NODE = 69
 EXIT_FAULT = 70
 EXIT_RESTART = 75
 
@@ -39,3 +41,7 @@ class CheckpointError(MetaLMError):
     """A checkpoint is missing, damaged or does not fit the model."""
 
     exit_code = EXIT_DATA
+
+
+class FaultError(MetaLMError):
+    """The run cannot go on, by no fault of its config or data; starting it again may help."""

@@ -5,3 +5,6 @@ STOP_NAME = "stop"
 
 METRICS_NAME = "metrics.jsonl"
 """In `logs/`: the figures of the run, a JSON object a line."""
+
+COMMIT_NAME = "COMMIT"
+"""Beside the `src/` of a snapshot: the git commit it was taken from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,38 @@ from metalm.data.tokenizer import Tokenizer
 VOCABULARY = 330
 """Not a multiple of 128, so the embedding has padding rows; more ids than the tokenizer has."""
 NEW_TOKENS = 64
-KINDS = ("deepnorm", "pre_ln")
+DECODERS: dict[str, dict[str, Any]] = {
+    "deepnorm": {},
+    "pre_ln": {
+        "normalization": "pre_ln",
+        "positions": "learned",
+        "max_positions": 150,
+        "activation": "gelu_tanh",
+        "scale_embedding": False,
+    },
+    "llama": {
+        "normalization": "pre_ln",
+        "norm": "rms_norm",
+        "norm_eps": 1e-6,
+        "positions": "rope",
+        "activation": "swiglu",
+        "num_kv_heads": 2,
+        "biases": False,
+        "qkv_biases": True,
+        "tied_output": False,
+        "scale_embedding": False,
+    },
+    "mixed": {
+        "norm": "rms_norm",
+        "positions": "rope",
+        "rope_base": 500.0,
+        "rope_scaling": {"factor": 4.0, "high_frequency_factor": 3.0, "original_positions": 24},
+        "activation": "swiglu",
+        "num_kv_heads": 2,
+        "spans": "bidirectional",
+    },
+}
+KINDS = tuple(DECODERS)
 
 _SMALL = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_text_positions": 12}
 _VISION = {
@@ -27,17 +59,20 @@ _VISION = {
 
 
 def run_config(kind: str, tokenizer: Path) -> RunConfig:
-    """A run whose decoder is normalised in one way and whose encoders are in both."""
-    other = {"deepnorm": "pre_ln", "pre_ln": "deepnorm"}[kind]
+    """A run with one of the decoders, whose encoders are normalised in both ways."""
+    normalizations = ["deepnorm", "pre_ln"]
+    if "normalization" in DECODERS[kind]:
+        normalizations.reverse()
+    own, other = normalizations
     return RunConfig.model_validate(
         {
             "run": {"name": "small", "seed": 11},
             "model": {
                 "vocab_size": VOCABULARY,
-                "decoder": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "normalization": kind},
+                "decoder": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, **DECODERS[kind]},
                 "encoders": {
                     "vision": {**_VISION, "normalization": other},
-                    "text": {**_SMALL, "normalization": kind},
+                    "text": {**_SMALL, "normalization": own},
                 },
             },
             "data": {

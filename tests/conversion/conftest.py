@@ -27,7 +27,14 @@ from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 PROGRAM = Path(__file__).parent / "programs" / "training_model.py"
 PROOF_FILES = {"README.md", "proof.json"}
 """What of an exported folder depends on the run and on whether there was a proof."""
-SHARDED = {"word_embeddings": 0, "linear_qkv": 0, "linear_fc1": 0, "linear_proj": 1, "linear_fc2": 1}
+SHARDED = {
+    "word_embeddings": 0,
+    "output_layer": 0,
+    "linear_qkv": 0,
+    "linear_fc1": 0,
+    "linear_proj": 1,
+    "linear_fc2": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ def write_run(
     for component, parameters in model.parameters.items():
         (partial / component).mkdir(parents=True)
         size = tensor_size if component == "decoder" else 1
-        write_component(partial / component, parameters, size, zero_size)
+        gated = component == "decoder" and model.config.model.decoder.activation == "swiglu"
+        write_component(partial / component, parameters, size, zero_size, gated=gated)
     content = {
         "step": 200,
         "progress": {"trained_tokens": 12345.0},
@@ -117,14 +125,20 @@ def write_run(
     return folder
 
 
-def write_component(folder: Path, parameters: dict[str, Tensor], tensor_size: int, zero_size: int) -> None:
+def write_component(
+    folder: Path, parameters: dict[str, Tensor], tensor_size: int, zero_size: int, *, gated: bool = False
+) -> None:
     files: dict[str, dict[str, Tensor]] = {}
     index: dict[str, ParameterIndex] = {}
     for name, whole in parameters.items():
         dimension = SHARDED.get(name.split(".")[-2])
         if name.endswith(("linear_proj.bias", "linear_fc2.bias")) or folder.name == "encoders":
             dimension = None
-        shards = [whole] if dimension is None else whole.chunk(tensor_size, dimension)
+        stride = 2 if gated and "linear_fc1" in name else 1
+        shards = [whole]
+        if dimension is not None:  # gate and value are cut each by itself
+            strips = [strip.chunk(tensor_size, dimension) for strip in whole.chunk(stride, dimension)]
+            shards = [torch.cat(own, dimension) for own in zip(*strips, strict=True)]
         pieces = []
         for tensor_rank, shard in enumerate(shards):
             start = 0
@@ -136,7 +150,7 @@ def write_component(folder: Path, parameters: dict[str, Tensor], tensor_size: in
                 start += len(part)
                 for number, state in enumerate(STATES):
                     files.setdefault(file, {})[piece_name(name, state)] = part.clone() + number
-        index[name] = ParameterIndex(tuple(whole.shape), dimension, 1, len(shards), tuple(pieces))
+        index[name] = ParameterIndex(tuple(whole.shape), dimension, stride, len(shards), tuple(pieces))
     for file, tensors in files.items():
         save_file(tensors, folder / file)
     write_index(folder, index)

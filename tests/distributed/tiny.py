@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from metalm.batch import SemiCausalBatch
@@ -15,19 +17,74 @@ STEPS = 5
 RATES = [1e-3, 2e-3, 3e-3, 2e-3, 1e-3]
 
 
-def tiny_config(folder: str, *, tensor: int = 1, micro_batch_size: int = 1, **deepspeed: str) -> RunConfig:
-    """Two decoder layers, a DeepNorm text encoder, a pre-LN image encoder; vocabulary with padding rows."""
+LLAMA = {
+    "normalization": "pre_ln",
+    "norm": "rms_norm",
+    "norm_eps": 1e-6,
+    "positions": "rope",
+    "activation": "swiglu",
+    "num_kv_heads": 2,
+    "biases": False,
+    "tied_output": False,
+    "scale_embedding": False,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "llama": LLAMA,
+    "gpt2": {
+        "normalization": "pre_ln",
+        "positions": "learned",
+        "max_positions": LENGTH + 3,
+        "activation": "gelu_tanh",
+        "scale_embedding": False,
+    },
+    "mixed": {
+        "norm": "rms_norm",
+        "positions": "rope",
+        "rope_base": 100.0,
+        "rope_scaling": {"factor": 4.0, "high_frequency_factor": 3.0, "original_positions": 24},
+        "activation": "swiglu",
+        "num_kv_heads": 2,
+        "spans": "bidirectional",
+        "recompute": True,
+    },
+    "qkv_biases": {**LLAMA, "qkv_biases": True, "tied_output": True, "num_kv_heads": 1},
+}
+"""Decoders: the paper's, today's usual ones, and every further option."""
+
+
+def tiny_config(
+    folder: str,
+    *,
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    micro_batch_size: int = 1,
+    options: str = "paper",
+    **deepspeed: str,
+) -> RunConfig:
+    """Two decoder layers, a DeepNorm text encoder, a pre-LN image encoder; vocabulary with padding rows.
+
+    Where the decoder recomputes, the encoders do so, too.
+    """
+    recompute = OPTIONS[options].get("recompute", False)
     return RunConfig.model_validate(
         {
             "run": {"name": "tiny", "folder": folder, "seed": 5},
-            "parallel": {"tensor": tensor, "timeout_minutes": 3},
+            "parallel": {"tensor": tensor, "sequence_parallel": sequence_parallel, "timeout_minutes": 3},
             "deepspeed": deepspeed,
             "model": {
                 "vocab_size": VOCAB,
-                "decoder": {"num_layers": 2, "hidden_size": 32, "num_heads": 4},
+                "decoder": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, **OPTIONS[options]},
                 "encoders": {
-                    "text": {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_text_positions": 16},
+                    "text": {
+                        "num_layers": 2,
+                        "hidden_size": 24,
+                        "num_heads": 2,
+                        "max_text_positions": 16,
+                        "recompute": recompute,
+                    },
                     "image": {
+                        "recompute": recompute,
                         "num_layers": 2,
                         "hidden_size": 16,
                         "num_heads": 2,
@@ -59,6 +116,11 @@ def tiny_config(folder: str, *, tensor: int = 1, micro_batch_size: int = 1, **de
     )
 
 
+def rate_of(step: int) -> float:
+    """Learning rate of a step, counted from 0."""
+    return RATES[step % len(RATES)]
+
+
 def global_batch(step: int) -> list[PlainRow]:
     """The rows of a step; the first half are pairs, the second half text."""
     return random_rows(step, GLOBAL_ROWS, VOCAB, LENGTH)
@@ -75,7 +137,7 @@ def micro_batches(
         collate(
             own[first : first + size],
             model_config=config.model,
-            sequence_length=LENGTH,
+            sequence_length=config.data.sequence_length,
             tp_size=config.parallel.tensor,
             pad_id=PAD,
         )

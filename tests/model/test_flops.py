@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,9 +14,10 @@ from metalm.parallel.topology import Topology
 from reference.rows import DOCUMENT, PAD, PARAGRAPH, START, Document, PlainRow, Span
 
 
-def test_matrix_products_equal_torchs_own_count(topology: Topology) -> None:
+@pytest.mark.parametrize("options", ["paper", "llama"])
+def test_matrix_products_equal_torchs_own_count(topology: Topology, options: str) -> None:
     """Rows and encoder shares without padding; attention is known: pairs seen, two products, all layers."""
-    config = tiny_config("unused").model
+    config = tiny_config("unused", options=options).model
     text = Document([START, *range(4, LENGTH + 2), DOCUMENT], [Span("text", 3, 19)])
     pixels = np.zeros((4, 48), np.uint8)
     pair = Document([START, *[PARAGRAPH] * 4, 10, 11, 12, 13, DOCUMENT], [Span("image", 1, 5, pixels)])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distributed.tiny import LENGTH, tiny_config
+from distributed.tiny import LENGTH, OPTIONS, tiny_config
 from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.deepnorm import deepnorm_alpha, deepnorm_divisor
@@ -31,11 +31,9 @@ def test_sinusoidal_positions_equal_the_formula() -> None:
                 assert found[row, column, i + 1].item() == pytest.approx(math.cos(angle), abs=2e-4)
 
 
-@pytest.mark.parametrize("normalization", ["deepnorm", "pre_ln"])
-def test_counts_equal_the_built_modules(topology: Topology, normalization: str) -> None:
-    config = tiny_config("unused").model
-    decoder = config.decoder.model_copy(update={"normalization": normalization})
-    config = config.model_copy(update={"decoder": decoder})
+@pytest.mark.parametrize("options", OPTIONS)
+def test_counts_equal_the_built_modules(topology: Topology, options: str) -> None:
+    config = tiny_config("unused", options=options).model
     built = sum(p.numel() for p in Decoder(config, LENGTH, topology).parameters())
     assert count_decoder(config, 1).total == count_decoder(config, 1).per_rank == built
     assert count_encoders(config).total == sum(p.numel() for p in EncoderBank(config).parameters())

@@ -41,16 +41,24 @@ def document_logits(document: Document, weights: Weights, config: ModelConfig) -
     decoder, hidden = config.decoder, config.decoder.hidden_size
     table = weights["decoder/gpt.embedding.word_embeddings.weight"][: config.vocab_size]
     tokens = torch.tensor(document.tokens)
-    x = table[tokens] * math.sqrt(hidden)
+    x = table[tokens] * (math.sqrt(hidden) if decoder.scale_embedding else 1.0)
     for span in document.spans:
         vectors = encode_span(document, span, weights, config)
         x = torch.cat((x[: span.start], vectors, x[span.end :]))
-    x = x + _sinusoid(len(tokens), hidden).to(x.dtype)
-    causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    if decoder.positions == "sinusoidal":
+        x = x + _sinusoid(len(tokens), hidden).to(x.dtype)
+    elif decoder.positions == "learned":
+        x = x + weights["decoder/gpt.embedding.position_embeddings.weight"][: len(tokens)]
+    visible = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    if decoder.spans == "bidirectional":
+        for span in document.spans:
+            visible[span.start : span.end, span.start : span.end] = True
     for number in range(decoder.num_layers):
-        x = _decoder_layer(x, causal, number, weights, config)
+        x = _decoder_layer(x, visible, number, weights, decoder)
     if decoder.normalization == "pre_ln":
-        x = _norm(x, weights, "decoder/gpt.decoder.final_layernorm")
+        x = _decoder_norm(x, weights, "decoder/gpt.decoder.final_layernorm", decoder)
+    if not decoder.tied_output:
+        table = weights["decoder/gpt.output_layer.weight"][: config.vocab_size]
     return x @ table.T
 
 
@@ -77,24 +85,39 @@ def encode_span(document: Document, span, weights: Weights, config: ModelConfig)
     return _linear(x, weights, prefix + "connector.4")
 
 
-def _decoder_layer(x: Tensor, visible: Tensor, number: int, weights: Weights, config: ModelConfig) -> Tensor:
-    decoder, prefix = config.decoder, f"decoder/gpt.decoder.layers.{number}."
+def _decoder_layer(x: Tensor, visible: Tensor, number: int, weights: Weights, decoder) -> Tensor:
+    prefix = f"decoder/gpt.decoder.layers.{number}."
 
     def attend(x: Tensor) -> Tensor:
+        groups = decoder.num_kv_heads or decoder.num_heads
         qkv = _linear(x, weights, prefix + "self_attention.linear_qkv")
-        q, k, v = qkv.view(len(x), decoder.num_heads, 3, -1).unbind(2)  # interleaved by head
+        qkv = qkv.view(len(x), groups, -1, decoder.hidden_size // decoder.num_heads)
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1:]  # the queries of a key head, key, value
+        q, k, v = (part.expand_as(q).flatten(1, 2) for part in (q, k, v))
+        if decoder.positions == "rope":
+            q, k = _turn(q, decoder), _turn(k, decoder)
         return _linear(_attention(q, k, v, visible), weights, prefix + "self_attention.linear_proj")
 
     def feed_forward(x: Tensor) -> Tensor:
-        inner = functional.gelu(_linear(x, weights, prefix + "mlp.linear_fc1"))
+        inner = _linear(x, weights, prefix + "mlp.linear_fc1")
+        if decoder.activation == "swiglu":
+            gate, value = inner.chunk(2, dim=-1)
+            inner = gate * torch.sigmoid(gate) * value
+        elif decoder.activation == "gelu_tanh":
+            inner = inner / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+        else:
+            inner = inner / 2 * (1 + torch.erf(inner / math.sqrt(2)))
         return _linear(inner, weights, prefix + "mlp.linear_fc2")
 
+    def norm(x: Tensor, name: str) -> Tensor:
+        return _decoder_norm(x, weights, prefix + name, decoder)
+
     if decoder.normalization == "pre_ln":
-        x = x + attend(_norm(x, weights, prefix + "input_layernorm"))
-        return x + feed_forward(_norm(x, weights, prefix + "pre_mlp_layernorm"))
+        x = x + attend(norm(x, "input_layernorm"))
+        return x + feed_forward(norm(x, "pre_mlp_layernorm"))
     alpha = (2 * decoder.num_layers) ** (1 / 4)
-    x = _norm(alpha * x + attend(x), weights, prefix + "attention_norm")
-    return _norm(alpha * x + feed_forward(x), weights, prefix + "mlp_norm")
+    x = norm(alpha * x + attend(x), "attention_norm")
+    return norm(alpha * x + feed_forward(x), "mlp_norm")
 
 
 def _encoder_layer(x: Tensor, visible: Tensor, prefix: str, weights: Weights, encoder) -> Tensor:
@@ -120,13 +143,45 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", attention, v).flatten(1)
 
 
+def _turn(x: Tensor, decoder) -> Tensor:
+    """Rotary positions of one document [n, heads, K], each pair (i, i + K/2) as one complex number."""
+    half = x.shape[-1] // 2
+    frequencies = [_rotary_frequency(i, half, decoder) for i in range(half)]
+    angles = torch.arange(len(x))[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+
+
+def _rotary_frequency(number: int, half: int, decoder) -> float:
+    frequency, scaling = decoder.rope_base ** (-number / half), decoder.rope_scaling
+    if scaling is None:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    if wavelength < scaling.original_positions / scaling.high_frequency_factor:
+        return frequency
+    if wavelength > scaling.original_positions / scaling.low_frequency_factor:
+        return frequency / scaling.factor
+    smooth = (scaling.original_positions / wavelength - scaling.low_frequency_factor) / (
+        scaling.high_frequency_factor - scaling.low_frequency_factor
+    )
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
 def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return x @ weights[name + ".weight"].T + weights[name + ".bias"]
+    product = x @ weights[name + ".weight"].T
+    return product + weights[name + ".bias"] if name + ".bias" in weights else product
 
 
-def _norm(x: Tensor, weights: Weights, name: str) -> Tensor:
-    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+def _norm(x: Tensor, weights: Weights, name: str, eps: float = 1e-5) -> Tensor:
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
     return x * weights[name + ".weight"] + weights[name + ".bias"]
+
+
+def _decoder_norm(x: Tensor, weights: Weights, name: str, decoder) -> Tensor:
+    if decoder.norm == "layer_norm":
+        return _norm(x, weights, name, decoder.norm_eps)
+    return x / (x.square().mean(-1, keepdim=True) + decoder.norm_eps).sqrt() * weights[name + ".weight"]
 
 
 def _sinusoid(length: int, hidden: int) -> Tensor:

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from metalm.checkpoint.manifest import LATEST_NAME, PARTIAL_SUFFIX
+from metalm.checkpoint.manifest import LATEST_NAME, PARTIAL_SUFFIX, check_files, read_manifest
 from metalm.errors import CheckpointError
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -47,19 +47,48 @@ def find_checkpoint(path: Path) -> Path:
     return published[-1]
 
 
-def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+def prune_checkpoints(
+    checkpoints: Path, keep_last: int, keep_every_steps: int | None, whole: Path | None = None
+) -> list[Path]:
     """Remove what a killed save left and all but the last `keep_last` checkpoints; answer what is gone.
 
-    Multiples of `keep_every_steps` stay for ever. A folder loses its name before its content, so that
-    nothing half-removed looks like a checkpoint.
+    Multiples of `keep_every_steps` stay for ever, and so does the newest whole checkpoint where all that
+    would be kept are damaged. A folder loses its name before its content, so that nothing half-removed
+    looks like a checkpoint.
+
+    Args:
+        checkpoints: folder of a run's checkpoints.
+        keep_last: at least 1.
+        keep_every_steps: None to keep none for ever.
+        whole: one of the kept that is known to be whole; without it they are hashed.
     """
     removed = list(checkpoints.glob("step_*" + PARTIAL_SUFFIX))
-    for folder in list_checkpoints(checkpoints)[:-keep_last]:
-        if keep_every_steps and int(folder.name.removeprefix("step_")) % keep_every_steps == 0:
-            continue
-        doomed = folder.with_name(folder.name + PARTIAL_SUFFIX)
-        folder.replace(doomed)
-        removed.append(doomed)
+    published = list_checkpoints(checkpoints)
+    doomed = [
+        folder
+        for folder in published[:-keep_last]
+        if not (keep_every_steps and _step_of(folder) % keep_every_steps == 0)
+    ]
+    kept = [folder for folder in published if folder not in doomed]
+    if doomed and whole not in kept and not any(map(is_whole, reversed(kept))):
+        spared = next(filter(is_whole, reversed(doomed)), None)
+        doomed = [folder for folder in doomed if folder != spared]
+    for folder in doomed:
+        nameless = folder.with_name(folder.name + PARTIAL_SUFFIX)
+        folder.replace(nameless)
+        removed.append(nameless)
     for folder in removed:
         shutil.rmtree(folder)
     return removed
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is as its manifest says."""
+    try:
+        return not check_files(folder, read_manifest(folder).items())
+    except CheckpointError:
+        return False
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

@@ -1,9 +1,8 @@
-"""Read a checkpoint's parameters whole, whatever layout of ranks wrote them."""
+"""Read a checkpoint's parameters, whole or in part, whatever layout of ranks wrote them."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from metalm.checkpoint.format import INDEX_NAME, STATES, ParameterIndex, piece_name, read_index
+from metalm.checkpoint.format import INDEX_NAME, ParameterIndex, Piece, piece_name, read_index
+from metalm.checkpoint.layout import ShardLayout
 from metalm.checkpoint.manifest import check_files, read_manifest
 from metalm.errors import CheckpointError
 
@@ -46,6 +46,8 @@ class CheckpointReader:
             if part.is_dir() and (part / INDEX_NAME).exists()
         }
         self._files: dict[Path, Any] = {}
+        self.bytes_read = 0
+        """Of tensors, so far."""
 
     @property
     def step(self) -> int:
@@ -60,32 +62,60 @@ class CheckpointReader:
         """Shapes of a component's whole parameters, by name."""
         return {name: index.shape for name, index in self._index_of(component).items()}
 
+    def states(self, component: str, name: str) -> tuple[str, ...]:
+        """What is kept of a parameter: "master" alone, or Adam's moments as well."""
+        return self._parameter(component, name).states
+
     def read(self, component: str, name: str, state: str = "master") -> Tensor:
-        """One whole parameter, float32, its shards and ranges put together.
+        """One whole parameter, float32, its shards and ranges put together; see `read_range`."""
+        shape = self._parameter(component, name).shape
+        layout = ShardLayout(shape)
+        return self.read_range(component, name, state, layout, 0, 0, layout.size).view(shape)
+
+    def read_range(
+        self,
+        component: str,
+        name: str,
+        state: str,
+        layout: ShardLayout,
+        tensor_rank: int,
+        start: int,
+        size: int,
+    ) -> Tensor:
+        """A flat range of one shard of a parameter, as any layout cuts it. Only its bytes are read.
 
         Args:
             component: `decoder` or `encoders`.
             name: as in the module's `named_parameters()`.
             state: "master" (the weight), "exp_avg" or "exp_avg_sq".
+            layout: the reader's own cut; its shape is the parameter's.
+            tensor_rank: whose shard in that layout.
+            start: first element of the range in that shard.
+            size: elements.
+
+        Returns:
+            [size] float32.
 
         Raises:
             CheckpointError: the checkpoint does not hold it, or a file is not what the index says.
         """
-        if state not in STATES:
-            raise CheckpointError(f"a checkpoint holds {', '.join(STATES)}, not {state!r}")
-        index = self._index_of(component).get(name)
-        if index is None:
-            raise CheckpointError(f"checkpoint {self.folder} has no parameter {name!r} in {component}")
-        shards = [torch.empty(math.prod(index.shard_shape)) for _ in range(index.tensor_size)]
-        for piece in index.pieces:
-            found = self._tensor(self.folder / component / piece.file, piece_name(name, state))
-            if found.shape != (piece.size,) or found.dtype != torch.float32:
-                raise CheckpointError(
-                    f"{component}/{piece.file} holds {found.dtype} {list(found.shape)} for {name}, "
-                    f"expected float32 [{piece.size}]"
-                )
-            shards[piece.tensor_rank][piece.start : piece.start + piece.size] = found
-        return merge_shards([shard.view(index.shard_shape) for shard in shards], index)
+        index = self._parameter(component, name)
+        if state not in index.states:
+            raise CheckpointError(f"checkpoint {self.folder} has no {state!r} of {component}.{name}")
+        if layout.shape != index.shape:
+            raise CheckpointError(
+                f"{component}.{name} is {list(index.shape)} in {self.folder}, not {list(layout.shape)}"
+            )
+        target = torch.empty(size)
+        for run in layout.runs_from(index.layout, tensor_rank, start, size):
+            for piece in index.pieces_under(run.tensor_rank, run.start, run.size):
+                first = max(run.start, piece.start)
+                last = min(run.start + run.size, piece.start + piece.size)
+                offset = run.offset + first - run.start
+                held = self._piece(component, name, state, piece)
+                target[offset : offset + last - first] = held[first - piece.start : last - piece.start]
+        self.bytes_read += target.nbytes
+        return target
 
     def close(self) -> None:
         """Forget the open files."""
@@ -99,22 +129,27 @@ class CheckpointReader:
             )
         return self._indices[component]
 
-    def _tensor(self, path: Path, name: str) -> Tensor:
+    def _parameter(self, component: str, name: str) -> ParameterIndex:
+        index = self._index_of(component).get(name)
+        if index is None:
+            raise CheckpointError(f"checkpoint {self.folder} has no parameter {name!r} in {component}")
+        return index
+
+    def _piece(self, component: str, name: str, state: str, piece: Piece) -> Tensor:
+        """The piece as a view of its mapped file: pages are read when they are touched."""
+        path = self.folder / component / piece.file
         try:
             if path not in self._files:
                 self._files[path] = safe_open(path, "pt")
-            return self._files[path].get_tensor(name)
+            found = self._files[path].get_tensor(piece_name(name, state))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def merge_shards(shards: list[Tensor], index: ParameterIndex) -> Tensor:
-    """The whole parameter from its tensor-parallel shards."""
-    if index.partition_dim is None or len(shards) == 1:
-        return shards[0]
-    strips = [shard.chunk(index.partition_stride, index.partition_dim) for shard in shards]
-    ordered = [strip[part] for part in range(index.partition_stride) for strip in strips]
-    return torch.cat(ordered, index.partition_dim)
+        if found.shape != (piece.size,) or found.dtype != torch.float32:
+            raise CheckpointError(
+                f"{component}/{piece.file} holds {found.dtype} {list(found.shape)} for {name}, "
+                f"expected float32 [{piece.size}]"
+            )
+        return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -59,9 +59,12 @@ def check_topology(config: RunConfig, world_size: int) -> None:
     decoder, training = config.model.decoder, config.training
     sizes = {
         "model.decoder.num_heads": decoder.num_heads,
+        "model.decoder.num_kv_heads": decoder.key_value_heads,
         "model.decoder.ffn_hidden_size": decoder.feed_forward_size,
         "the padded vocabulary": config.model.padded_vocab_size,
     }
+    if config.parallel.sequence_parallel:
+        sizes["data.sequence_length"] = config.data.sequence_length
     problems = [
         f"{name} = {size} is not divisible by parallel.tensor = {tensor}"
         for name, size in sizes.items()
@@ -80,14 +83,7 @@ def check_topology(config: RunConfig, world_size: int) -> None:
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
-    decoder = config.model.decoder
-    if decoder.hidden_size % decoder.num_heads:
-        yield (
-            f"model.decoder.hidden_size = {decoder.hidden_size} is not divisible by "
-            f"num_heads = {decoder.num_heads}"
-        )
-    if decoder.hidden_size % 2:
-        yield f"model.decoder.hidden_size = {decoder.hidden_size} must be even for sinusoidal positions"
+    yield from _decoder_problems(config)
     for name, encoder in config.model.encoders.items():
         if encoder.hidden_size % encoder.num_heads:
             yield (
@@ -98,6 +94,47 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
             yield (
                 f"model.encoders.{name}.image.image_size = {encoder.image.image_size} is not divisible by "
                 f"patch_size = {encoder.image.patch_size}"
+            )
+
+
+def _decoder_problems(config: RunConfig) -> Iterator[str]:
+    decoder = config.model.decoder
+    where = "model.decoder"
+    if decoder.hidden_size % decoder.num_heads:
+        yield (
+            f"{where}.hidden_size = {decoder.hidden_size} is not divisible by num_heads = {decoder.num_heads}"
+        )
+    if decoder.num_heads % decoder.key_value_heads:
+        yield (
+            f"{where}.num_heads = {decoder.num_heads} is not divisible by "
+            f"num_kv_heads = {decoder.num_kv_heads}"
+        )
+    if decoder.biases and decoder.qkv_biases:
+        yield f"{where}.qkv_biases is for a decoder with biases: false; biases: true has them anyway"
+    yield from _position_problems(config)
+
+
+def _position_problems(config: RunConfig) -> Iterator[str]:
+    decoder, length, where = config.model.decoder, config.data.sequence_length, "model.decoder"
+    if decoder.positions == "sinusoidal" and decoder.hidden_size % 2:
+        yield f"{where}.hidden_size = {decoder.hidden_size} must be even for sinusoidal positions"
+    if decoder.positions == "rope" and decoder.head_size % 2:
+        yield (f"{where}.hidden_size / num_heads = {decoder.head_size} must be even for positions: rope")
+    if decoder.positions == "learned" and (decoder.max_positions or 0) < length:
+        yield (
+            f"{where}.max_positions = {decoder.max_positions} is below data.sequence_length = {length}, "
+            "which learned positions must reach"
+        )
+    if decoder.positions != "learned" and decoder.max_positions is not None:
+        yield f"{where}.max_positions is the length of learned positions, not of {decoder.positions} ones"
+    if decoder.rope_scaling is not None:
+        scaling = decoder.rope_scaling
+        if decoder.positions != "rope":
+            yield f"{where}.rope_scaling is for positions: rope, not {decoder.positions}"
+        if scaling.low_frequency_factor >= scaling.high_frequency_factor:
+            yield (
+                f"{where}.rope_scaling.low_frequency_factor = {scaling.low_frequency_factor} is not below "
+                f"high_frequency_factor = {scaling.high_frequency_factor}"
             )
 
 
@@ -113,6 +150,9 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     for group in ("sources", "evaluation"):
         for name, source in getattr(data, group).items():
             yield from _source_problems(config, f"data.{group}.{name}", source)
+    for name, source in data.evaluation.items():
+        if source.url is not None:
+            yield f"data.evaluation.{name}.url is given, but held-out shards must lie on a file system"
 
 
 def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Iterator[str]:

@@ -12,11 +12,18 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Normalization = Literal["deepnorm", "pre_ln"]
+"""Where a layer normalises: after each residual sum with DeepNorm's weights, or before each branch."""
+Norm = Literal["layer_norm", "rms_norm"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+"""Of the feed-forward layers; `swiglu` has a gate, so its first layer is twice as wide."""
+Positions = Literal["sinusoidal", "learned", "rope"]
+SpanAttention = Literal["causal", "bidirectional"]
 SourceKind = Literal["text", "image_text"]
 
 
@@ -38,6 +45,8 @@ class ParallelConfig(Section):
     """How ranks are laid out. The data-parallel size is the number of ranks divided by `tensor`."""
 
     tensor: PositiveInt = 1
+    sequence_parallel: bool = False
+    """Split what the decoder's layers keep between attention and feed-forward over the tensor ranks, too."""
     timeout_minutes: PositiveInt = 30
     """How long a collective may wait before the process group gives up."""
 
@@ -49,20 +58,68 @@ class DeepSpeedConfig(Section):
     encoders: Path = Path("deepspeed_configs/encoders_zero3.json")
 
 
+class RopeScalingConfig(Section):
+    """Llama 3's stretch of the rotary wavelengths past the length that a model was pretrained with."""
+
+    factor: Annotated[float, Field(ge=1)]
+    """Long wavelengths are multiplied by this."""
+    low_frequency_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_frequency_factor: Annotated[float, Field(gt=0)] = 4.0
+    """Wavelengths below `original_positions` over this stay; those between the two factors blend."""
+    original_positions: PositiveInt = 8192
+
+
 class DecoderConfig(Section):
-    """The causal decoder (PAPER section 4 and 5)."""
+    """The causal decoder. The defaults are the paper's (arXiv 2206.06336)."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None = None
+    """Grouped-query attention: heads of keys and values. Default: as many as `num_heads`."""
     ffn_hidden_size: PositiveInt | None = None
     """Default: four times the hidden size."""
+    activation: Activation = "gelu"
     normalization: Normalization = "deepnorm"
+    norm: Norm = "layer_norm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    biases: bool = True
+    """Whether the linear layers have biases; layer norms always have."""
+    qkv_biases: bool = False
+    """Biases of queries, keys and values where `biases` is false and no other layer has them."""
+    positions: Positions = "sinusoidal"
+    max_positions: PositiveInt | None = None
+    """Rows of the table of `learned` positions."""
+    rope_base: Annotated[float, Field(gt=1)] = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    scale_embedding: bool = True
+    """Whether token embeddings are multiplied by the square root of the hidden size."""
+    tied_output: bool = True
+    """Whether the output layer is the token embedding."""
+    spans: SpanAttention = "causal"
+    """How the decoder attends among the vectors of one span."""
+    recompute: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, slower."""
 
     @property
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def has_qkv_biases(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.biases or self.qkv_biases
 
 
 class ImageConfig(Section):
@@ -90,6 +147,8 @@ class EncoderConfig(Section):
     max_text_positions: PositiveInt
     """Longest text of one span, in tokens."""
     image: ImageConfig | None = None
+    recompute: bool = False
+    """As the decoder's."""
     connector: Literal["linear", "feed_forward"] = "linear"
     """`linear`: one projection (language-only setting). `feed_forward`: three layers with GELU, as wide
     as the decoder (vision-language setting; width and activation are open)."""
@@ -124,14 +183,21 @@ class SpanConfig(Section):
     max_length: PositiveInt = 128
 
 
+SHARD_URL_PATTERN = r"^(pipe:|https?://).*\{shard\}"
+"""A template: the name of a shard stands in for `{shard}`."""
+
+
 class SourceConfig(Section):
     """A folder of shards with an index."""
 
     path: Path
     kind: SourceKind
+    url: Annotated[str, Field(pattern=SHARD_URL_PATTERN)] | None = None
+    """Where the shards are, if `path` holds their index alone: `https://host/pile/{shard}`, or a shell
+    command that writes a shard, `pipe:aws s3 cp s3://bucket/pile/{shard} -`. Each is read from its front."""
     encoder: str | None = None
     """The encoder of this source's spans. Text without one is plain causal; pairs need one with `image`."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: PositiveFloat = 1.0
     """Share of the rows, relative to the other sources."""
 
 
@@ -161,11 +227,11 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW. Betas, eps, decay and clipping are *open* in the language-only setting."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    learning_rate: PositiveFloat = 6e-4
     betas: tuple[Probability, Probability] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
+    gradient_clipping: PositiveFloat = 1.0
     """Largest joint gradient norm over decoder and encoders."""
 
 
@@ -186,8 +252,31 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt
     """Rows per forward pass of one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    deterministic: bool = False
+    """Bit for bit the same on the same ranks and devices, at some cost in speed."""
+    time_limit_minutes: PositiveFloat | None = None
+    """Save and end with exit code 75 when the process is this old."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+
+
+class GuardConfig(Section):
+    """What a run does about harm from inside."""
+
+    spike_sigma: PositiveFloat | None = 6.0
+    """A step whose loss or gradient norm is this many standard deviations above the mean is skipped."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Accepted steps that mean and deviation are taken over; before so many, nothing is a spike."""
+    max_skipped_steps: PositiveInt = 16
+    """After more than these in a row the run goes back to its last checkpoint, and on with later data."""
+    max_rewinds: NonNegativeInt = 3
+    """How often it does so before it gives up."""
+    hang_minutes: PositiveFloat = 30.0
+    """When no step ends for so long, every rank writes its stacks and ends with exit code 70."""
+    drift_every_steps: PositiveInt = 1000
+    """How often replicas of parameters are compared bit by bit."""
+    slow_rank_ratio: Annotated[float, Field(gt=1)] = 2.0
+    """A rank that takes this many times the median rank's time is named in the log."""
 
 
 class CheckpointConfig(Section):
@@ -197,6 +286,20 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this are never removed."""
+    background: bool = True
+    """Write while training goes on; the last one, and that before a stop, are always waited for."""
+    resume: Literal["auto", "required"] = "auto"
+    """`required`: refuse to start where there is no checkpoint of this run."""
+
+
+class InitializeConfig(Section):
+    """Weights of other runs that a new run starts from. A run that has a checkpoint goes on from that."""
+
+    decoder: Path | None = None
+    """A checkpoint, or a run folder, whose newest is meant."""
+    encoders: Path | None = None
+    new: tuple[str, ...] = ()
+    """Patterns of parameter names that need not be there, such as `encoders.audio.*`: they start afresh."""
 
 
 class MonitorConfig(Section):
@@ -209,7 +312,7 @@ class MonitorConfig(Section):
     sample_every_steps: PositiveInt = 1000
     num_samples: PositiveInt = 4
     sample_new_tokens: PositiveInt = 48
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    peak_tflops: PositiveFloat | None = None
     """Peak of one device in the training precision; default: looked up by device name, else not shown."""
 
 
@@ -222,5 +325,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    initialize: InitializeConfig = InitializeConfig()
+    guards: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()

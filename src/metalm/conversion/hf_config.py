@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from metalm.config import EncoderConfig, RunConfig
-from metalm.conversion.reference import LAYER_NORM_EPS
+from metalm.config import DecoderConfig, EncoderConfig, RunConfig
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
+from metalm.model.encoder import LAYER_NORM_EPS
 
 SMALLEST_TRANSFORMERS = "5.17.0"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -79,17 +79,26 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "hidden_size": decoder.hidden_size,
         "num_hidden_layers": decoder.num_layers,
         "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.key_value_heads,
         "intermediate_size": decoder.feed_forward_size,
+        "activation": decoder.activation,
         "normalization": decoder.normalization,
-        "max_position_embeddings": config.data.sequence_length,
-        "layer_norm_eps": LAYER_NORM_EPS,
+        "norm": decoder.norm,
+        "norm_eps": decoder.norm_eps,
+        "biases": decoder.biases,
+        "qkv_biases": decoder.qkv_biases,
+        "positions": decoder.positions,
+        "max_position_embeddings": decoder.max_positions or config.data.sequence_length,
+        "rope_parameters": _rope_parameters(decoder),
+        "scale_embedding": decoder.scale_embedding,
+        "spans": decoder.spans,
         "encoders": {name: _encoder(encoder) for name, encoder in sorted(model.encoders.items())},
         "image_encoder": image_encoder(config),
         "image_token_id": tokenizer.image_id,
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": tokenizer.document_id,
         "pad_token_id": tokenizer.pad_id,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": decoder.tied_output,
         "use_cache": True,
     }
 
@@ -132,6 +141,21 @@ def _trained_encoder(config: RunConfig, kind: str, fits: Callable[[EncoderConfig
     return next(iter([*trained, *fitting]), None)
 
 
+def _rope_parameters(decoder: DecoderConfig) -> dict[str, Any]:
+    """In transformers' terms, which every config of it has; `positions` says whether they are used."""
+    scaling = decoder.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": decoder.rope_base}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": decoder.rope_base,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
+
+
 def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
     return {
         "num_hidden_layers": encoder.num_layers,
@@ -139,6 +163,7 @@ def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
         "num_attention_heads": encoder.num_heads,
         "intermediate_size": encoder.feed_forward_size,
         "normalization": encoder.normalization,
+        "norm_eps": LAYER_NORM_EPS,
         "max_text_positions": encoder.max_text_positions,
         "connector": encoder.connector,
         "image_size": encoder.image.image_size if encoder.image else None,

@@ -42,31 +42,44 @@ def conversion_rules(config: ModelConfig) -> list[Rule]:
 
 def _decoder_rules(config: ModelConfig) -> Iterator[Rule]:
     decoder = config.decoder
-    hidden = decoder.hidden_size
-    yield _embedding("decoder", "gpt.embedding.word_embeddings.weight", "model.embed_tokens", config, hidden)
-    names = _decoder_layer_names(decoder)
+    hidden, has_norm_bias = decoder.hidden_size, decoder.norm == "layer_norm"
+    embedding = "gpt.embedding"
+    yield _embedding("decoder", f"{embedding}.word_embeddings.weight", "model.embed_tokens", config, hidden)
+    if decoder.positions == "learned":
+        shape = (decoder.max_positions or 0, hidden)
+        table = _renamed("decoder", f"{embedding}.position_embeddings", "model.embed_positions", shape, False)
+        yield from table
     for layer in range(decoder.num_layers):
-        source, target = f"gpt.decoder.layers.{layer}", f"model.layers.{layer}"
-        yield from _fused_qkv(
-            "decoder", f"{source}.self_attention.linear_qkv", f"{target}.self_attn", hidden, decoder.num_heads
-        )
-        for old, new, shape in names:
-            yield from _renamed("decoder", f"{source}.{old}", f"{target}.{new}", shape)
+        yield from _decoder_layer(decoder, f"gpt.decoder.layers.{layer}", f"model.layers.{layer}")
     if decoder.normalization == "pre_ln":
-        yield from _renamed("decoder", "gpt.decoder.final_layernorm", "model.final_norm", (hidden,))
+        final_norm = "gpt.decoder.final_layernorm"
+        yield from _renamed("decoder", final_norm, "model.final_norm", (hidden,), has_norm_bias)
+    if not decoder.tied_output:
+        yield _embedding("decoder", "gpt.output_layer.weight", "lm_head", config, hidden)
 
 
-def _decoder_layer_names(decoder: DecoderConfig) -> list[tuple[str, str, Shape]]:
-    """Megatron's and our names of a layer's modules, with the shape of the weight."""
+def _decoder_layer(decoder: DecoderConfig, source: str, target: str) -> Iterator[Rule]:
     hidden, wide = decoder.hidden_size, decoder.feed_forward_size
-    post_norm = decoder.normalization == "deepnorm"
-    return [
-        ("self_attention.linear_proj", "self_attn.o_proj", (hidden, hidden)),
-        ("attention_norm" if post_norm else "input_layernorm", "attention_norm", (hidden,)),
-        ("mlp.linear_fc1", "mlp.up_proj", (wide, hidden)),
-        ("mlp.linear_fc2", "mlp.down_proj", (hidden, wide)),
-        ("mlp_norm" if post_norm else "pre_mlp_layernorm", "mlp_norm", (hidden,)),
-    ]
+    post_norm, has_norm_bias = decoder.normalization == "deepnorm", decoder.norm == "layer_norm"
+    norms = {
+        "attention_norm": "attention_norm" if post_norm else "input_layernorm",
+        "mlp_norm": "mlp_norm" if post_norm else "pre_mlp_layernorm",
+    }
+    for new, old in norms.items():
+        yield from _renamed("decoder", f"{source}.{old}", f"{target}.{new}", (hidden,), has_norm_bias)
+    groups = decoder.key_value_heads
+    # Of each key head: its queries, the key, the value.
+    sizes = (decoder.num_heads // groups * decoder.head_size, decoder.head_size, decoder.head_size)
+    attention = {f"{target}.self_attn.{part}_proj": size for part, size in zip("qkv", sizes, strict=True)}
+    qkv = f"{source}.self_attention.linear_qkv"
+    yield from _fused("decoder", qkv, attention, hidden, groups, decoder.has_qkv_biases)
+    output = f"{source}.self_attention.linear_proj"
+    yield from _renamed("decoder", output, f"{target}.self_attn.o_proj", (hidden, hidden), decoder.biases)
+    parts = ("gate_proj", "up_proj") if decoder.activation == "swiglu" else ("up_proj",)
+    first = {f"{target}.mlp.{part}": wide for part in parts}
+    yield from _fused("decoder", f"{source}.mlp.linear_fc1", first, hidden, 1, decoder.biases)
+    second = f"{source}.mlp.linear_fc2"
+    yield from _renamed("decoder", second, f"{target}.mlp.down_proj", (hidden, wide), decoder.biases)
 
 
 def _encoder_rules(config: ModelConfig) -> Iterator[Rule]:
@@ -93,7 +106,8 @@ def _encoder_rules(config: ModelConfig) -> Iterator[Rule]:
         for layer in range(encoder.num_layers):
             old, new = f"{source}.layers.{layer}", f"{target}.layers.{layer}"
             # Our own fused projection is not interleaved by head: all queries, all keys, all values.
-            yield from _fused_qkv("encoders", f"{old}.qkv", f"{new}.self_attn", hidden, num_groups=1)
+            qkv = {f"{new}.self_attn.{part}_proj": hidden for part in "qkv"}
+            yield from _fused("encoders", f"{old}.qkv", qkv, hidden, 1)
             for old_name, new_name, shape in names:
                 yield from _renamed("encoders", f"{old}.{old_name}", f"{new}.{new_name}", shape)
         if encoder.normalization == "pre_ln":
@@ -113,10 +127,13 @@ def _same(component: str, source: str, target: str, leaf: str, shape: Shape) -> 
     )
 
 
-def _renamed(component: str, source: str, target: str, weight: Shape) -> Iterator[Rule]:
+def _renamed(
+    component: str, source: str, target: str, weight: Shape, has_bias: bool = True
+) -> Iterator[Rule]:
     """Weight and bias of a module that only changes its name."""
     yield _same(component, source, target, "weight", weight)
-    yield _same(component, source, target, "bias", weight[:1])
+    if has_bias:
+        yield _same(component, source, target, "bias", weight[:1])
 
 
 def _embedding(component: str, name: str, target: str, config: ModelConfig, hidden: int) -> Rule:
@@ -131,18 +148,31 @@ def _embedding(component: str, name: str, target: str, config: ModelConfig, hidd
     )
 
 
-def _fused_qkv(component: str, source: str, target: str, hidden: int, num_groups: int) -> Iterator[Rule]:
-    """A fused projection [groups, (query, key, value), rows, ...], weight and bias."""
-    rows = hidden // num_groups
-    for leaf, rest in (("weight", (hidden,)), ("bias", ())):
+def _fused(
+    component: str,
+    source: str,
+    targets: dict[str, int],
+    hidden: int,
+    num_groups: int,
+    has_bias: bool = True,
+) -> Iterator[Rule]:
+    """Several projections in one: of each group the rows of the first, then of the second, and so on.
+
+    Args:
+        source: the fused module.
+        targets: by module, its rows in one group.
+        num_groups: how often the targets take turns.
+    """
+    sizes = list(targets.values())
+    for leaf, rest in (("weight", (hidden,)), ("bias", ()))[: 2 if has_bias else 1]:
 
         def split(whole: Tensor, rest: Shape = rest) -> list[Tensor]:
-            parts = whole.view(num_groups, 3, rows, *rest)
-            return [parts[:, index].reshape(hidden, *rest) for index in range(3)]
+            parts = whole.view(num_groups, sum(sizes), *rest).split(sizes, dim=1)
+            return [part.reshape(-1, *rest) for part in parts]
 
         def join(parts: Sequence[Tensor], rest: Shape = rest) -> Tensor:
-            grouped = [part.view(num_groups, rows, *rest) for part in parts]
-            return torch.stack(grouped, dim=1).reshape(3 * hidden, *rest)
+            grouped = [part.view(num_groups, -1, *rest) for part in parts]
+            return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
-        names = {f"{target}.{part}_proj.{leaf}": (hidden, *rest) for part in "qkv"}
-        yield Rule(component, f"{source}.{leaf}", (3 * hidden, *rest), names, split, join)
+        names = {f"{module}.{leaf}": (num_groups * size, *rest) for module, size in targets.items()}
+        yield Rule(component, f"{source}.{leaf}", (num_groups * sum(sizes), *rest), names, split, join)

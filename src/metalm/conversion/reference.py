@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from metalm.batch import SemiCausalBatch
-from metalm.config import ModelConfig
+from metalm.config import DecoderConfig, ModelConfig
 from metalm.kernels import IntervalMask, interval_attention
 from metalm.model.deepnorm import deepnorm_alpha
 from metalm.model.encoder import Encoder
-from metalm.model.positions import sinusoidal_positions
+from metalm.model.positions import rotary_angles, sinusoidal_positions
 
-LAYER_NORM_EPS = 1e-5
 EMBEDDING = "gpt.embedding.word_embeddings.weight"
+POSITIONS = "gpt.embedding.position_embeddings.weight"
+OUTPUT = "gpt.output_layer.weight"
 
 ReadParameter = Callable[[str, str], Tensor]
 """Component and name to the whole parameter, float32."""
@@ -32,26 +33,33 @@ def reference_logits(config: ModelConfig, read: ReadParameter, batch: SemiCausal
 
     Args:
         config: of the model.
-        read: gives parameters; each is asked for once, the embedding twice.
+        read: gives parameters; each is asked for once, the tied embedding twice.
         batch: of one tensor-parallel share, on the CPU.
 
     Returns:
         [B, S, vocabulary] float32.
     """
     rows, length = batch.tokens.shape
-    hidden_size = config.decoder.hidden_size
-    hidden = functional.embedding(batch.tokens.flatten(), read("decoder", EMBEDDING)) * hidden_size**0.5
+    decoder = config.decoder
+    hidden = functional.embedding(batch.tokens.flatten(), read("decoder", EMBEDDING))
+    if decoder.scale_embedding:
+        hidden = hidden * decoder.hidden_size**0.5
     for name, spans in batch.encoders.items():
         (share,) = spans.shares
         vectors = _load_encoder(config, read, name)(share)
         hidden = hidden.index_copy(0, spans.dock_positions, vectors.index_select(0, spans.dock_vectors))
-    hidden = hidden.view(rows, length, hidden_size) + sinusoidal_positions(batch.positions, hidden_size)
+    hidden = hidden.view(rows, length, decoder.hidden_size)
+    if decoder.positions == "sinusoidal":
+        hidden = hidden + sinusoidal_positions(batch.positions, decoder.hidden_size)
+    elif decoder.positions == "learned":
+        hidden = hidden + functional.embedding(batch.positions, read("decoder", POSITIONS))
     mask = IntervalMask(batch.attention_start, batch.attention_end, length)
-    for layer in range(config.decoder.num_layers):
-        hidden = _decoder_layer(config, read, f"gpt.decoder.layers.{layer}", hidden, mask)
-    if config.decoder.normalization == "pre_ln":
-        hidden = _norm(hidden, read, "gpt.decoder.final_layernorm")
-    return functional.linear(hidden, read("decoder", EMBEDDING)[: config.vocab_size])
+    for layer in range(decoder.num_layers):
+        hidden = _decoder_layer(decoder, read, f"gpt.decoder.layers.{layer}", hidden, mask, batch.positions)
+    if decoder.normalization == "pre_ln":
+        hidden = _norm(decoder, hidden, read, "gpt.decoder.final_layernorm")
+    output = read("decoder", EMBEDDING if decoder.tied_output else OUTPUT)
+    return functional.linear(hidden, output[: config.vocab_size])
 
 
 def _load_encoder(config: ModelConfig, read: ReadParameter, name: str) -> Encoder:
@@ -63,38 +71,71 @@ def _load_encoder(config: ModelConfig, read: ReadParameter, name: str) -> Encode
 
 
 def _decoder_layer(
-    config: ModelConfig, read: ReadParameter, name: str, hidden: Tensor, mask: IntervalMask
+    config: DecoderConfig,
+    read: ReadParameter,
+    name: str,
+    hidden: Tensor,
+    mask: IntervalMask,
+    positions: Tensor,
 ) -> Tensor:
     """[B, S, D] to [B, S, D]."""
-    if config.decoder.normalization == "deepnorm":
-        alpha = deepnorm_alpha(config.decoder.num_layers)
-        attended = _attend(config.decoder.num_heads, read, name, hidden, mask)
-        hidden = _norm(alpha * hidden + attended, read, f"{name}.attention_norm")
-        return _norm(alpha * hidden + _feed_forward(read, name, hidden), read, f"{name}.mlp_norm")
-    normed = _norm(hidden, read, f"{name}.input_layernorm")
-    hidden = hidden + _attend(config.decoder.num_heads, read, name, normed, mask)
-    return hidden + _feed_forward(read, name, _norm(hidden, read, f"{name}.pre_mlp_layernorm"))
+    if config.normalization == "deepnorm":
+        alpha = deepnorm_alpha(config.num_layers)
+        attended = _attend(config, read, name, hidden, mask, positions)
+        hidden = _norm(config, alpha * hidden + attended, read, f"{name}.attention_norm")
+        wide = _feed_forward(config, read, name, hidden)
+        return _norm(config, alpha * hidden + wide, read, f"{name}.mlp_norm")
+    normed = _norm(config, hidden, read, f"{name}.input_layernorm")
+    hidden = hidden + _attend(config, read, name, normed, mask, positions)
+    normed = _norm(config, hidden, read, f"{name}.pre_mlp_layernorm")
+    return hidden + _feed_forward(config, read, name, normed)
 
 
-def _attend(num_heads: int, read: ReadParameter, name: str, hidden: Tensor, mask: IntervalMask) -> Tensor:
+def _attend(
+    config: DecoderConfig,
+    read: ReadParameter,
+    name: str,
+    hidden: Tensor,
+    mask: IntervalMask,
+    positions: Tensor,
+) -> Tensor:
     rows, length, width = hidden.shape
-    qkv = _linear(hidden, read, f"{name}.self_attention.linear_qkv")
-    # Megatron interleaves by head: [heads, (query, key, value), width of a head].
-    qkv = qkv.view(rows, length, num_heads, 3, width // num_heads).permute(3, 0, 2, 1, 4)
-    attended = interval_attention(qkv[0], qkv[1], qkv[2], mask)
+    qkv = _linear(hidden, read, f"{name}.self_attention.linear_qkv", config.has_qkv_biases)
+    # Megatron groups by key head: [key heads, (its queries, key, value), width of a head].
+    qkv = qkv.view(rows, length, config.key_value_heads, -1, config.head_size)
+    query = qkv[:, :, :, :-2].flatten(2, 3).transpose(1, 2)
+    key, value = qkv[:, :, :, -2].transpose(1, 2), qkv[:, :, :, -1].transpose(1, 2)
+    if config.positions == "rope":
+        angles = rotary_angles(positions, config.head_size, config.rope_base, config.rope_scaling)[:, None]
+        query, key = _turn(query, angles), _turn(key, angles)
+    attended = interval_attention(query, key, value, mask)
     joined = attended.transpose(1, 2).reshape(rows, length, width)
-    return _linear(joined, read, f"{name}.self_attention.linear_proj")
+    return _linear(joined, read, f"{name}.self_attention.linear_proj", config.biases)
 
 
-def _feed_forward(read: ReadParameter, name: str, hidden: Tensor) -> Tensor:
-    wide = functional.gelu(_linear(hidden, read, f"{name}.mlp.linear_fc1"))
-    return _linear(wide, read, f"{name}.mlp.linear_fc2")
+def _turn(heads: Tensor, angles: Tensor) -> Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return heads * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
 
 
-def _linear(hidden: Tensor, read: ReadParameter, name: str) -> Tensor:
-    return functional.linear(hidden, read("decoder", f"{name}.weight"), read("decoder", f"{name}.bias"))
+def _feed_forward(config: DecoderConfig, read: ReadParameter, name: str, hidden: Tensor) -> Tensor:
+    wide = _linear(hidden, read, f"{name}.mlp.linear_fc1", config.biases)
+    if config.activation == "swiglu":
+        gate, value = wide.chunk(2, dim=-1)
+        wide = functional.silu(gate) * value
+    else:
+        wide = functional.gelu(wide, approximate="tanh" if config.activation == "gelu_tanh" else "none")
+    return _linear(wide, read, f"{name}.mlp.linear_fc2", config.biases)
 
 
-def _norm(hidden: Tensor, read: ReadParameter, name: str) -> Tensor:
-    weight, bias = read("decoder", f"{name}.weight"), read("decoder", f"{name}.bias")
-    return functional.layer_norm(hidden, weight.shape, weight, bias, LAYER_NORM_EPS)
+def _linear(hidden: Tensor, read: ReadParameter, name: str, has_bias: bool) -> Tensor:
+    bias = read("decoder", f"{name}.bias") if has_bias else None
+    return functional.linear(hidden, read("decoder", f"{name}.weight"), bias)
+
+
+def _norm(config: DecoderConfig, hidden: Tensor, read: ReadParameter, name: str) -> Tensor:
+    weight = read("decoder", f"{name}.weight")
+    if config.norm == "rms_norm":
+        return functional.rms_norm(hidden, weight.shape, weight, config.norm_eps)
+    bias = read("decoder", f"{name}.bias")
+    return functional.layer_norm(hidden, weight.shape, weight, bias, config.norm_eps)

@@ -52,6 +52,9 @@ def collate(
     trained = real.copy()
     spans = {name: _RowsSpans(rows, name, length) for name in model_config.encoders}
     for span in spans.values():
+        if model_config.decoder.spans == "bidirectional":
+            ends = span.bounds[:, 1] - span.bounds[:, 0] // length * length
+            attention_end.reshape(-1)[span.positions] = np.repeat(ends, span.lengths)
         trained.reshape(-1)[span.positions] = False
         trained.reshape(-1)[span.bounds[:, 1] - 1] = True
     trained.reshape(-1)[_document_ends(rows, length)] = False

@@ -20,7 +20,6 @@ from metalm.data.lanes import image_encoder
 from metalm.data.order import SequentialOrder
 from metalm.data.pair_rows import Pair, longest_caption, pair_row
 from metalm.data.rows import Row, empty_row
-from metalm.data.sample_stream import Place
 from metalm.data.sources import Source, open_sources
 from metalm.data.spans import SpanSampler
 from metalm.data.streams import Stream
@@ -132,7 +131,7 @@ def _pack_in_order(
     rows: list[list[Pair]] = []
     room = 0
     for sample in range(source.index.num_samples):
-        (location,) = source.reader.locate(np.array([sample]))
+        (location,) = source.index.locate(np.array([sample]))
         try:
             caption = source.captions(location)[0]
         except BadSample:
@@ -145,6 +144,6 @@ def _pack_in_order(
                 break
             rows.append([])
             room = sequence_length
-        rows[-1].append(Pair(Place(0, sample), location, kept, 0, len(kept) < len(ids)))
+        rows[-1].append(Pair(location, kept, 0))
         room -= size
     return rows

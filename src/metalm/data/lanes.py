@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig, SourceConfig
-from metalm.data.order import SampleOrder
+from metalm.data.order import SampleOrder, ShardOrder
 from metalm.data.pair_rows import PairPacker
 from metalm.data.rows import Row
 from metalm.data.sources import Source
@@ -46,18 +46,7 @@ class Mixture:
     def __init__(self, config: RunConfig, sources: list[Source]) -> None:
         self.config = config
         self.sources = sources
-        data = config.data
-        self.orders = {
-            source.name: SampleOrder(
-                source.index,
-                seed=config.run.seed,
-                source_name=source.name,
-                num_lanes=data.lanes,
-                chunk_samples=data.chunk_samples,
-                shuffle_window=data.shuffle_window,
-            )
-            for source in sources
-        }
+        self.orders = {source.name: _order(config, source) for source in sources}
 
     def check_state(self, state: LaneState) -> None:
         """Raises ConfigError if a lane's state was saved under another order of the samples."""
@@ -92,8 +81,9 @@ class Lane:
         self._mixture, self._lane = mixture, lane
         self._rows: int = state["rows"] if state else 0
         saved = state["sources"] if state else {}
+        self._sources = [source.for_lane() for source in mixture.sources]
         self._packers = [
-            self._make_packer(source, saved.get(source.name, {}).get("packer")) for source in mixture.sources
+            self._make_packer(source, saved.get(source.name, {}).get("packer")) for source in self._sources
         ]
         self._choices = Stream(mixture.config.run.seed, "source of a row", lane)
         self._weights = np.array([source.config.weight for source in mixture.sources])
@@ -120,6 +110,11 @@ class Lane:
             for source, packer in zip(self._mixture.sources, self._packers, strict=True)
         }
         return {"rows": self._rows, "sources": sources}
+
+    def close(self) -> None:
+        """Closes shards."""
+        for source in self._sources:
+            source.reader.close()
 
     def _choose(self) -> int:
         if len(self._packers) == 1:
@@ -165,6 +160,26 @@ class Lane:
             max_consecutive_failures=failures,
             state=state,
         )
+
+
+def _order(config: RunConfig, source: Source) -> SampleOrder | ShardOrder:
+    data, seed = config.data, config.run.seed
+    if source.config.url is not None:
+        return ShardOrder(
+            source.index,
+            seed=seed,
+            source_name=source.name,
+            num_lanes=data.lanes,
+            shuffle_window=data.shuffle_window,
+        )
+    return SampleOrder(
+        source.index,
+        seed=seed,
+        source_name=source.name,
+        num_lanes=data.lanes,
+        chunk_samples=data.chunk_samples,
+        shuffle_window=data.shuffle_window,
+    )
 
 
 def saved_state(states: dict[int, LaneState], lane: int) -> LaneState:

@@ -62,7 +62,7 @@ def interval_attention(
     _check(q, k, v, mask, scale, dropout, bias)
     seeds = row_seeds(dropout_seed, q.shape[0], q.device) if dropout > 0.0 else None
     by_distance = None if bias is None else bias.by_distance(mask.num_queries, mask.num_keys)
-    backend = _choose(q) if backend is None else backend
+    backend = _choose(q, by_distance) if backend is None else backend
     if backend not in _counts:
         _logger.info("interval attention runs on the %s backend (%s, %s)", backend, q.device.type, q.dtype)
     _counts[backend] += 1
@@ -88,7 +88,9 @@ def reset_backend_counts() -> None:
     _counts.clear()
 
 
-def _choose(q: Tensor) -> Backend:
+def _choose(q: Tensor, by_distance: Tensor | None) -> Backend:
+    if torch.are_deterministic_algorithms_enabled() and by_distance is not None:
+        return "tiled"  # the Triton kernel adds the bias's gradient up by atomics
     if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] > 256:
         return "tiled"
     try:

@@ -1,22 +1,20 @@
 """The causal decoder: Megatron's GPTModel, with span vectors docked into its input.
 
 The input of the first layer is made of two kinds of vectors, token embeddings and docked encoder
-vectors; sinusoidal positions are added to both (PAPER section 2). The output layer is the embedding.
+vectors; positions are added to both (PAPER section 2), or turn the queries and keys of both.
 """
 
 from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config import DecoderConfig, ModelConfig
@@ -24,7 +22,9 @@ from metalm.kernels import IntervalMask, linear_cross_entropy
 from metalm.model.decoder_layer import decoder_block_spec
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.initialization import Draw, constant, normal, xavier_std
-from metalm.model.positions import sinusoidal_positions
+from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
+from metalm.model.positions import rotary_angles, sinusoidal_positions
+from metalm.parallel.megatron_on_cpu import let_megatron_allocate_on_cpu
 from metalm.parallel.regions import gather_last_dimension
 from metalm.parallel.topology import Topology
 
@@ -34,20 +34,46 @@ PRE_LN_STD = 0.02
 class Decoder(nn.Module):
     """This rank's tensor-parallel shard of the decoder."""
 
-    def __init__(self, config: ModelConfig, sequence_length: int, topology: Topology) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        sequence_length: int,
+        topology: Topology,
+        *,
+        sequence_parallel: bool = False,
+    ) -> None:
+        """Build the shard, without initial weights.
+
+        Args:
+            config: of the model.
+            sequence_length: longest row.
+            topology: this rank's place.
+            sequence_parallel: split the positions between the layers' matrix products over the TP group;
+                the group's size must divide the row length.
+        """
         super().__init__()
+        self.config = config.decoder
         self.vocab_size = config.vocab_size
-        self.hidden_size = config.decoder.hidden_size
         self.tensor_group = topology.tensor_group
+        self.sequence_parallel = sequence_parallel and topology.tensor_size > 1
+        if self.sequence_parallel:
+            let_megatron_allocate_on_cpu()
         self.gpt = GPTModel(
-            _megatron_config(config.decoder, topology.tensor_size),
+            megatron_config(config.decoder, topology.tensor_size, sequence_parallel=self.sequence_parallel),
             decoder_block_spec(config.decoder),
             vocab_size=config.padded_vocab_size,
-            max_sequence_length=sequence_length,
-            share_embeddings_and_output_weights=True,
-            position_embedding_type="none",
+            max_sequence_length=config.decoder.max_positions or sequence_length,
+            share_embeddings_and_output_weights=config.decoder.tied_output,
+            position_embedding_type="learned_absolute" if config.decoder.positions == "learned" else "none",
+            scatter_embedding_sequence_parallel=False,
         )
-        mark_sharded_parameters(self)
+        mark_sharded_parameters(self, config.decoder)
+
+    @property
+    def output_weight(self) -> nn.Parameter:
+        """[vocabulary / tp, D] of the output layer."""
+        gpt = self.gpt
+        return gpt.embedding.word_embeddings.weight if self.config.tied_output else gpt.output_layer.weight
 
     def forward(
         self, batch: SemiCausalBatch, encoded: dict[str, Tensor], logits_at: Tensor | None = None
@@ -65,26 +91,69 @@ class Decoder(nn.Module):
 
         Collective: the TP group.
         """
-        hidden = self._hidden(batch, encoded)
-        weight = self.gpt.embedding.word_embeddings.weight
+        hidden = self._layers(self._input(batch, encoded), batch)
         if logits_at is not None:
-            logits = functional.linear(hidden.index_select(0, logits_at), weight)
+            logits = functional.linear(hidden.index_select(0, logits_at), self.output_weight)
             return gather_last_dimension(logits, self.tensor_group)[:, : self.vocab_size]
         losses = linear_cross_entropy(
-            hidden, weight, batch.labels.flatten(), group=self.tensor_group, vocab_size=self.vocab_size
+            hidden,
+            self.output_weight,
+            batch.labels.flatten(),
+            group=self.tensor_group,
+            vocab_size=self.vocab_size,
         )
         return losses.view_as(batch.labels)
 
-    def _hidden(self, batch: SemiCausalBatch, encoded: dict[str, Tensor]) -> Tensor:
-        """Last layer's output, [B * S, D]."""
+    def _input(self, batch: SemiCausalBatch, encoded: dict[str, Tensor]) -> Tensor:
+        """Input of the first layer, [S, B, D], whole on every TP rank."""
         rows, length = batch.tokens.shape
-        embedded = self.gpt.embedding.word_embeddings(batch.tokens) * self.hidden_size**0.5
+        config, embedding = self.config, self.gpt.embedding
+        embedded = embedding.word_embeddings(batch.tokens)
+        if config.scale_embedding:
+            embedded = embedded * config.hidden_size**0.5
         docked = dock(embedded.view(rows * length, -1), encoded, batch.encoders)
-        positions = sinusoidal_positions(batch.positions, self.hidden_size).to(docked.dtype)
-        hidden = docked.view(rows, length, -1) + positions
-        mask = IntervalMask(batch.attention_start, batch.attention_end, length)
-        hidden = self.gpt.decoder(hidden.transpose(0, 1).contiguous(), mask)  # [S, B, D]
-        return hidden.transpose(0, 1).reshape(rows * length, -1)
+        hidden = docked.view(rows, length, -1)
+        if config.positions == "sinusoidal":
+            hidden = hidden + sinusoidal_positions(batch.positions, config.hidden_size).to(hidden.dtype)
+        elif config.positions == "learned":
+            hidden = hidden + embedding.position_embeddings(batch.positions)
+        return hidden.transpose(0, 1).contiguous()
+
+    def _layers(self, hidden: Tensor, batch: SemiCausalBatch) -> Tensor:
+        """Output of the last layer, [B * S, D]; calls Megatron's layers itself, to recompute them if asked.
+
+        Megatron's own recomputation and its block's forward under sequence parallelism need CUDA.
+        """
+        block, rotary = self.gpt.decoder, self._rotary(batch)
+        mask = IntervalMask(batch.attention_start, batch.attention_end, batch.tokens.shape[1])
+
+        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+            output: Tensor = layer(hidden, attention_mask=mask, rotary_pos_emb=rotary)[0]
+            return output
+
+        if self.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
+        for layer in block.layers:
+            if self.config.recompute:  # nothing in a layer is random
+                hidden = checkpoint(run, layer, hidden, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = run(layer, hidden)
+        if block.final_layernorm is not None:
+            hidden = block.final_layernorm(hidden)
+        if self.sequence_parallel:
+            # Every rank gets the whole gradient from the loss, so the backward only cuts.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tensor_group
+            )
+        return hidden.transpose(0, 1).reshape(batch.tokens.numel(), -1)
+
+    def _rotary(self, batch: SemiCausalBatch) -> Tensor | None:
+        """Angles [S, B, 1, K] of each row's own positions, as Megatron applies them."""
+        config = self.config
+        if config.positions != "rope":
+            return None
+        angles = rotary_angles(batch.positions, config.head_size, config.rope_base, config.rope_scaling)
+        return angles.transpose(0, 1)[:, :, None]
 
 
 def dock(embedded: Tensor, encoded: dict[str, Tensor], spans: dict[str, EncoderBatch]) -> Tensor:
@@ -105,56 +174,34 @@ def dock(embedded: Tensor, encoded: dict[str, Tensor], spans: dict[str, EncoderB
 
 
 def decoder_draw(config: DecoderConfig, name: str) -> Draw:
-    """How a parameter of the Decoder starts; tied embedding of unit variance after its scale (*open*)."""
-    hidden, feed_forward = config.hidden_size, config.feed_forward_size
+    """How a parameter of the Decoder starts.
+
+    Embeddings that are scaled have unit variance afterwards, and so have the logits (*open*).
+    """
+    hidden = config.hidden_size
     leaf, kind = name.split(".")[-2:]
     if kind == "bias":
         return constant(0.0)
     if leaf.endswith("norm"):
         return constant(1.0)
-    if leaf == "word_embeddings":
+    if leaf in ("word_embeddings", "output_layer") and config.scale_embedding:
         return normal(hidden**-0.5)
+    if leaf in ("word_embeddings", "output_layer", "position_embeddings"):
+        return normal(PRE_LN_STD)
     if config.normalization == "pre_ln":
         depth = 2 * config.num_layers if leaf in ("linear_proj", "linear_fc2") else 1
         return normal(PRE_LN_STD / depth**0.5)
-    divisor = deepnorm_divisor(config.num_layers)
     if leaf == "linear_qkv":
-        return lambda whole, generator: _deepnorm_qkv(whole, generator, config.num_heads, divisor)
-    fan_out = feed_forward if leaf in ("linear_fc1", "linear_fc2") else hidden
-    return normal(xavier_std(hidden, fan_out) / divisor)
+        return lambda whole, generator: _deepnorm_qkv(whole, generator, config)
+    fan_out = config.feed_forward_size if leaf in ("linear_fc1", "linear_fc2") else hidden
+    return normal(xavier_std(hidden, fan_out) / deepnorm_divisor(config.num_layers))
 
 
-def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, num_heads: int, divisor: float) -> None:
-    """Megatron interleaves query, key and value by head: [H * 3 * K, D]."""
-    hidden = whole.shape[1]
-    whole.normal_(0.0, xavier_std(hidden, hidden), generator=generator)
-    whole.view(num_heads, 3, hidden // num_heads, hidden)[:, 2] /= divisor
-
-
-def mark_sharded_parameters(module: nn.Module) -> None:
-    """Say which dimension of which parameter is split, where Megatron says it only while initialising."""
-    dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
-    for part in module.modules():
-        dimension = dimensions.get(type(part))
-        if dimension is not None and part.weight is not None:
-            set_tensor_model_parallel_attributes(part.weight, True, dimension, 1)
-
-
-def _megatron_config(config: DecoderConfig, tensor_size: int) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads,
-        ffn_hidden_size=config.feed_forward_size,
-        tensor_model_parallel_size=tensor_size,
-        # Weights come from initialize_parameters, drawn on the CPU alike for every topology.
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-    )
+def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, config: DecoderConfig) -> None:
+    """Megatron groups by key head: [Hkv * (its queries, key, value) * K, D]."""
+    hidden, groups = config.hidden_size, config.key_value_heads
+    whole.normal_(generator=generator)
+    parts = whole.view(groups, -1, config.head_size, hidden)
+    parts[:, :-2] *= xavier_std(hidden, hidden)
+    parts[:, -2:] *= xavier_std(hidden, groups * config.head_size)
+    parts[:, -1] /= deepnorm_divisor(config.num_layers)

@@ -1,17 +1,27 @@
-"""The decoder's Megatron parts that are ours: core attention by intervals, and the DeepNorm layer."""
+"""The decoder's Megatron parts that are ours: attention by intervals, norms, and the DeepNorm layer.
+
+Under sequence parallelism each tensor-parallel rank holds some positions of the residual stream. What
+stands there with a whole parameter (norms, biases of the row-parallel layers) gets a partial gradient on
+each rank; it is summed over the ranks where the parameter is used, so that every gradient which reaches
+the engine is whole.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from metalm.config import DecoderConfig
 from metalm.kernels import IntervalMask, interval_attention
@@ -27,11 +37,45 @@ class IntervalCoreAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: IntervalMask, **unused: Any
     ) -> Tensor:
-        """[S, B, H, K] each to [S, B, H * K]."""
+        """[S, B, H, K], keys and values [S, B, Hkv, K], to [S, B, H * K]."""
         length, rows, heads, width = query.shape
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         attended = interval_attention(query, key, value, attention_mask)
         return attended.permute(2, 0, 1, 3).reshape(length, rows, heads * width)
+
+
+class DecoderNorm(nn.Module):
+    """Layer norm or RMS norm, built as Megatron builds norms; its own has no sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size)) if config.normalization == "LayerNorm" else None
+        self.split = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        shape = self.weight.shape
+        if self.bias is None:
+            return functional.rms_norm(hidden, shape, self._whole(self.weight), self.eps)
+        return functional.layer_norm(
+            hidden, shape, self._whole(self.weight), self._whole(self.bias), self.eps
+        )
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        return _sum_gradient(parameter) if self.split else parameter
+
+
+class DecoderRowParallelLinear(RowParallelLinear):
+    """Megatron's row-parallel layer, whose bias has a whole gradient under sequence parallelism, too."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[S, B, in / tp] to [S, B, out], or this rank's [S / tp, B, out]; the bias is not added."""
+        output, bias = super().forward(input_)
+        if self.sequence_parallel and bias is not None:
+            bias = _sum_gradient(bias)
+        return output, bias
 
 
 class DeepNormLayer(MegatronModule, BaseTransformerLayer):
@@ -55,26 +99,38 @@ class DeepNormLayer(MegatronModule, BaseTransformerLayer):
         self.self_attention = build_module(
             attention, config=config, layer_number=layer_number, pg_collection=groups
         )
-        self.attention_norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.attention_norm = DecoderNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp = build_module(mlp, config=config, tp_group=groups.tp)
-        self.mlp_norm = WrappedTorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.mlp_norm = DecoderNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: IntervalMask, **unused: Any
+        self, hidden_states: Tensor, attention_mask: IntervalMask, rotary_pos_emb: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """[S, B, D] to [S, B, D], in the form in which TransformerBlock calls a layer."""
-        attended, bias = self.self_attention(hidden_states, attention_mask=attention_mask)
-        hidden = self.attention_norm(self.residual_scale * hidden_states + attended + bias)
-        output, bias = self.mlp(hidden)
-        return self.mlp_norm(self.residual_scale * hidden + output + bias), None
+        """[S, B, D] to [S, B, D], in the form of Megatron's own layer."""
+        attended = _with_bias(
+            *self.self_attention(hidden_states, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+        )
+        hidden = self.attention_norm(self.residual_scale * hidden_states + attended)
+        return self.mlp_norm(self.residual_scale * hidden + _with_bias(*self.mlp(hidden))), None
 
 
 def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     """The decoder's layers for Megatron's TransformerBlock; DeepNorm is post-LN and needs no final norm."""
     layer = get_gpt_layer_local_spec()
-    layer.submodules.self_attention.submodules.core_attention = IntervalCoreAttention
+    attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
+    attention.submodules.core_attention = IntervalCoreAttention
+    attention.submodules.linear_proj = mlp.submodules.linear_fc2 = DecoderRowParallelLinear
     if config.normalization == "pre_ln":
-        return TransformerBlockSubmodules([layer] * config.num_layers, WrappedTorchNorm)
-    parts = {"attention": layer.submodules.self_attention, "mlp": layer.submodules.mlp}
-    deepnorm = ModuleSpec(module=DeepNormLayer, params=parts)
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = DecoderNorm
+        return TransformerBlockSubmodules([layer] * config.num_layers, DecoderNorm)
+    deepnorm = ModuleSpec(module=DeepNormLayer, params={"attention": attention, "mlp": mlp})
     return TransformerBlockSubmodules([deepnorm] * config.num_layers, None)
+
+
+def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias
+
+
+def _sum_gradient(parameter: Tensor) -> Tensor:
+    """The parameter itself, its gradient summed over the TP group."""
+    return copy_to_tensor_model_parallel_region(parameter, get_tensor_model_parallel_group())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
@@ -67,6 +68,7 @@ class Encoder(nn.Module):
             self.patch_embedding = nn.Linear(3 * config.image.patch_size**2, hidden)
             self.image_positions = nn.Embedding(config.image.num_patches, hidden)
         self.has_images = config.image is not None
+        self.recompute = config.recompute
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         pre_norm = config.normalization == "pre_ln"
         self.final_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS) if pre_norm else nn.Identity()
@@ -86,7 +88,11 @@ class Encoder(nn.Module):
         hidden = self._embed(share)
         mask = IntervalMask(share.attention_start[None], share.attention_end[None], hidden.shape[0])
         for layer in self.layers:
-            hidden = layer(hidden, mask)
+            hidden = (
+                checkpoint(layer, hidden, mask, use_reentrant=False)
+                if self.recompute
+                else layer(hidden, mask)
+            )
         return self.connector(self.final_norm(hidden))
 
     def _embed(self, share: EncoderShare) -> Tensor:

@@ -1,4 +1,4 @@
-"""Floating-point operations of training on a batch: counted from what the batch holds, not its padding.
+"""Floating-point operations of training, counted from what a batch holds, not from its padding.
 
 A matrix product costs 2 operations per weight and position forward and 4 backward. Attention costs, per
 layer, 4 * hidden operations per visible pair forward (scores and weighted values) and twice that backward.
@@ -6,10 +6,36 @@ layer, 4 * hidden operations per visible pair forward (scores and weighted value
 
 from __future__ import annotations
 
-from metalm.batch import SemiCausalBatch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.model.parameters import layer_weights
+
+if TYPE_CHECKING:
+    from metalm.batch import SemiCausalBatch
 
 FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class EncoderWork:
+    """What one encoder has to do."""
+
+    elements: float
+    pairs: float
+    """Of an element and an element that it sees."""
+    patches: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch, or the mean batch of a plan, has the model do."""
+
+    positions: float
+    """Of the decoder, without padding."""
+    pairs: float
+    encoders: dict[str, EncoderWork]
 
 
 def count_training_flops(batch: SemiCausalBatch, config: ModelConfig) -> float:
@@ -18,27 +44,51 @@ def count_training_flops(batch: SemiCausalBatch, config: ModelConfig) -> float:
     The encoder shares of all TP ranks are counted, and the decoder as a whole: divide by the ranks that
     work on the batch for the rate of one.
     """
+    return FORWARD_AND_BACKWARD * forward_flops(work_of(batch), config)
+
+
+def work_of(batch: SemiCausalBatch) -> Work:
+    """The work in a micro-batch held in host memory."""
+    return Work(
+        positions=int((batch.attention_end > batch.attention_start).sum()),
+        pairs=int((batch.attention_end - batch.attention_start).sum()),
+        encoders={
+            name: EncoderWork(
+                elements=sum(int((s.attention_end > s.attention_start).sum()) for s in spans.shares),
+                pairs=sum(int((s.attention_end - s.attention_start).sum()) for s in spans.shares),
+                patches=sum(share.patches.shape[0] for share in spans.shares),
+            )
+            for name, spans in batch.encoders.items()
+        },
+    )
+
+
+def forward_flops(work: Work, config: ModelConfig) -> float:
+    """Operations of one forward pass, of the decoder and all encoders."""
+    encoders = (encoder_flops(part, name, config) for name, part in work.encoders.items())
+    return decoder_flops(work, config) + sum(encoders)
+
+
+def decoder_flops(work: Work, config: ModelConfig) -> float:
+    """Operations of the decoder's forward pass, with the output layer."""
     decoder, hidden = config.decoder, config.decoder.hidden_size
-    positions = int((batch.attention_end > batch.attention_start).sum())
-    pairs = int((batch.attention_end - batch.attention_start).sum())
-    forward = positions * (_layer_flops(decoder) + 2 * hidden * config.padded_vocab_size)
-    forward += 4 * decoder.num_layers * hidden * pairs
-    for name, spans in batch.encoders.items():
-        encoder = config.encoders[name]
-        elements = sum(int((s.attention_end > s.attention_start).sum()) for s in spans.shares)
-        pairs = sum(int((s.attention_end - s.attention_start).sum()) for s in spans.shares)
-        forward += elements * (_layer_flops(encoder) + _connector_flops(encoder, hidden))
-        forward += 4 * encoder.num_layers * encoder.hidden_size * pairs
-        if encoder.image is not None:
-            patches = sum(share.patches.shape[0] for share in spans.shares)
-            forward += patches * 2 * 3 * encoder.image.patch_size**2 * encoder.hidden_size
-    return float(FORWARD_AND_BACKWARD * forward)
+    linear = work.positions * (_layer_flops(decoder) + 2 * hidden * config.padded_vocab_size)
+    return float(linear + 4 * decoder.num_layers * hidden * work.pairs)
+
+
+def encoder_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
+    """Operations of one encoder's forward pass, with its connector."""
+    encoder = config.encoders[name]
+    total = work.elements * (_layer_flops(encoder) + _connector_flops(encoder, config.decoder.hidden_size))
+    total += 4 * encoder.num_layers * encoder.hidden_size * work.pairs
+    if encoder.image is not None:
+        total += work.patches * 2 * 3 * encoder.image.patch_size**2 * encoder.hidden_size
+    return float(total)
 
 
 def _layer_flops(config: DecoderConfig | EncoderConfig) -> int:
     """Matrix products of all layers for one position, forward."""
-    hidden = config.hidden_size
-    return 2 * config.num_layers * (4 * hidden**2 + 2 * hidden * config.feed_forward_size)
+    return 2 * config.num_layers * layer_weights(config)
 
 
 def _connector_flops(config: EncoderConfig, decoder_size: int) -> int:

@@ -15,15 +15,24 @@ class ParameterCount:
     """Of the whole component."""
     per_rank: int
     """What one tensor-parallel rank holds of it, before ZeRO."""
+    frozen: int = 0
+    """Of those of one rank: not trained, so without gradients and optimizer."""
+
+    @property
+    def trained_per_rank(self) -> int:
+        """What one tensor-parallel rank trains of it, before ZeRO."""
+        return self.per_rank - self.frozen
 
 
 def count_decoder(config: ModelConfig, tensor_size: int) -> ParameterCount:
-    """The decoder: embedding (also the output layer) and layers."""
+    """The decoder: embedding, output layer where it is another, positions where they are learned, layers."""
     decoder = config.decoder
-    embedding = config.padded_vocab_size * decoder.hidden_size
-    sharded, replicated = _layers(decoder)
-    split = embedding + sharded
-    return ParameterCount(split + replicated, split // tensor_size + replicated)
+    hidden = decoder.hidden_size
+    split, repeated = _decoder_layers(decoder)
+    split += config.padded_vocab_size * hidden * (1 if decoder.tied_output else 2)
+    if decoder.positions == "learned":
+        repeated += (decoder.max_positions or 0) * hidden
+    return ParameterCount(split + repeated, split // tensor_size + repeated)
 
 
 def count_encoders(config: ModelConfig) -> ParameterCount:
@@ -35,7 +44,7 @@ def count_encoders(config: ModelConfig) -> ParameterCount:
 def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
     """One encoder with its connector."""
     hidden, decoder_hidden = encoder.hidden_size, config.decoder.hidden_size
-    total = (config.padded_vocab_size + encoder.max_text_positions) * hidden + sum(_layers(encoder))
+    total = (config.padded_vocab_size + encoder.max_text_positions) * hidden + _encoder_layers(encoder)
     if encoder.image is not None:
         total += (3 * encoder.image.patch_size**2 + 1 + encoder.image.num_patches) * hidden
     total += (hidden + 1) * decoder_hidden
@@ -44,11 +53,32 @@ def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
     return total
 
 
-def _layers(config: DecoderConfig | EncoderConfig) -> tuple[int, int]:
-    """Parameters of all layers that tensor parallelism would split, and those that it repeats."""
-    hidden, feed_forward = config.hidden_size, config.feed_forward_size
-    weights = 4 * hidden**2 + 2 * hidden * feed_forward
-    split_biases = 3 * hidden + feed_forward
-    repeated = 2 * hidden + 2 * 2 * hidden  # output biases; two norms
+def layer_weights(config: DecoderConfig | EncoderConfig) -> int:
+    """Weights of one layer's matrix products."""
+    if isinstance(config, EncoderConfig):
+        return 4 * config.hidden_size**2 + 2 * config.hidden_size * config.feed_forward_size
+    hidden, key_value = config.hidden_size, config.key_value_heads * config.head_size
+    matrices = 3 if config.activation == "swiglu" else 2
+    return 2 * hidden * (hidden + key_value) + matrices * hidden * config.feed_forward_size
+
+
+def _decoder_layers(config: DecoderConfig) -> tuple[int, int]:
+    """Parameters of all layers that tensor parallelism splits, and those that it repeats."""
+    hidden, norm = config.hidden_size, config.hidden_size * (2 if config.norm == "layer_norm" else 1)
+    split, repeated = layer_weights(config), 2 * norm
+    if config.has_qkv_biases:
+        split += hidden + 2 * config.key_value_heads * config.head_size
+    if config.biases:
+        split += config.feed_forward_size * (2 if config.activation == "swiglu" else 1)
+        repeated += 2 * hidden
+    final_norm = norm if config.normalization == "pre_ln" else 0
+    return config.num_layers * split, config.num_layers * repeated + final_norm
+
+
+def _encoder_layers(config: EncoderConfig) -> int:
+    """Parameters of all layers."""
+    hidden = config.hidden_size
+    biases = 3 * hidden + config.feed_forward_size + 2 * hidden
+    norms = 2 * 2 * hidden
     final_norm = 2 * hidden if config.normalization == "pre_ln" else 0
-    return config.num_layers * (weights + split_biases), config.num_layers * repeated + final_norm
+    return config.num_layers * (layer_weights(config) + biases + norms) + final_norm

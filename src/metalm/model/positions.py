@@ -1,4 +1,8 @@
-"""Sinusoidal positions of the decoder, computed where they are used: no table, no longest length."""
+"""Positions of the decoder, computed where they are used: no table, no longest length.
+
+Positions restart at each document of a packed row, so every position's values are computed from its own
+number and not from its place in the row.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from metalm.config import RopeScalingConfig
 
 
 def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
@@ -22,3 +28,35 @@ def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
     frequencies = torch.exp(exponents * (-math.log(10000.0) / hidden_size))
     angles = positions.to(torch.float32)[..., None] * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def rotary_angles(
+    positions: Tensor, head_size: int, base: float, scaling: RopeScalingConfig | None = None
+) -> Tensor:
+    """Angles by which queries and keys are turned: p / base^(2i/K) (Su et al., 2021).
+
+    Dimension i is paired with i + K/2, so the K/2 angles stand twice, end to end.
+
+    Args:
+        positions: [...] integers.
+        head_size: K, even.
+        base: of the wavelengths.
+        scaling: Llama 3's stretch of the long wavelengths.
+
+    Returns:
+        [..., K] float32.
+    """
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    frequencies = 1.0 / base**exponents
+    if scaling is not None:
+        frequencies = _stretch(frequencies, scaling)
+    angles = positions.to(torch.float32)[..., None] * frequencies
+    return torch.cat((angles, angles), dim=-1)
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Short wavelengths stay, long ones are stretched, those between blend."""
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)

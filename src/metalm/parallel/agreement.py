@@ -19,14 +19,14 @@ class Verdict(enum.IntEnum):
     FAIL = 2
 
 
-def agree(own: Verdict) -> Verdict:
-    """The most urgent verdict of all ranks.
+def agree(own: Verdict, news: bool) -> tuple[Verdict, bool]:
+    """The most urgent verdict of all ranks, and whether any rank has news that all must hear.
 
     Collective: all ranks, over gloo.
     """
-    asked = torch.tensor(int(own))
+    asked = torch.tensor([int(own), int(news)])
     dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    return Verdict(int(asked))
+    return Verdict(int(asked[0])), bool(asked[1])
 
 
 def raise_together(error: MetaLMError | None) -> None:

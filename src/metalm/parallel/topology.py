@@ -40,7 +40,10 @@ def build_topology(tensor_size: int, device: torch.device) -> Topology:
     Collective: every rank of the job.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_size)
+    # Megatron would open further gloo groups beside these, for checkpoints of its own.
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_size, create_gloo_process_groups=False
+    )
     alone_groups = [dist.new_group([member]) for member in range(world_size)]
     return Topology(
         rank=rank,

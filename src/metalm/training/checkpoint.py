@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import fnmatch
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch import Tensor
 
-from metalm.checkpoint.folders import list_checkpoints, prune_checkpoints, step_folder
-from metalm.checkpoint.format import STATES, ParameterIndex, Piece, piece_name, rank_file, write_index
-from metalm.checkpoint.manifest import (
-    PARTIAL_SUFFIX,
-    FileRecord,
-    check_files,
-    publish,
-    read_manifest,
-    record_file,
-    write_manifest,
-)
-from metalm.checkpoint.reader import CONFIG_NAME, STATE_NAME, CheckpointReader, read_json
+from metalm.checkpoint.folders import find_checkpoint, list_checkpoints, step_folder
+from metalm.checkpoint.format import STATES
+from metalm.checkpoint.layout import ShardLayout
+from metalm.checkpoint.manifest import LATEST_NAME, PARTIAL_SUFFIX, check_files, read_manifest
+from metalm.checkpoint.reader import CONFIG_NAME, CheckpointReader, read_json
 from metalm.config import RunConfig
-from metalm.errors import CheckpointError
-from metalm.parallel.sharding import cut_shard, sharding_of, whole_shape
+from metalm.errors import CheckpointError, FaultError
+from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
 from metalm.training.pieces import (
@@ -38,10 +30,9 @@ from metalm.training.pieces import (
     set_state,
     shard_shape,
 )
+from metalm.training.saving import DATA_FOLDER, HostBuffers, RunningSave, SaveJob
 
 logger = logging.getLogger(__name__)
-
-DATA_FOLDER = "data"
 
 
 class CheckpointStore:
@@ -52,6 +43,8 @@ class CheckpointStore:
         self._run_config = run_folder / CONFIG_NAME
         self._config = config.checkpoint
         self._topology = topology
+        self._buffers = HostBuffers()
+        self._running: RunningSave | None = None
 
     def save(
         self,
@@ -59,43 +52,84 @@ class CheckpointStore:
         step: int,
         lane_states: Mapping[int, Any] | None,
         facts: Mapping[str, Any],
-    ) -> Path:
-        """Write and publish the checkpoint of a step, then remove what need not be kept.
+        *,
+        background: bool = False,
+    ) -> str | None:
+        """Write and publish the checkpoint of a step, then remove those that need not be kept.
 
         Args:
-            engines: what is saved.
+            engines: their masters and optimizer states are saved.
             step: optimizer steps done.
-            lane_states: of this data-parallel rank's lanes; None on tensor ranks above 0.
-            facts: JSON-able entries of `state.json` beside its own, as rank 0 holds them.
+            lane_states: of this rank's data lanes, by lane; None on ranks that read no data.
+            facts: further content of `state.json`, as the first rank has it.
+            background: return once the state is copied to host memory. A failure is then told by
+                `has_failed` and `finish`, and the training need not end for it.
+
+        Returns:
+            What became wrong of a save that was still running, None if all is well.
+
+        Raises:
+            FaultError: this save failed; on all ranks alike, and never in the background.
 
         Collective: all ranks.
         """
-        topology, folder = self._topology, step_folder(self._folder, step)
+        earlier = self.finish()
+        topology = self._topology
+        folder = step_folder(self._folder, step)
         partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
         if topology.rank == 0:
-            for leftover in (partial, folder):  # of a save that was killed, or of a run that was rewound
-                if leftover.exists():
-                    shutil.rmtree(leftover)
-            (partial / DATA_FOLDER).mkdir(parents=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        indices: dict[str, dict[str, ParameterIndex]] = {}
-        written: dict[str, FileRecord] = {}
-        for component, engine in engines.by_component().items():
-            (partial / component).mkdir(exist_ok=True)
-            indices[component] = self._write_pieces(engine, component, partial, written)
-        if lane_states is not None:
-            name = f"{DATA_FOLDER}/lanes_{topology.data_rank:05d}.json"
-            (partial / name).write_text(json.dumps(lane_states))
-            written[name] = record_file(partial / name)
-        told: list[Any] = [None] * topology.world_size
-        dist.gather_object((indices, written), told if topology.rank == 0 else None)
-        if topology.rank == 0:
-            state = self._state(engines, step, facts)
-            self._finish(partial, told, state)
-            publish(partial)
-            prune_checkpoints(self._folder, self._config.keep_last, self._config.keep_every_steps)
+        components = engines.by_component()
+        job = SaveJob(
+            partial=partial,
+            snapshots={
+                name: self._buffers.snapshot(engine, name, topology) for name, engine in components.items()
+            },
+            lane_states=lane_states,
+            state=self._state(engines, step, facts),
+            topology=topology,
+            run_config=self._run_config,
+            keep=self._config,
+        )
+        if topology.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the copies to pinned memory
+        self._running = RunningSave(job)
+        if not background and (problem := self.finish()):
+            raise FaultError(problem)
+        return earlier
+
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the save in the background failed. Does not wait."""
+        return self._running is not None and self._running.has_failed()
+
+    def finish(self) -> str | None:
+        """Wait until no save is running.
+
+        Returns:
+            What went wrong, on all ranks alike; None if all is well or nothing was running.
+
+        Collective: all ranks.
+        """
+        running, self._running = self._running, None
+        if running is None:
+            return None
+        problem = self._first_problem(running.wait_written())
+        if problem is None:
+            problem = self._first_problem(running.wait_published())
+        if problem is None:
+            logger.info("saved %s in %.1f s", running.job.folder, running.close())
+            return None
+        running.abandon()
         dist.barrier()
-        return folder
+        return f"checkpoint {running.job.folder} could not be saved: {problem}"
+
+    def close(self) -> None:
+        """Give up a save that is still running, because the run ends otherwise than planned."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.abandon()
 
     def newest_whole(self) -> Path | None:
         """The newest checkpoint whose files are as its manifest says; damaged ones are named in the log.
@@ -103,7 +137,8 @@ class CheckpointStore:
         The ranks share the hashing.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole.
+            CheckpointError: there are checkpoints, but none is whole; or there is none, although
+                `latest` names one or `checkpoint.resume` is `required`.
 
         Collective: all ranks.
         """
@@ -118,10 +153,22 @@ class CheckpointStore:
                 f"none of the {len(published)} checkpoint(s) in {self._folder} is whole; "
                 "remove the folder to start from scratch"
             )
+        latest = self._folder / LATEST_NAME
+        if latest.exists():
+            raise CheckpointError(
+                f"{latest} names {latest.read_text().strip()}, but there is no checkpoint; "
+                f"remove {latest} to start from scratch"
+            )
+        if self._config.resume == "required":
+            raise CheckpointError(
+                f"there is no checkpoint in {self._folder}, and checkpoint.resume is `required`"
+            )
         return None
 
     def load(self, folder: Path, engines: Engines) -> dict[str, Any]:
         """Restore weights and optimizers, and answer the saved state (`state.json`).
+
+        Moments that the checkpoint has not, because it was made from weights alone, start from zero.
 
         Raises:
             CheckpointError: the checkpoint does not fit the model.
@@ -130,12 +177,52 @@ class CheckpointStore:
         """
         reader = CheckpointReader(folder)
         for component, engine in engines.by_component().items():
-            self._load_component(reader, component, engine)
+            layouts = self._layouts(engine)
+            _compare(reader, component, layouts)
+            self._read_component(reader, component, engine, layouts, STATES)
             set_optimizer_step(engine, reader.state["optimizer_steps"][component])
             counters = reader.state["engine_counters"][component]
             engine.global_steps, engine.skipped_steps = counters["global_steps"], counters["skipped_steps"]
-        reader.close()
+        self._tell_reading(reader)
         return reader.state
+
+    def initialize(self, path: Path, component: str, engines: Engines, new: Sequence[str]) -> None:
+        """Take one component's weights from another run's checkpoint; the optimizer starts afresh.
+
+        Args:
+            path: a checkpoint, or a run folder, whose newest is meant.
+            component: `decoder` or `encoders`.
+            engines: of this run, freshly built.
+            new: patterns of parameter names that the checkpoint may lack: they keep their own start.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or does not fit.
+
+        Collective: all ranks.
+        """
+        engine = engines.by_component().get(component)
+        if engine is None:
+            raise CheckpointError(f"the model has no {component} to start from {path}")
+        folder = find_checkpoint(path)
+        if problems := self._check(folder):
+            raise CheckpointError(
+                "\n".join([f"checkpoint {folder} is damaged", *(f"  {problem}" for problem in problems)])
+            )
+        reader = CheckpointReader(folder)
+        layouts = self._layouts(engine)
+        own_start = [
+            name
+            for name in layouts.keys() - reader.parameters(component).keys()
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in new)
+        ]
+        for name in own_start:
+            del layouts[name]
+        unused = reader.parameters(component).keys() - layouts.keys()
+        if unused:
+            logger.warning("%d parameter(s) of %s are not used, such as %s", len(unused), folder, min(unused))
+        _compare(reader, component, layouts, unused)
+        self._read_component(reader, component, engine, layouts, STATES[:1])
+        self._tell_reading(reader)
 
     def lane_states(self, folder: Path) -> dict[int, Any]:
         """The data lanes' states, of all ranks that wrote the checkpoint."""
@@ -143,60 +230,6 @@ class CheckpointStore:
         for path in sorted((folder / DATA_FOLDER).glob("lanes_*.json")):
             states |= {int(lane): state for lane, state in read_json(path).items()}
         return states
-
-    def _write_pieces(
-        self, engine: Any, component: str, partial: Path, written: dict[str, FileRecord]
-    ) -> dict[str, ParameterIndex]:
-        """Write this rank's file of a component; answer its index with the pieces of this rank alone."""
-        topology = self._topology
-        tensors: dict[str, Tensor] = {}
-        index: dict[str, ParameterIndex] = {}
-        file = rank_file(topology.rank)
-        for name, parameter, owned in owned_ranges(engine):
-            sharding = sharding_of(parameter)
-            if component == "decoder" and sharding is None and topology.tensor_rank > 0:
-                continue  # replicated: the first tensor rank writes it
-            tensor_size = 1 if sharding is None else topology.tensor_size
-            piece = Piece(file, 0 if sharding is None else topology.tensor_rank, owned.start, owned.size)
-            index[name] = ParameterIndex(
-                shape=whole_shape(shard_shape(engine, parameter), sharding, tensor_size),
-                partition_dim=None if sharding is None else sharding.dimension,
-                partition_stride=1 if sharding is None else sharding.stride,
-                tensor_size=tensor_size,
-                pieces=(piece,),
-            )
-            for state, tensor in owned.states.items():
-                tensors[piece_name(name, state)] = tensor.detach().float().cpu().contiguous()
-        if tensors:
-            path = partial / component / file
-            save_file(tensors, path)
-            written[f"{component}/{file}"] = record_file(path)
-        return index
-
-    def _finish(self, partial: Path, told: list[Any], state: Mapping[str, Any]) -> None:
-        files: dict[str, FileRecord] = {}
-        merged: dict[str, dict[str, ParameterIndex]] = {}
-        for indices, written in told:
-            files |= written
-            for component, index in indices.items():
-                whole = merged.setdefault(component, {})
-                for name, own in index.items():
-                    pieces = whole[name].pieces if name in whole else ()
-                    whole[name] = ParameterIndex(
-                        own.shape,
-                        own.partition_dim,
-                        own.partition_stride,
-                        own.tensor_size,
-                        pieces + own.pieces,
-                    )
-        for component, index in merged.items():
-            write_index(partial / component, index)
-            files[f"{component}/index.json"] = record_file(partial / component / "index.json")
-        (partial / STATE_NAME).write_text(json.dumps(state, indent=1))
-        shutil.copyfile(self._run_config, partial / CONFIG_NAME)
-        for name in (STATE_NAME, CONFIG_NAME):
-            files[name] = record_file(partial / name)
-        write_manifest(partial, files)
 
     def _state(self, engines: Engines, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         topology, components = self._topology, engines.by_component()
@@ -222,25 +255,69 @@ class CheckpointStore:
         dist.all_gather_object(found, problems)
         return sorted({problem for part in found for problem in part})
 
-    def _load_component(self, reader: CheckpointReader, component: str, engine: Any) -> None:
-        topology, saved = self._topology, reader.parameters(component)
-        own = dict(engine.module.named_parameters())
-        if missing := own.keys() - saved.keys():
-            raise CheckpointError(
-                f"{reader.folder} lacks {len(missing)} parameter(s), such as {min(missing)}"
-            )
-        if unknown := saved.keys() - own.keys():
-            raise CheckpointError(f"{reader.folder} holds {min(unknown)}, which the model has not")
-        for name, parameter in own.items():
+    def _first_problem(self, own: str | None) -> str | None:
+        """The first rank's problem that has one, so that all ranks act alike."""
+        told: list[Any] = [None] * self._topology.world_size
+        dist.all_gather_object(told, own)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None), None)
+
+    def _layouts(self, engine: Any) -> dict[str, ShardLayout]:
+        """How this run cuts each parameter over its TP group."""
+        layouts = {}
+        for name, parameter in engine.module.named_parameters():
             sharding = sharding_of(parameter)
-            shape = whole_shape(shard_shape(engine, parameter), sharding, topology.tensor_size)
-            if shape != saved[name]:
-                raise CheckpointError(
-                    f"{component}.{name} is {list(saved[name])} in {reader.folder}, "
-                    f"the model needs {list(shape)}"
+            shape = whole_shape(shard_shape(engine, parameter), sharding, self._topology.tensor_size)
+            layouts[name] = (
+                ShardLayout(shape)
+                if sharding is None
+                else ShardLayout(shape, sharding.dimension, sharding.stride, self._topology.tensor_size)
+            )
+        return layouts
+
+    def _read_component(
+        self,
+        reader: CheckpointReader,
+        component: str,
+        engine: Any,
+        layouts: Mapping[str, ShardLayout],
+        states: Sequence[str],
+    ) -> None:
+        """Read the ranges that this rank owns of these parameters."""
+        for name, parameter, owned in owned_ranges(engine):
+            layout = layouts.get(name)
+            if layout is None:
+                continue
+            tensor_rank = 0 if layout.dimension is None else self._topology.tensor_rank
+            saved = reader.states(component, name)
+            for state in states:
+                values = (
+                    reader.read_range(component, name, state, layout, tensor_rank, owned.start, owned.size)
+                    if state in saved
+                    else torch.zeros(owned.size)
                 )
-            for state in STATES:
-                whole = reader.read(component, name, state)
-                shard = cut_shard(whole, sharding, topology.tensor_rank, topology.tensor_size)
-                set_state(engine, parameter, state, shard.to(topology.device))
+                set_state(engine, parameter, state, values.to(self._topology.device))
         push_masters(engine)
+
+    def _tell_reading(self, reader: CheckpointReader) -> None:
+        logger.info("read %.1f MiB of tensors from %s", reader.bytes_read / 2**20, reader.folder)
+        reader.close()
+
+
+def _compare(
+    reader: CheckpointReader,
+    component: str,
+    layouts: Mapping[str, ShardLayout],
+    unused: Collection[str] = (),
+) -> None:
+    """Refuse a checkpoint whose parameters are not the model's, but for those that are left unused."""
+    saved = reader.parameters(component)
+    if missing := layouts.keys() - saved.keys():
+        raise CheckpointError(f"{reader.folder} lacks {len(missing)} parameter(s), such as {min(missing)}")
+    if unknown := saved.keys() - layouts.keys() - set(unused):
+        raise CheckpointError(f"{reader.folder} holds {min(unknown)}, which the model has not")
+    for name, layout in layouts.items():
+        if layout.shape != saved[name]:
+            raise CheckpointError(
+                f"{component}.{name} is {list(saved[name])} in {reader.folder}, "
+                f"the model needs {list(layout.shape)}"
+            )

@@ -51,7 +51,12 @@ def build_engines(config: RunConfig, topology: Topology) -> Engines:
     """
     _prepare_extensions()
     deepspeed.init_distributed(verbose=False)
-    decoder = Decoder(config.model, config.data.sequence_length, topology)
+    decoder = Decoder(
+        config.model,
+        config.data.sequence_length,
+        topology,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
     initialize_parameters(
         decoder,
         "decoder",
@@ -76,8 +81,8 @@ def build_engines(config: RunConfig, topology: Topology) -> Engines:
 def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mpu, topology: Topology) -> Any:
     content = load_deepspeed_json(json_path)
     if content["zero_optimization"]["stage"] == 3 and isinstance(module, Decoder):
-        # The output layer reads the embedding outside the embedding's own forward.
-        deepspeed.zero.register_external_parameter(module, module.gpt.embedding.word_embeddings.weight)
+        # The loss reads the output layer's weight outside the forward of the module that holds it.
+        deepspeed.zero.register_external_parameter(module, module.output_weight)
     owned = {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps(config, topology.data_size),

@@ -45,7 +45,9 @@ def generate_greedily(
 
     Collective: all ranks.
     """
-    longest = min(max(len(p.tokens) for p in prompts) + max_new_tokens, config.data.sequence_length)
+    multiple = topology.tensor_size if config.parallel.sequence_parallel else 1
+    wanted = -(-(max(len(p.tokens) for p in prompts) + max_new_tokens) // multiple) * multiple
+    longest = min(wanted, config.data.sequence_length)
     rows = [_with_room(prompt, longest, tokenizer.pad_id) for prompt in prompts]
     batch = collate(
         rows,

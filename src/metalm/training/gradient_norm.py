@@ -46,6 +46,10 @@ class JointNorm:
         self._joint = torch.where(usable, norms.norm(), torch.full_like(norms[0], -1.0))
         return GradientNorms(self._joint, parts)
 
+    def refuse(self, step: Tensor) -> None:
+        """Have both engines skip the step where the device flag `step` is set."""
+        self._joint = torch.where(step, torch.full_like(self._joint, -1.0), self._joint)
+
     def _take_over(self, optimizer: Any) -> Any:
         if hasattr(optimizer, "_get_norm_groups"):  # ZeRO 3
             norm_groups = optimizer._get_norm_groups

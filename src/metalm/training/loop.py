@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +15,22 @@ from metalm.checkpoint.reader import CONFIG_NAME
 from metalm.config import RunConfig, write_config
 from metalm.data.loader import TrainingData
 from metalm.data.tokenizer import load_tokenizer
-from metalm.errors import EXIT_DONE, EXIT_RESTART, MetaLMError
+from metalm.errors import EXIT_DONE, EXIT_RESTART, FaultError, MetaLMError
 from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
 from metalm.training.checkpoint import CheckpointStore
+from metalm.training.drift import find_drift
 from metalm.training.evaluate import generate_samples, held_out_losses
+from metalm.training.fingerprint import fingerprint
+from metalm.training.guards import StepGuard
 from metalm.training.monitor import Monitor
 from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
 from metalm.training.session import Session, open_session, provenance
-from metalm.training.step import TrainStep
+from metalm.training.slow_ranks import SlowRanks
+from metalm.training.step import StepResult, TrainStep
 from metalm.training.stopping import StopRequest
+from metalm.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +60,27 @@ class _Run:
     def __init__(self, config: RunConfig, session: Session) -> None:
         self._config, self._session = config, session
         topology = session.topology
-        self._stop = StopRequest(session.run_folder)
+        guards = config.guards
+        self._watchdog = Watchdog(session.run_folder / "logs", topology.rank, guards.hang_minutes)
+        self._stop = StopRequest(session.run_folder, config.training.time_limit_minutes)
         if session.is_first:
             (session.run_folder / "checkpoints").mkdir(exist_ok=True)
             write_config(config, session.run_folder / CONFIG_NAME, provenance())
         self._store = CheckpointStore(session.run_folder, config, topology)
-        self._train_step = TrainStep(session.engines, topology, len(config.data.sources))
+        self._guard = StepGuard(guards, topology.device)
+        self._train_step = TrainStep(session.engines, topology, len(config.data.sources), self._guard)
+        self._slow_ranks = SlowRanks(topology, guards.slow_rank_ratio)
         self._tokenizer_fingerprint = load_tokenizer(config.data.tokenizer).fingerprint
-        self._step = 0
+        self._step = self._fingerprint = 0
         self._saved_step: int | None = None
+        self._failed_saves = self._rewinds = self._skipped_in_a_row = self._skipped_steps = 0
         self._trained_tokens = torch.zeros((), dtype=torch.float64)
         self._lane_states: dict[int, Any] | None = None
         self._restore()
         self._data = self._open_data()
         first_step = 0 if self._saved_step is None else self._step + 1
-        self._monitor = Monitor(config, topology, session.run_folder, first_step)
+        timer = self._train_step.timer
+        self._monitor = Monitor(config, topology, session.run_folder, first_step, timer)
 
     def train(self) -> int:
         self._announce()
@@ -78,12 +91,20 @@ class _Run:
             if batches is None:
                 return self._stop_early()
             self._advance(batches)
+            if self._skipped_in_a_row > self._config.guards.max_skipped_steps:
+                self._rewind()
+                continue
+            if self._step % self._config.guards.drift_every_steps == 0:
+                self._refuse_drift()
             if self._is_due(self._config.checkpoint.every_steps):
-                self._save()
+                last = self._step == self._config.training.steps
+                self._save(background=self._config.checkpoint.background and not last)
             self._evaluate()
         return EXIT_DONE
 
     def close(self) -> None:
+        self._watchdog.close()
+        self._store.close()
         if self._data is not None:
             self._data.close()
         self._monitor.close()
@@ -91,14 +112,30 @@ class _Run:
     def _restore(self) -> None:
         folder = self._store.newest_whole()
         if folder is None:
+            self._initialize()
             return
+        self._load(folder)
+        # None in a checkpoint that was made from a Hugging Face folder.
+        self._lane_states = self._store.lane_states(folder) or None
+        logger.info("resumed from %s", folder)
+
+    def _load(self, folder: Path) -> None:
+        """Everything but the place in the data."""
         state = self._store.load(folder, self._session.engines)
-        self._lane_states = (
-            self._store.lane_states(folder) or None
-        )  # none in one made from a Hugging Face folder
         self._step = self._saved_step = int(state["step"])
         self._trained_tokens.fill_(state["progress"]["trained_tokens"])
-        logger.info("resumed from %s", folder)
+        self._skipped_steps = self._session.engines.decoder.skipped_steps
+        if "guard" in state:
+            self._guard.load(state["guard"])
+
+    def _initialize(self) -> None:
+        """Take the weights of other runs where the config says so."""
+        initialize = self._config.initialize
+        for component in ("decoder", "encoders"):
+            path = getattr(initialize, component)
+            if path is not None:
+                self._store.initialize(path, component, self._session.engines, initialize.new)
+                logger.info("the %s start(s) from %s", component, path)
 
     def _open_data(self) -> TrainingData | None:
         """The data of this rank's TP group, on its first rank."""
@@ -140,11 +177,16 @@ class _Run:
             except MetaLMError as found:
                 error = found
         own = Verdict.FAIL if error else Verdict.STOP if self._stop.is_asked() else Verdict.GO_ON
-        verdict = agree(own)
+        began = time.perf_counter()
+        verdict, save_failed = agree(own, self._store.has_failed())
+        self._slow_ranks.count(time.perf_counter() - began, wait_s)
+        if save_failed:
+            self._tell_failed_save(self._store.finish())
         if verdict is Verdict.FAIL:
             raise_together(error)
         if verdict is Verdict.STOP:
             return None
+        self._fingerprint = fingerprint(batches) if batches and self._is_logged(self._step + 1) else 0
         batches = broadcast_batches(batches, self._session.topology)
         self._monitor.count(batches, wait_s)
         return batches
@@ -154,44 +196,123 @@ class _Run:
         self._step += 1
         rate = learning_rate(self._step, training.optimizer.learning_rate, training.steps, training.schedule)
         result = self._train_step.run(batches, rate)
+        self._watchdog.beat(f"step {self._step + 1}")
+        is_skipped = result.skipped_steps > self._skipped_steps
+        self._skipped_steps = result.skipped_steps
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
         self._trained_tokens += result.loss_counts.sum().cpu()
         if self._data is not None:
             self._lane_states = self._data.lane_states()
-        if self._is_due(self._config.monitor.log_every_steps) or self._step == 1:
-            self._monitor.log_step(self._step, result, rate, self._data.counters() if self._data else None)
+        if self._is_logged(self._step):
+            self._log(result, rate)
+
+    def _log(self, result: StepResult, rate: float) -> None:
+        counters = None
+        if self._data is not None:
+            counters = {**self._data.counters(), "fingerprint": self._fingerprint}
+        figures, lines = self._slow_ranks.report()
+        for line in lines:
+            logger.warning(line)
+        _, not_finite, spikes = self._guard.skipped.tolist()
+        guards = {
+            "guards/skipped_not_finite": not_finite,
+            "guards/skipped_spikes": spikes,
+            "guards/rewinds": self._rewinds,
+            "guards/failed_saves": self._failed_saves,
+        }
+        self._monitor.log_step(self._step, result, rate, counters, {**guards, **figures})
+
+    def _rewind(self) -> None:
+        """Go back to the last checkpoint, but not in the data: what could not be trained on is skipped.
+
+        Raises:
+            FaultError: there is no checkpoint, or this has been done too often.
+        """
+        guards = self._config.guards
+        problem = f"{self._skipped_in_a_row} steps in a row were skipped up to step {self._step}"
+        self._tell_failed_save(self._store.finish())
+        if self._rewinds == guards.max_rewinds:
+            raise FaultError(f"{problem}, after {self._rewinds} rewind(s); see the loss and gradient norms")
+        folder = self._store.newest_whole()
+        if folder is None:
+            raise FaultError(f"{problem}, and there is no checkpoint to go back to")
+        self._load(folder)
+        self._guard.reset()
+        self._rewinds += 1
+        self._skipped_in_a_row = 0
+        self._monitor.begin(self._step + 1)
+        logger.error("%s: back to step %d with the weights, on with the data", problem, self._step)
+
+    def _refuse_drift(self) -> None:
+        """End the run where replicas differ, before it is saved.
+
+        Raises:
+            FaultError: on all ranks alike.
+        """
+        problems = find_drift(self._session.engines, self._session.topology)
+        if problems:
+            shown = [f"  {problem}" for problem in problems[:10]]
+            raise FaultError(
+                "\n".join(
+                    [f"{len(problems)} parameter(s) differ between replicas at step {self._step}:", *shown]
+                )
+            )
 
     def _evaluate(self) -> None:
         config, session = self._config, self._session
         monitor, parts = config.monitor, (session.engines, session.topology, config)
         if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
-            losses = held_out_losses(*parts)
+            self._watchdog.beat("evaluating")
+            with self._monitor.apart("evaluate", self._step):
+                losses = held_out_losses(*parts)
             if session.is_first and losses:
                 self._monitor.write_evaluation(self._step, losses)
-            self._monitor.restart_window()
+            self._watchdog.beat(f"step {self._step + 1}")
         if self._step and self._is_due(monitor.sample_every_steps):
-            for name in config.data.evaluation:
-                samples = generate_samples(*parts, name, monitor.num_samples, monitor.sample_new_tokens)
-                if session.is_first:
-                    self._monitor.write_samples(self._step, samples)
-            self._monitor.restart_window()
+            with self._monitor.apart("sample", self._step):
+                for name in config.data.evaluation:
+                    self._watchdog.beat(f"generating samples of {name}")
+                    samples = generate_samples(*parts, name, monitor.num_samples, monitor.sample_new_tokens)
+                    if session.is_first:
+                        self._monitor.write_samples(self._step, samples)
+            self._watchdog.beat(f"step {self._step + 1}")
+
+    def _is_logged(self, step: int) -> bool:
+        return (
+            step == 1
+            or step % self._config.monitor.log_every_steps == 0
+            or step == self._config.training.steps
+        )
 
     def _is_due(self, every: int) -> bool:
         return self._step % every == 0 or self._step == self._config.training.steps
 
-    def _save(self) -> None:
+    def _save(self, *, background: bool) -> None:
         facts = {
             "progress": {"trained_tokens": float(self._trained_tokens)},
             "tokenizer": self._tokenizer_fingerprint,
+            "guard": self._guard.state(),
         }
         lane_states = self._lane_states if self._data is not None else None
-        folder = self._store.save(self._session.engines, self._step, lane_states, facts)
+        self._watchdog.beat("saving")
+        with self._monitor.apart("save", self._step):
+            problem = self._store.save(
+                self._session.engines, self._step, lane_states, facts, background=background
+            )
+        self._tell_failed_save(problem)
         self._saved_step = self._step
-        logger.info("saved %s", folder)
-        self._monitor.restart_window()
+        self._watchdog.beat(f"step {self._step + 1}")
+
+    def _tell_failed_save(self, problem: str | None) -> None:
+        if problem is not None:
+            self._failed_saves += 1
+            self._saved_step = None
+            logger.error("%s; the training goes on", problem)
 
     def _stop_early(self) -> int:
+        self._tell_failed_save(self._store.finish())
         if self._saved_step != self._step and self._step:
-            self._save()
+            self._save(background=False)
         if self._session.is_first:
             self._stop.clear()
             print(

@@ -10,6 +10,9 @@ from typing import Any
 
 from metalm.run_folder import METRICS_NAME
 
+RESTARTS = "run/restarts"
+"""The figure that counts how often a run was started again."""
+
 
 def append_metrics(run_folder: Path, step: int, figures: Mapping[str, float]) -> None:
     """Add the figures of a step."""
@@ -23,6 +26,13 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def count_starts(run_folder: Path) -> int:
+    """How often the run was started before, steps that are superseded included."""
+    return 1 + max(
+        (int(entry[RESTARTS]) for entry in read_metrics(run_folder) if RESTARTS in entry), default=-1
+    )
 
 
 def drop_superseded(run_folder: Path, first_step: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,12 @@ from metalm.config import RunConfig
 from metalm.data.pictures import caption_picture
 from metalm.model.flops import count_training_flops
 from metalm.parallel.topology import Topology
+from metalm.planning.devices import device_by_driver_name
+from metalm.training.dashboard import mask_pictures, write_key_values, write_page
 from metalm.training.evaluate import Sample
-from metalm.training.metrics import append_metrics, drop_superseded
+from metalm.training.metrics import RESTARTS, append_metrics, count_starts, drop_superseded
 from metalm.training.step import StepResult
-
-PEAK_TFLOPS_BF16 = {
-    # Dense tensor-core peaks from the vendors' data sheets; the first name found in the device's name holds.
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-}
+from metalm.training.timing import PartTimer
 
 
 @dataclass
@@ -46,18 +43,30 @@ class _Window:
 class Monitor:
     """Collects figures on all ranks; rank 0 writes them."""
 
-    def __init__(self, config: RunConfig, topology: Topology, run_folder: Path, first_step: int) -> None:
+    def __init__(
+        self, config: RunConfig, topology: Topology, run_folder: Path, first_step: int, timer: PartTimer
+    ) -> None:
         """Open the outputs. What they hold of `first_step` and later, from before a resume, is superseded."""
         self._config = config
         self._topology = topology
-        self._window = _Window(time.perf_counter())
-        self._began, self._first_step = time.perf_counter(), first_step
         self._peak_tflops = config.monitor.peak_tflops or _peak_tflops(topology, config)
+        self._timer = timer
         self._writer: SummaryWriter | None = None
         self._run_folder = run_folder
-        if topology.rank == 0:
-            self._writer = SummaryWriter(run_folder / "tensorboard", purge_step=first_step)
-            drop_superseded(run_folder, first_step)
+        self.begin(first_step)
+
+    def begin(self, first_step: int) -> None:
+        """Go on from a step, at the start or after going back to a checkpoint."""
+        self._window = _Window(time.perf_counter())
+        self._began, self._first_step = time.perf_counter(), first_step
+        self._restarts = 0
+        self._masks_are_drawn = False
+        self.close()
+        if self._topology.rank == 0:
+            self._writer = SummaryWriter(self._run_folder / "tensorboard", purge_step=first_step)
+            self._restarts = count_starts(self._run_folder)
+            drop_superseded(self._run_folder, first_step)
+            self._open_page()
 
     def count(self, micro_batches: list[SemiCausalBatch], wait_s: float) -> None:
         """Add one step's batches, in host memory, and the seconds that the step waited for them."""
@@ -68,14 +77,24 @@ class Monitor:
             window.rows += batch.tokens.shape[0]
             window.positions += int((batch.attention_end > batch.attention_start).sum())
             window.flops += count_training_flops(batch, self._config.model)
+        if self._writer is not None and not self._masks_are_drawn:
+            for name, picture in mask_pictures(micro_batches[0]).items():
+                self._writer.add_image(f"mask/{name}", picture, self._first_step, dataformats="HWC")
+            self._masks_are_drawn = True
 
     def log_step(
-        self, step: int, result: StepResult, rate: float, counters: Mapping[str, int | float] | None
+        self,
+        step: int,
+        result: StepResult,
+        rate: float,
+        counters: Mapping[str, int | float] | None,
+        guards: Mapping[str, float],
     ) -> None:
         """Write the figures of a step and of the window since the last call.
 
         Args:
             counters: of this data-parallel rank's data; None on tensor ranks above 0.
+            guards: what the guards count.
 
         Collective: all ranks.
         """
@@ -84,11 +103,13 @@ class Monitor:
         sums = torch.tensor([window.rows, window.positions, window.flops, window.wait_s], dtype=torch.float64)
         dist.all_reduce(sums, group=self._topology.data_group)
         told: list[Any] = [None] * self._topology.world_size
-        dist.gather_object(counters, told if self._topology.rank == 0 else None)
+        mine = (counters, self._timer.read())
+        dist.gather_object(mine, told if self._topology.rank == 0 else None)
         self._window = _Window(now)
         if self._writer is None:
             return
         rows, positions, flops, wait_s = sums.tolist()
+        data_wait_s = wait_s / self._topology.data_size
         rate_tflops = flops / seconds / self._topology.world_size / 1e12
         figures = {
             **self._losses(result),
@@ -99,13 +120,17 @@ class Monitor:
                 for name, norm in zip(("decoder", "encoders"), result.norms.parts, strict=False)
             },
             "optimizer/skipped_steps": result.skipped_steps,
+            **guards,
             "speed/tokens_per_second": positions / seconds,
             "speed/rows_per_second": rows / seconds,
             "speed/step_seconds": seconds / window.steps,
-            "speed/data_wait_share": wait_s / self._topology.data_size / seconds,
+            "speed/data_wait_share": data_wait_s / seconds,
             "speed/model_tflops_per_rank": rate_tflops,
+            "time/step/data_wait": data_wait_s / window.steps,
+            **{f"time/step/{name}": total / window.steps for name, total in _mean(told).items()},
+            RESTARTS: self._restarts,
             **_memory_gib(self._topology.device),
-            **_add_counters([part for part in told if part is not None]),
+            **_add_counters([part for part, _ in told if part is not None]),
         }
         if self._peak_tflops:
             figures["speed/model_flops_utilisation"] = rate_tflops / self._peak_tflops
@@ -128,6 +153,7 @@ class Monitor:
     def write_samples(self, step: int, samples: list[Sample]) -> None:
         """Show captions under their images, and continuations as text. Rank 0 calls it."""
         assert self._writer is not None
+        captions: dict[str, list[str]] = {}
         for number, sample in enumerate(samples):
             tag = f"{sample.source}/{number}"
             if sample.image is None:
@@ -139,20 +165,50 @@ class Monitor:
                 lines = [f"generated: {sample.generated}", f"reference: {sample.reference}"]
                 picture = caption_picture(sample.image, lines)
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
+                captions.setdefault(sample.source, []).append("\n".join([f"image {number}", *lines]))
+        for source, entries in captions.items():
+            self._writer.add_text(f"captions/{source}", _quoted("\n\n".join(entries)), step)
+        self._writer.flush()
 
     def write_text(self, name: str, text: str) -> None:
         """Show a text of the run, such as its config. Rank 0 calls it."""
         assert self._writer is not None
         self._writer.add_text(name, _quoted(text), self._first_step)
 
-    def restart_window(self) -> None:
-        """Forget the time since the last line: it went into evaluation or saving."""
-        self._window.began = time.perf_counter()
+    @contextmanager
+    def apart(self, name: str, step: int) -> Iterator[None]:
+        """Time what is no part of a step, such as saving, and keep it out of the figures of steps."""
+        if self._topology.device.type == "cuda":
+            torch.cuda.synchronize(self._topology.device)  # the step before it is not its time
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._window.began += seconds
+        if self._writer is not None:
+            self.write(step, {f"time/apart/{name}": seconds})
 
     def close(self) -> None:
         """Flush and close the outputs."""
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
+
+    def _open_page(self) -> None:
+        """What TensorBoard shows of the run itself, and of this start."""
+        assert self._writer is not None
+        write_page(self._writer)
+        write_key_values(self._writer, self._config)
+        started = {
+            "restarts": self._restarts,
+            "first step": max(1, self._first_step),
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "host of rank 0": socket.gethostname(),
+            "Slurm job": os.environ.get("SLURM_JOB_ID", "none"),
+            "layout": self._topology.describe(),
+        }
+        self.write_text("start", "\n".join(f"{name:<16}{value}" for name, value in started.items()))
+        # Before the first line of figures, too: a start that ends before it counts.
+        append_metrics(self._run_folder, max(0, self._first_step - 1), {RESTARTS: self._restarts})
 
     def _losses(self, result: StepResult) -> dict[str, float]:
         sums, counts = result.loss_sums.tolist(), result.loss_counts.tolist()
@@ -179,6 +235,12 @@ class Monitor:
         )
 
 
+def _mean(told: list[tuple[Any, Mapping[str, float]]]) -> dict[str, float]:
+    """Seconds by part, averaged over ranks."""
+    names = {name: None for _, seconds in told for name in seconds}
+    return {name: sum(seconds.get(name, 0.0) for _, seconds in told) / len(told) for name in names}
+
+
 def _add_counters(parts: list[Mapping[str, int | float]]) -> dict[str, float]:
     """Counts added over data-parallel ranks; epochs by the least, imbalances by the mean."""
     figures: dict[str, float] = {}
@@ -190,6 +252,7 @@ def _add_counters(parts: list[Mapping[str, int | float]]) -> dict[str, float]:
             figures[f"data/{name}"] = sum(values) / len(values)
         else:
             figures[f"data/{name}"] = sum(values)
+    figures["data/skipped_samples"] = sum(n for name, n in figures.items() if "/skipped/" in name)
     return figures
 
 
@@ -204,8 +267,8 @@ def _memory_gib(device: torch.device) -> dict[str, float]:
 def _peak_tflops(topology: Topology, config: RunConfig) -> float | None:
     if topology.device.type != "cuda" or config.training.precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(topology.device)
-    return next((peak for known, peak in PEAK_TFLOPS_BF16.items() if known in name), None)
+    device = device_by_driver_name(torch.cuda.get_device_name(topology.device))
+    return None if device is None else device.peak_tflops
 
 
 def _clock(seconds: float) -> str:

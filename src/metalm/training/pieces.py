@@ -15,8 +15,6 @@ import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -92,21 +90,18 @@ def owned_ranges(engine: Any) -> Iterator[tuple[str, Any, OwnedRange]]:
         yield name, parameter, OwnedRange(start, states)
 
 
-def set_state(engine: Any, parameter: Any, state: str, shard: Tensor) -> None:
-    """Set what this rank keeps of a parameter from its whole tensor-parallel shard."""
+def set_state(engine: Any, parameter: Any, state: str, values: Tensor) -> None:
+    """Set what this rank keeps of a parameter: as many values as its range in `owned_ranges` has."""
     if is_partitioned(engine):
-        start, size = _partition(engine, parameter)
-        own = torch.zeros(parameter.ds_tensor.numel())
-        if size > 0:
-            own[:size] = shard.flatten()[start : start + size]
+        padded = torch.zeros(parameter.ds_tensor.numel())
+        padded[: values.numel()] = values
         if state == "master":
-            safe_set_local_fp32_param(parameter, own)
+            safe_set_local_fp32_param(parameter, padded)
         else:
-            safe_set_local_optimizer_state(parameter, own, state)
-    elif state == "master":
-        safe_set_full_fp32_param(parameter, shard)
+            safe_set_local_optimizer_state(parameter, padded, state)
     else:
-        safe_set_full_optimizer_state(parameter, shard, state)
+        fragment = parameter._hp_mapping.get_hp_fragment(None if state == "master" else state)
+        fragment.data.copy_(values.view_as(fragment))
 
 
 def push_masters(engine: Any) -> None:

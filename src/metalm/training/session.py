@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from metalm.commit import git_commit
 from metalm.config import RunConfig
 from metalm.config.rules import check_topology
 from metalm.data.sources import open_sources
@@ -73,6 +75,8 @@ def open_session(config: RunConfig) -> Iterator[Session]:
     check_data(config)
     run_folder = config.run.folder / config.run.name
     _open_log(run_folder, launch)
+    if config.training.deterministic:
+        _make_deterministic()
     device = open_process_group(launch, config.parallel.timeout_minutes)
     topology = build_topology(config.parallel.tensor, device)
     try:
@@ -87,18 +91,18 @@ def provenance() -> dict[str, Any]:
     """Versions and code that a run was started with."""
     packages = ("metalm", "torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy")
     return {
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "python": sys.version.split()[0],
         "versions": {package: version(package) for package in packages},
     }
 
 
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _make_deterministic() -> None:
+    """Refuse operations that may give other bits each time. Before CUDA starts."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def _open_log(run_folder: Path, launch: Launch) -> None:

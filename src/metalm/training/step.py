@@ -14,6 +14,8 @@ from metalm.parallel.regions import gather_encoded
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
 from metalm.training.gradient_norm import GradientNorms, JointNorm
+from metalm.training.guards import FINE, StepGuard
+from metalm.training.timing import PartTimer
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class StepResult:
     loss_counts: Tensor  # [sources] float64, trained positions
     norms: GradientNorms
     skipped_steps: int
-    """Steps so far, over all resumes, whose gradients were not finite: neither engine moved."""
+    """Steps so far, over all resumes, that the guard refused: neither engine moved. Known on the host."""
 
 
 def encode(engines: Engines, batch: SemiCausalBatch, topology: Topology) -> dict[str, Tensor]:
@@ -47,15 +49,17 @@ def sum_by_source(values: Tensor, batch: SemiCausalBatch, num_sources: int) -> T
 class TrainStep:
     """Runs optimizer steps on the micro-batches of this rank."""
 
-    def __init__(self, engines: Engines, topology: Topology, num_sources: int) -> None:
+    def __init__(self, engines: Engines, topology: Topology, num_sources: int, guard: StepGuard) -> None:
         self._engines = engines
+        self._guard = guard
         self._all = list(engines.by_component().values())
         self._topology = topology
         self._num_sources = num_sources
         self._joint_norm = JointNorm(self._all)
+        self.timer = PartTimer(topology.device)
 
     def run(self, micro_batches: Sequence[SemiCausalBatch], learning_rate: float) -> StepResult:
-        """Accumulate over the micro-batches and update both engines.
+        """Accumulate over the micro-batches and update both engines, unless the guard refuses the step.
 
         The loss is the sum over trained positions divided by those of the whole global batch: ZeRO
         averages the decoder over DP, hence the factor; the encoders' part of it is in `gather_encoded`.
@@ -73,16 +77,20 @@ class TrainStep:
         dist.all_reduce(counts, group=topology.data_group)
         scale = topology.data_size / counts.sum().clamp(min=1.0)
         sums = torch.zeros_like(counts)
-        for batch in batches[:-1]:
-            sums += self._forward_backward(batch, scale)
+        with self.timer.part("forward_backward"):
+            for batch in batches[:-1]:
+                sums += self._forward_backward(batch, scale)
+                self._step_engines()
+            sums += self._forward_backward(batches[-1], scale)
+        with self.timer.part("optimizer"):
+            norms = self._joint_norm.measure()
+            dist.all_reduce(sums, group=topology.data_group)
+            verdict = self._guard.judge(sums.sum() / counts.sum().clamp(min=1.0), norms.joint)
+            self._joint_norm.refuse(verdict != FINE)
+            for engine in self._all:
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = learning_rate
             self._step_engines()
-        sums += self._forward_backward(batches[-1], scale)
-        norms = self._joint_norm.measure()
-        for engine in self._all:
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate
-        self._step_engines()
-        dist.all_reduce(sums, group=topology.data_group)
         return StepResult(sums, counts, norms, self._engines.decoder.skipped_steps)
 
     def _forward_backward(self, batch: SemiCausalBatch, scale: Tensor) -> Tensor:

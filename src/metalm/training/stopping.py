@@ -1,38 +1,47 @@
-"""Requests to stop: a signal, or the stop file in the run folder."""
+"""Requests to stop: a signal, the stop file in the run folder, or the time limit."""
 
 from __future__ import annotations
 
 import signal
+import time
 import types
 from pathlib import Path
 
 from metalm.run_folder import STOP_NAME
 
+_SAME_REQUEST_S = 5.0
+
 
 class StopRequest:
     """Whether somebody asked this run to save and end.
 
-    SIGTERM, SIGINT and SIGUSR2 to any rank count, and so does the file `stop` in the run folder, which
-    reaches ranks whose launcher swallows signals. A second SIGINT ends the process at once; a second
-    SIGTERM does not, since Slurm signals every process of a job and torchrun then signals its workers again.
+    SIGTERM, SIGINT and SIGUSR2 to any rank count, the file `stop` in the run folder, which reaches
+    ranks whose launcher swallows signals, and the time limit of the config. A second signal ends the
+    process at once. Only a SIGTERM soon after the first does not: Slurm signals every process of a job,
+    and torchrun then signals its workers again.
     """
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, time_limit_minutes: float | None = None) -> None:
+        """Listen from now on, which is when the time limit begins."""
         self._file = run_folder / STOP_NAME
-        self._signalled = False
+        self._deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
+        self._signalled_at: float | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
 
     def is_asked(self) -> bool:
         """Whether this rank has been asked."""
-        return self._signalled or self._file.exists()
+        is_late = self._deadline is not None and time.monotonic() > self._deadline
+        return is_late or self._signalled_at is not None or self._file.exists()
 
     def clear(self) -> None:
         """Take the stop file away, so that the run can be started again. One rank calls it."""
         self._file.unlink(missing_ok=True)
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+        elif now - self._signalled_at > _SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._signalled = True

@@ -17,6 +17,7 @@ from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
+from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
 
 
@@ -34,7 +35,10 @@ def main() -> None:
     if launch.rank == 0:
         (Path(folder) / "checkpoints").mkdir()
         write_config(config, Path(folder) / "config.yaml", {})
-    store, step = CheckpointStore(Path(folder), config, topology), TrainStep(engines, topology, num_sources=2)
+    store, step = (
+        CheckpointStore(Path(folder), config, topology),
+        TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device)),
+    )
     skipped, norms = [], []
     for number in range(3):
         batches = micro_batches(global_batch(number), config, topology.data_rank, topology.data_size)

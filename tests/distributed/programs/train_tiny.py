@@ -1,6 +1,7 @@
 """Train the tiny model for five steps under every ZeRO pair, each from the same start, and save it.
 
-Arguments: tensor size, micro-batch size, output folder, pairs such as 1,3 2,1 (decoder, encoders).
+Arguments: output folder, JSON of `tiny_config`'s arguments and the number of steps, ZeRO stages as pairs
+such as 1,3 2,1 (decoder, encoders).
 """
 
 import faulthandler
@@ -9,27 +10,30 @@ import os
 import sys
 from pathlib import Path
 
-from distributed.tiny import RATES, STEPS, global_batch, micro_batches, tiny_config
+from distributed.tiny import STEPS, global_batch, micro_batches, rate_of, tiny_config
 from metalm.config import write_config
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
+from metalm.training.drift import find_drift
 from metalm.training.engines import build_engines
+from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
 
 
 def main() -> None:
     faulthandler.enable()
-    tensor, micro_batch_size, folder, *pairs = sys.argv[1:]
+    folder, arguments, *pairs = sys.argv[1:]
+    shape = {"tensor": 1, **json.loads(arguments)}
+    steps = shape.pop("steps", STEPS)
     launch = find_launch(os.environ)
     device = open_process_group(launch, timeout_minutes=3)
-    topology = build_topology(int(tensor), device)
+    topology = build_topology(shape["tensor"], device)
     for pair in pairs:
         decoder, encoders = pair.split(",")
         config = tiny_config(
             folder,
-            tensor=int(tensor),
-            micro_batch_size=int(micro_batch_size),
+            **shape,
             decoder=f"deepspeed_configs/decoder_zero{decoder}.json",
             encoders=f"deepspeed_configs/encoders_zero{encoders}.json",
         )
@@ -40,17 +44,23 @@ def main() -> None:
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
         store.save(engines, 0, None, {})
-        step = TrainStep(engines, topology, num_sources=2)
+        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses, norms = [], []
-        for number in range(STEPS):
+        for number in range(steps):
             rows = global_batch(number)
             batches = micro_batches(rows, config, topology.data_rank, topology.data_size)
-            result = step.run(batches, RATES[number])
+            result = step.run(batches, rate_of(number))
             losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))
             norms.append(float(result.norms.joint))
-        store.save(engines, STEPS, None, {})
+        store.save(engines, steps, None, {})
+        answer = {
+            "zero": pair,
+            "losses": losses,
+            "norms": norms,
+            "drift": find_drift(engines, topology),
+        }
         if launch.rank == 0:
-            print("RESULT " + json.dumps({"zero": pair, "losses": losses, "norms": norms}), flush=True)
+            print("RESULT " + json.dumps(answer), flush=True)
     close_topology()
 
 

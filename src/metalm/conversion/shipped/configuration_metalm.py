@@ -12,6 +12,7 @@ ENCODER_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 128,
     "normalization": "deepnorm",
+    "norm_eps": 1e-5,
     "max_text_positions": 64,
     "connector": "linear",
     "image_size": None,
@@ -23,8 +24,16 @@ class MetaLMConfig(PreTrainedConfig):
     """Sizes of the decoder at the top level, those of the encoders by name in `encoders`.
 
     Args:
+        num_key_value_heads: fewer than `num_attention_heads` in grouped-query attention.
+        activation: "gelu", "gelu_tanh" or "swiglu" (with a gate).
         normalization: "deepnorm" (post-LN, residual weighted by (2 * layers) ** 0.25) or "pre_ln".
-        max_position_embeddings: row length in training. Positions are sinusoidal and have no limit.
+        norm: "layer_norm" or "rms_norm", with `norm_eps`.
+        biases: of all linear layers; `qkv_biases` of queries, keys and values where the others have none.
+        positions: "sinusoidal", "learned" (a table of `max_position_embeddings`) or "rope".
+        max_position_embeddings: row length in training; only learned positions end there.
+        rope_parameters: as in transformers; "rope_type" is "default" or "llama3".
+        scale_embedding: multiply token embeddings by the square root of the hidden size.
+        spans: "causal", or "bidirectional": the decoder attends among all vectors of a span.
         encoders: by name, the keys of ENCODER_DEFAULTS; kept in alphabetical order. `image_size` and
             `patch_size` (pixels per side) are None for an encoder of text; `connector` is "linear" or
             "feed_forward".
@@ -41,10 +50,19 @@ class MetaLMConfig(PreTrainedConfig):
         hidden_size: int = 32,
         num_hidden_layers: int = 2,
         num_attention_heads: int = 2,
+        num_key_value_heads: int | None = None,
         intermediate_size: int = 128,
+        activation: str = "gelu",
         normalization: str = "deepnorm",
+        norm: str = "layer_norm",
+        norm_eps: float = 1e-5,
+        biases: bool = True,
+        qkv_biases: bool = False,
+        positions: str = "sinusoidal",
         max_position_embeddings: int = 2048,
-        layer_norm_eps: float = 1e-5,
+        rope_parameters: dict[str, Any] | None = None,
+        scale_embedding: bool = True,
+        spans: str = "causal",
         encoders: dict[str, dict[str, Any]] | None = None,
         image_encoder: str | None = None,
         image_token_id: int | None = None,
@@ -59,10 +77,19 @@ class MetaLMConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.intermediate_size = intermediate_size
+        self.activation = activation
         self.normalization = normalization
+        self.norm = norm
+        self.norm_eps = norm_eps
+        self.biases = biases
+        self.qkv_biases = qkv_biases
+        self.positions = positions
         self.max_position_embeddings = max_position_embeddings
-        self.layer_norm_eps = layer_norm_eps
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.scale_embedding = scale_embedding
+        self.spans = spans
         # By name, because JSON files that transformers writes are sorted: the place must not depend on it.
         self.encoders = {name: ENCODER_DEFAULTS | sizes for name, sizes in sorted((encoders or {}).items())}
         self.image_encoder = image_encoder

@@ -93,7 +93,7 @@ class MetaLMEncoder(nn.Module):
             MetaLMEncoderLayer(config, name) for _ in range(sizes["num_hidden_layers"])
         )
         pre_norm = sizes["normalization"] == "pre_ln"
-        self.final_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
+        self.final_norm = nn.LayerNorm(hidden, eps=sizes["norm_eps"]) if pre_norm else nn.Identity()
         self.connector = _connector(sizes["connector"], hidden, config.hidden_size)
 
     def forward(self, input_ids: Tensor, num_elements: Tensor, pixel_values: Tensor | None) -> Tensor:

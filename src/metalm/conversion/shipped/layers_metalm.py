@@ -29,9 +29,12 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention by explicit probabilities, [B, H, L, K] each, with an additive mask [B, 1, L, keys].
 
+    Keys and values may have fewer heads, each for as many queries.
+
     Returns:
         Output [B, L, H, K] and probabilities [B, H, L, keys].
     """
+    key, value = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -51,28 +54,46 @@ class MetaLMAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: MetaLMConfig, hidden_size: int, num_heads: int) -> None:
+    def __init__(
+        self,
+        config: MetaLMConfig,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        qkv_biases: bool = True,
+        output_bias: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
         self.head_size = hidden_size // num_heads
-        self.q_proj = MetaLMLinear(hidden_size, hidden_size)
-        self.k_proj = MetaLMLinear(hidden_size, hidden_size)
-        self.v_proj = MetaLMLinear(hidden_size, hidden_size)
-        self.o_proj = MetaLMLinear(hidden_size, hidden_size)
+        self.num_key_value_groups = num_heads // num_kv_heads
+        key_value_size = num_kv_heads * self.head_size
+        self.q_proj = MetaLMLinear(hidden_size, hidden_size, bias=qkv_biases)
+        self.k_proj = MetaLMLinear(hidden_size, key_value_size, bias=qkv_biases)
+        self.v_proj = MetaLMLinear(hidden_size, key_value_size, bias=qkv_biases)
+        self.o_proj = MetaLMLinear(hidden_size, hidden_size, bias=output_bias)
 
     def forward(
         self,
         hidden: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, L, D] to [B, L, D], and the probabilities where the implementation has them."""
+        """[B, L, D] to [B, L, D], and the probabilities where the implementation has them.
+
+        Args:
+            rotary: cosines and sines [B, 1, L, K] that turn queries and keys.
+        """
         split = (*hidden.shape[:2], -1, self.head_size)
         query, key, value = (
             projection(hidden).view(split).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if rotary is not None:
+            query, key = _turn(query, *rotary), _turn(key, *rotary)
         key, value = self._remember(key, value, past_key_values)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         attended, probabilities = attend(
@@ -84,13 +105,26 @@ class MetaLMAttention(nn.Module):
         return key, value
 
 
+def _turn(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: dimension i is paired with i + K/2."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosines + torch.cat((-second, first), dim=-1) * sines
+
+
 class MetaLMCausalAttention(MetaLMAttention):
     """Multi-head attention of the decoder: causal, with a cache of keys and values."""
 
     is_causal = True
 
     def __init__(self, config: MetaLMConfig, layer_idx: int) -> None:
-        super().__init__(config, config.hidden_size, config.num_attention_heads)
+        super().__init__(
+            config,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            qkv_biases=config.biases or config.qkv_biases,
+            output_bias=config.biases,
+        )
         self.layer_idx = layer_idx
 
     def _remember(self, key: Tensor, value: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
@@ -100,16 +134,30 @@ class MetaLMCausalAttention(MetaLMAttention):
 
 
 class MetaLMFeedForward(nn.Module):
-    """Two linear maps with GELU between."""
+    """Two linear maps with an activation between; SwiGLU has a third, the gate."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str = "gelu", *, biases: bool = True
+    ) -> None:
         super().__init__()
-        self.up_proj = MetaLMLinear(hidden_size, intermediate_size)
-        self.down_proj = MetaLMLinear(intermediate_size, hidden_size)
+        self.activation = activation
+        if activation == "swiglu":
+            self.gate_proj = MetaLMLinear(hidden_size, intermediate_size, bias=biases)
+        self.up_proj = MetaLMLinear(hidden_size, intermediate_size, bias=biases)
+        self.down_proj = MetaLMLinear(intermediate_size, hidden_size, bias=biases)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down_proj(functional.gelu(self.up_proj(hidden)))
+        wide = self.up_proj(hidden)
+        if self.activation == "swiglu":
+            return self.down_proj(functional.silu(self.gate_proj(hidden)) * wide)
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        return self.down_proj(functional.gelu(wide, approximate=approximate))
+
+
+def build_norm(kind: str, hidden_size: int, eps: float) -> nn.Module:
+    """A "layer_norm" or an "rms_norm"."""
+    return (nn.RMSNorm if kind == "rms_norm" else nn.LayerNorm)(hidden_size, eps=eps)
 
 
 class MetaLMLayer(GradientCheckpointingLayer):
@@ -118,23 +166,24 @@ class MetaLMLayer(GradientCheckpointingLayer):
     def __init__(
         self,
         attention: MetaLMAttention,
+        mlp: MetaLMFeedForward,
         *,
         hidden_size: int,
-        intermediate_size: int,
         num_layers: int,
         normalization: str,
+        norm: str,
         eps: float,
     ) -> None:
         super().__init__()
         self.post_norm = normalization == "deepnorm"
         self.residual_scale = (2 * num_layers) ** 0.25 if self.post_norm else 1.0
         self.self_attn = attention
-        self.attention_norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.mlp = MetaLMFeedForward(hidden_size, intermediate_size)
-        self.mlp_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.attention_norm = build_norm(norm, hidden_size, eps)
+        self.mlp = mlp
+        self.mlp_norm = build_norm(norm, hidden_size, eps)
         # DeepNorm scales what passes values through; pre-LN what is added to the residual stream.
-        scaled = [attention.o_proj, self.mlp.down_proj]
-        scaled += [attention.v_proj, self.mlp.up_proj] if self.post_norm else []
+        values = [attention.v_proj, attention.o_proj, *mlp.children()]
+        scaled = values if self.post_norm else [attention.o_proj, mlp.down_proj]
         for part in scaled:
             part.init_gain = (8 * num_layers) ** -0.25 if self.post_norm else (2 * num_layers) ** -0.5
 
@@ -161,11 +210,14 @@ class MetaLMDecoderLayer(MetaLMLayer):
     def __init__(self, config: MetaLMConfig, layer_idx: int) -> None:
         super().__init__(
             MetaLMCausalAttention(config, layer_idx),
+            MetaLMFeedForward(
+                config.hidden_size, config.intermediate_size, config.activation, biases=config.biases
+            ),
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             normalization=config.normalization,
-            eps=config.layer_norm_eps,
+            norm=config.norm,
+            eps=config.norm_eps,
         )
 
 
@@ -174,11 +226,13 @@ class MetaLMEncoderLayer(MetaLMLayer):
 
     def __init__(self, config: MetaLMConfig, name: str) -> None:
         sizes = config.encoders[name]
+        hidden_size, num_heads = sizes["hidden_size"], sizes["num_attention_heads"]
         super().__init__(
-            MetaLMAttention(config, sizes["hidden_size"], sizes["num_attention_heads"]),
-            hidden_size=sizes["hidden_size"],
-            intermediate_size=sizes["intermediate_size"],
+            MetaLMAttention(config, hidden_size, num_heads, num_heads),
+            MetaLMFeedForward(hidden_size, sizes["intermediate_size"]),
+            hidden_size=hidden_size,
             num_layers=sizes["num_hidden_layers"],
             normalization=sizes["normalization"],
-            eps=config.layer_norm_eps,
+            norm="layer_norm",
+            eps=sizes["norm_eps"],
         )

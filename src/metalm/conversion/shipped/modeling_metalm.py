@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -22,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_metalm import MetaLMConfig
 from .encoder_metalm import MetaLMEncoders, Spans, spans_of_images
-from .layers_metalm import MetaLMCausalAttention, MetaLMDecoderLayer, MetaLMLinear
+from .layers_metalm import MetaLMCausalAttention, MetaLMDecoderLayer, MetaLMLinear, build_norm
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +37,21 @@ def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
     exponents = torch.arange(0, hidden_size, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * torch.exp(exponents * (-math.log(10000.0) / hidden_size))
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def rotary_factors(positions: Tensor, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, K] float32."""
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    frequencies = 1.0 / parameters["rope_theta"] ** exponents
+    if parameters["rope_type"] == "llama3":
+        # Short wavelengths stay, long ones are stretched, those between blend.
+        turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / parameters["factor"])
+    angles = positions.float()[:, None, :, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 class MetaLMPreTrainedModel(PreTrainedModel):
@@ -70,15 +86,17 @@ class MetaLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             init.ones_(module.weight)
-            init.zeros_(module.bias)
+        elif module is self.get_input_embeddings() or module is self.get_output_embeddings():
+            scaled = self.config.scale_embedding
+            init.normal_(module.weight, std=self.config.hidden_size**-0.5 if scaled else EMBEDDING_STD)
         elif isinstance(module, nn.Embedding):
-            decoder = module is self.get_input_embeddings()
-            init.normal_(module.weight, std=self.config.hidden_size**-0.5 if decoder else EMBEDDING_STD)
-        elif isinstance(module, nn.Linear) and module.bias is not None:  # the output layer is tied
+            init.normal_(module.weight, std=EMBEDDING_STD)
+        elif isinstance(module, nn.Linear):
             gain = module.init_gain if isinstance(module, MetaLMLinear) else 1.0
             init.xavier_normal_(module.weight, gain=gain)
+        if isinstance(module, nn.LayerNorm | nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)
 
 
@@ -88,12 +106,14 @@ class MetaLMModel(MetaLMPreTrainedModel):
     def __init__(self, config: MetaLMConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(
             MetaLMDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         pre_norm = config.normalization == "pre_ln"
         self.final_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
+            build_norm(config.norm, config.hidden_size, config.norm_eps) if pre_norm else nn.Identity()
         )
         self.encoders = MetaLMEncoders(config)
         self.gradient_checkpointing = False
@@ -173,7 +193,9 @@ class MetaLMModel(MetaLMPreTrainedModel):
         )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        hidden = inputs_embeds * self.config.hidden_size**0.5
+        hidden = inputs_embeds
+        if self.config.scale_embedding:
+            hidden = hidden * self.config.hidden_size**0.5
         if spans is not None:
             hidden = self.encoders.dock(hidden, spans, pixel_values)
 
@@ -181,23 +203,46 @@ class MetaLMModel(MetaLMPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(hidden, attention_mask, past_key_values)
-        hidden = hidden + sinusoidal_positions(position_ids, self.config.hidden_size).to(hidden.dtype)
+        hidden, rotary = self._place(hidden, position_ids)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            block_sequence_ids=self._bidirectional_blocks(spans, past_key_values),
         )
         for layer in self.layers:
-            hidden = layer(hidden, mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            hidden = layer(
+                hidden, mask, past_key_values=past_key_values, rotary=rotary, use_cache=use_cache, **kwargs
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_norm(hidden), past_key_values=past_key_values
         )
 
+    def _place(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The input with its positions, and what turns queries and keys where positions are rotary."""
+        config = self.config
+        if config.positions == "learned":
+            return hidden + self.embed_positions(position_ids), None
+        if config.positions == "sinusoidal":
+            return hidden + sinusoidal_positions(position_ids, config.hidden_size).to(hidden.dtype), None
+        head_size = config.hidden_size // config.num_attention_heads
+        cosines, sines = rotary_factors(position_ids, head_size, config.rope_parameters)
+        return hidden, (cosines.to(hidden.dtype), sines.to(hidden.dtype))
+
+    def _bidirectional_blocks(self, spans: Spans | None, past_key_values: Cache | None) -> Tensor | None:
+        """The number of each column's span from the cache's beginning, -1 outside, [B, past + S]."""
+        if spans is None or self.config.spans == "causal":
+            return None
+        if "flash" in self.config._attn_implementation:
+            raise ValueError("spans that are bidirectional in the decoder need attn_implementation='sdpa'")
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        return functional.pad(spans.numbers.masked_fill(spans.numbers == 0, -1), (past, 0), value=-1)
+
 
 class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
-    """MetaLM with its output layer, the decoder's own embedding."""
+    """MetaLM with its output layer, which the configuration may tie to the decoder's embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -287,6 +332,9 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             column = spans.image_starts(self.config.image_token_id).nonzero()[:, 1]
             pixel_values = pixel_values[(column >= start) & (column < stop)]
+        if self.config.spans == "bidirectional":
+            # For a static cache transformers makes a causal mask here; the forward knows the spans.
+            inputs["attention_mask"] = kwargs.get("attention_mask")
         return inputs | {"pixel_values": pixel_values} | fed.tensors()
 
     @staticmethod

@@ -1,0 +1,254 @@
+# A training job from its start to its end: what pretrain.sbatch and finetune.sbatch share.
+#
+# Ten minutes before the time limit Slurm signals the batch shell, which asks the ranks to stop by the run's stop
+# file; they save, and the job is queued again. So it is after a fault, an out-of-memory kill, a hang, a lost
+# node, or a node that failed its preflight, until it has started METALM_MAX_STARTS times without a new
+# checkpoint. Sourced by the templates, which set `root` and `template`; not for use alone.
+# shellcheck shell=bash
+
+: "${root:?}" "${template:?}"
+restart=${SLURM_RESTART_COUNT:-0}
+chain=${METALM_CHAIN:-$SLURM_JOB_ID} # the first job of this one and its predecessors
+max_starts=${METALM_MAX_STARTS:-3}
+warned='' told_to_end='' child=''
+
+main() {
+    trap on_warning USR2
+    trap on_end TERM
+    (($# > 0)) || give_up "$EXIT_USAGE" "usage: sbatch slurm/$template PIPELINE [section.key=value...]"
+    local plan code
+    plan=$(run_python -m metalm train "$@" --dry-run --ranks $((SLURM_JOB_NUM_NODES * $(ranks_per_node))))
+    code=$?
+    if ((code != 0)); then
+        give_up $code "the run cannot be started"
+    fi
+    ((restart > 0)) || echo "$plan"
+    [[ $template != finetune.sbatch ]] || refuse_without_weights "$plan"
+    run_folder=$(run_folder_of "$plan")
+    attempts=$run_folder/logs/attempts.jsonl
+    stop_file=$run_folder/stop
+    mkdir -p "$run_folder/logs" || give_up "$EXIT_USAGE" "cannot write to $run_folder"
+    refuse_if_asked_to_stop
+    refuse_if_stuck
+
+    export METALM_CODES=$run_folder/logs/exit_codes/$SLURM_JOB_ID.$restart
+    bad_nodes=$METALM_CODES/bad_nodes
+    mkdir -p "$METALM_CODES"
+    record_start
+    check_nodes
+    code=$?
+    if ((code == 0)); then
+        watch_for_hang &
+        local watch=$!
+        launch train "$@"
+        code=$?
+        kill "$watch" 2>/dev/null
+    fi
+    finish $code "$@"
+}
+
+# Start ranks and wait for them, through all signals.
+launch() { # METALM_ARGUMENTS...
+    local code
+    "$root/slurm/launch.sh" "$@" &
+    child=$!
+    [[ -z $warned ]] || ask_to_stop
+    while :; do
+        wait "$child"
+        code=$?
+        kill -0 "$child" 2>/dev/null || return $code # else the wait was cut short by a signal
+    done
+}
+
+# A rank per GPU as in training, but by srun alone, which needs no rendezvous of its own.
+check_nodes() {
+    [[ ${METALM_PREFLIGHT:-} != no ]] || return 0
+    local options=() code
+    read -ra options <<<"${METALM_PREFLIGHT:-}"
+    METALM_LAUNCHER=srun launch preflight "$run_folder" --gpus "${SLURM_GPUS_ON_NODE:-0}" \
+        --bad-nodes "$bad_nodes" "${options[@]}"
+    code=$?
+    ((code != 0)) || rm -f "$METALM_CODES"/*
+    return $code
+}
+
+# A section of the resolved config that the dry run prints.
+section_of() { # PLAN SECTION
+    sed -n "/^$2:/,/^[^ ]/p" <<<"$1"
+}
+
+refuse_without_weights() { # PLAN
+    section_of "$1" initialize | grep -E '^  (decoder|encoders): ' | grep -qv null ||
+        give_up "$EXIT_USAGE" "nothing to start from: give initialize.decoder=RUN, initialize.encoders=RUN or both"
+}
+
+# run.folder/run.name, from the resolved config that the dry run prints.
+run_folder_of() {
+    local folder name
+    folder=$(section_of "$1" run | sed -n 's/^  folder: //p')
+    name=$(section_of "$1" run | sed -n 's/^  name: //p')
+    folder=${folder#[\'\"]} name=${name#[\'\"]}
+    echo "${folder%[\'\"]}/${name%[\'\"]}"
+}
+
+# shellcheck disable=SC2329  # by its trap
+on_warning() {
+    warned=yes
+    say "the time limit is near"
+    [[ -z $child ]] || ask_to_stop
+}
+
+# shellcheck disable=SC2329  # by its trap
+on_end() {
+    told_to_end=$(date +%s)
+}
+
+ask_to_stop() {
+    say "asking the ranks to stop by $stop_file"
+    echo "job $SLURM_JOB_ID" >"$stop_file"
+}
+
+# The newest step that a restart would go on from.
+checkpoint_step() {
+    local latest
+    latest=$(cat "$run_folder/checkpoints/latest" 2>/dev/null) || latest=step_0
+    echo $((10#${latest#step_}))
+}
+
+# A stop file that an operator wrote while the job was waiting holds; one that a job wrote, whose ranks were
+# killed before they could take it away, does not.
+refuse_if_asked_to_stop() {
+    [[ -e $stop_file ]] || return 0
+    local asker
+    asker=$(cat "$stop_file")
+    rm -f "$stop_file"
+    [[ $asker = job\ * ]] || give_up "$EXIT_RESTART" "asked to stop (${asker:-the stop file is there}): not starting"
+}
+
+# Starts of this job and its predecessors from the step that the next start would go on from.
+starts_without_progress() {
+    grep -c "\"event\": \"start\".*\"chain\": \"$chain\".*\"step\": $(checkpoint_step)}" "$attempts" 2>/dev/null
+}
+
+refuse_if_stuck() {
+    local starts
+    starts=$(starts_without_progress)
+    if ((starts >= max_starts)); then
+        give_up "$EXIT_FAULT" "started $starts times from step $(checkpoint_step) without a new checkpoint"
+    fi
+}
+
+record_start() {
+    printf '{"event": "start", "time": %s, "job": "%s", "restart": %d, "nodes": "%s", "ranks": %d, "chain": "%s", "step": %d}\n' \
+        "$(date +%s)" "$SLURM_JOB_ID" "$restart" "$SLURM_JOB_NODELIST" \
+        $((SLURM_JOB_NUM_NODES * $(ranks_per_node))) "$chain" "$(checkpoint_step)" >>"$attempts"
+}
+
+record_end() { # CODE CAUSE AGAIN
+    local comes_back=true
+    [[ $3 != no ]] || comes_back=false
+    printf '{"event": "end", "time": %s, "job": "%s", "restart": %d, "code": %d, "cause": "%s", "comes_back": %s, "step": %d}\n' \
+        "$(date +%s)" "$SLURM_JOB_ID" "$restart" "$1" "${2//[\"\\]/}" $comes_back "$(checkpoint_step)" >>"$attempts"
+    say "$2; newest checkpoint: step $(checkpoint_step)"
+}
+
+# End the ranks when neither metrics nor checkpoints have moved for too long.
+watch_for_hang() {
+    local minutes=${METALM_HANG_MINUTES:-60} began newest step
+    ((minutes > 0)) || return 0
+    began=$(date +%s)
+    while sleep 20; do
+        newest=$(stat --format=%Y "$run_folder/logs/metrics.jsonl" "$run_folder"/checkpoints/* 2>/dev/null | sort -n | tail -n 1)
+        newest=$((${newest:-0} > began ? newest : began))
+        if (($(date +%s) - newest > minutes * 60)); then
+            say "no step for $minutes minutes: ending the ranks"
+            : >"$METALM_CODES/hung"
+            # The step alone: a signal to the job would end this script as well. Slurm sends TERM, then KILL.
+            step=$(squeue --noheader --steps --job="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$' | sort -V | tail -n 1)
+            scancel "$step"
+            return
+        fi
+    done
+}
+
+finish() { # CODE METALM_ARGUMENTS...
+    local code=$1 cause
+    shift
+    cause=$(cat "$METALM_CODES/cause" 2>/dev/null) || cause="the launcher ended with $code"
+    [[ ! -e $METALM_CODES/hung ]] || cause="no step for ${METALM_HANG_MINUTES:-60} minutes"
+    local faults num_bad=0 leave_out=''
+    if [[ -s $bad_nodes ]]; then
+        faults=$(sed 's/\t/: /' "$bad_nodes" | paste -s -d '|' | sed 's/|/, /g')
+        leave_out=$(cut -f 1 "$bad_nodes" | paste -s -d ,)
+        num_bad=$(wc -l <"$bad_nodes")
+        cause="failed the preflight: $faults"
+    fi
+    rm -rf "$METALM_CODES"
+    [[ $(cat "$stop_file" 2>/dev/null) != "job $SLURM_JOB_ID" ]] || rm -f "$stop_file"
+    # yes: this script queues the job again; slurm: Slurm does, or has done so; no.
+    local again=yes facts restarts
+    facts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null)
+    restarts=$(sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' <<<"$facts")
+    if ((code == 0 || code == EXIT_USAGE || code == EXIT_DATA)); then
+        again=no
+    elif ((code == EXIT_NODE && num_bad >= SLURM_JOB_NUM_NODES)); then
+        cause+=" (no node is left)" again=no
+    elif ((${restarts:-0} > restart)); then
+        cause="queued again by Slurm$(down_nodes)" again=slurm
+    elif [[ $facts = *PreemptTime=[0-9]* ]]; then
+        cause=preempted
+    elif [[ -n $told_to_end && (-z $warned || $told_to_end -lt ${SLURM_JOB_END_TIME:-0}) ]]; then
+        cause=cancelled again=no
+    elif [[ -n $warned ]]; then
+        cause="time limit"
+        ((code == EXIT_RESTART)) || cause="time limit, before the ranks had saved"
+    elif ((code == EXIT_RESTART)); then
+        cause="asked to stop" again=no
+    fi
+    if [[ $again = yes && ${METALM_COME_BACK:-requeue} = never ]]; then
+        again=no
+    elif [[ $again = yes ]] && (($(starts_without_progress) >= max_starts)); then
+        cause+=", $max_starts starts without a new checkpoint" again=no
+    fi
+    record_end "$code" "$cause" "$again"
+    [[ $again != yes ]] || come_back "$(nodes_to_leave_out "$facts" "$leave_out")" "$@"
+    exit "$code"
+}
+
+# Nodes of this job that Slurm has given up, as ": lost NODES".
+down_nodes() {
+    local nodes
+    nodes=$(sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --states=down,drain,fail --format=%N 2>/dev/null)
+    [[ -z $nodes ]] || echo ": lost $nodes"
+}
+
+# The nodes that the job had left out before, and those that it leaves out now.
+nodes_to_leave_out() { # FACTS NODES
+    local before
+    before=$(sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' <<<"$1")
+    [[ $before != '(null)' ]] || before=''
+    echo "$before${before:+${2:+,}}$2"
+}
+
+come_back() { # NODES_TO_LEAVE_OUT METALM_ARGUMENTS...
+    local leave_out=$1
+    shift
+    if [[ ${METALM_COME_BACK:-requeue} = requeue ]] && scontrol requeue "$SLURM_JOB_ID"; then
+        say "queued again${leave_out:+ without $leave_out}"
+        # Slurm starts the job again when this script has ended, which is later than this.
+        [[ -z $leave_out ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$leave_out"
+        sleep 60 & # Slurm ends this script
+        wait
+        return
+    fi
+    local options=(--nodes="$SLURM_JOB_NUM_NODES" --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION")
+    options+=(--dependency="afterany:$SLURM_JOB_ID" --time="$(squeue --noheader --job="$SLURM_JOB_ID" --format=%l)")
+    [[ -z $leave_out ]] || options+=(--exclude="$leave_out")
+    [[ -z ${SLURM_JOB_ACCOUNT:-} ]] || options+=(--account="$SLURM_JOB_ACCOUNT")
+    [[ -z ${SLURM_GPUS_PER_NODE:-} ]] || options+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
+    # shellcheck disable=SC2086  # options, separated by blanks
+    METALM_CHAIN=$chain METALM_ROOT=$root sbatch "${options[@]}" ${METALM_SUCCESSOR_OPTIONS:-} \
+        "$root/slurm/$template" "$@" || say "error: no successor could be submitted" >&2
+}
+
+main "$@"

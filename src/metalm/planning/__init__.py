@@ -1,0 +1,1 @@
+"""What a run will need, by arithmetic alone: bytes, communication, operations, time; which layouts fit."""

@@ -1,0 +1,162 @@
+"""Bytes per rank, by engine and by kind.
+
+Weights, gradients and optimizer follow from ZeRO's rules alone; buffers are what DeepSpeed and the output
+layer hold for a while; activations are what autograd keeps for the backward pass, counted tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from metalm.config import DecoderConfig, EncoderConfig, RunConfig
+from metalm.model.flops import Work
+from metalm.model.parameters import ParameterCount, count_decoder, count_encoders
+from metalm.planning.zero import ZeroSettings, zero_settings
+
+MASTER_AND_MOMENTS = 12
+"""Bytes per parameter: fp32 master and two moments; DeepSpeed keeps masters in fp32 training, too."""
+LOSS_CHUNK = 1024
+"""Positions whose logits are held at once by `metalm.kernels.linear_cross_entropy`."""
+SHARE_MULTIPLE = 16
+"""What the elements of an encoder's share are padded to a multiple of."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of one engine on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Of all kinds."""
+        return sum(dataclasses.astuple(self))
+
+
+KINDS = tuple(field.name for field in dataclasses.fields(Bytes))
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine: its parameters, how it is sharded, and what a rank holds of it."""
+
+    count: ParameterCount
+    zero: ZeroSettings
+    shards: int
+    """Ranks that ZeRO shards over."""
+    held: Bytes
+
+
+def element_size(config: RunConfig) -> int:
+    """Bytes of a weight, gradient or activation."""
+    return 2 if config.training.precision == "bf16" else 4
+
+
+def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[str, EnginePlan]:
+    """Both engines, by component.
+
+    Args:
+        config: fits on so many ranks.
+        micro_batch: the mean work of one micro-batch.
+    """
+    tensor, size = config.parallel.tensor, element_size(config)
+    decoder = count_decoder(config.model, tensor)
+    activations = decoder_activations(config.model.decoder, config, size)
+    plans = {
+        "decoder": _engine(
+            decoder,
+            zero_settings(config.deepspeed.decoder),
+            world_size // tensor,
+            size,
+            activations,
+            _loss_buffers(config, size),
+        )
+    }
+    if config.model.encoders:
+        kept = sum(
+            encoder_activations(encoder, share_elements(micro_batch, name, tensor), size)
+            for name, encoder in config.model.encoders.items()
+        )
+        zero = zero_settings(config.deepspeed.encoders)
+        plans["encoders"] = _engine(count_encoders(config.model), zero, world_size, size, kept, 0.0)
+    return plans
+
+
+def share_elements(micro_batch: Work, encoder: str, tensor_size: int) -> int:
+    """Elements of one TP rank's share of a micro-batch, with padding."""
+    elements = micro_batch.encoders[encoder].elements / tensor_size
+    return max(SHARE_MULTIPLE, math.ceil(elements / SHARE_MULTIPLE) * SHARE_MULTIPLE)
+
+
+def shard_bytes(count: ParameterCount, zero: ZeroSettings, shards: int, size: int) -> Bytes:
+    """Weights, gradients and optimizer of one engine on one rank under ZeRO.
+
+    Args:
+        count: of the component; what one tensor-parallel rank holds.
+        zero: stage 1 shards the optimizer, 2 gradients as well, 3 weights as well.
+        shards: ranks that ZeRO shards over.
+        size: bytes of a weight and of a gradient.
+    """
+    held, trained = count.per_rank, count.trained_per_rank
+    trained_shard = math.ceil(trained / shards)
+    return Bytes(
+        weights=size * (math.ceil(held / shards) if zero.stage == 3 else held),
+        gradients=size * (trained_shard if zero.stage >= 2 else trained),
+        optimizer=0 if zero.offloads_optimizer else MASTER_AND_MOMENTS * trained_shard,
+        buffers=0.0,
+        activations=0.0,
+    )
+
+
+def decoder_activations(decoder: DecoderConfig, config: RunConfig, size: int) -> float:
+    """What autograd keeps of the decoder for one micro-batch on one tensor-parallel rank."""
+    positions = config.training.micro_batch_size * config.data.sequence_length
+    tensor, hidden = config.parallel.tensor, decoder.hidden_size
+    # Split over TP: query, key, value, attended; and what the feed-forward keeps of its inner width.
+    inner = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4}[decoder.activation]
+    key_values = 2 * decoder.key_value_heads * decoder.head_size
+    split = (2 * hidden + key_values + inner * decoder.feed_forward_size) / tensor
+    # On every TP rank: both norms' inputs and outputs, unless sequence parallelism splits them, too.
+    repeated = 4 * hidden / (tensor if config.parallel.sequence_parallel else 1)
+    ends = 2 * hidden  # the docked input, and what the output layer reads
+    if decoder.recompute:
+        per_position = decoder.num_layers * hidden + split + repeated + ends
+    else:
+        per_position = decoder.num_layers * (split + repeated) + ends
+    return size * positions * per_position
+
+
+def encoder_activations(encoder: EncoderConfig, elements: int, size: int) -> float:
+    """What autograd keeps of one encoder for one share of so many elements."""
+    hidden = encoder.hidden_size
+    layer = 8 * hidden + 2 * encoder.feed_forward_size  # norms' inputs and outputs, q, k, v, attended
+    layers = encoder.num_layers * hidden + layer if encoder.recompute else encoder.num_layers * layer
+    return size * elements * (layers + hidden)
+
+
+def _engine(
+    count: ParameterCount, zero: ZeroSettings, shards: int, size: int, activations: float, loss: float
+) -> EnginePlan:
+    held = shard_bytes(count, zero, shards, size)
+    buffers = loss
+    if count.trained_per_rank:
+        buffers += size * zero.bucket_elements * (2 if zero.overlap and zero.stage < 3 else 1)
+    if not zero.offloads_optimizer:
+        buffers += 4 * math.ceil(count.trained_per_rank / shards)  # the update's fp32 gradient
+    if zero.stage == 3:
+        buffers += size * min(count.per_rank, zero.max_live_elements)  # gathered weights
+    held = dataclasses.replace(held, buffers=buffers, activations=activations)
+    return EnginePlan(count, zero, shards, held)
+
+
+def _loss_buffers(config: RunConfig, size: int) -> float:
+    """Of the output layer's backward: the weight's gradient in fp32, and a chunk of logits three times."""
+    rows = config.model.padded_vocab_size // config.parallel.tensor
+    positions = min(LOSS_CHUNK, config.training.micro_batch_size * config.data.sequence_length)
+    return 4 * rows * config.model.decoder.hidden_size + positions * rows * (4 + 4 + size)

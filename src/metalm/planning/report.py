@@ -1,0 +1,117 @@
+"""Plans as text for operators."""
+
+from __future__ import annotations
+
+from metalm.config import RunConfig
+from metalm.planning.memory import KINDS
+from metalm.planning.plan import CONTEXT_BYTES, USABLE_SHARE, Plan
+from metalm.planning.search import Found, overrides
+
+GIB, MIB = 2**30, 2**20
+SHOWN_LAYOUTS = 10
+
+
+def describe_batch(plan: Plan) -> str:
+    """Ranks and batch arithmetic."""
+    config, training = plan.config, plan.config.training
+    tensor = config.parallel.tensor
+    data = plan.world_size // tensor
+    positions = training.global_batch_size * config.data.sequence_length
+    return "\n".join(
+        [
+            f"ranks           {plan.world_size}: tensor {tensor} x data {data}",
+            f"global batch    {training.global_batch_size} rows = {data} data-parallel ranks x "
+            f"{plan.accumulation} micro-batch(es) x {training.micro_batch_size} row(s)",
+            f"positions       {positions:,} per step, {positions * training.steps:,} in "
+            f"{training.steps:,} steps",
+            f"lanes           {config.data.lanes}, {config.data.lanes // data} per data-parallel rank",
+        ]
+    )
+
+
+def describe_memory(plan: Plan) -> str:
+    """Parameters, and bytes per rank by engine and kind."""
+    kinds = "".join(f"{kind:>13}" for kind in KINDS)
+    lines = [
+        f"{'component':<12}{'parameters':>16}{'trained':>16}{'ZeRO':>6}{kinds}{'all':>13}   MiB per rank"
+    ]
+    for name, engine in plan.engines.items():
+        sizes = [getattr(engine.held, kind) for kind in KINDS]
+        cells = "".join(f"{size / MIB:>13,.1f}" for size in [*sizes, sum(sizes)])
+        count, stage = engine.count, engine.zero.stage
+        trained = count.total - count.frozen
+        lines.append(f"{name:<12}{count.total:>16,}{trained:>16,}{stage:>6}{cells}")
+    sizes = [*plan.bytes_by_kind.values(), plan.total_bytes]
+    lines.append(f"{'all':<50}" + "".join(f"{size / MIB:>13,.1f}" for size in sizes))
+    return "\n".join(lines)
+
+
+def describe_cost(plan: Plan) -> str:
+    """Whether the device holds it, communication, operations, time, and the assumptions."""
+    device, step_s = plan.device, plan.step_s
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines = [
+        f"device          {device.name}, {plan.world_size} of them, {device.per_node} a node",
+        f"memory          {plan.total_bytes / GIB:.1f} GiB of {plan.limit_bytes / GIB:.1f} usable a rank: "
+        f"{verdict}",
+        f"FLOPs           {plan.model_flops:.3e} a step, {plan.executed_flops:.3e} executed by a rank",
+        "sent per step   by one rank",
+    ]
+    for part in plan.traffic:
+        where = "between nodes" if part.spans_nodes else "inside a node"
+        hidden = ", beside the computation" if part.hidden else ""
+        lines.append(
+            f"  {part.kind:<22}{part.num_bytes / GIB:>10.3f} GiB   {part.group_size} ranks {where}{hidden}"
+        )
+    lines.append(f"step            {step_s:.3f} s")
+    for name, seconds in plan.parts_s.items():
+        lines.append(f"  {name:<28}{seconds:>8.3f} s {seconds / step_s:>6.0%}")
+    lines += [
+        f"utilisation     {plan.utilisation:.1%} of {plan.peak_tflops:g} TFLOP/s, a device's dense "
+        f"{plan.config.training.precision} peak",
+        f"duration        {plan.days:.2f} days for {plan.config.training.steps:,} steps",
+        *_assumptions(plan),
+    ]
+    return "\n".join(lines)
+
+
+def describe_search(found: Found, base: RunConfig) -> str:
+    """The best layouts, with what to type for each."""
+    lines = [
+        f"{found.tried} layouts, {len(found.plans)} fit, {found.too_large} need too much memory; best first",
+        "",
+        f"{'step':>9}{'used':>7}{'GiB':>7}{'TP':>4}{'DP':>6}{'micro':>6}{'ZeRO':>6}"
+        "   type behind the pipeline",
+    ]
+    for plan in found.plans[:SHOWN_LAYOUTS]:
+        config = plan.config
+        stages = ",".join(str(engine.zero.stage) for engine in plan.engines.values())
+        tensor = config.parallel.tensor
+        typed = " ".join(overrides(plan, base)) or "(as it is)"
+        lines.append(
+            f"{plan.step_s:>7.2f} s{plan.utilisation:>7.1%}{plan.total_bytes / GIB:>7.1f}{tensor:>4}"
+            f"{plan.world_size // tensor:>6}{config.training.micro_batch_size:>6}{stages:>6}   {typed}"
+        )
+    if not found.plans and found.smallest is not None:
+        need, limit = found.smallest.total_bytes / GIB, found.smallest.limit_bytes / GIB
+        typed = " ".join(overrides(found.smallest, base)) or "the pipeline as it is"
+        lines.append(f"the smallest needs {need:.1f} GiB of {limit:.1f} usable: {typed}")
+    return "\n".join(lines)
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    a, device = plan.assumptions, plan.device
+    captions = f"; captions of {a.caption_tokens} tokens" if _has_pairs(plan.config) else ""
+    assumed = [
+        f"products and attention at {a.compute_efficiency:.0%} of the peak, links at {a.link_efficiency:.0%} "
+        f"of {device.intra_node / 1e9:g} GB/s inside and {device.inter_node / 1e9:g} GB/s between nodes",
+        "nothing hidden but ZeRO's overlapped communication; all ranks equally busy; data in time",
+        f"text documents fill a row{captions}",
+        f"usable memory: {USABLE_SHARE:.0%} less {CONTEXT_BYTES / GIB:.0f} GiB for context and communication",
+        f"figures of the device: {device.source}",
+    ]
+    return [f"{'' if number else 'assumed':<16}{line}" for number, line in enumerate(assumed)]
+
+
+def _has_pairs(config: RunConfig) -> bool:
+    return any(source.kind == "image_text" for source in config.data.sources.values())

@@ -1,0 +1,73 @@
+"""The mean work of a step: what its rows are expected to hold, from the config and two assumptions.
+
+Documents of text fill a row (the dearest case for attention), and captions have a given mean length.
+"""
+
+from __future__ import annotations
+
+from metalm.config import RunConfig
+from metalm.config.schema import EncoderConfig, SourceConfig
+from metalm.model.flops import EncoderWork, Work
+
+CAPTION_TOKENS = 24
+"""Assumed mean length of a caption, where a plan is told no other."""
+
+
+def mean_row(config: RunConfig, caption_tokens: int = CAPTION_TOKENS) -> Work:
+    """The mean work of one row over the mixture of the sources."""
+    sources = config.data.sources.values()
+    rows = [_source_row(config, source, caption_tokens) for source in sources]
+    weights = [source.weight for source in sources]
+    if config.data.mixture_unit == "tokens":
+        weights = [weight / row.positions for weight, row in zip(weights, rows, strict=True)]
+    shares = [weight / sum(weights) for weight in weights]
+    encoders = {
+        name: EncoderWork(
+            *(
+                sum(s * getattr(r.encoders[name], field) for s, r in zip(shares, rows, strict=True))
+                for field in ("elements", "pairs", "patches")
+            )
+        )
+        for name in config.model.encoders
+    }
+    positions = sum(share * row.positions for share, row in zip(shares, rows, strict=True))
+    pairs = sum(share * row.pairs for share, row in zip(shares, rows, strict=True))
+    return Work(positions, pairs, encoders)
+
+
+def scaled(work: Work, factor: float) -> Work:
+    """The work of so many rows."""
+    encoders = {
+        name: EncoderWork(part.elements * factor, part.pairs * factor, part.patches * factor)
+        for name, part in work.encoders.items()
+    }
+    return Work(work.positions * factor, work.pairs * factor, encoders)
+
+
+def _source_row(config: RunConfig, source: SourceConfig, caption_tokens: int) -> Work:
+    encoder = config.model.encoders.get(source.encoder or "")
+    idle = {name: EncoderWork(0.0, 0.0, 0.0) for name in config.model.encoders}
+    length = config.data.sequence_length
+    if source.kind == "text":
+        busy = idle if encoder is None else idle | {source.encoder or "": _text_spans(config)}
+        return Work(length, length * (length + 1) / 2, busy)
+    assert encoder is not None  # the rules of the config say so
+    return _row_of_pairs(encoder, source.encoder or "", length, caption_tokens, idle)
+
+
+def _text_spans(config: RunConfig) -> EncoderWork:
+    spans = config.data.spans
+    elements = spans.fraction * config.data.sequence_length
+    return EncoderWork(elements, elements * (spans.min_length + 1 + spans.max_length) / 2, 0.0)
+
+
+def _row_of_pairs(
+    encoder: EncoderConfig, name: str, length: int, caption_tokens: int, idle: dict[str, EncoderWork]
+) -> Work:
+    assert encoder.image is not None
+    patches = encoder.image.num_patches
+    size = min(patches + caption_tokens + 2, length)
+    count = length // size
+    span = patches + min((caption_tokens - 1) / 2, encoder.max_text_positions)
+    busy = EncoderWork(count * span, count * span**2, count * patches)
+    return Work(count * size, count * size * (size + 1) / 2, idle | {name: busy})

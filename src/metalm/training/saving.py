@@ -1,0 +1,234 @@
+"""Write one checkpoint: snapshot what this rank owns, write it beside the training, publish it once.
+
+The ranks meet in the checkpoint's partial folder, not in a collective: each writes its files and then a
+record of them, and the first rank publishes when every record is there. So nothing here communicates
+while the training does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalm.checkpoint.folders import prune_checkpoints
+from metalm.checkpoint.format import ParameterIndex, Piece, piece_name, rank_file, read_parameter, write_index
+from metalm.checkpoint.manifest import PARTIAL_SUFFIX, FileRecord, publish, record_file, write_manifest
+from metalm.checkpoint.reader import CONFIG_NAME, STATE_NAME, read_json
+from metalm.checkpoint.writer import write_tensors
+from metalm.config import CheckpointConfig
+from metalm.parallel.sharding import sharding_of, whole_shape
+from metalm.parallel.topology import Topology
+from metalm.training.pieces import owned_ranges, shard_shape
+
+logger = logging.getLogger(__name__)
+
+DATA_FOLDER = "data"
+_POLL_S = 0.05
+
+
+class Abandoned(Exception):
+    """Another rank could not write its part."""
+
+
+@dataclass
+class Snapshot:
+    """What this rank owns of one component, in host memory."""
+
+    tensors: dict[str, Tensor]
+    """float32, by `PARAMETER|STATE`."""
+    index: dict[str, ParameterIndex]
+    """Pieces of this rank alone."""
+
+
+class HostBuffers:
+    """Host memory that one snapshot after another is taken into; pinned beside a CUDA device."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    def snapshot(self, engine: Any, component: str, topology: Topology) -> Snapshot:
+        """Copy the masters and moments that this rank owns."""
+        file = rank_file(topology.rank)
+        taken = Snapshot({}, {})
+        for name, parameter, owned in owned_ranges(engine):
+            sharding = sharding_of(parameter)
+            if component == "decoder" and sharding is None and topology.tensor_rank > 0:
+                continue  # replicated: the first tensor rank writes it
+            tensor_size = 1 if sharding is None else topology.tensor_size
+            piece = Piece(file, 0 if sharding is None else topology.tensor_rank, owned.start, owned.size)
+            taken.index[name] = ParameterIndex(
+                shape=whole_shape(shard_shape(engine, parameter), sharding, tensor_size),
+                partition_dim=None if sharding is None else sharding.dimension,
+                partition_stride=1 if sharding is None else sharding.stride,
+                tensor_size=tensor_size,
+                pieces=(piece,),
+                states=tuple(owned.states),
+            )
+            for state, tensor in owned.states.items():
+                key = piece_name(name, state)
+                taken.tensors[key] = self._copy((component, key), tensor)
+        return taken
+
+    def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape:
+            buffer = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+            self._buffers[key] = buffer
+        return buffer.copy_(tensor.detach(), non_blocking=True)
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """One checkpoint in the making, as this rank sees it."""
+
+    partial: Path
+    snapshots: Mapping[str, Snapshot]
+    lane_states: Mapping[int, Any] | None
+    """Of this rank's lanes; None where another rank of the TP group has them."""
+    state: Mapping[str, Any]
+    topology: Topology
+    run_config: Path
+    keep: CheckpointConfig
+
+    @property
+    def folder(self) -> Path:
+        """What it is called when it is published."""
+        return self.partial.with_name(self.partial.name.removesuffix(PARTIAL_SUFFIX))
+
+    def write(self) -> None:
+        """Write this rank's files, and then their record.
+
+        Raises:
+            OSError: a file could not be written.
+        """
+        written: dict[str, FileRecord] = {}
+        for component, snapshot in self.snapshots.items():
+            (self.partial / component).mkdir(exist_ok=True)
+            if snapshot.tensors:
+                name = f"{component}/{rank_file(self.topology.rank)}"
+                written[name] = write_tensors(self.partial / name, snapshot.tensors)
+        if self.lane_states is not None:
+            name = f"{DATA_FOLDER}/lanes_{self.topology.data_rank:05d}.json"
+            written[name] = _write_json(self.partial / name, self.lane_states)
+        record = {
+            "files": {name: asdict(entry) for name, entry in written.items()},
+            "indices": {
+                component: {name: asdict(index) for name, index in snapshot.index.items()}
+                for component, snapshot in self.snapshots.items()
+            },
+        }
+        path = _record_path(self.partial, self.topology.rank)
+        _write_json(path.with_suffix(PARTIAL_SUFFIX), record)
+        path.with_suffix(PARTIAL_SUFFIX).replace(path)
+
+    def publish(self, abandoned: threading.Event) -> None:
+        """Wait for the records of all ranks and publish the checkpoint. The first rank calls it.
+
+        Raises:
+            OSError: a file could not be written.
+            Abandoned: the event was set.
+        """
+        files: dict[str, FileRecord] = {}
+        indices: dict[str, dict[str, ParameterIndex]] = {component: {} for component in self.snapshots}
+        for rank in range(self.topology.world_size):
+            path = _record_path(self.partial, rank)
+            while not path.exists():
+                if abandoned.wait(_POLL_S):
+                    raise Abandoned
+            record = read_json(path)
+            files |= {name: FileRecord(**entry) for name, entry in record["files"].items()}
+            for component, index in record["indices"].items():
+                for name, entry in index.items():
+                    _add_pieces(indices[component], name, read_parameter(entry))
+            path.unlink()
+        for component, index in indices.items():
+            write_index(self.partial / component, index)
+            files[f"{component}/index.json"] = record_file(self.partial / component / "index.json")
+        files[STATE_NAME] = _write_json(self.partial / STATE_NAME, self.state, indent=1)
+        shutil.copyfile(self.run_config, self.partial / CONFIG_NAME)
+        files[CONFIG_NAME] = record_file(self.partial / CONFIG_NAME)
+        write_manifest(self.partial, files)
+        publish(self.partial)
+        try:
+            keep = self.keep
+            prune_checkpoints(self.folder.parent, keep.keep_last, keep.keep_every_steps, whole=self.folder)
+        except OSError as error:
+            logger.warning("old checkpoints could not be removed: %s", error)
+
+
+class RunningSave:
+    """A job at work on threads of its own."""
+
+    def __init__(self, job: SaveJob) -> None:
+        self.job = job
+        self._began = time.perf_counter()
+        self._abandoned = threading.Event()
+        # A rank's own part ends first; waiting for the others' must not hold up knowing that it failed.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
+        self._written = self._pool.submit(job.write)
+        self._published: Future[None] | None = None
+        if job.topology.rank == 0:
+            self._published = self._pool.submit(job.publish, self._abandoned)
+
+    def is_over(self) -> bool:
+        """Whether this rank has nothing left to do for it."""
+        return self._written.done() and (self._published is None or self._published.done())
+
+    def has_failed(self) -> bool:
+        """Whether this rank's part has failed by now. Does not wait."""
+        parts = (self._written, self._published)
+        return any(part is not None and part.done() and part.exception() is not None for part in parts)
+
+    def wait_written(self) -> str | None:
+        """Wait for this rank's own part; answer what went wrong."""
+        return _problem(self._written)
+
+    def wait_published(self) -> str | None:
+        """Wait for the publication; answer what went wrong. Nothing to wait for but on the first rank."""
+        return None if self._published is None else _problem(self._published)
+
+    def abandon(self) -> None:
+        """Give the checkpoint up and remove what there is of it on the first rank."""
+        self._abandoned.set()
+        self._pool.shutdown(wait=True)
+        if self.job.topology.rank == 0:
+            shutil.rmtree(self.job.partial, ignore_errors=True)
+
+    def close(self) -> float:
+        """End the threads; answer the seconds since the job began."""
+        self._pool.shutdown(wait=True)
+        return time.perf_counter() - self._began
+
+
+def _problem(part: Future[None]) -> str | None:
+    error = part.exception()
+    if error is not None and not isinstance(error, OSError | Abandoned):
+        raise error
+    return None if error is None else str(error)
+
+
+def _add_pieces(merged: dict[str, ParameterIndex], name: str, own: ParameterIndex) -> None:
+    pieces = merged[name].pieces if name in merged else ()
+    merged[name] = ParameterIndex(
+        own.shape, own.partition_dim, own.partition_stride, own.tensor_size, pieces + own.pieces, own.states
+    )
+
+
+def _record_path(partial: Path, rank: int) -> Path:
+    return partial / f"written_{rank:05d}.json"
+
+
+def _write_json(path: Path, content: Any, indent: int | None = None) -> FileRecord:
+    path.write_text(json.dumps(content, indent=indent))
+    return record_file(path)

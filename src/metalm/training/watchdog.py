@@ -1,0 +1,61 @@
+"""End a run in which nothing happens any more, and leave behind what each rank was doing."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from metalm.errors import EXIT_FAULT
+
+_GRACE_S = 10.0
+"""For the other ranks to write their stacks, before a launcher ends them for this rank's exit."""
+
+
+class Watchdog:
+    """A thread that ends this process with EXIT_FAULT when `beat` is not called for too long.
+
+    A rank that waits in a collective for another one hangs just like that other one does. So every
+    rank's watchdog barks, and the stacks of all ranks are in the logs.
+    """
+
+    def __init__(self, log_folder: Path, rank: int, limit_minutes: float) -> None:
+        """Start watching.
+
+        Args:
+            log_folder: gets `stacks_rank_N.txt`.
+            rank: of this process.
+            limit_minutes: longest time between two beats.
+        """
+        self._stacks = log_folder / f"stacks_rank_{rank:05d}.txt"
+        self._rank, self._limit_s = rank, 60.0 * limit_minutes
+        self._doing, self._last = "starting", time.monotonic()
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, doing: str) -> None:
+        """Say that the run is alive, and what it does next."""
+        self._doing, self._last = doing, time.monotonic()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._limit_s / 4)):
+            silent_s = time.monotonic() - self._last
+            if silent_s > self._limit_s:
+                self._bark(silent_s)
+
+    def _bark(self, silent_s: float) -> None:
+        message = f"rank {self._rank} has hung for {silent_s:.0f} s while {self._doing}"
+        with self._stacks.open("w") as handle:
+            handle.write(message + "\n")
+            handle.flush()
+            faulthandler.dump_traceback(handle, all_threads=True)
+        print(f"metalm: {message}; stacks are in {self._stacks}", file=sys.stderr, flush=True)
+        time.sleep(_GRACE_S)
+        os._exit(EXIT_FAULT)

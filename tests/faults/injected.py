@@ -1,0 +1,117 @@
+"""Faults, set up in a rank before it starts: each makes one rank do what broken hardware would."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from metalm.training import loop
+from metalm.training.step import TrainStep
+from metalm.training.stopping import StopRequest
+
+_original_run = TrainStep.run
+
+
+def not_a_number(rank: int, *, victim: int, first: int, last: int) -> None:
+    """The victim's loss is no number in its calls `first` to `last` of the step, counted from 1."""
+
+    def poison(number: int, step: TrainStep, batches: list[Any]) -> list[Any]:
+        if rank != victim or not first <= number <= last:
+            return batches
+        mask = batches[0].loss_mask.clone()
+        mask[0, 0] = math.nan
+        return [replace(batches[0], loss_mask=mask), *batches[1:]]
+
+    _before_each_step(poison)
+
+
+def spike(rank: int, *, victim: int, number: int, factor: float) -> None:
+    """The victim's decoder returns losses that are `factor` times too large in one step."""
+
+    def disturb(call: int, step: TrainStep, batches: list[Any]) -> list[Any]:
+        decoder = step._engines.decoder.module
+        if rank == victim and call == number:
+            decoder.register_forward_hook(lambda module, arguments, losses: losses * factor, prepend=True)
+        elif rank == victim and call == number + 1:
+            decoder._forward_hooks.popitem(last=False)
+        return batches
+
+    _before_each_step(disturb)
+
+
+def asleep(rank: int, *, victim: int, number: int) -> None:
+    """The victim never enters one step."""
+
+    def sleep(call: int, step: TrainStep, batches: list[Any]) -> list[Any]:
+        if rank == victim and call == number:
+            time.sleep(10_000)
+        return batches
+
+    _before_each_step(sleep)
+
+
+def late(rank: int, *, victim: int, seconds: float) -> None:
+    """The victim's host is slow between steps."""
+    is_asked = StopRequest.is_asked
+
+    def slow(request: StopRequest) -> bool:
+        if rank == victim:
+            time.sleep(seconds)
+        return is_asked(request)
+
+    StopRequest.is_asked = slow
+
+
+def corrupt_weight(rank: int, *, victim: int, number: int, parameter: str) -> None:
+    """After a step, one bit of the victim's working copy of a decoder parameter is another."""
+
+    def run(step: TrainStep, batches: list[Any], rate: float) -> Any:
+        result = _original_run(step, batches, rate)
+        if rank == victim and step._engines.decoder.global_steps == number:
+            _flip_a_bit(dict(step._engines.decoder.module.named_parameters())[parameter].data)
+        return result
+
+    TrainStep.run = run
+
+
+def corrupt_master(rank: int, *, victim: int, number: int, parameter: str) -> None:
+    """Before a step, one bit of the victim's fp32 master of a decoder parameter is another."""
+
+    def flip(call: int, step: TrainStep, batches: list[Any]) -> list[Any]:
+        if rank == victim and call == number:
+            weight: Any = dict(step._engines.decoder.module.named_parameters())[parameter]
+            _flip_a_bit(weight._hp_mapping.get_hp_fragment().data)
+        return batches
+
+    _before_each_step(flip)
+
+
+def slow_steps(rank: int, *, seconds: float) -> None:
+    """Every step takes so much longer, that something can be done to the run meanwhile."""
+
+    def wait(call: int, step: TrainStep, batches: list[Any]) -> list[Any]:
+        time.sleep(seconds)
+        return batches
+
+    _before_each_step(wait)
+
+
+def _before_each_step(change: Callable[[int, TrainStep, list[Any]], list[Any]]) -> None:
+    calls = 0
+
+    def run(step: TrainStep, batches: list[Any], rate: float) -> Any:
+        nonlocal calls
+        calls += 1
+        return _original_run(step, change(calls, step, batches), rate)
+
+    assert loop.TrainStep is TrainStep
+    TrainStep.run = run
+
+
+def _flip_a_bit(tensor: torch.Tensor) -> None:
+    tensor.view(-1).view(torch.int32)[0] ^= 1 << 16

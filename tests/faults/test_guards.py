@@ -1,0 +1,163 @@
+"""Harm from inside: each fault is met as the config says, and told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from faults.harness import Ranks, figures, state_of_newest, wait_until
+from metalm.checkpoint.folders import is_whole, list_checkpoints
+from metalm.errors import EXIT_FAULT, EXIT_RESTART
+
+Start = Callable[..., Ranks]
+
+
+def test_one_rank_without_a_number_skips_the_step_on_all(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fault = ("not_a_number", {"victim": 1, "first": 4, "last": 4})
+    ranks = start(run, "training.steps=8", fault=fault)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert figures(run, "guards/skipped_not_finite") == {step: float(step >= 4) for step in range(1, 9)}
+    assert figures(run, "optimizer/gradient_norm")[4] == -1
+    state = state_of_newest(run)
+    assert state["optimizer_steps"] == {"decoder": 7.0, "encoders": 7.0}
+    assert state["guard"]["skipped"] == [7, 1, 0]
+
+
+def test_too_many_skipped_steps_go_back_to_the_checkpoint_and_past_the_data(
+    start: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    limits = ("guards.max_skipped_steps=2", "training.steps=12")
+    fault = ("not_a_number", {"victim": 0, "first": 7, "last": 9})
+    ranks = start(run, *limits, fault=fault)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "3 steps in a row were skipped up to step 9: back to step 5" in ranks.output()
+    undisturbed = tmp_path / "undisturbed"
+    assert start(undisturbed, *limits).wait() == [0, 0]
+    seen, usual = (figures(folder, "data/fingerprint") for folder in (run, undisturbed))
+    assert sorted(seen) == list(range(1, 13))
+    assert [seen[step] for step in range(1, 6)] == [usual[step] for step in range(1, 6)]
+    assert [seen[step] for step in (6, 7, 8)] == [usual[step] for step in (10, 11, 12)]
+    assert figures(run, "guards/rewinds")[12] == 1
+    assert all(norm > 0 for norm in figures(run, "optimizer/gradient_norm").values())
+
+
+@pytest.mark.parametrize(
+    ("first", "message"), [(2, "there is no checkpoint to go back to"), (7, "after 1 rewind(s)")]
+)
+def test_a_run_that_cannot_recover_gives_up(start: Start, tmp_path: Path, first: int, message: str) -> None:
+    limits = ("guards.max_skipped_steps=1", "guards.max_rewinds=1")
+    fault = ("not_a_number", {"victim": 0, "first": first, "last": 10_000})
+    ranks = start(tmp_path / "run", *limits, fault=fault)
+    assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 2, ranks.output()
+    assert message in ranks.output()
+
+
+def test_a_spike_is_skipped(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fault = ("spike", {"victim": 1, "number": 14, "factor": 50.0})
+    ranks = start(run, "training.steps=16", "guards.spike_window=8", fault=fault)
+    assert ranks.wait() == [0, 0], ranks.output()
+    skipped = figures(run, "guards/skipped_spikes")
+    assert [step for step in skipped if skipped[step] > skipped.get(step - 1, 0)] == [14]
+    assert state_of_newest(run)["optimizer_steps"]["decoder"] == 15.0
+    assert figures(run, "loss/all")[14] > 2 * figures(run, "loss/all")[15]
+
+
+def test_a_rank_asleep_ends_the_run_with_the_stacks_of_all(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks = start(run, "guards.hang_minutes=0.25", fault=("asleep", {"victim": 1, "number": 7}))
+    assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 2, ranks.output()
+    sleeping, waiting = ((run / "logs" / f"stacks_rank_0000{rank}.txt").read_text() for rank in (1, 0))
+    assert "hung" in sleeping and "while step 7" in sleeping
+    assert "in sleep" in sleeping and "injected.py" in sleeping
+    assert "all_reduce" in waiting or "step.py" in waiting
+    again = start(run)
+    assert again.wait() == [0, 0], again.output()
+    assert "step 5 of 40, resumed" in again.output()
+
+
+def test_a_late_rank_is_named(start: Start, tmp_path: Path) -> None:
+    ranks = start(tmp_path / "run", "training.steps=8", fault=("late", {"victim": 1, "seconds": 0.4}))
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert f"rank 1 on {os.uname().nodename} is slow: it comes to a step late by" in ranks.output()
+    assert figures(tmp_path / "run", "ranks/late_seconds_worst")[8] > 0.3
+
+
+def test_a_corrupted_replica_is_named_and_not_saved(start: Start, tmp_path: Path) -> None:
+    parameter = "gpt.embedding.word_embeddings.weight"
+    sizes = ("data.lanes=6", "training.global_batch_size=6", "guards.drift_every_steps=3")
+    fault = ("corrupt_weight", {"victim": 2, "number": 6, "parameter": parameter})
+    ranks = start(tmp_path / "run", *sizes, num_ranks=3, fault=fault)
+    assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 3, ranks.output()
+    assert "1 parameter(s) differ between replicas at step 6" in ranks.output()
+    assert f"decoder.{parameter} on rank 2 of ranks [0, 1, 2]" in ranks.output()
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [folder.name for folder in checkpoints] == ["step_00000005"]
+
+
+def test_masters_of_tensor_ranks_that_drift_apart_are_found_later(start: Start, tmp_path: Path) -> None:
+    """Each tensor rank updates its own master of a parameter that is not cut; nothing heals it."""
+    parameter = "gpt.decoder.layers.0.mlp_norm.weight"
+    fault = ("corrupt_master", {"victim": 1, "number": 4, "parameter": parameter})
+    ranks = start(tmp_path / "run", "parallel.tensor=2", "guards.drift_every_steps=3", fault=fault)
+    assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 2, ranks.output()
+    assert f"decoder.{parameter} on rank 1 of ranks [0, 1]" in ranks.output()
+    assert "at step 6" in ranks.output()
+
+
+def test_a_time_limit_saves_and_asks_to_be_started_again(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks = start(run, "training.time_limit_minutes=0.1", fault=("slow_steps", {"seconds": 1.0}))
+    assert ranks.wait(all_by_themselves=True) == [EXIT_RESTART] * 2, ranks.output()
+    last = max(figures(run, "loss/all"))
+    assert 0 < last < 40
+    assert state_of_newest(run)["step"] == last
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_the_training_goes_on(start: Start, small_disk: Path) -> None:
+    run = small_disk / "run"
+    ranks = start(run, "checkpoint.keep_last=2", fault=("slow_steps", {"seconds": 0.2}))
+    assert wait_until(lambda: len(list_checkpoints(run / "checkpoints")) == 1, ranks)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 64 * 1024))
+    assert wait_until(lambda: "the training goes on" in ranks.output(), ranks)
+    filler.unlink()
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "No space left on device" in ranks.output()
+    assert sorted(figures(run, "loss/all")) == list(range(1, 41))
+    assert figures(run, "guards/failed_saves")[40] >= 1
+    assert state_of_newest(run)["step"] == 40
+    assert all(map(is_whole, list_checkpoints(run / "checkpoints")))
+
+
+def test_a_last_save_that_fails_ends_with_a_fault(start: Start, small_disk: Path) -> None:
+    run = small_disk / "run"
+    ranks = start(
+        run, "training.steps=10", "checkpoint.every_steps=10", fault=("slow_steps", {"seconds": 0.2})
+    )
+    assert wait_until(lambda: (run / "logs" / "metrics.jsonl").exists(), ranks)
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 64 * 1024))
+    assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 2, ranks.output()
+    assert "could not be saved" in ranks.output()
+    assert list((run / "checkpoints").iterdir()) == []

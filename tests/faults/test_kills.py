@@ -1,0 +1,67 @@
+"""Ranks that are killed at any instant: the run goes on by the same command, and nothing shows."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faults.harness import Ranks, content_of_newest, figures, wait_until
+from metalm.checkpoint.folders import is_whole, list_checkpoints
+from metalm.checkpoint.manifest import PARTIAL_SUFFIX
+
+KILLS = 20
+LAYOUTS = (
+    ("parallel.tensor=2", "deepspeed.encoders=deepspeed_configs/encoders_zero3.json"),
+    ("deepspeed.decoder=deepspeed_configs/decoder_zero2.json",),
+)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=["tp2_dp1", "tp1_dp2"])
+def undisturbed(
+    request: pytest.FixtureRequest, start: Callable[..., Ranks], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[str, ...], Path, float]:
+    """Layout, folder and seconds of a run that nothing happened to."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    began = time.monotonic()
+    assert start(run, *request.param).wait() == [0, 0]
+    return request.param, run, time.monotonic() - began
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("half", range(2))
+def test_killed_runs_end_as_the_undisturbed_one(
+    half: int, undisturbed: tuple[tuple[str, ...], Path, float], start: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    layout, expected, whole_s = undisturbed
+    for number in range(half, KILLS // len(LAYOUTS), 2):
+        chance = random.Random(f"{layout} {number}")
+        run = tmp_path / f"killed_{number}"
+        ranks = start(run, *layout)
+        if number % 3 == 0:  # while a checkpoint is being written
+            checkpoints, nth = run / "checkpoints", chance.randrange(5)
+            wait_until(
+                lambda c=checkpoints, n=nth: (
+                    any(c.glob(f"step_*{PARTIAL_SUFFIX}")) and len(list_checkpoints(c)) >= n
+                ),
+                ranks,
+            )
+            time.sleep(chance.uniform(0.0, 0.02))
+        else:
+            time.sleep(chance.uniform(0.0, 0.9 * whole_s))
+        ranks.kill(victim := chance.randrange(2))
+        assert ranks.wait()[victim] in (-signal.SIGKILL, 0)
+        published = list_checkpoints(run / "checkpoints") if (run / "checkpoints").exists() else []
+        assert all(map(is_whole, published))
+        again = start(run, *layout)
+        assert again.wait() == [0, 0], again.output()
+        if published:
+            assert f"step {int(published[-1].name[5:])} of 40, resumed" in again.output()
+        for name in ("loss/all", "optimizer/gradient_norm", "data/fingerprint"):
+            assert figures(run, name) == figures(expected, name), f"kill {number}: {name}"
+        assert content_of_newest(run) == content_of_newest(expected)
+        assert not list((run / "checkpoints").glob(f"*{PARTIAL_SUFFIX}"))

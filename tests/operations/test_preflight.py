@@ -1,0 +1,144 @@
+"""Which nodes `metalm preflight` refuses, on real ranks that stand for two nodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from metalm.errors import EXIT_DONE, EXIT_NODE
+from metalm.operations.node_report import Gpu, NodeReport
+from metalm.operations.preflight_limits import Limits, find_problems
+
+RANK = [sys.executable, "-m", "metalm", "preflight"]
+QUICK = ("--mebibytes", "4", "--deadline-s", "40", "--write-mib-s", "0")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_nodes(
+    run_folder: Path, *options: str, nodes: dict[str, dict[str, str]], absent: str = ""
+) -> tuple[set[int], str]:
+    """One rank per node, each with its own environment: the ranks' exit codes, and rank 0's output."""
+    port, processes = free_port(), []
+    for rank, (node, own) in enumerate(nodes.items()):
+        if node == absent:
+            continue
+        environment = {
+            "SLURM_PROCID": str(rank),
+            "SLURM_NTASKS": str(len(nodes)),
+            "SLURM_LOCALID": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "SLURMD_NODENAME": node,
+            "METALM_NODES": " ".join(nodes),
+            "OMP_NUM_THREADS": "1",
+        }
+        processes.append(
+            subprocess.Popen(
+                [*RANK, str(run_folder), *QUICK, "--bad-nodes", str(run_folder.parent / "bad"), *options],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, **environment, **own},
+            )
+        )
+    outputs = [process.communicate(timeout=150)[0] for process in processes]
+    return {process.returncode for process in processes}, outputs[0]
+
+
+def bad_nodes(run_folder: Path) -> dict[str, str]:
+    lines = (run_folder.parent / "bad").read_text().splitlines()
+    return dict(line.split("\t") for line in lines)
+
+
+def test_fit_nodes_pass_with_all_figures(tmp_path: Path) -> None:
+    codes, output = run_nodes(tmp_path / "run", nodes={"a": {}, "b": {}})
+    assert codes == {EXIT_DONE}, output
+    for node in ("a", "b"):
+        (line,) = [line.split() for line in output.splitlines() if line.split()[:1] == [node]]
+        name, gpus, _, _, free_gib, write_mib_s, clock_s, within, across, verdict = line
+        assert (name, gpus, within, verdict) == (node, "0", "-", "ok")
+        assert min(float(free_gib), float(write_mib_s), float(across)) > 0
+        assert abs(float(clock_s)) < 0.5
+    assert "torch 2." in output
+    assert not (tmp_path / "bad").exists()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_node_with_another_torch_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "other/torch-9.9.9.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    codes, output = run_nodes(tmp_path / "run", nodes={"a": {}, "b": {"PYTHONPATH": str(package.parent)}})
+    assert codes == {EXIT_NODE}, output
+    assert bad_nodes(tmp_path / "run").keys() == {"b"}
+    assert bad_nodes(tmp_path / "run")["b"].startswith("torch is 9.9.9, elsewhere 2.")
+    assert "torch is 9.9.9" in output
+
+
+def test_a_node_with_a_gpu_short_is_refused(tmp_path: Path) -> None:
+    nodes = {}
+    for node, count in (("a", 2), ("b", 1)):
+        smi = tmp_path / node / "nvidia-smi"
+        smi.parent.mkdir()
+        smi.write_text(f"#!/bin/sh\nyes 'NVIDIA X, 81559, 4, 41, 580.1' | head -n {count}\n")
+        smi.chmod(0o755)
+        nodes[node] = {"PATH": f"{smi.parent}:{os.environ['PATH']}"}
+    codes, output = run_nodes(tmp_path / "run", "--gpus", "2", nodes=nodes)
+    assert codes == {EXIT_NODE}, output
+    assert bad_nodes(tmp_path / "run") == {"b": "1 GPUs, expected 2"}
+
+
+def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
+    codes, output = run_nodes(tmp_path / "run", "--deadline-s", "12", nodes={"a": {}, "b": {}}, absent="b")
+    assert codes == {EXIT_NODE}, output
+    assert bad_nodes(tmp_path / "run") == {"b": "1 of its ranks do not report"}
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
+    if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount).returncode != 0:
+        pytest.skip("cannot mount a small disk: needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_refused(full_disk: Path) -> None:
+    codes, output = run_nodes(full_disk / "run", nodes={"a": {}})
+    assert codes == {EXIT_NODE}, output
+    assert f"cannot write 64 MiB to {full_disk}/run: No space left on device" in output
+    assert not list((full_disk / "run").iterdir())
+
+
+def test_limits_name_the_node_and_the_figure() -> None:
+    gpu = Gpu(total_gib=80.0, used_gib=0.1, celsius=40.0)
+    fit = NodeReport("fit", (gpu,), {"driver": "580"}, (), 100.0, 900.0, 0.0, 200.0, 40.0)
+    hot = NodeReport("hot", (Gpu(80.0, 30.0, 97.0),), {"driver": "570"}, (), 0.5, 2.0, 7.0, 100.0, 1.0)
+    limits = Limits(gpus=1, gpu_gib=79, within_gib_s=150, across_gib_s=20)
+    problems = find_problems([fit, hot, fit], limits)
+    assert problems.keys() == {"hot"}
+    assert problems["hot"] == [
+        "30.0 GiB of GPU 0 are in use before the run",
+        "GPU 0 has 97 degrees, at most 90",
+        "0.50 GiB are free at the run folder, expected 1",
+        "2.00 MiB/s are written at the run folder, expected 5",
+        "100.00 GiB/s all-reduce within the node, expected 150",
+        "1.00 GiB/s all-reduce with its neighbours, expected 20",
+        "its clock is +7.00 s off, at most 1",
+        "driver is 570, elsewhere 580",
+    ]

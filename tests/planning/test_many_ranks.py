@@ -1,0 +1,50 @@
+"""Groups and shards of 1,024 ranks, on a simulated process group with shapes on the meta device."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed.ranks import PROGRAMS, run_command
+from metalm.config import load_config
+from metalm.planning.devices import find_device
+from metalm.planning.plan import plan_run
+
+RANKS, TENSOR = 1024, 8
+PIPELINE = """
+run: {name: paper_language}
+parallel: {tensor: 8}
+model:
+  vocab_size: 64001
+  decoder: {num_layers: 24, hidden_size: 2048, num_heads: 32}
+  encoders:
+    text: {num_layers: 24, hidden_size: 1024, num_heads: 16, max_text_positions: 512}
+data:
+  tokenizer: unused
+  sequence_length: 2048
+  lanes: 128
+  sources: {text: {path: unused, kind: text, encoder: text}}
+training: {steps: 300000, global_batch_size: 1024, micro_batch_size: 4}
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 517, 1023])
+def test_a_simulated_rank_holds_what_the_plan_says(rank: int, tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(PIPELINE)
+    command = [sys.executable, str(PROGRAMS / "simulate_ranks.py"), str(path), str(rank), str(RANKS)]
+    code, output = run_command(command, timeout_s=120)
+    assert code == 0, output
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    found = json.loads(line[7:])
+    first = rank // TENSOR * TENSOR
+    assert found["tensor_ranks"] == list(range(first, first + TENSOR))
+    assert found["data_ranks"] == list(range(rank % TENSOR, RANKS, TENSOR))
+    plan = plan_run(load_config(path), RANKS, find_device("h100"))
+    for name, engine in plan.engines.items():
+        assert found[name] == engine.count.per_rank
+        assert found[f"{name}_shards"] == engine.shards
+        assert engine.held.optimizer == 12 * -(-engine.count.per_rank // engine.shards)

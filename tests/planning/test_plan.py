@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+
+from distributed.planned import measured_batches, planned_config
+from distributed.tiny import tiny_config
+from metalm.errors import ConfigError, TopologyError
+from metalm.model.flops import count_training_flops
+from metalm.planning.devices import device_by_driver_name, find_device
+from metalm.planning.plan import Assumptions, plan_run
+from metalm.planning.report import describe_cost
+from metalm.planning.search import overrides, search_layouts
+from metalm.planning.workload import mean_row
+from metalm.training.plan import describe_plan
+
+
+def test_the_dry_run_states_the_batch_arithmetic() -> None:
+    text = describe_plan(tiny_config("unused", tensor=2, micro_batch_size=1), 4)
+    assert "4: tensor 2 x data 2" in text
+    assert "8 rows = 2 data-parallel ranks x 4 micro-batch(es) x 1 row(s)" in text
+    assert "4, 2 per data-parallel rank" in text
+
+
+def test_an_impossible_layout_has_no_plan() -> None:
+    with pytest.raises(TopologyError):
+        describe_plan(tiny_config("unused", tensor=2), 3)
+
+
+def test_the_operations_of_a_step_equal_those_counted_in_its_batches() -> None:
+    """The rows hold exactly what the mean row is expected to hold."""
+    config = planned_config()
+    counted = sum(count_training_flops(b, config.model) for b in measured_batches(config, 0, 1))
+    plan = plan_run(config, 1, find_device("cpu"))
+    assert plan.model_flops == pytest.approx(counted, rel=1e-9)
+    assert plan.executed_flops == pytest.approx(counted, rel=1e-9)  # nothing is padding here
+
+
+def test_the_mean_row_weighs_the_sources() -> None:
+    """Of text rows a quarter in spans of about 12; of pairs 4 patches and 10 tokens, two to a row of 40."""
+    config = tiny_config("unused")
+    spans = config.data.spans.model_copy(update={"min_length": 11, "max_length": 12})
+    sources = config.data.sources
+    sources = sources | {"pairs": sources["pairs"].model_copy(update={"weight": 3.0})}
+    data = config.data.model_copy(update={"spans": spans, "sources": sources})
+    row = mean_row(config.model_copy(update={"data": data}), caption_tokens=10)
+    assert row.positions == pytest.approx(40 / 4 + 32 * 3 / 4)
+    assert row.encoders["text"].elements == pytest.approx(0.25 * 40 / 4)
+    assert row.encoders["image"].patches == pytest.approx(2 * 4 * 3 / 4)
+    assert row.encoders["image"].elements == pytest.approx(2 * (4 + 4.5) * 3 / 4)
+
+
+def test_time_is_the_sum_of_its_parts_and_follows_the_assumptions() -> None:
+    config, device = planned_config(tensor=2), find_device("h100")
+    plan = plan_run(config, 4, device)
+    fast = plan_run(config, 4, device, Assumptions(compute_efficiency=1.0))
+    assert plan.parts_s["compute"] * 0.6 == pytest.approx(fast.parts_s["compute"])
+    compute = plan.executed_flops / (device.fp32_tflops * 1e12)
+    assert fast.parts_s["compute"] == pytest.approx(compute)
+    assert plan.step_s == pytest.approx(sum(plan.parts_s.values()))
+    assert plan.days == pytest.approx(plan.step_s * config.training.steps / 86400)
+    text = describe_cost(plan)
+    assert "60% of the peak" in text
+    assert device.source in text
+
+
+def test_a_tensor_group_across_nodes_is_charged_their_link() -> None:
+    config = planned_config(tensor=4)
+    inside = plan_run(config, 4, find_device("h100"))
+    content = config.model_dump()
+    content["model"]["decoder"] |= {"num_heads": 16}
+    content["parallel"]["tensor"] = 16
+    across = plan_run(type(config).model_validate(content), 16, find_device("h100"))
+    assert [t.spans_nodes for t in inside.traffic if t.kind == "decoder all-reduces"] == [False]
+    assert [t.spans_nodes for t in across.traffic if t.kind == "decoder all-reduces"] == [True]
+
+
+def test_the_search_offers_layouts_that_fit_best_first_and_what_to_type() -> None:
+    config = planned_config()
+    found = search_layouts(config, 4, find_device("h100"))
+    assert found.plans
+    assert all(plan.fits for plan in found.plans)
+    times = [plan.step_s for plan in found.plans]
+    assert times == pytest.approx(sorted(times), rel=0.01)
+    tensors = {plan.config.parallel.tensor for plan in found.plans}
+    assert tensors == {1, 2, 4}
+    # The rows of a step, the seed and the model stay as they are.
+    for plan in found.plans:
+        kept = {"global_batch_size", "steps", "optimizer", "precision"}
+        assert plan.config.training.model_dump(include=kept) == config.training.model_dump(include=kept)
+    typed = overrides(next(p for p in found.plans if p.config.parallel.tensor == 2), config)
+    assert "parallel.tensor=2" in typed
+
+
+def test_a_search_without_room_names_the_smallest_need() -> None:
+    config = planned_config()
+    content = config.model_dump()
+    content["data"]["sequence_length"] = 2**26
+    found = search_layouts(type(config).model_validate(content), 1, find_device("a100"))
+    assert not found.plans
+    assert found.tried == found.too_large > 0
+    assert found.smallest is not None
+    assert not found.smallest.fits
+    assert found.smallest.config.model.decoder.recompute
+
+
+def test_devices_are_found_by_both_names() -> None:
+    assert find_device("h100").peak_tflops == 989.4
+    reported = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100_pcie", "NVIDIA H200": "h200"}
+    for driver, name in reported.items():
+        assert device_by_driver_name(driver) is find_device(name)
+    assert device_by_driver_name("NVIDIA GeForce") is None
+    with pytest.raises(ConfigError, match="h100"):
+        find_device("h1000")

@@ -1,0 +1,84 @@
+"""Submits a run to Slurm with one command, from the repository:
+
+python tools/submit.py pipelines/X.yaml training.steps=500 --nodes 2 --gpus-per-node 8 --dry-run
+
+It copies code and config into the run folder, and the job runs the copy, also when it is queued again: the
+repository may be changed meanwhile. --dry-run writes nothing; it shows the resolved config, the plan and the
+line that would be typed.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import yaml
+
+from metalm.cli import ToolParser, run_tool
+from metalm.commit import git_commit
+from metalm.config import load_config
+from metalm.errors import ConfigError
+from metalm.operations.submission import Submission
+from metalm.training.plan import describe_plan
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--template", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, help="default: SBATCH_GPUS_PER_NODE, if set")
+    parser.add_argument(
+        "--ranks-per-node", type=int, help="default: METALM_RANKS_PER_NODE, else the GPUs, or 1"
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="=--OPTION", help="one more option for sbatch"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and stop")
+    return parser.parse_intermixed_args()
+
+
+def from_environment(name: str) -> int | None:
+    """The number at the end of a variable such as `8` or `a100:8`; None where it is not set."""
+    value = os.environ.get(name, "")
+    return int(value.rpartition(":")[2]) if value else None
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    submission = Submission(
+        config=load_config(arguments.pipeline, arguments.overrides),
+        stamp=time.strftime("%Y%m%d-%H%M%S"),
+        template=f"{arguments.template}.sbatch",
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node or from_environment("SBATCH_GPUS_PER_NODE"),
+        ranks_per_node=arguments.ranks_per_node or from_environment("METALM_RANKS_PER_NODE"),
+        options=arguments.sbatch,
+    )
+    plan = describe_plan(submission.config, submission.ranks)
+    words, environment = submission.command(), submission.environment()
+    line = " ".join(
+        [*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)]
+    )
+    if arguments.dry_run:
+        print(yaml.safe_dump(submission.config.model_dump(mode="json"), sort_keys=False))
+        print(plan, line, sep="\n\n")
+        return
+    if not shutil.which(words[0]):
+        raise ConfigError("there is no sbatch here: submit from a login node, or look with --dry-run")
+    submission.write(REPOSITORY, git_commit())
+    print(plan, line, sep="\n\n", flush=True)
+    code = subprocess.run(words, env={**os.environ, **environment}).returncode
+    if code:
+        shutil.rmtree(submission.folder)
+        raise ConfigError(f"sbatch refused the job with code {code}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
