@@ -48,7 +48,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Any]]]:
-    """Train on a topology under every ZeRO pair; its folder, with a checkpoint of the last step, and results."""
+    """Train on a topology under every ZeRO pair; its folder, with the last step's checkpoint, and results."""
 
     @functools.cache
     def train(name: str) -> tuple[Path, list[Any]]:
