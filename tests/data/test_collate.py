@@ -14,6 +14,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.config.schema import ModelConfig
 from metalm.data.collate import collate
 from metalm.data.rows import Row, RowSpans, empty_row, image_prompt, text_prompt
+from metalm.kernels import IntervalMask
 
 PAD, PATCHES, PATCH_BYTES = 4, 4, 192
 SHAPE = {"num_layers": 1, "hidden_size": 8, "num_heads": 2}
@@ -58,6 +59,21 @@ def test_a_full_row_predicts_the_first_token_of_the_next() -> None:
     batch = collated([text_row(12, [(4, 12)], next_token=99)], 12)
     assert batch.loss_mask[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     assert batch.labels[0, -1] == 99
+
+
+def test_bidirectional_spans_see_themselves_whole_and_are_trained_alike() -> None:
+    decoder = MODEL.decoder.model_copy(update={"spans": "bidirectional"})
+    model = MODEL.model_copy(update={"decoder": decoder})
+    rows = [text_row(9, []), text_row(12, [(2, 4), (4, 8)])]
+    batch = collate(rows, model_config=model, sequence_length=12, tp_size=1, pad_id=PAD)
+    assert batch.attention_end.tolist() == [
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0],
+        [1, 2, 4, 4, 8, 8, 8, 8, 9, 10, 11, 12],
+    ]
+    IntervalMask(batch.attention_start, batch.attention_end, 12).validate()
+    causal = collated(rows, 12)
+    assert torch.equal(batch.labels, causal.labels)
+    assert torch.equal(batch.loss_mask, causal.loss_mask)
 
 
 def test_padding_sees_nothing_and_is_not_trained() -> None:
