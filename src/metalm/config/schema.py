@@ -7,7 +7,7 @@ Paths are relative to the folder in which the command is started.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -136,6 +136,24 @@ class ImageConfig(Section):
         return (self.image_size // self.patch_size) ** 2
 
 
+class PretrainedConfig(Section):
+    """An encoder of transformers, from a local folder. Its sizes and input follow from the folder."""
+
+    path: Path
+    """Holds config.json, model.safetensors and, for images preprocessor_config.json, for text
+    tokenizer.json."""
+    definition: dict[str, Any] = {}
+    """The model's config, filled in when a pipeline is read: a run goes on without the folder."""
+    image_mean: tuple[float, float, float] | None = None
+    """Of the pixels in 0..1, by channel; filled in, as is `image_std`."""
+    image_std: tuple[float, float, float] | None = None
+
+    @property
+    def model_type(self) -> str:
+        """What transformers calls the kind of model."""
+        return str(self.definition["model_type"])
+
+
 class RelativeBiasConfig(Section):
     """T5's relative-position bias, one table for all layers; both values are *open* in the paper."""
 
@@ -146,15 +164,19 @@ class RelativeBiasConfig(Section):
 
 
 class EncoderConfig(Section):
-    """A bidirectional encoder. With `image` its spans are an image followed by a text prefix."""
+    """A bidirectional encoder. With `image` its spans are an image followed by a text prefix.
+
+    With `pretrained` all sizes follow from the folder and are not given; an image then has no text prefix.
+    """
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_heads: PositiveInt
     ffn_hidden_size: PositiveInt | None = None
     normalization: Normalization = "deepnorm"
-    max_text_positions: PositiveInt
-    """Longest text of one span, in tokens."""
+    max_text_positions: NonNegativeInt
+    """Longest text of one span, in tokens of the encoder's tokenizer."""
+    pretrained: PretrainedConfig | None = None
     relative_bias: RelativeBiasConfig | None = None
     """Added to the learned positions, in encoders of text."""
     image: ImageConfig | None = None

@@ -91,6 +91,8 @@ class _RowsSpans:
         self.patches = [spans.patches for _, spans in found if spans.patches is not None]
         self.lengths = self.bounds[:, 1] - self.bounds[:, 0]
         self.positions = _ranges(self.bounds[:, 0], self.lengths)
+        own_ids = [spans.ids for _, spans in found if spans.ids is not None]
+        self.ids = np.concatenate(own_ids) if own_ids else None
 
 
 def _document_intervals(rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,12 +129,19 @@ def _encoder_batch(
     patch_bytes = 3 * config.image.patch_size**2 if config.image else 0
     patches = np.concatenate(spans.patches) if spans.patches else np.empty((0, patch_bytes), np.uint8)
     shares, vectors, positions = [], [], []
+    first_elements = np.cumsum(spans.lengths) - spans.lengths
+    if config.pretrained is not None:
+        pad_id = 0  # the shared tokenizer's may be beyond the encoder's vocabulary
     for rank, chosen in enumerate(members):
         docked = _ranges(spans.bounds[chosen, 0], spans.lengths[chosen])
+        if spans.ids is None:
+            span_tokens = tokens[docked]
+        else:
+            span_tokens = spans.ids[_ranges(first_elements[chosen], spans.lengths[chosen])]
         vectors.append(rank * length + np.arange(len(docked)))
         positions.append(docked)
         shares.append(
-            _share(spans, chosen, tokens[docked], patches, length, pad_id, config.joint_layers is not None)
+            _share(spans, chosen, span_tokens, patches, length, pad_id, config.joint_layers is not None)
         )
     return EncoderBatch(
         shares=tuple(shares),

@@ -7,6 +7,8 @@ from metalm.config import EncoderConfig, ModelConfig
 
 def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
     """One encoder without its connector."""
+    if encoder.pretrained is not None:
+        return sum(_count_pretrained(encoder))
     final_norm = 2 * encoder.hidden_size if encoder.normalization == "pre_ln" else 0
     layers = sum(_encoder_layer(encoder, number) for number in range(encoder.num_layers))
     return _encoder_embeddings(encoder, config) + layers + final_norm
@@ -23,6 +25,8 @@ def count_connector(encoder: EncoderConfig, config: ModelConfig) -> int:
 
 def count_frozen(encoder: EncoderConfig, config: ModelConfig) -> int:
     """Parameters of one encoder that are not trained."""
+    if encoder.pretrained is not None:
+        return _count_pretrained(encoder)[1]
     if encoder.trained_layers == "all":
         return 0
     if encoder.trained_layers == "none":
@@ -34,6 +38,13 @@ def count_frozen(encoder: EncoderConfig, config: ModelConfig) -> int:
 def encoder_layer_weights(encoder: EncoderConfig) -> int:
     """Weights of the matrix products that one element passes in one layer."""
     return 4 * encoder.hidden_size**2 + 2 * encoder.hidden_size * encoder.feed_forward_size
+
+
+def _count_pretrained(encoder: EncoderConfig) -> tuple[int, int]:
+    """Trained and frozen parameters of an encoder of transformers, from its shapes on the meta device."""
+    from metalm.model.pretrained import count_parameters  # needs transformers, which takes seconds
+
+    return count_parameters(encoder.model_dump_json())
 
 
 def _encoder_embeddings(encoder: EncoderConfig, config: ModelConfig) -> int:
