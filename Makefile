@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 DEMO := data/demo
 RUN := runs/demo
 
-.PHONY: setup demo test test-slurm check clean
+.PHONY: setup demo test test-slurm soak check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -51,6 +51,10 @@ test: setup
 # Skipped, with the reason, without root or Slurm's packages (tests/slurm/install.sh).
 test-slurm: setup
 	$(BIN)/python -m pytest tests/slurm
+
+# Ten times as many kills as `make test` has.
+soak: setup
+	KILLS_PER_RUN=10 $(BIN)/python -m pytest tests/faults/test_kills.py
 
 check: setup
 	$(BIN)/ruff format --check .
