@@ -15,10 +15,13 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def topology() -> Iterator[Any]:
-    """One rank alone, in this process."""
+    """One rank alone, in this process; programs that tests start do not see its launch variables."""
     from metalm.parallel.launch import find_launch, open_process_group
     from metalm.parallel.topology import build_topology, close_topology
 
+    before = dict(os.environ)
     device = open_process_group(find_launch({}), timeout_minutes=3)
+    os.environ.clear()
+    os.environ.update(before)
     yield build_topology(1, device)
     close_topology()

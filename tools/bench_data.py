@@ -245,7 +245,7 @@ def rate_of_samples(folder: Path, tokenizer: Tokenizer) -> float:
 
     def documents() -> Iterator[np.ndarray]:
         for block in np.array_split(order, max(1, len(order) // 256)):
-            yield from map(source.document, source.reader.locate(block))
+            yield from map(source.document, source.index.locate(block))
 
     result = rate(documents(), lambda _: 1)
     source.reader.close()
@@ -256,7 +256,7 @@ def rate_of_images(folder: Path, tokenizer: Tokenizer) -> float:
     """Images in the order of the index, decoded and resized."""
     config = config_of(folder, folder).data.sources["text"].model_copy(update={"kind": "image_text"})
     (source,) = open_sources({"photographs": config}, tokenizer)
-    locations = source.reader.locate(np.arange(source.index.num_samples))
+    locations = source.index.locate(np.arange(source.index.num_samples))
     data = (source.reader.read(place.shard, place.offset, place.size) for place in locations)
     result = rate((decode_image(item, image_size=224) for item in data), lambda _: 1)
     source.reader.close()

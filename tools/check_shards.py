@@ -12,12 +12,14 @@ from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
 from metalm.data.checking import ShardCheck, check_shards
+from metalm.data.remote import check_url
 from metalm.errors import EXIT_DATA, EXIT_DONE
 
 
 def main() -> int:
     parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of .tar shards with an index")
+    parser.add_argument("--url", help="where the shards are, if not in the folder: the source's `url`")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder or tokenizer.json")
     parser.add_argument(
         "--samples", type=int, default=16, help="samples decoded per shard (default: %(default)s)"
@@ -26,6 +28,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.processes < 1 or options.samples < 0:
         parser.error("--processes must be positive, --samples not negative")
+    if options.url is not None:
+        check_url(options.url)
 
     def show(check: ShardCheck) -> None:
         for problem in check.problems:
@@ -34,6 +38,7 @@ def main() -> int:
     checks = check_shards(
         options.folder,
         options.tokenizer,
+        url=options.url,
         samples_per_shard=options.samples,
         processes=options.processes,
         on_shard=show,

@@ -1,6 +1,11 @@
 """Index a folder of WebDataset shards, for example those of img2dataset, so that training can read them.
 
-Example: python tools/index_shards.py data/laion --kind image_text
+Shards behind a URL are each read once, as a stream, and indexed into a folder of their own.
+
+Examples:
+    python tools/index_shards.py data/laion --kind image_text
+    python tools/index_shards.py data/pile --kind text --tokenizer data/tokenizer \\
+        --url 'https://host/pile/{shard}' --shards '{0000..0029}-00000-00.tar'
 """
 
 from __future__ import annotations
@@ -11,30 +16,48 @@ from pathlib import Path
 from metalm.cli import ToolParser, run_tool
 from metalm.data.index import build_index
 from metalm.data.preparation.progress import ProgressLine
+from metalm.data.remote import check_url, expand_names
 from metalm.data.shards import Shard
 from metalm.data.tokenizer import load_tokenizer
 
 
 def main() -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of .tar shards")
+    parser.add_argument("folder", type=Path, help="folder of .tar shards, or of the index alone (--url)")
     parser.add_argument("--kind", choices=("text", "image_text"), required=True)
     parser.add_argument(
         "--tokenizer", type=Path, help="the tokenizer that wrote the token members (.u16, .u32), if any"
+    )
+    parser.add_argument("--url", help="where the shards are: as the source's `url` in a pipeline")
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        default=[],
+        help="with --url: names of shards, or patterns such as {00..99}.tar",
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
     options = parser.parse_args()
     if options.processes < 1:
         parser.error("--processes must be positive")
+    if (options.url is None) != (not options.shards):
+        parser.error("--url and --shards belong together")
+    if options.url is not None:
+        check_url(options.url)
 
-    progress = ProgressLine(sum(path.stat().st_size for path in options.folder.glob("*.tar")), "MB", 1e6)
+    names = expand_names(options.shards)
+    if names:
+        progress = ProgressLine(len(names), "shards")
+    else:
+        progress = ProgressLine(sum(path.stat().st_size for path in options.folder.glob("*.tar")), "MB", 1e6)
 
     def show(shard: Shard) -> None:
-        progress.advance(shard.size)
+        progress.advance(1 if names else shard.size)
 
     index = build_index(
         options.folder,
         kind=options.kind,
+        url=options.url,
+        shard_names=names,
         tokenizer_fingerprint=load_tokenizer(options.tokenizer).fingerprint if options.tokenizer else None,
         processes=options.processes,
         on_shard=show,

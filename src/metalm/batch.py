@@ -32,6 +32,10 @@ class EncoderShare:
     attention_end: Tensor  # [L] int32; end of the span, exclusive
     patches: Tensor  # [P, patch_size * patch_size * 3] uint8; P may be 0
     patch_slots: Tensor  # [P] int64; which of the L elements each patch is
+    routes: dict[str, dict[str, Tensor]]
+    """For an encoder with `joint_layers`, int64 slots of the elements of each of its feed-forwards, all L of
+    them in each of two partitions: `separate` into `vision` (patches) and `language` (text, padding); `joint`
+    into the same two, of spans of one modality alone, and `joint`, spans of an image with text."""
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,13 @@ _VISION = {
 
 
 def run_config(kind: str, tokenizer: Path) -> RunConfig:
-    """A run with one of the decoders, whose encoders are normalised in both ways."""
+    """A run with one of the decoders, whose encoders are normalised in both ways; one kind has T5's
+    relative bias and VLMo's feed-forwards."""
     normalizations = ["deepnorm", "pre_ln"]
     if "normalization" in DECODERS[kind]:
         normalizations.reverse()
     own, other = normalizations
+    bias, joint = ({"num_buckets": 8, "max_distance": 6}, 1) if kind == "deepnorm" else (None, None)
     return RunConfig.model_validate(
         {
             "run": {"name": "small", "seed": 11},
@@ -71,8 +73,8 @@ def run_config(kind: str, tokenizer: Path) -> RunConfig:
                 "vocab_size": VOCABULARY,
                 "decoder": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, **DECODERS[kind]},
                 "encoders": {
-                    "vision": {**_VISION, "normalization": other},
-                    "text": {**_SMALL, "normalization": own},
+                    "vision": {**_VISION, "normalization": other, "joint_layers": joint},
+                    "text": {**_SMALL, "normalization": own, "relative_bias": bias},
                 },
             },
             "data": {

@@ -88,7 +88,7 @@ def test_shards_of_img2dataset_are_read(
     (tmp_path / "00000_stats.json").write_text("{}")
     build_index(tmp_path, kind="image_text")
     (source,) = open_sources({"web": SourceConfig(path=tmp_path, kind="image_text", encoder="v")}, tokenizer)
-    locations = source.reader.locate(np.arange(3))
+    locations = source.index.locate(np.arange(3))
     assert [source.captions(location) for location in locations] == [[f"a fox {n}"] for n in range(3)]
     assert source.pixels(locations[0]).shape == (20, 24, 3)
 

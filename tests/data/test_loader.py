@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from metalm.batch import SemiCausalBatch
+from data.steps import global_rows, opened, with_data
 from metalm.config.schema import RunConfig
 from metalm.data.loader import TrainingData
 from metalm.data.workers import WorkerError
 from metalm.errors import ConfigError, DataError
-
-ROW_FIELDS = ("tokens", "labels", "loss_mask", "positions", "attention_start", "attention_end")
 
 
 @pytest.fixture(scope="module")
@@ -38,68 +33,6 @@ def config(
             "scenes": {"path": pair_source([20, 11]), "kind": "image_text", "encoder": "vision"},
         }
     )
-
-
-def with_data(config: RunConfig, **changes: Any) -> RunConfig:
-    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
-
-
-@contextmanager
-def opened(config: RunConfig, **arguments: Any) -> Iterator[TrainingData]:
-    data = TrainingData(config, **{"dp_rank": 0, "dp_size": 1, "tp_size": 1, **arguments})
-    try:
-        yield data
-    finally:
-        data.close()
-
-
-def row_digests(batches: list[SemiCausalBatch]) -> list[str]:
-    """A digest of every field of every row; its docked elements are listed in the order of positions."""
-    digests = []
-    for batch in batches:
-        length = batch.tokens.shape[1]
-        for b in range(len(batch.tokens)):
-            digest = hashlib.sha256()
-            for name in ROW_FIELDS:
-                digest.update(getattr(batch, name)[b].numpy().tobytes())
-            for name, encoder in batch.encoders.items():
-                digest.update(name.encode())
-                share_length = len(encoder.shares[0].token_ids)
-                order = np.argsort(encoder.dock_positions.numpy())
-                for n in order:
-                    position = int(encoder.dock_positions[n])
-                    if position // length != b:
-                        continue
-                    share_number, element = divmod(int(encoder.dock_vectors[n]), share_length)
-                    share = encoder.shares[share_number]
-                    digest.update(f"{position % length} {share.token_ids[element]}".encode())
-                    digest.update(f"{share.positions[element]}".encode())
-                    for slot in np.flatnonzero(share.patch_slots.numpy() == element):
-                        digest.update(share.patches[slot].numpy().tobytes())
-            digests.append(digest.hexdigest())
-    return digests
-
-
-def global_rows(
-    config: RunConfig, steps: int, *, dp_size: int, tp_size: int = 1, states: dict[int, Any] | None = None
-) -> tuple[list[list[str]], dict[int, Any]]:
-    """Per step the digests of the global batch's rows in order, and the states of all lanes at the end."""
-    all_lanes = config.data.lanes
-    rows: list[list[str]] = [[""] * config.training.global_batch_size for _ in range(steps)]
-    end_states: dict[int, Any] = {}
-    for dp_rank in range(dp_size):
-        owned = [lane for lane in range(all_lanes) if lane * dp_size // all_lanes == dp_rank]
-        numbers = [j for j in range(config.training.global_batch_size) if j % all_lanes in owned]
-        with opened(config, dp_rank=dp_rank, dp_size=dp_size, tp_size=tp_size, lane_states=states) as data:
-            for step in range(steps):
-                for number, digest in zip(numbers, row_digests(next(data)), strict=True):
-                    rows[step][number] = digest
-            end_states |= data.lane_states()
-    return rows, json.loads(json.dumps(end_states), object_hook=_integer_keys)
-
-
-def _integer_keys(value: dict[str, Any]) -> dict[Any, Any]:
-    return {int(key) if key.isdigit() else key: item for key, item in value.items()}
 
 
 STEPS = 200

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from metalm.data.tar import Member, TarEnd, scan_members
+from metalm.data.tar import HashedStream, Member, TarEnd, scan_members
 
 NAMES = ["a.txt", "folder/b.jpg", "d" * 90 + "/" + "e" * 90 + ".json", "größe.txt"]
 TOO_LONG_FOR_USTAR = "n" * 120 + ".txt"
@@ -31,7 +31,7 @@ def archive(format: int, *, mtime: float = 0) -> bytes:
 
 
 def scanned(data: bytes) -> tuple[list[Member], TarEnd]:
-    *members, end = scan_members(data)
+    *members, end = scan_members(HashedStream(io.BytesIO(data)))
     assert isinstance(end, TarEnd)
     return members, end
 

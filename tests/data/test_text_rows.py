@@ -42,7 +42,7 @@ def source(text_source: Callable[..., Path], tokenizer: Tokenizer) -> Source:
 
 def framed_documents(source: Source) -> list[list[int]]:
     tokenizer = source.tokenizer
-    locations = source.reader.locate(np.arange(source.index.num_samples))
+    locations = source.index.locate(np.arange(source.index.num_samples))
     return [
         [tokenizer.start_id, *source.document(location).tolist(), tokenizer.document_id]
         for location in locations

@@ -141,10 +141,8 @@ def _trained_encoder(config: RunConfig, kind: str, fits: Callable[[EncoderConfig
     return next(iter([*trained, *fitting]), None)
 
 
-def _rope_parameters(decoder: DecoderConfig) -> dict[str, Any] | None:
-    """In transformers' terms."""
-    if decoder.positions != "rope":
-        return None
+def _rope_parameters(decoder: DecoderConfig) -> dict[str, Any]:
+    """In transformers' terms, which every config of it has; `positions` says whether they are used."""
     scaling = decoder.rope_scaling
     if scaling is None:
         return {"rope_type": "default", "rope_theta": decoder.rope_base}
@@ -167,6 +165,8 @@ def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
         "normalization": encoder.normalization,
         "norm_eps": LAYER_NORM_EPS,
         "max_text_positions": encoder.max_text_positions,
+        "relative_bias": encoder.relative_bias.model_dump() if encoder.relative_bias else None,
+        "joint_layers": encoder.joint_layers,
         "connector": encoder.connector,
         "image_size": encoder.image.image_size if encoder.image else None,
         "patch_size": encoder.image.patch_size if encoder.image else None,

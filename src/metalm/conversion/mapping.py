@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metalm.config import DecoderConfig, ModelConfig
+from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -85,7 +85,7 @@ def _decoder_layer(decoder: DecoderConfig, source: str, target: str) -> Iterator
 def _encoder_rules(config: ModelConfig) -> Iterator[Rule]:
     decoder_hidden = config.decoder.hidden_size
     for name, encoder in config.encoders.items():
-        hidden, wide = encoder.hidden_size, encoder.feed_forward_size
+        hidden = encoder.hidden_size
         source, target = f"encoders.{name}", f"model.encoders.{name}"
         yield _embedding(
             "encoders", f"{source}.token_embedding.weight", f"{target}.token_embedding", config, hidden
@@ -96,14 +96,12 @@ def _encoder_rules(config: ModelConfig) -> Iterator[Rule]:
             yield from _renamed("encoders", f"{source}.patch_embedding", f"{target}.patch_embedding", patch)
             grid = (encoder.image.num_patches, hidden)
             yield _same("encoders", source, target, "image_positions.weight", grid)
-        names = [
-            ("attention_output", "self_attn.o_proj", (hidden, hidden)),
-            ("attention_norm", "attention_norm", (hidden,)),
-            ("ffn_in", "mlp.up_proj", (wide, hidden)),
-            ("ffn_out", "mlp.down_proj", (hidden, wide)),
-            ("ffn_norm", "mlp_norm", (hidden,)),
-        ]
+        if encoder.relative_bias:
+            name_of_bias = f"{target}.relative_bias.weight"
+            table = (encoder.relative_bias.num_buckets, encoder.num_heads)
+            yield _one("encoders", f"{source}.relative_bias.table.weight", name_of_bias, table)
         for layer in range(encoder.num_layers):
+            names = _encoder_layer_names(encoder, layer)
             old, new = f"{source}.layers.{layer}", f"{target}.layers.{layer}"
             # Our own fused projection is not interleaved by head: all queries, all keys, all values.
             qkv = {f"{new}.self_attn.{part}_proj": hidden for part in "qkv"}
@@ -120,11 +118,27 @@ def _encoder_rules(config: ModelConfig) -> Iterator[Rule]:
             )
 
 
+def _encoder_layer_names(encoder: EncoderConfig, layer: int) -> list[tuple[str, str, Shape]]:
+    """Both names of a layer's modules, with the shape of the weight."""
+    hidden, wide = encoder.hidden_size, encoder.feed_forward_size
+    names: list[tuple[str, str, Shape]] = [
+        ("attention_output", "self_attn.o_proj", (hidden, hidden)),
+        ("attention_norm", "attention_norm", (hidden,)),
+        ("ffn_norm", "mlp_norm", (hidden,)),
+    ]
+    for part in encoder.feed_forwards(layer):
+        old, new = f"feed_forwards.{part}", "mlp" if part == "shared" else f"mlp.{part}"
+        names.append((f"{old}.ffn_in", f"{new}.up_proj", (wide, hidden)))
+        names.append((f"{old}.ffn_out", f"{new}.down_proj", (hidden, wide)))
+    return names
+
+
 def _same(component: str, source: str, target: str, leaf: str, shape: Shape) -> Rule:
-    name = f"{target}.{leaf}"
-    return Rule(
-        component, f"{source}.{leaf}", shape, {name: shape}, lambda whole: [whole], lambda parts: parts[0]
-    )
+    return _one(component, f"{source}.{leaf}", f"{target}.{leaf}", shape)
+
+
+def _one(component: str, source: str, target: str, shape: Shape) -> Rule:
+    return Rule(component, source, shape, {target: shape}, lambda whole: [whole], lambda parts: parts[0])
 
 
 def _renamed(

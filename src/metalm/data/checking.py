@@ -12,7 +12,7 @@ import numpy as np
 
 from metalm.config.schema import SourceConfig
 from metalm.data.failures import BadSample
-from metalm.data.index import ShardIndex, open_index
+from metalm.data.index import ShardIndex, open_index, scan_remote
 from metalm.data.shards import scan_shard
 from metalm.data.sources import Source, open_sources
 from metalm.data.tokenizer import load_tokenizer
@@ -33,6 +33,7 @@ def check_shards(
     folder: Path,
     tokenizer_path: Path,
     *,
+    url: str | None = None,
     samples_per_shard: int = 16,
     processes: int = 1,
     on_shard: Callable[[ShardCheck], None] | None = None,
@@ -40,6 +41,7 @@ def check_shards(
     """Reads every shard again, compares it with the index, and decodes some samples of each.
 
     Args:
+        url: where the shards are, if not in `folder` (see `SourceConfig.url`).
         samples_per_shard: decoded at even distances.
         on_shard: called with each shard as it is done.
 
@@ -47,8 +49,10 @@ def check_shards(
         DataError: the index or the tokenizer cannot be used at all.
     """
     index = open_index(folder, check_sizes=False)
-    arguments = [(folder, tokenizer_path, number, samples_per_shard) for number in range(len(index.shards))]
-    _open_source(folder, tokenizer_path)
+    arguments = [
+        (folder, url, tokenizer_path, number, samples_per_shard) for number in range(len(index.shards))
+    ]
+    _open_source(folder, url, tokenizer_path)
     checks = []
     if processes == 1:
         for argument in arguments:
@@ -64,23 +68,24 @@ def check_shards(
     return checks
 
 
-def _open_source(folder: Path, tokenizer_path: Path) -> Source:
-    config = SourceConfig(path=folder, kind=open_index(folder, check_sizes=False).kind)
+def _open_source(folder: Path, url: str | None, tokenizer_path: Path) -> Source:
+    config = SourceConfig(path=folder, url=url, kind=open_index(folder, check_sizes=False).kind)
     return open_sources({folder.name: config}, load_tokenizer(tokenizer_path), check_sizes=False)[0]
 
 
-def _check_shard(argument: tuple[Path, Path, int, int]) -> ShardCheck:
-    folder, tokenizer_path, number, samples_per_shard = argument
-    source = _open_source(folder, tokenizer_path)
+def _check_shard(argument: tuple[Path, str | None, Path, int, int]) -> ShardCheck:
+    folder, url, tokenizer_path, number, samples_per_shard = argument
+    source = _open_source(folder, url, tokenizer_path)
     entry = source.index.shards[number]
-    problems = _differences(source.index, number)
+    problems = _differences(source.index, url, number)
     decoded = 0
     if not problems and entry.num_samples:
         first = sum(shard.num_samples for shard in source.index.shards[:number])
         count = min(samples_per_shard, entry.num_samples)
         chosen = first + np.linspace(0, entry.num_samples - 1, count).astype(np.int64)
-        for location in source.reader.locate(chosen):
+        for location in source.index.locate(chosen):
             try:
+                source.reader.read_ahead([location])
                 if source.index.kind == "text":
                     source.document(location)
                 else:
@@ -95,13 +100,17 @@ def _check_shard(argument: tuple[Path, Path, int, int]) -> ShardCheck:
     return ShardCheck(entry.name, entry.num_samples, decoded, tuple(problems))
 
 
-def _differences(index: ShardIndex, number: int) -> list[str]:
+def _differences(index: ShardIndex, url: str | None, number: int) -> list[str]:
     entry = index.shards[number]
-    path = index.folder / entry.name
     try:
-        found, records = scan_shard(path, index.kind)
+        if url is None:
+            found, records = scan_shard(index.folder / entry.name, index.kind)
+        else:
+            found, records = scan_remote(url, entry.name, index.kind)
     except OSError as error:
         return [f"cannot be read: {error.strerror}"]
+    except DataError as error:
+        return [str(error)]
     problems = []
     for what in ("size", "sha256", "num_samples", "skipped"):
         stated, real = getattr(entry, what), getattr(found, what)

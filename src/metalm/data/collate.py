@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
 from metalm.config.schema import EncoderConfig, ModelConfig
+from metalm.data.balance import assign_spans, span_costs
 from metalm.data.rows import NO_TOKEN, Row, RowSpans
 
 SHARE_MULTIPLE = 16
@@ -78,26 +79,6 @@ def collate(
     )
 
 
-def span_costs(lengths: np.ndarray, config: EncoderConfig) -> np.ndarray:
-    """Relative cost [K] of encoding spans of so many elements: projections and feed-forward, attention."""
-    hidden = config.hidden_size
-    linear = 4 * hidden * hidden + 2 * hidden * config.feed_forward_size
-    return lengths * linear + 2 * hidden * lengths * lengths
-
-
-def assign_spans(costs: np.ndarray, num_shares: int) -> np.ndarray:
-    """The share [K] of each span: the dearest first, each to the share with the least cost so far."""
-    shares = np.zeros(len(costs), np.int64)
-    if num_shares == 1:
-        return shares
-    loads = [0.0] * num_shares
-    for span in np.argsort(-costs, kind="stable").tolist():
-        least = min(range(num_shares), key=loads.__getitem__)
-        loads[least] += float(costs[span])
-        shares[span] = least
-    return shares
-
-
 class _RowsSpans:
     """The spans of one encoder in all rows, in flat positions row * S + p."""
 
@@ -110,6 +91,8 @@ class _RowsSpans:
         self.patches = [spans.patches for _, spans in found if spans.patches is not None]
         self.lengths = self.bounds[:, 1] - self.bounds[:, 0]
         self.positions = _ranges(self.bounds[:, 0], self.lengths)
+        own_ids = [spans.ids for _, spans in found if spans.ids is not None]
+        self.ids = np.concatenate(own_ids) if own_ids else None
 
 
 def _document_intervals(rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,11 +129,20 @@ def _encoder_batch(
     patch_bytes = 3 * config.image.patch_size**2 if config.image else 0
     patches = np.concatenate(spans.patches) if spans.patches else np.empty((0, patch_bytes), np.uint8)
     shares, vectors, positions = [], [], []
+    first_elements = np.cumsum(spans.lengths) - spans.lengths
+    if config.pretrained is not None:
+        pad_id = 0  # the shared tokenizer's may be beyond the encoder's vocabulary
     for rank, chosen in enumerate(members):
         docked = _ranges(spans.bounds[chosen, 0], spans.lengths[chosen])
+        if spans.ids is None:
+            span_tokens = tokens[docked]
+        else:
+            span_tokens = spans.ids[_ranges(first_elements[chosen], spans.lengths[chosen])]
         vectors.append(rank * length + np.arange(len(docked)))
         positions.append(docked)
-        shares.append(_share(spans, chosen, tokens[docked], patches, length, pad_id))
+        shares.append(
+            _share(spans, chosen, span_tokens, patches, length, pad_id, config.joint_layers is not None)
+        )
     return EncoderBatch(
         shares=tuple(shares),
         dock_vectors=torch.from_numpy(np.concatenate(vectors)),
@@ -165,6 +157,7 @@ def _share(
     patches: np.ndarray,
     length: int,
     pad_id: int,
+    has_routes: bool,
 ) -> EncoderShare:
     """The elements of the chosen spans [k], packed end to end and padded to `length`."""
     lengths, num_patches = spans.lengths[chosen], spans.num_patches[chosen]
@@ -195,7 +188,25 @@ def _share(
         attention_end=_tensor(attention[1]),
         patches=_tensor(patches),
         patch_slots=_tensor(slots),
+        routes=_routes(lengths, num_patches, slots, length) if has_routes else {},
     )
+
+
+def _routes(
+    lengths: np.ndarray, num_patches: np.ndarray, patch_slots: np.ndarray, length: int
+) -> dict[str, dict[str, Tensor]]:
+    """Which elements go through which feed-forward: see `EncoderShare.routes`."""
+    is_patch, is_joint = np.zeros(length, bool), np.zeros(length, bool)
+    is_patch[patch_slots] = True
+    is_joint[: lengths.sum()] = np.repeat((num_patches > 0) & (num_patches < lengths), lengths)
+    chosen = {
+        "separate": {"vision": is_patch, "language": ~is_patch},
+        "joint": {"vision": is_patch & ~is_joint, "language": ~is_patch & ~is_joint, "joint": is_joint},
+    }
+    return {
+        kind: {name: _tensor(np.flatnonzero(which)) for name, which in routes.items()}
+        for kind, routes in chosen.items()
+    }
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -19,8 +19,8 @@ from metalm.data.images import cut_patches
 from metalm.data.lanes import image_encoder
 from metalm.data.order import SequentialOrder
 from metalm.data.pair_rows import Pair, longest_caption, pair_row
+from metalm.data.retokenize import load_retokenizer
 from metalm.data.rows import Row, empty_row
-from metalm.data.sample_stream import Place
 from metalm.data.sources import Source, open_sources
 from metalm.data.spans import SpanSampler
 from metalm.data.streams import Stream
@@ -82,9 +82,10 @@ def evaluation_batches(
 
 
 def _text_rows(config: RunConfig, source: Source, num_rows: int) -> Iterator[Row]:
-    spans = None
+    spans = retokenizer = None
     if source.config.encoder is not None:
         spans = SpanSampler(config.data.spans, Stream(_SEED, f"evaluation spans of {source.name}"))
+        retokenizer = load_retokenizer(config.model.encoders[source.config.encoder], source.tokenizer)
     packer = TextPacker(
         source,
         SequentialOrder(source.index),
@@ -92,6 +93,7 @@ def _text_rows(config: RunConfig, source: Source, num_rows: int) -> Iterator[Row
         sequence_length=config.data.sequence_length,
         spans=spans,
         max_consecutive_failures=config.data.max_consecutive_failures,
+        retokenizer=retokenizer,
     )
     for _ in range(num_rows):
         row = packer.next_row()
@@ -132,7 +134,7 @@ def _pack_in_order(
     rows: list[list[Pair]] = []
     room = 0
     for sample in range(source.index.num_samples):
-        (location,) = source.reader.locate(np.array([sample]))
+        (location,) = source.index.locate(np.array([sample]))
         try:
             caption = source.captions(location)[0]
         except BadSample:
@@ -145,6 +147,6 @@ def _pack_in_order(
                 break
             rows.append([])
             room = sequence_length
-        rows[-1].append(Pair(Place(0, sample), location, kept, 0, len(kept) < len(ids)))
+        rows[-1].append(Pair(location, kept, 0))
         room -= size
     return rows

@@ -16,22 +16,62 @@ import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from metalm.config.schema import SourceKind
-from metalm.data.shards import FORMATS, MAX_MEMBER_BYTES, RECORD, TOKEN_DTYPES, Shard, scan_shard
+from metalm.data.remote import RemoteShard, attempt, shard_url
+from metalm.data.shards import (
+    FORMATS,
+    MAX_MEMBER_BYTES,
+    RECORD,
+    TOKEN_DTYPES,
+    Shard,
+    scan_shard,
+    scan_stream,
+)
+from metalm.data.tar import BLOCK
 from metalm.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
+
+
+class SampleLocation(NamedTuple):
+    """Where a sample's members lie. Offsets are in the shard; a size of 0 means that there is none."""
+
+    sample: int
+    shard: int
+    format: int
+    offset: int
+    size: int
+    caption_offset: int
+    caption_size: int
+    json_offset: int
+    json_size: int
+
+    @property
+    def first(self) -> int:
+        """Where the first of its members' headers lies."""
+        caption = self.caption_offset if self.caption_size else self.offset
+        description = self.json_offset if self.json_size else self.offset
+        return min(self.offset, caption, description) - BLOCK
+
+    @property
+    def end(self) -> int:
+        """The end of its last member."""
+        return max(
+            self.offset + self.size,
+            self.caption_offset + self.caption_size,
+            self.json_offset + self.json_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,11 +101,36 @@ class ShardIndex:
             total.update(shard.skipped)
         return dict(sorted(total.items()))
 
+    @functools.cached_property
+    def shard_ends(self) -> np.ndarray:
+        """The first sample [num_shards] int64 after each shard."""
+        return np.cumsum([shard.num_samples for shard in self.shards])
+
+    def locate(self, samples: np.ndarray) -> list[SampleLocation]:
+        """The locations of samples [n], in their order."""
+        records = self.records[samples]
+        shards = np.searchsorted(self.shard_ends, samples, side="right")
+        starts = records["offset"].astype(np.int64)
+        columns = (
+            samples,
+            shards,
+            records["format"],
+            starts + records["main_offset"],
+            records["main_size"],
+            starts + records["caption_offset"],
+            records["caption_size"],
+            starts + records["json_offset"],
+            records["json_size"],
+        )
+        return list(map(SampleLocation._make, zip(*(c.tolist() for c in columns), strict=True)))
+
 
 def build_index(
     folder: Path | str,
     *,
     kind: SourceKind,
+    url: str | None = None,
+    shard_names: Sequence[str] = (),
     tokenizer_fingerprint: str | None = None,
     processes: int = 1,
     max_member_bytes: int = MAX_MEMBER_BYTES,
@@ -75,6 +140,8 @@ def build_index(
 
     Args:
         kind: `text` (members .u16 or .u32, or .txt) or `image_text` (an image, and .txt or .json).
+        url: read the shards of `shard_names` from here instead (see `SourceConfig.url`), each as a stream;
+            `folder`, which is made if need be, holds their index alone.
         tokenizer_fingerprint: of the tokenizer that wrote the token members; needed if there are any.
         processes: shards are scanned by this many at once.
         max_member_bytes: a sample with a larger member is left out.
@@ -85,17 +152,17 @@ def build_index(
             a fingerprint.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder of shards")
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise DataError(
-            f"{folder} holds no *.tar shard (compressed shards cannot be indexed: unpack them first)"
-        )
+    scan: Callable[[str], tuple[Shard, np.ndarray]]
+    if url is None:
+        shard_names = _local_shards(folder)
+        scan = functools.partial(_scan_file, folder, kind=kind, max_member_bytes=max_member_bytes)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        scan = functools.partial(scan_remote, url, kind=kind, max_member_bytes=max_member_bytes)
     partial = folder / "index.records.partial"
     try:
         with partial.open("wb") as file:
-            scanned = _scan_all(paths, kind, max_member_bytes, processes)
+            scanned = _scan_all(shard_names, scan, processes)
             shards, tokens, digest = _write_records(file, folder, scanned, on_shard)
         _check_content(folder, kind, shards, tokens, tokenizer_fingerprint)
         records_name = f"index-{digest[:16]}.records"
@@ -117,7 +184,7 @@ def build_index(
     for stale in folder.glob("index-*.records"):
         if stale.name != records_name:
             stale.unlink()
-    return open_index(folder)
+    return open_index(folder, check_sizes=url is None)
 
 
 def open_index(folder: Path | str, *, check_sizes: bool = True) -> ShardIndex:
@@ -177,15 +244,47 @@ def check_shard_size(path: Path, size: int) -> None:
         )
 
 
+def scan_remote(
+    url: str, name: str, kind: SourceKind, *, max_member_bytes: int = MAX_MEMBER_BYTES
+) -> tuple[Shard, np.ndarray]:
+    """As `scan_shard`, for a shard behind a URL.
+
+    Raises:
+        DataError: it cannot be read to its end, after some attempts.
+    """
+
+    def scan() -> tuple[Shard, np.ndarray]:
+        with RemoteShard(shard_url(url, name)) as stream:
+            return scan_stream(stream, name, kind, max_member_bytes=max_member_bytes)
+
+    return attempt(shard_url(url, name), scan)
+
+
+def _local_shards(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder of shards")
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    if not names:
+        raise DataError(
+            f"{folder} holds no *.tar shard (compressed shards cannot be indexed: unpack them first)"
+        )
+    return names
+
+
+def _scan_file(
+    folder: Path, name: str, kind: SourceKind, *, max_member_bytes: int
+) -> tuple[Shard, np.ndarray]:
+    return scan_shard(folder / name, kind, max_member_bytes=max_member_bytes)
+
+
 def _scan_all(
-    paths: list[Path], kind: SourceKind, max_member_bytes: int, processes: int
+    names: Sequence[str], scan: Callable[[str], tuple[Shard, np.ndarray]], processes: int
 ) -> Iterable[tuple[Shard, np.ndarray]]:
-    scan = functools.partial(scan_shard, kind=kind, max_member_bytes=max_member_bytes)
     if processes == 1:
-        yield from map(scan, paths)
+        yield from map(scan, names)
         return
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(scan, paths)
+        yield from pool.map(scan, names)
 
 
 def _write_records(

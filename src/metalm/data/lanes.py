@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig, SourceConfig
-from metalm.data.order import SampleOrder
+from metalm.data.order import SampleOrder, ShardOrder
 from metalm.data.pair_rows import PairPacker
+from metalm.data.retokenize import load_retokenizer
 from metalm.data.rows import Row
 from metalm.data.sources import Source
 from metalm.data.spans import SpanSampler
@@ -46,17 +47,13 @@ class Mixture:
     def __init__(self, config: RunConfig, sources: list[Source]) -> None:
         self.config = config
         self.sources = sources
-        data = config.data
-        self.orders = {
-            source.name: SampleOrder(
-                source.index,
-                seed=config.run.seed,
-                source_name=source.name,
-                num_lanes=data.lanes,
-                chunk_samples=data.chunk_samples,
-                shuffle_window=data.shuffle_window,
+        self.orders = {source.name: _order(config, source) for source in sources}
+        self.retokenizers = {
+            source.config.encoder: load_retokenizer(
+                config.model.encoders[source.config.encoder], source.tokenizer
             )
             for source in sources
+            if source.config.kind == "text" and source.config.encoder is not None
         }
 
     def check_state(self, state: LaneState) -> None:
@@ -92,8 +89,9 @@ class Lane:
         self._mixture, self._lane = mixture, lane
         self._rows: int = state["rows"] if state else 0
         saved = state["sources"] if state else {}
+        self._sources = [source.for_lane() for source in mixture.sources]
         self._packers = [
-            self._make_packer(source, saved.get(source.name, {}).get("packer")) for source in mixture.sources
+            self._make_packer(source, saved.get(source.name, {}).get("packer")) for source in self._sources
         ]
         self._choices = Stream(mixture.config.run.seed, "source of a row", lane)
         self._weights = np.array([source.config.weight for source in mixture.sources])
@@ -120,6 +118,11 @@ class Lane:
             for source, packer in zip(self._mixture.sources, self._packers, strict=True)
         }
         return {"rows": self._rows, "sources": sources}
+
+    def close(self) -> None:
+        """Closes shards."""
+        for source in self._sources:
+            source.reader.close()
 
     def _choose(self) -> int:
         if len(self._packers) == 1:
@@ -151,6 +154,7 @@ class Lane:
                 sequence_length=length,
                 spans=spans,
                 max_consecutive_failures=failures,
+                retokenizer=self._mixture.retokenizers.get(source.config.encoder or ""),
                 state=state,
             )
         encoder, image = image_encoder(config, source.name, source.config)
@@ -165,6 +169,26 @@ class Lane:
             max_consecutive_failures=failures,
             state=state,
         )
+
+
+def _order(config: RunConfig, source: Source) -> SampleOrder | ShardOrder:
+    data, seed = config.data, config.run.seed
+    if source.config.url is not None:
+        return ShardOrder(
+            source.index,
+            seed=seed,
+            source_name=source.name,
+            num_lanes=data.lanes,
+            shuffle_window=data.shuffle_window,
+        )
+    return SampleOrder(
+        source.index,
+        seed=seed,
+        source_name=source.name,
+        num_lanes=data.lanes,
+        chunk_samples=data.chunk_samples,
+        shuffle_window=data.shuffle_window,
+    )
 
 
 def saved_state(states: dict[int, LaneState], lane: int) -> LaneState:

@@ -22,6 +22,44 @@ CHUNKS_PER_LANE = 4
 """Chunks of a small corpus are shortened until every lane gets this many per epoch, if it can."""
 
 
+class _Deal:
+    """Chunks of all epochs, permuted epoch by epoch, dealt to the lanes in turn."""
+
+    def __init__(self, seed: int, source_name: str, *, num_chunks: int, num_lanes: int, ahead: int) -> None:
+        """`ahead` chunks of a lane are asked for together."""
+        self._stream = Stream(seed, f"chunks of {source_name}")
+        self._num_chunks, self._num_lanes = num_chunks, num_lanes
+        self._permutations: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._kept = 2 + ahead * num_lanes // num_chunks
+
+    def chunk(self, lane: int, number: int) -> int:
+        """A lane's chunk of that number."""
+        epoch, position = divmod(number * self._num_lanes + lane, self._num_chunks)
+        if epoch not in self._permutations:
+            self._permutations[epoch] = self._stream.permutation(epoch, self._num_chunks)
+            while len(self._permutations) > self._kept:
+                self._permutations.popitem(last=False)
+        return int(self._permutations[epoch][position])
+
+    def epoch(self, lane: int, number: int) -> int:
+        """The epoch of a lane's chunk."""
+        return (number * self._num_lanes + lane) // self._num_chunks
+
+
+class _Shuffle:
+    """Permutations of the blocks of each lane."""
+
+    def __init__(self, seed: int, source_name: str) -> None:
+        self._seed, self._purpose = seed, f"blocks of {source_name}"
+        self._streams: dict[int, Stream] = {}
+
+    def __call__(self, samples: np.ndarray, lane: int, block: int) -> np.ndarray:
+        """The samples of a block, shuffled."""
+        if lane not in self._streams:
+            self._streams[lane] = Stream(self._seed, self._purpose, lane)
+        return samples[self._streams[lane].permutation(block, len(samples))]
+
+
 class SampleOrder:
     """The order of one source's samples in every lane, shared by all lanes of a process."""
 
@@ -40,11 +78,10 @@ class SampleOrder:
         self.block_chunks = max(1, shuffle_window // self.chunk_samples)
         self._starts, self._ends = _cut_chunks([s.num_samples for s in index.shards], self.chunk_samples)
         self.num_chunks = len(self._starts)
-        self._epoch_stream = Stream(seed, f"chunks of {source_name}")
-        self._seed, self._block_purpose = seed, f"blocks of {source_name}"
-        self._lane_streams: dict[int, Stream] = {}
-        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._epochs_kept = 2 + self.block_chunks * num_lanes // self.num_chunks
+        self._deal = _Deal(
+            seed, source_name, num_chunks=self.num_chunks, num_lanes=num_lanes, ahead=self.block_chunks
+        )
+        self._shuffle = _Shuffle(seed, source_name)
         self.signature = (
             f"{index.num_samples} samples in chunks of {self.chunk_samples}, {self.block_chunks} chunks "
             f"shuffled together, {num_lanes} lanes, seed {seed}"
@@ -55,27 +92,51 @@ class SampleOrder:
         """The samples [n] int64 of a lane's block, in the order in which they are read."""
         chunks = []
         for k in range(number * self.block_chunks, (number + 1) * self.block_chunks):
-            epoch, position = divmod(k * self.num_lanes + lane, self.num_chunks)
-            chunk = self._permutation(epoch)[position]
+            chunk = self._deal.chunk(lane, k)
             chunks.append(np.arange(self._starts[chunk], self._ends[chunk]))
-        samples = np.concatenate(chunks)
-        return samples[self._lane_stream(lane).permutation(number, len(samples))]
+        return self._shuffle(np.concatenate(chunks), lane, number)
 
     def epoch(self, lane: int, number: int) -> int:
         """The epoch of the first chunk of a lane's block."""
-        return (number * self.block_chunks * self.num_lanes + lane) // self.num_chunks
+        return self._deal.epoch(lane, number * self.block_chunks)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._epoch_stream.permutation(epoch, self.num_chunks)
-            while len(self._epochs) > self._epochs_kept:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
 
-    def _lane_stream(self, lane: int) -> Stream:
-        if lane not in self._lane_streams:
-            self._lane_streams[lane] = Stream(self._seed, self._block_purpose, lane)
-        return self._lane_streams[lane]
+class ShardOrder:
+    """The order of a source whose shards can only be read from the front: a chunk is a whole shard.
+
+    A lane reads its shards one after another, each in windows of `shuffle_window` consecutive samples; a
+    window is a block, and is shuffled. Shards have as many blocks as the largest has windows, so that
+    the place of a block is plain arithmetic: the last blocks of the others are empty.
+    """
+
+    def __init__(
+        self, index: ShardIndex, *, seed: int, source_name: str, num_lanes: int, shuffle_window: int
+    ) -> None:
+        counts = np.array([shard.num_samples for shard in index.shards], np.int64)
+        starts = np.cumsum(counts) - counts
+        self._starts, self._counts = starts[counts > 0], counts[counts > 0]
+        self._window = shuffle_window
+        self._blocks_per_shard = -(-int(counts.max()) // shuffle_window)
+        self._deal = _Deal(seed, source_name, num_chunks=len(self._starts), num_lanes=num_lanes, ahead=1)
+        self._shuffle = _Shuffle(seed, source_name)
+        self.signature = (
+            f"{index.num_samples} samples in {len(self._starts)} whole shards, windows of {shuffle_window}, "
+            f"{num_lanes} lanes, seed {seed}"
+        )
+        """Equal signatures mean equal orders; compared when a run resumes."""
+
+    def block(self, lane: int, number: int) -> np.ndarray:
+        """The samples [n] int64 of a lane's block, in the order in which they are used; n may be 0."""
+        turn, window = divmod(number, self._blocks_per_shard)
+        shard = self._deal.chunk(lane, turn)
+        start, count = self._starts[shard], self._counts[shard]
+        first = window * self._window
+        samples = start + np.arange(first, max(first, min(first + self._window, count)))
+        return self._shuffle(samples, lane, number)
+
+    def epoch(self, lane: int, number: int) -> int:
+        """The epoch of a lane's block."""
+        return self._deal.epoch(lane, number // self._blocks_per_shard)
 
 
 class SequentialOrder:
@@ -86,10 +147,12 @@ class SequentialOrder:
     def __init__(self, index: ShardIndex) -> None:
         self._num_samples = index.num_samples
 
-    def block(self, lane: int, number: int) -> np.ndarray:
-        """The samples [n] int64 of the block; none after the last sample."""
+    def block(self, lane: int, number: int) -> np.ndarray | None:
+        """The samples [n] int64 of the block; None after the last sample."""
         first = number * self.BLOCK
-        return np.arange(first, max(first, min(first + self.BLOCK, self._num_samples)))
+        if first >= self._num_samples:
+            return None
+        return np.arange(first, min(first + self.BLOCK, self._num_samples))
 
 
 def _cut_chunks(samples_per_shard: list[int], chunk_samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from metalm.config.schema import ImageConfig
 from metalm.data.failures import BadSample, FailureGuard
-from metalm.data.images import cut_patches
-from metalm.data.reader import SampleLocation
+from metalm.data.images import cut_patches, decode_image
+from metalm.data.index import SampleLocation
 from metalm.data.rows import Row, RowSpans
 from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream
 from metalm.data.sources import Source
@@ -25,13 +25,20 @@ PAIRS_AHEAD = 16
 
 
 class Pair(NamedTuple):
-    """A pair that waits for its row: everything but the image, which is decoded when it gets there."""
+    """A pair of a row: everything but its image."""
 
-    place: Place
     location: SampleLocation
     ids: np.ndarray  # [n] the caption's tokens
     prefix_length: int
     """Leading caption tokens that are encoded together with the image."""
+
+
+class _Waiting(NamedTuple):
+    """A pair that waits for its row. Its image is decoded when it gets there."""
+
+    place: Place
+    pair: Pair
+    image: memoryview
     truncated: bool
 
 
@@ -59,45 +66,45 @@ class PairPacker:
         place = Place(*state["place"]) if state else Place(0, 0)
         self._stream = SampleStream(source, order, lane, source.captions, guard, place)
         self._image_guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
-        self._waiting: list[Pair] = []
-        for waiting in state["waiting"] if state else []:
-            location, captions = self._stream.read_again(Place(*waiting))
-            self._waiting.append(self._pair(Place(*waiting), location, captions))
+        self._waiting: list[_Waiting] = []
+        for place in [Place(*waiting) for waiting in state["waiting"]] if state else []:
+            self._waiting.append(self._wait(place, *self._stream.read_again(place)))
 
     def state(self) -> dict[str, Any]:
         """Where the next row begins, as JSON holds it."""
         return {
             "place": list(self._stream.place),
-            "waiting": [list(pair.place) for pair in self._waiting],
+            "waiting": [list(waiting.place) for waiting in self._waiting],
             "counters": self.counters.state(),
         }
 
     def next_row(self) -> Row:
         """The next row: the pair that waits longest, then each time the largest that still fits."""
-        pairs: list[Pair] = []
+        taken: list[_Waiting] = []
         patches: list[np.ndarray] = []
         room = self._length
         while True:
             self._look_ahead()
-            pair = self._take_best(room) if pairs else self._waiting.pop(0)
-            if pair is None:
+            waiting = self._take_best(room) if taken else self._waiting.pop(0)
+            if waiting is None:
                 break
             try:
-                pixels = self._source.pixels(pair.location, image_size=self._image.image_size)
+                pixels = decode_image(waiting.image, image_size=self._image.image_size)
             except BadSample as failure:
-                shard = self._source.reader.path_of(pair.location.shard)
-                self._image_guard.failed(failure.cause, shard, pair.location.sample)
+                location = waiting.pair.location
+                shard = self._source.reader.path_of(location.shard)
+                self._image_guard.failed(failure.cause, shard, location.sample)
                 continue
             self._image_guard.passed()
-            pairs.append(pair)
+            taken.append(waiting)
             patches.append(cut_patches(pixels, self._image))
-            room -= self._size(pair)
+            room -= self._size(waiting.pair)
         self.counters.rows += 1
-        self.counters.samples += len(pairs)
+        self.counters.samples += len(taken)
         self.counters.tokens += self._length - room
         self.counters.padding_tokens += room
-        self.counters.truncated_captions += sum(pair.truncated for pair in pairs)
-        row = pair_row(pairs, patches, self._source, self._image)
+        self.counters.truncated_captions += sum(waiting.truncated for waiting in taken)
+        row = pair_row([waiting.pair for waiting in taken], patches, self._source, self._image)
         (spans,) = row.spans.values()
         self.counters.span_tokens += int((spans.bounds[:, 1] - spans.bounds[:, 0]).sum())
         return row
@@ -106,23 +113,24 @@ class PairPacker:
         while len(self._waiting) < PAIRS_AHEAD:
             read = self._stream.read_next()
             assert read is not None
-            self._waiting.append(self._pair(*read))
+            self._waiting.append(self._wait(*read))
 
-    def _take_best(self, room: int) -> Pair | None:
-        fitting = [number for number, pair in enumerate(self._waiting) if self._size(pair) <= room]
+    def _take_best(self, room: int) -> _Waiting | None:
+        fitting = [n for n, waiting in enumerate(self._waiting) if self._size(waiting.pair) <= room]
         if not fitting:
             return None
-        return self._waiting.pop(max(fitting, key=lambda number: len(self._waiting[number].ids)))
+        return self._waiting.pop(max(fitting, key=lambda n: len(self._waiting[n].pair.ids)))
 
     def _size(self, pair: Pair) -> int:
         return self._image.num_patches + len(pair.ids) + 2
 
-    def _pair(self, place: Place, location: SampleLocation, captions: list[str]) -> Pair:
+    def _wait(self, place: Place, location: SampleLocation, captions: list[str]) -> _Waiting:
         which, prefix = self._draws.uniforms(place.ordinal, 2)
         ids = self._source.tokenizer.encode([captions[int(which * len(captions))]])[0]
         kept = ids[: self._max_caption]
         prefix_length = int(prefix * min(len(kept), self._max_text_positions + 1))
-        return Pair(place, location, kept, prefix_length, truncated=len(kept) < len(ids))
+        pair = Pair(location, kept, prefix_length)
+        return _Waiting(place, pair, self._source.image(location), truncated=len(kept) < len(ids))
 
 
 def longest_caption(image: ImageConfig, sequence_length: int) -> int:

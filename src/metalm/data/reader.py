@@ -1,62 +1,31 @@
-"""Members of shards by byte range, each checked against its tar header as it is read.
+"""Members of shards, each checked against its tar header as it is read.
 
-One `pread` fetches a member with the header in front of it. The size stated there must be the size in
-the index: a shard that was replaced under its index is found out at the first sample read from it.
+The size stated in the header must be the size in the index: a shard that was replaced under its index is
+found out at the first sample read from it. On a file system one `pread` fetches a member with the header in
+front of it; a remote shard is read forwards, a window of samples at a time.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from typing import NamedTuple
 
-import numpy as np
-
-from metalm.data.index import ShardIndex, check_shard_size
+from metalm.data.index import SampleLocation, ShardIndex, check_shard_size
+from metalm.data.remote import RemoteShard, attempt, shard_url
 from metalm.data.tar import BLOCK, parse_size
 from metalm.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 256
 
 
-class SampleLocation(NamedTuple):
-    """Where a sample's members lie. Offsets are in the shard; a size of 0 means that there is none."""
-
-    sample: int
-    shard: int
-    format: int
-    offset: int
-    size: int
-    caption_offset: int
-    caption_size: int
-    json_offset: int
-    json_size: int
-
-
-class ShardReader:
-    """Reads members of the shards of one index. Keeps a bounded number of files open."""
+class FileReader:
+    """Reads members of the shards of one index by byte range. Keeps a bounded number of files open."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
-        self._shard_ends = np.cumsum([shard.num_samples for shard in index.shards])
         self._files: dict[int, int] = {}
-
-    def locate(self, samples: np.ndarray) -> list[SampleLocation]:
-        """The locations of samples [n], in their order."""
-        records = self._index.records[samples]
-        shards = np.searchsorted(self._shard_ends, samples, side="right")
-        starts = records["offset"].astype(np.int64)
-        columns = (
-            samples,
-            shards,
-            records["format"],
-            starts + records["main_offset"],
-            records["main_size"],
-            starts + records["caption_offset"],
-            records["caption_size"],
-            starts + records["json_offset"],
-            records["json_size"],
-        )
-        return list(map(SampleLocation._make, zip(*(c.tolist() for c in columns), strict=True)))
 
     def read_ahead(self, locations: list[SampleLocation]) -> None:
         """Tells the file system which byte ranges will be read soon, one range per run of samples."""
@@ -81,10 +50,7 @@ class ShardReader:
         except OSError as error:
             raise DataError(f"cannot read shard {self.path_of(shard)}: {error.strerror}") from error
         if len(data) != size + BLOCK or parse_size(data) != size:
-            raise DataError(
-                f"shard {self.path_of(shard)} holds no member of {size} bytes at byte {offset}, as its index "
-                "states: it was replaced; index the folder again"
-            )
+            raise _no_member(self.path_of(shard), offset, size)
         return memoryview(data)[BLOCK:]
 
     def path_of(self, shard: int) -> str:
@@ -109,3 +75,79 @@ class ShardReader:
             except OSError as error:
                 raise DataError(f"cannot open shard {path}: {error.strerror}") from error
         return self._files[shard]
+
+
+class RemoteReader:
+    """Reads the shards of one index forwards, for one lane: it holds one stream and one window of samples."""
+
+    def __init__(self, index: ShardIndex, url: str) -> None:
+        self._index, self._url = index, url
+        self._stream: RemoteShard | None = None
+        self._stream_shard = -1
+        self._window = memoryview(b"")
+        self._window_start, self._window_shard = 0, -1
+
+    def read_ahead(self, locations: list[SampleLocation]) -> None:
+        """Reads the samples of one shard that will be asked for, and all that lies between them.
+
+        The stream goes on from where it is if it can; else it is opened and read up to there, undecoded.
+
+        Raises:
+            DataError: the shard cannot be read so far, after some attempts.
+        """
+        if not locations:
+            return
+        shard = locations[0].shard
+        first = min(location.first for location in locations)
+        end = max(location.end for location in locations)
+        window = attempt(self.path_of(shard), lambda: self._read_range(shard, first, end))
+        self._window, self._window_start, self._window_shard = memoryview(window), first, shard
+
+    def read(self, shard: int, offset: int, size: int) -> memoryview:
+        """The bytes of one member of the samples last read ahead.
+
+        Raises:
+            DataError: the shard does not hold such a member there.
+        """
+        assert shard == self._window_shard
+        first = offset - BLOCK - self._window_start
+        data = bytes(self._window[first : first + BLOCK + size])  # a copy, so that the window can go
+        if parse_size(data) != size:
+            raise _no_member(self.path_of(shard), offset, size)
+        return memoryview(data)[BLOCK:]
+
+    def path_of(self, shard: int) -> str:
+        """The URL of a shard."""
+        return shard_url(self._url, self._index.shards[shard].name)
+
+    def close(self) -> None:
+        """Ends the stream."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _read_range(self, shard: int, first: int, end: int) -> bytes:
+        stream, url = self._stream, self.path_of(shard)
+        if stream is None or self._stream_shard != shard or stream.position > first:
+            self.close()
+            stream = self._stream = RemoteShard(url)
+            self._stream_shard = shard
+            if first:
+                logger.info("%s: reading on from byte %d", url, first)
+        try:
+            stream.skip_to(first)
+            data = stream.read(end - first)
+            if len(data) < end - first:
+                size = self._index.shards[shard].size
+                raise EOFError(f"it ends after {stream.position:,} of {size:,} bytes")
+            return data
+        except (OSError, EOFError):
+            self.close()
+            raise
+
+
+def _no_member(path: str, offset: int, size: int) -> DataError:
+    return DataError(
+        f"shard {path} holds no member of {size} bytes at byte {offset}, as its index states: it was "
+        "replaced; index the folder again"
+    )

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from metalm.data.failures import BadSample, FailureGuard
-from metalm.data.reader import SampleLocation
+from metalm.data.index import SampleLocation
 from metalm.data.sources import Source
 from metalm.errors import DataError
 
@@ -23,8 +23,8 @@ Decoded = TypeVar("Decoded")
 class Order(Protocol):
     """The order of a source's samples: see `order`."""
 
-    def block(self, lane: int, number: int) -> np.ndarray:
-        """The samples of a block of a lane; empty after the last one."""
+    def block(self, lane: int, number: int) -> np.ndarray | None:
+        """The samples of a block of a lane; None after the last block."""
         ...
 
 
@@ -78,7 +78,7 @@ class SampleStream(Generic[Decoded]):
         self._decode, self._guard = decode, guard
         self._next = place
         self._block = -1
-        self._locations: list[SampleLocation] = []
+        self._locations: list[SampleLocation] | None = []
 
     @property
     def place(self) -> Place:
@@ -95,9 +95,9 @@ class SampleStream(Generic[Decoded]):
             block, position = place = self._next
             if block != self._block:
                 self._enter(block)
+            if self._locations is None:
+                return None
             if position == len(self._locations):
-                if not position:
-                    return None
                 self._next = Place(block + 1, 0)
                 continue
             self._next = Place(block, position + 1)
@@ -119,6 +119,7 @@ class SampleStream(Generic[Decoded]):
         """
         if place.block != self._block:
             self._enter(place.block)
+        assert self._locations is not None
         location = self._locations[place.position]
         try:
             return location, self._decode(location)
@@ -130,5 +131,7 @@ class SampleStream(Generic[Decoded]):
 
     def _enter(self, block: int) -> None:
         self._block = block
-        self._locations = self._source.reader.locate(self._order.block(self._lane, block))
-        self._source.reader.read_ahead(self._locations)
+        samples = self._order.block(self._lane, block)
+        self._locations = None if samples is None else self._source.index.locate(samples)
+        if self._locations is not None:
+            self._source.reader.read_ahead(self._locations)

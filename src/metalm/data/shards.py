@@ -6,8 +6,6 @@ A shard is scanned by its tar headers alone. What they show to be unusable (no c
 
 from __future__ import annotations
 
-import hashlib
-import mmap
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from metalm.config.schema import SourceKind
-from metalm.data.tar import Member, TarEnd, scan_members
+from metalm.data.tar import HashedStream, Member, Readable, TarEnd, scan_members
 
 MAX_MEMBER_BYTES = 256 << 20
 """A larger member makes its sample unusable: it would be read into memory whole."""
@@ -59,50 +57,55 @@ def scan_shard(
     path: Path, kind: SourceKind, *, max_member_bytes: int = MAX_MEMBER_BYTES
 ) -> tuple[Shard, np.ndarray]:
     """Reads one shard: its entry for the index, and the records [num_samples] of its usable samples."""
-    size = path.stat().st_size
-    if size == 0:
-        return Shard(path.name, 0, hashlib.sha256().hexdigest(), 0, {"empty_shard": 1}), np.zeros(0, RECORD)
+    with path.open("rb", buffering=0) as file:
+        return scan_stream(file, path.name, kind, max_member_bytes=max_member_bytes)
+
+
+def scan_stream(
+    file: Readable, name: str, kind: SourceKind, *, max_member_bytes: int = MAX_MEMBER_BYTES
+) -> tuple[Shard, np.ndarray]:
+    """As `scan_shard`, for a shard of that name that is read from a stream."""
+    stream = HashedStream(file)
     records: list[tuple[int, ...]] = []
     skipped: Counter[str] = Counter()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        members: dict[str, Member] = {}
-        key, fault = "", ""
+    members: dict[str, Member] = {}
+    key, fault = "", ""
 
-        def finish_sample() -> None:
-            if members:
-                outcome = fault or _record(members, kind)
-                if isinstance(outcome, str):
-                    skipped[outcome] += 1
-                else:
-                    records.append(outcome)
+    def finish_sample() -> None:
+        if members:
+            outcome = fault or _record(members, kind)
+            if isinstance(outcome, str):
+                skipped[outcome] += 1
+            else:
+                records.append(outcome)
 
-        for item in scan_members(data):
-            if isinstance(item, TarEnd):
-                if item is TarEnd.CLOSED:
-                    finish_sample()
-                else:
-                    # The last sample may lack a member: it goes with what was cut off.
-                    skipped[item.value] += 1
-                break
-            match = _KEY_AND_SUFFIX.fullmatch(item.name)
-            if match is None or PurePosixPath(item.name).name.startswith("__"):
-                continue
-            if match[1] != key:
+    for item in scan_members(stream):
+        if isinstance(item, TarEnd):
+            if item is TarEnd.CLOSED:
                 finish_sample()
-                members, key, fault = {}, match[1], ""
-            suffix = match[2].lower()
-            if suffix in members:
-                fault = fault or "duplicate_member"
-            elif item.size > max_member_bytes:
-                fault = "oversize_member"
-            elif item.name.startswith("/") or ".." in PurePosixPath(item.name).parts:
-                fault = fault or "unsafe_name"
-            members[suffix] = item
-        digest = hashlib.sha256(data).hexdigest()
+            else:
+                # The last sample may lack a member: it goes with what was cut off.
+                skipped[item.value if stream.size else "empty_shard"] += 1
+            break
+        match = _KEY_AND_SUFFIX.fullmatch(item.name)
+        if match is None or PurePosixPath(item.name).name.startswith("__"):
+            continue
+        if match[1] != key:
+            finish_sample()
+            members, key, fault = {}, match[1], ""
+        suffix = match[2].lower()
+        if suffix in members:
+            fault = fault or "duplicate_member"
+        elif item.size > max_member_bytes:
+            fault = "oversize_member"
+        elif item.name.startswith("/") or ".." in PurePosixPath(item.name).parts:
+            fault = fault or "unsafe_name"
+        members[suffix] = item
+    digest = stream.finish()
     # Padding bytes must be zero: the index is named after its content.
     table = np.zeros(len(records), RECORD)
     table[:] = records
-    return Shard(path.name, size, digest, len(table), dict(sorted(skipped.items()))), table
+    return Shard(name, stream.size, digest, len(table), dict(sorted(skipped.items()))), table
 
 
 def _record(members: dict[str, Member], kind: SourceKind) -> tuple[int, ...] | str:

@@ -11,8 +11,8 @@ import numpy as np
 from metalm.config.schema import SourceConfig
 from metalm.data.failures import BadSample
 from metalm.data.images import decode_image
-from metalm.data.index import ShardIndex, open_index
-from metalm.data.reader import SampleLocation, ShardReader
+from metalm.data.index import SampleLocation, ShardIndex, open_index
+from metalm.data.reader import FileReader, RemoteReader
 from metalm.data.shards import FORMATS, TOKEN_DTYPES
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
@@ -30,8 +30,14 @@ class Source:
         self.source_id = source_id
         self.config = config
         self.index = index
-        self.reader = ShardReader(index)
+        self.reader = FileReader(index) if config.url is None else RemoteReader(index, config.url)
         self.tokenizer = tokenizer
+
+    def for_lane(self) -> Source:
+        """This source for one lane: files are shared by all lanes, a stream stands at one place."""
+        if self.config.url is None:
+            return self
+        return Source(self.name, self.source_id, self.config, self.index, self.tokenizer)
 
     def document(self, location: SampleLocation) -> np.ndarray:
         """The token ids [n] of a text sample's body, without `<s>` and `</d>`.
@@ -84,8 +90,11 @@ class Source:
         Raises:
             BadSample: `image_bomb` or `undecodable_image`.
         """
-        data = self.reader.read(location.shard, location.offset, location.size)
-        return decode_image(data, image_size=image_size)
+        return decode_image(self.image(location), image_size=image_size)
+
+    def image(self, location: SampleLocation) -> memoryview:
+        """The bytes of a pair's image."""
+        return self.reader.read(location.shard, location.offset, location.size)
 
 
 def open_sources(
@@ -103,7 +112,7 @@ def open_sources(
 
 
 def _fitting_index(name: str, config: SourceConfig, tokenizer: Tokenizer, check_sizes: bool) -> ShardIndex:
-    index = open_index(config.path, check_sizes=check_sizes)
+    index = open_index(config.path, check_sizes=check_sizes and config.url is None)
     if index.kind != config.kind:
         raise DataError(
             f"source {name} is of kind {config.kind}, but {config.path} was indexed as {index.kind}"
@@ -145,7 +154,7 @@ def read_samples(source: SourceConfig, count: int, tokenizer: Tokenizer) -> list
     for sample in range(opened.index.num_samples):
         if len(samples) == count:
             break
-        (location,) = opened.reader.locate(np.array([sample]))
+        (location,) = opened.index.locate(np.array([sample]))
         try:
             if source.kind == "text":
                 samples.append(Sample(None, (), tokenizer.decode(opened.document(location))))

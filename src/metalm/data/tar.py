@@ -8,12 +8,63 @@ it cannot be trusted.
 from __future__ import annotations
 
 import enum
-import mmap
+import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 BLOCK = 512
 _MAX_PAX_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
+
+
+class Readable(Protocol):
+    """A file, or anything that is read from its front."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes; none at the end."""
+        ...
+
+
+class HashedStream:
+    """Reads a stream forwards in large pieces, and keeps the size and the sha256 of all it has seen."""
+
+    def __init__(self, file: Readable) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._piece = b""
+        self._at = 0
+        self.size = 0
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer at the end."""
+        found = self._piece[self._at : self._at + size]
+        self._at += len(found)
+        while len(found) < size and self._fill():
+            more = self._piece[: size - len(found)]
+            self._at = len(more)
+            found += more
+        return found
+
+    def skip(self, size: int) -> bool:
+        """Passes over the next `size` bytes; False if there are fewer."""
+        left = size - (len(self._piece) - self._at)
+        self._at += size
+        while left > 0 and self._fill():
+            self._at = left
+            left -= len(self._piece)
+        return left <= 0
+
+    def finish(self) -> str:
+        """Reads on to the end: the sha256 of everything, in hex."""
+        while self._fill():
+            pass
+        return self._digest.hexdigest()
+
+    def _fill(self) -> bool:
+        self._piece, self._at = self._file.read(_PIECE_BYTES), 0
+        self._digest.update(self._piece)
+        self.size += len(self._piece)
+        return bool(self._piece)
 
 
 class Member(NamedTuple):
@@ -38,13 +89,12 @@ class TarEnd(enum.Enum):
     DAMAGED = "damaged_tar"
 
 
-def scan_members(data: mmap.mmap | bytes) -> Iterator[Member | TarEnd]:
+def scan_members(stream: HashedStream) -> Iterator[Member | TarEnd]:
     """The regular files of a tar archive in order, and last of all how the scan ended."""
-    length, position, entry_start = len(data), 0, 0
+    position = entry_start = 0
     long_name: str | None = None
     long_size: int | None = None
-    while position + BLOCK <= length:
-        header = data[position : position + BLOCK]
+    while len(header := stream.read(BLOCK)) == BLOCK:
         if header[0] == 0 and header.count(0) == BLOCK:
             yield TarEnd.CLOSED
             return
@@ -57,7 +107,7 @@ def scan_members(data: mmap.mmap | bytes) -> Iterator[Member | TarEnd]:
             if size > _MAX_PAX_BYTES:
                 yield TarEnd.DAMAGED
                 return
-            body = data[offset : offset + size]
+            body = stream.read(_padded(size))[:size]
             if kind == b"L":
                 long_name = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif kind == b"x":
@@ -68,7 +118,7 @@ def scan_members(data: mmap.mmap | bytes) -> Iterator[Member | TarEnd]:
             continue
         size = size if long_size is None else long_size
         member = Member(long_name or _short_name(header), entry_start, offset, size)
-        if member.end > length:
+        if not stream.skip(_padded(size)):
             break
         position = entry_start = member.end
         long_name, long_size = None, None

@@ -68,7 +68,9 @@ class LaneGroup:
         return StepRows(rows, {number: lane.state() for number, lane in self._lanes.items()})
 
     def close(self) -> None:
-        """There is nothing to end: the lanes live in this process."""
+        """Closes shards."""
+        for lane in self._lanes.values():
+            lane.close()
 
 
 class WorkerPool:

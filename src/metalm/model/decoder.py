@@ -124,21 +124,20 @@ class Decoder(nn.Module):
 
         Megatron's own recomputation and its block's forward under sequence parallelism need CUDA.
         """
-        block, mask = (
-            self.gpt.decoder,
-            IntervalMask(batch.attention_start, batch.attention_end, batch.tokens.shape[1]),
-        )
-        rotary = self._rotary(batch)
+        block, rotary = self.gpt.decoder, self._rotary(batch)
+        mask = IntervalMask(batch.attention_start, batch.attention_end, batch.tokens.shape[1])
+
+        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+            output: Tensor = layer(hidden, attention_mask=mask, rotary_pos_emb=rotary)[0]
+            return output
+
         if self.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
         for layer in block.layers:
-            arguments = {"attention_mask": mask, "rotary_pos_emb": rotary}
-            if self.config.recompute:
-                hidden, _ = checkpoint(
-                    layer, hidden, use_reentrant=False, preserve_rng_state=False, **arguments
-                )
+            if self.config.recompute:  # nothing in a layer is random
+                hidden = checkpoint(run, layer, hidden, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden, _ = layer(hidden, **arguments)
+                hidden = run(layer, hidden)
         if block.final_layernorm is not None:
             hidden = block.final_layernorm(hidden)
         if self.sequence_parallel:

@@ -36,12 +36,16 @@ def main(kind: str, tokenizer_folder: Path, out: Path) -> None:
     initialize_parameters(decoder, "decoder", 1, lambda name: decoder_draw(config.model.decoder, name), 0, 1)
     initialize_parameters(encoders, "encoders", 1, lambda name: encoder_draw(config.model, name), 0, 1)
     draw = torch.Generator().manual_seed(3)
+    gated = config.model.decoder.activation == "swiglu"
     results: dict[str, Tensor] = {}
     for component, module in (("decoder", decoder), ("encoders", encoders)):
         for name, parameter in module.named_parameters():
             with torch.no_grad():  # so that biases and norms matter, and that greedy text is no one word
                 small = parameter.dim() == 1 or "embed" in name or "output_layer" in name
-                scale = 0.1 if small else 1.0
+                product = gated and "linear_fc1" in name  # two of its outputs are multiplied
+                scale = 0.1 if small else 0.2 if product else 1.0
+                if component == "encoders":  # scores that are too large turn rounding into differences
+                    scale *= 0.3
                 parameter += scale * torch.randn(parameter.shape, generator=draw)
             results[f"parameter/{component}/{name}"] = parameter.detach().clone()
 

@@ -14,6 +14,8 @@ ENCODER_DEFAULTS: dict[str, Any] = {
     "normalization": "deepnorm",
     "norm_eps": 1e-5,
     "max_text_positions": 64,
+    "relative_bias": None,
+    "joint_layers": None,
     "connector": "linear",
     "image_size": None,
     "patch_size": None,
@@ -36,7 +38,8 @@ class MetaLMConfig(PreTrainedConfig):
         spans: "causal", or "bidirectional": the decoder attends among all vectors of a span.
         encoders: by name, the keys of ENCODER_DEFAULTS; kept in alphabetical order. `image_size` and
             `patch_size` (pixels per side) are None for an encoder of text; `connector` is "linear" or
-            "feed_forward".
+            "feed_forward"; `relative_bias` None or T5's `num_buckets` and `max_distance`; `joint_layers`
+            None, or the number of last layers with a joint feed-forward beside those of the modalities.
         image_encoder: the encoder of images that come without span tensors.
         image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
     """
@@ -87,7 +90,7 @@ class MetaLMConfig(PreTrainedConfig):
         self.qkv_biases = qkv_biases
         self.positions = positions
         self.max_position_embeddings = max_position_embeddings
-        self.rope_parameters = rope_parameters
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.scale_embedding = scale_embedding
         self.spans = spans
         # By name, because JSON files that transformers writes are sorted: the place must not depend on it.
