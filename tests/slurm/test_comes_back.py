@@ -90,6 +90,26 @@ def test_a_fault_comes_back_and_ends(cluster: VirtualCluster, submit: Submit, tm
     assert [event["step"] for event in events(tmp_path)] == [0, 5, 5, 8]
 
 
+def test_the_watchdogs_word_is_the_cause(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit("fails=70@5", "steps=8", BARK="rank 0 has hung for 600 s while saving")
+    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
+    assert causes(tmp_path) == ["rank 0 has hung for 600 s while saving", "done"]
+
+
+def test_a_kill_for_want_of_memory_comes_back(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit("eats=5", "steps=8", options=("--mem=100M",))
+    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    log = (tmp_path / "job.log").read_text()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
+    first, last = causes(tmp_path)
+    assert "exceed" in log and "memory" in log.lower()
+    assert (first, last) == ("", "done")
+    assert [event["step"] for event in events(tmp_path)] == [0, 5, 5, 8]
+
+
 def test_a_run_that_always_fails_gives_up(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
     job = submit("fails=137@2", METALM_MAX_STARTS="2")
     facts = cluster.wait_for(job, ENDED, timeout_s=90)
