@@ -34,6 +34,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "text": {**_TEXT, **_BIAS},
         "image": {**_IMAGE, "joint_layers": 2},
     },
+    "dropout": {
+        "text": {**_TEXT, **_BIAS, "dropout": 0.1, "trained_layers": 2},
+        "image": {**_IMAGE, "joint_layers": 1, "dropout": 0.2},
+    },
+    "dropout_recomputed": {
+        "text": {**_TEXT, **_BIAS, "dropout": 0.1, "trained_layers": 2, "recompute": True},
+        "image": {**_IMAGE, "joint_layers": 1, "dropout": 0.2, "recompute": True},
+    },
 }
 """`connectors` and `all_trained` have the same parameters; `paper` freezes some of its own."""
 
@@ -42,6 +50,8 @@ def variant_config(variant: str, folder: str, **options: Any) -> RunConfig:
     """The tiny run with the encoders of a variant."""
     content = tiny_config(folder, **options).model_dump()
     content["model"]["encoders"] = VARIANTS[variant]
+    content["model"]["decoder"]["dropout"] = 0.1 if variant.startswith("dropout") else 0.0
+    content["model"]["decoder"]["recompute"] = variant.endswith("recomputed")
     return RunConfig.model_validate(content)
 
 
@@ -51,4 +61,5 @@ def variant_batch(step: int) -> list[PlainRow]:
     documents = [
         Document(d.tokens, [replace(span, encoder="image") for span in d.spans]) for d in last.documents
     ]
-    return [*rows, replace(last, documents=documents)]
+    rows.append(replace(last, documents=documents))
+    return [replace(row, dropout_seed=1000 * step + number) for number, row in enumerate(rows)]

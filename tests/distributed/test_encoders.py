@@ -119,3 +119,23 @@ def test_a_run_goes_on_with_other_layers_trained(tmp_path: Path) -> None:
     assert all(not torch.equal(loaded[name], trained[name]) for name in frozen)
     back = read_weights(tmp_path / "back" / "zero_1_1", STEPS)
     assert all(torch.equal(back[name], trained[name]) for name in back)
+
+
+def test_dropout_is_the_same_on_any_topology_micro_batch_and_recomputation_and_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    def losses(name: str, ranks: int, *arguments: str) -> list[float]:
+        variant, tensor, micro_batch_size, start, pair = arguments
+        (result,) = run_ranks(
+            "train_encoders", ranks, variant, tensor, micro_batch_size, str(tmp_path / name), start, pair
+        )
+        return result["losses"]
+
+    expected = losses("alone", 1, "dropout", "1", "8", "new", "1,1")
+    without = losses("without", 1, "paper", "1", "8", "new", "1,1")
+    assert max(abs(one - other) for one, other in zip(expected, without, strict=True)) > 1e-3
+    found = losses("tensor", 2, "dropout_recomputed", "2", "1", "new", "2,3")
+    assert found == pytest.approx(expected, abs=1e-5)
+    middle = tmp_path / "tensor" / "zero_2_3" / "checkpoints" / "step_00000002"
+    found = losses("data", 2, "dropout", "1", "4", str(middle), "1,2")
+    assert found == pytest.approx(expected[2:], abs=1e-5)

@@ -14,7 +14,8 @@ import pytest
 
 # Bytes of shared memory that a program may use on compute capability 9.0.
 HOPPER_SHARED_BYTES = 232_448
-POINTERS = {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32", "seeds": "*i64"}
+POINTERS = {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32"}
+POINTERS |= {"seeds": "*i64", "query_positions": "*i32", "key_positions": "*i32"}
 FLOATS = ("log_sum", "delta", "bias", "grad_bias")
 
 

@@ -128,6 +128,10 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         )
     if decoder.biases and decoder.qkv_biases:
         yield f"{where}.qkv_biases is for a decoder with biases: false; biases: true has them anyway"
+    if decoder.dropout and decoder.normalization != "deepnorm":
+        yield (
+            f"{where}.dropout = {decoder.dropout} is for normalization: deepnorm, not {decoder.normalization}"
+        )
     yield from _position_problems(config)
 
 

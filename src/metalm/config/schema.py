@@ -98,6 +98,9 @@ class DecoderConfig(Section):
     """Whether the output layer is the token embedding."""
     spans: SpanAttention = "causal"
     """How the decoder attends among the vectors of one span."""
+    dropout: Probability = 0.0
+    """Of attention weights, of what attention and feed-forward add, and of the embeddings; with `deepnorm`.
+    What is dropped depends on the seed, the row and the step alone."""
     recompute: bool = False
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, slower."""
 
@@ -166,6 +169,8 @@ class EncoderConfig(Section):
     lower layers stay as they were loaded."""
     recompute: bool = False
     """As the decoder's."""
+    dropout: Probability = 0.0
+    """As the decoder's, with either normalisation."""
     connector: Literal["linear", "feed_forward"] = "linear"
     """`linear`: one projection (language-only setting). `feed_forward`: three layers with GELU, as wide
     as the decoder (vision-language setting; width and activation are open)."""

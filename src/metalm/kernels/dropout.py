@@ -45,6 +45,12 @@ def row_seeds(seed: Tensor | int | None, batch_size: int, device: torch.device) 
     return seed.to(torch.int64).reshape(1) + torch.arange(batch_size, device=device) * _ROW_STRIDE
 
 
+def site_seeds(seeds: Tensor, site: int) -> Tensor:
+    """Seeds for one of a model's attention dropouts, of seeds that all of them share; int64 like `seeds`."""
+    offset = ((site + 1) * _ROW_STRIDE + 2**63) % 2**64 - 2**63  # as int64 wraps
+    return seeds + offset
+
+
 def drop_threshold(dropout: float) -> int:
     """What is dropped has a 32-bit random word below this."""
     return min(round(dropout * 2**32), _WORD)
@@ -137,7 +143,7 @@ def hidden_dropout(hidden: Tensor, rate: float, seeds: Tensor, positions: Tensor
         return hidden
     width = hidden.shape[-1]
     group = torch.arange(-(-width // 4), device=hidden.device)
-    where = torch.tensor(site, device=hidden.device)
+    where = group.new_full((), site)
     seed, position = (part.long()[..., None] for part in (seeds, positions))
     words = _philox(seed, group, position, where, torch.ones_like(where))
     keep = torch.stack(words, -1).flatten(-2)[..., :width] >= drop_threshold(rate)

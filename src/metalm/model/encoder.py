@@ -14,6 +14,7 @@ from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
 from metalm.kernels import IntervalMask, RelativeBias
 from metalm.model.deepnorm import deepnorm_divisor
+from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.encoder_layer import LAYER_NORM_EPS, EncoderLayer
 from metalm.model.initialization import Draw, constant, normal, xavier_std
 
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
         self.has_images = config.image is not None
         self.has_relative_bias = config.relative_bias is not None
         self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
-        self.recompute = config.recompute
+        self.recompute, self.dropout = config.recompute, config.dropout
         pre_norm = config.normalization == "pre_ln"
         self.final_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS) if pre_norm else nn.Identity()
         self.connector = _build_connector(config.connector, hidden, decoder_hidden_size)
@@ -69,15 +70,22 @@ class Encoder(nn.Module):
         Returns:
             [L, decoder hidden size], in the parameters' dtype.
         """
-        hidden = self._embed(share)
+        hidden, dropout = self._embed(share), self._dropout(share)
+        if dropout is not None:
+            hidden = dropout.drop(hidden, SITES_PER_LAYER * len(self.layers))
         mask = IntervalMask(share.attention_start[None], share.attention_end[None], hidden.shape[0])
         bias = self.relative_bias() if self.has_relative_bias else None
         for layer in self.layers:
             if self.recompute:
-                hidden = checkpoint(layer, hidden, mask, bias, share.routes, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, mask, bias, share.routes, dropout, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask, bias, share.routes)
+                hidden = layer(hidden, mask, bias, share.routes, dropout)
         return self.connector(self.final_norm(hidden))
+
+    def _dropout(self, share: EncoderShare) -> SpanDropout | None:
+        if not self.training or not self.dropout:
+            return None
+        return SpanDropout(self.dropout, share.dropout_seeds, share.dropout_positions)
 
     def _embed(self, share: EncoderShare) -> Tensor:
         last_text_position = self.text_positions.num_embeddings - 1

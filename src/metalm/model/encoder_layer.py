@@ -12,9 +12,9 @@ from torch.nn import functional
 from metalm.config import EncoderConfig
 from metalm.kernels import IntervalMask, RelativeBias, interval_attention
 from metalm.model.deepnorm import deepnorm_alpha
+from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
 
 LAYER_NORM_EPS = 1e-5
-
 Routes = dict[str, dict[str, Tensor]]
 """Which elements go through which feed-forward: see `metalm.batch.EncoderShare.routes`."""
 
@@ -39,6 +39,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.num_heads = config.num_heads
+        self.first_site = SITES_PER_LAYER * number
         self.post_norm = config.normalization == "deepnorm"
         self.residual_scale = deepnorm_alpha(config.num_layers) if self.post_norm else 1.0
         self.attention_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
@@ -50,23 +51,37 @@ class EncoderLayer(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, mask: IntervalMask, bias: RelativeBias | None, routes: Routes
+        self,
+        hidden: Tensor,
+        mask: IntervalMask,
+        bias: RelativeBias | None,
+        routes: Routes,
+        dropout: SpanDropout | None,
     ) -> Tensor:
         """[L, D] to [L, D]."""
         if self.post_norm:
-            hidden = self.attention_norm(self.residual_scale * hidden + self._attend(hidden, mask, bias))
-            return self.ffn_norm(self.residual_scale * hidden + self._feed_forward(hidden, routes))
-        hidden = hidden + self._attend(self.attention_norm(hidden), mask, bias)
-        return hidden + self._feed_forward(self.ffn_norm(hidden), routes)
+            attended = self._attend(hidden, mask, bias, dropout)
+            hidden = self.attention_norm(self.residual_scale * hidden + attended)
+            return self.ffn_norm(self.residual_scale * hidden + self._feed_forward(hidden, routes, dropout))
+        hidden = hidden + self._attend(self.attention_norm(hidden), mask, bias, dropout)
+        return hidden + self._feed_forward(self.ffn_norm(hidden), routes, dropout)
 
-    def _attend(self, hidden: Tensor, mask: IntervalMask, bias: RelativeBias | None) -> Tensor:
+    def _attend(
+        self, hidden: Tensor, mask: IntervalMask, bias: RelativeBias | None, dropout: SpanDropout | None
+    ) -> Tensor:
         length, width = hidden.shape
         qkv = self.qkv(hidden).view(length, 3, self.num_heads, width // self.num_heads)
         query, key, value = (part.transpose(0, 1)[None] for part in qkv.unbind(1))  # [1, H, L, K]
-        attended = interval_attention(query, key, value, mask, bias=bias)
-        return self.attention_output(attended[0].transpose(0, 1).reshape(length, width))
+        dropped = {} if dropout is None else dropout.of_attention(self.first_site)
+        attended = interval_attention(query, key, value, mask, bias=bias, **dropped)
+        output = self.attention_output(attended[0].transpose(0, 1).reshape(length, width))
+        return output if dropout is None else dropout.drop(output, self.first_site + 1)
 
-    def _feed_forward(self, hidden: Tensor, routes: Routes) -> Tensor:
+    def _feed_forward(self, hidden: Tensor, routes: Routes, dropout: SpanDropout | None) -> Tensor:
+        output = self._route(hidden, routes)
+        return output if dropout is None else dropout.drop(output, self.first_site + 2)
+
+    def _route(self, hidden: Tensor, routes: Routes) -> Tensor:
         if "shared" in self.feed_forwards:
             return self.feed_forwards["shared"](hidden)
         slots = routes["joint" if "joint" in self.feed_forwards else "separate"]
