@@ -21,6 +21,16 @@ _IMAGE = {
 }
 _BIAS = {"relative_bias": {"num_buckets": 8, "max_distance": 4}}
 
+_TODAY = {
+    "normalization": "pre_ln",
+    "norm": "rms_norm",
+    "norm_eps": 1e-4,
+    "activation": "swiglu",
+    "ffn_hidden_size": 40,
+    "num_kv_heads": 1,
+    "biases": False,
+}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {
         "text": {**_TEXT, **_BIAS, "trained_layers": 2},
@@ -33,6 +43,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all_trained": {
         "text": {**_TEXT, **_BIAS},
         "image": {**_IMAGE, "joint_layers": 2},
+    },
+    "today": {
+        "text": {**_TEXT, **_TODAY, "positions": "rope", "rope_base": 500.0},
+        "image": {**_IMAGE, **_TODAY, "joint_layers": 1},
+    },
+    "mixed": {
+        "text": {**_TEXT, **_BIAS, **_TODAY, "normalization": "deepnorm", "trained_layers": 1},
+        "image": {**_IMAGE, "activation": "gelu_tanh"},
     },
     "dropout": {
         "text": {**_TEXT, **_BIAS, "dropout": 0.1, "trained_layers": 2},

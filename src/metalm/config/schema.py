@@ -155,9 +155,19 @@ class EncoderConfig(Section):
     hidden_size: PositiveInt
     num_heads: PositiveInt
     ffn_hidden_size: PositiveInt | None = None
+    num_kv_heads: PositiveInt | None = None
+    """As the decoder's."""
+    activation: Activation = "gelu"
     normalization: Normalization = "deepnorm"
+    norm: Norm = "layer_norm"
+    norm_eps: PositiveFloat = 1e-5
+    biases: bool = True
+    """Whether the layers' linear maps have biases; layer norms, patch embedding and connector always have."""
     max_text_positions: PositiveInt
     """Longest text of one span, in tokens."""
+    positions: Literal["learned", "rope"] = "learned"
+    """Of text; `rope` is for encoders without images. Positions of patches are learned."""
+    rope_base: Annotated[float, Field(gt=1)] = 10_000.0
     relative_bias: RelativeBiasConfig | None = None
     """Added to the learned positions, in encoders of text."""
     image: ImageConfig | None = None
@@ -179,6 +189,16 @@ class EncoderConfig(Section):
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def num_frozen_layers(self) -> int:

@@ -11,7 +11,9 @@ Hidden vectors: the seed is the element's, the counter (column // 4, element pos
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -129,8 +131,16 @@ def attention_pattern(
     return DropoutPattern(rate, seeds.contiguous(), query.contiguous(), key.contiguous(), head_offset)
 
 
-def hidden_dropout(hidden: Tensor, rate: float, seeds: Tensor, positions: Tensor, site: int) -> Tensor:
-    """Drop elements of vectors, and scale the rest up; differentiable, storing one bool per element.
+def hidden_dropout(
+    hidden: Tensor,
+    rate: float,
+    seeds: Tensor,
+    positions: Tensor,
+    site: int,
+    *,
+    backend: Literal["triton", "torch"] | None = None,
+) -> Tensor:
+    """Drop elements of vectors, and scale the rest up; differentiable in `hidden`.
 
     Args:
         hidden: `[..., D]` floating.
@@ -138,9 +148,19 @@ def hidden_dropout(hidden: Tensor, rate: float, seeds: Tensor, positions: Tensor
         seeds: int64, broadcast to `[...]`.
         positions: integers, broadcast to `[...]`: which vector of its seed it is.
         site: which of a model's dropouts this is, so that no two drop alike.
+        backend: forces "triton" (CUDA, or Triton's interpreter), which stores nothing for the backward, or
+            "torch" (any device), which stores a bool per element; by default triton on CUDA.
     """
     if rate == 0.0:
         return hidden
+    if backend is None:
+        backend = "triton" if hidden.is_cuda and importlib.util.find_spec("triton") else "torch"
+    if backend == "triton":
+        from metalm.kernels.triton_hidden_dropout import triton_hidden_dropout
+
+        seed, position = (part.expand(hidden.shape[:-1]).contiguous() for part in (seeds, positions))
+        scalars = (drop_threshold(rate), 1.0 / (1.0 - rate), site)
+        return triton_hidden_dropout(hidden, seed, position.to(torch.int32), *scalars)
     width = hidden.shape[-1]
     group = torch.arange(-(-width // 4), device=hidden.device)
     where = group.new_full((), site)
