@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,24 @@ from metalm.training.evaluate import Sample
 from metalm.training.metrics import RESTARTS, append_metrics, count_starts, drop_superseded
 from metalm.training.step import StepResult
 from metalm.training.timing import PartTimer
+
+logger = logging.getLogger(__name__)
+
+
+def _despite_a_full_disk(method: Callable[..., None]) -> Callable[..., None]:
+    """What cannot be written is told once and given up: the training is worth more than its figures."""
+
+    @functools.wraps(method)
+    def attempt(self: Monitor, *arguments: Any) -> None:
+        try:
+            self._mend()
+            method(self, *arguments)
+        except OSError as error:
+            if not self._is_broken:
+                logger.error("figures cannot be written: %s; the training goes on", error)
+            self._is_broken = True
+
+    return attempt
 
 
 @dataclass
@@ -53,18 +73,18 @@ class Monitor:
         self._timer = timer
         self._writer: SummaryWriter | None = None
         self._run_folder = run_folder
+        self._is_broken = False
+        self._restarts = count_starts(run_folder) if topology.rank == 0 else 0
         self.begin(first_step)
 
     def begin(self, first_step: int) -> None:
         """Go on from a step, at the start or after going back to a checkpoint."""
         self._window = _Window(time.perf_counter())
         self._began, self._first_step = time.perf_counter(), first_step
-        self._restarts = 0
         self._masks_are_drawn = False
         self.close()
         if self._topology.rank == 0:
             self._writer = SummaryWriter(self._run_folder / "tensorboard", purge_step=first_step)
-            self._restarts = count_starts(self._run_folder)
             drop_superseded(self._run_folder, first_step)
             self._open_page()
 
@@ -78,9 +98,8 @@ class Monitor:
             window.positions += int((batch.attention_end > batch.attention_start).sum())
             window.flops += count_training_flops(batch, self._config.model)
         if self._writer is not None and not self._masks_are_drawn:
-            for name, picture in mask_pictures(micro_batches[0]).items():
-                self._writer.add_image(f"mask/{name}", picture, self._first_step, dataformats="HWC")
             self._masks_are_drawn = True
+            self._draw_masks(micro_batches[0])
 
     def log_step(
         self,
@@ -135,8 +154,14 @@ class Monitor:
         if self._peak_tflops:
             figures["speed/model_flops_utilisation"] = rate_tflops / self._peak_tflops
         self.write(step, figures)
-        print(self._line(step, figures), flush=True)
+        self.say(self._line(step, figures))
 
+    @_despite_a_full_disk
+    def say(self, line: str) -> None:
+        """Print a line. Rank 0 calls it."""
+        print(line, flush=True)
+
+    @_despite_a_full_disk
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Write scalars of a step. Rank 0 calls it."""
         assert self._writer is not None
@@ -148,8 +173,9 @@ class Monitor:
     def write_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Write held-out losses and print them. Rank 0 calls it."""
         self.write(step, {f"held_out/{name}": loss for name, loss in losses.items()})
-        print(f"held out at step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()), flush=True)
+        self.say(f"held out at step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()))
 
+    @_despite_a_full_disk
     def write_samples(self, step: int, samples: list[Sample]) -> None:
         """Show captions under their images, and continuations as text. Rank 0 calls it."""
         assert self._writer is not None
@@ -170,6 +196,7 @@ class Monitor:
             self._writer.add_text(f"captions/{source}", _quoted("\n\n".join(entries)), step)
         self._writer.flush()
 
+    @_despite_a_full_disk
     def write_text(self, name: str, text: str) -> None:
         """Show a text of the run, such as its config. Rank 0 calls it."""
         assert self._writer is not None
@@ -189,9 +216,22 @@ class Monitor:
 
     def close(self) -> None:
         """Flush and close the outputs."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(OSError):  # told when it was written
+                writer.close()
+
+    def _mend(self) -> None:
+        """Open TensorBoard's writer again, if the disk was full: its thread has died of that."""
+        if self._is_broken:
+            self._writer = SummaryWriter(self._run_folder / "tensorboard")
+            self._is_broken = False
+
+    @_despite_a_full_disk
+    def _draw_masks(self, batch: SemiCausalBatch) -> None:
+        assert self._writer is not None
+        for name, picture in mask_pictures(batch).items():
+            self._writer.add_image(f"mask/{name}", picture, self._first_step, dataformats="HWC")
 
     def _open_page(self) -> None:
         """What TensorBoard shows of the run itself, and of this start."""
