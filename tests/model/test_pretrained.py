@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def image_share(pixels: np.ndarray, config: EncoderConfig) -> EncoderShare:
     length = 3 + len(patches)
     zeros = torch.zeros(length, dtype=torch.int32)
     slots = torch.arange(3, length)
-    return EncoderShare(zeros.long(), zeros.long(), zeros, zeros, torch.from_numpy(patches), slots, {})
+    long = zeros.long()
+    return EncoderShare(long, long, zeros, zeros, torch.from_numpy(patches), slots, long, zeros, {})
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -91,7 +93,8 @@ def test_packed_spans_equal_each_span_alone_in_transformers(kind: str, tmp_path:
             expected.append(model(input_ids=ids[None, span]).last_hidden_state[0])
             first += length
         empty = torch.empty(0, dtype=torch.uint8)
-        share = EncoderShare(ids, positions.long(), start, end, empty, torch.empty(0, dtype=torch.long), {})
+        slots = torch.empty(0, dtype=torch.long)
+        share = EncoderShare(ids, positions.long(), start, end, empty, slots, ids, start, {})
         encoder = without_connector(loaded(config))
         reset_backend_counts()
         found = encoder(share)
@@ -117,11 +120,7 @@ def test_a_share_without_images_still_reaches_every_parameter(tmp_path: Path) ->
     config = config_of(tmp_path)
     encoder = loaded(config)
     share = image_share(np.zeros((1, 24, 24, 3), np.uint8), config)
-    empty = EncoderShare(
-        share.token_ids, share.positions, share.attention_start, share.attention_end, share.patches[:0],
-        share.patch_slots[:0],
-        {},
-    )  # fmt: skip
+    empty = replace(share, patches=share.patches[:0], patch_slots=share.patch_slots[:0])
     vectors = encoder(empty)
     assert vectors.shape == (7, 40)
     (vectors[:0].sum() + 0 * vectors.sum()).backward()
