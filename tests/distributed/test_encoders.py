@@ -16,7 +16,11 @@ from metalm.checkpoint.reader import CheckpointReader
 from reference import training as reference
 from reference.model import Weights
 
-FROZEN_LAYERS = {"paper": {"text": 1, "image": 0}, "connectors": {"text": 3, "image": 2}}
+FROZEN_LAYERS = {
+    "paper": {"text": 1, "image": 0},
+    "connectors": {"text": 3, "image": 2},
+    "mixed": {"text": 2, "image": 0},
+}
 """Leading layers of each encoder; where there are any, its embeddings are frozen, too."""
 
 
@@ -37,6 +41,7 @@ def frozen_names(variant: str, weights: Weights) -> set[str]:
 class Plain:
     """The plain model trained from the initial weights of a single rank."""
 
+    variant: str
     folder: Path
     start: Weights
     losses: list[float]
@@ -44,7 +49,7 @@ class Plain:
     frozen: set[str]
 
 
-@pytest.fixture(scope="module", params=["paper", "connectors"])
+@pytest.fixture(scope="module")
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plain:
     variant = request.param
     folder = tmp_path_factory.mktemp(variant)
@@ -54,17 +59,20 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     losses, weights = reference.train(
         [variant_batch(step) for step in range(STEPS)], start, variant_config(variant, ""), RATES, frozen
     )
-    return Plain(folder, start, losses, weights, frozen)
+    return Plain(variant, folder, start, losses, weights, frozen)
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("plain", "tensor", "data"),
+    [("paper", 2, 1), ("paper", 1, 2), ("today", 2, 1), ("mixed", 1, 2)],
+    indirect=["plain"],
+)
 def test_losses_and_weights_equal_the_plain_model(
     plain: Plain, tensor: int, data: int, tmp_path: Path
 ) -> None:
-    variant = plain.folder.name[:-1]
     pairs = ("2,2", "1,3")
     results = run_ranks(
-        "train_encoders", tensor * data, variant, str(tensor), str(data), str(tmp_path), "new", *pairs
+        "train_encoders", tensor * data, plain.variant, str(tensor), str(data), str(tmp_path), "new", *pairs
     )
     assert [result["zero"] for result in results] == list(pairs)
     for result in results:
@@ -81,6 +89,7 @@ def test_losses_and_weights_equal_the_plain_model(
                 assert torch.equal(found[name], plain.start[name]), name
 
 
+@pytest.mark.parametrize("plain", ["paper", "mixed"], indirect=True)
 def test_exactly_the_named_layers_move(plain: Plain) -> None:
     moved = {name for name, start in plain.start.items() if not torch.equal(start, plain.weights[name])}
     still = plain.start.keys() - moved
@@ -89,10 +98,12 @@ def test_exactly_the_named_layers_move(plain: Plain) -> None:
     assert not any("connector" in name or name.startswith("decoder/") for name in still)
 
 
+@pytest.mark.parametrize("plain", ["paper"], indirect=True)
 def test_resuming_on_another_topology_and_stage_repeats_the_losses(plain: Plain, tmp_path: Path) -> None:
-    variant = plain.folder.name[:-1]
     checkpoint = plain.folder / "zero_1_1" / "checkpoints" / "step_00000002"
-    results = run_ranks("train_encoders", 2, variant, "2", "4", str(tmp_path), str(checkpoint), "1,3", "2,1")
+    results = run_ranks(
+        "train_encoders", 2, plain.variant, "2", "4", str(tmp_path), str(checkpoint), "1,3", "2,1"
+    )
     for result in results:
         assert result["losses"] == pytest.approx(plain.losses[2:], abs=1e-5), result["zero"]
 
@@ -119,3 +130,23 @@ def test_a_run_goes_on_with_other_layers_trained(tmp_path: Path) -> None:
     assert all(not torch.equal(loaded[name], trained[name]) for name in frozen)
     back = read_weights(tmp_path / "back" / "zero_1_1", STEPS)
     assert all(torch.equal(back[name], trained[name]) for name in back)
+
+
+def test_dropout_is_the_same_on_any_topology_micro_batch_and_recomputation_and_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    def losses(name: str, ranks: int, *arguments: str) -> list[float]:
+        variant, tensor, micro_batch_size, start, pair = arguments
+        (result,) = run_ranks(
+            "train_encoders", ranks, variant, tensor, micro_batch_size, str(tmp_path / name), start, pair
+        )
+        return result["losses"]
+
+    expected = losses("alone", 1, "dropout", "1", "8", "new", "1,1")
+    without = losses("without", 1, "paper", "1", "8", "new", "1,1")
+    assert max(abs(one - other) for one, other in zip(expected, without, strict=True)) > 1e-3
+    found = losses("tensor", 2, "dropout_recomputed", "2", "1", "new", "2,3")
+    assert found == pytest.approx(expected, abs=1e-5)
+    middle = tmp_path / "tensor" / "zero_2_3" / "checkpoints" / "step_00000002"
+    found = losses("data", 2, "dropout", "1", "4", str(middle), "1,2")
+    assert found == pytest.approx(expected[2:], abs=1e-5)

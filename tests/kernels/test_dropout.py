@@ -135,3 +135,34 @@ def test_hidden_dropout_keeps_the_mean_and_is_a_function_of_its_arguments() -> N
         hidden_dropout(hidden, 0.1, seeds, positions, site=4),
     ):
         assert 0.1 < ((other > 0) != (out > 0)).double().mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("seed", "positions", "message"),
+    [
+        (torch.zeros(1, 7, dtype=torch.int64), None, r"dropout_seed has shape \[1, 7\], expected \[1, 20\]"),
+        (3, torch.zeros(2, 20, dtype=torch.int32), r"dropout_positions has shape \[2, 20\]"),
+    ],
+)
+def test_refuses_seeds_and_positions_of_other_queries(seed, positions, message: str) -> None:
+    q = torch.randn(1, 2, 20, 8)
+    with pytest.raises(ValueError, match=message):
+        options = {"dropout": 0.1, "dropout_seed": seed, "dropout_positions": positions}
+        interval_attention(q, q, q, IntervalMask.causal(20), **options)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(301, torch.float32), (1500, torch.float16)])
+def test_the_fused_hidden_dropout_equals_the_plain_one(width: int, dtype: torch.dtype) -> None:
+    """[S, B, D] with seeds of the rows and positions along them, as the decoder has them."""
+    pytest.importorskip("triton")
+    hidden, grad = (torch.randn(5, 3, width, dtype=dtype) for _ in range(2))
+    seeds, positions = torch.tensor([[2**40 + 1, -7, 11]]), torch.arange(5)[:, None]
+    found = []
+    for backend in ("torch", "triton"):
+        leaf = hidden.clone().requires_grad_()
+        out = hidden_dropout(leaf, 0.3, seeds, positions, 5, backend=backend)
+        out.backward(grad)
+        found.append((out.detach(), leaf.grad))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, atol=0, rtol=1e-3 if dtype == torch.float16 else 1e-6)
+        assert torch.equal(fused == 0, plain == 0)

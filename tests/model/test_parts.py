@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from distributed.encoder_variants import VARIANTS, variant_config
 from distributed.tiny import LENGTH, OPTIONS, tiny_config
 from metalm.config import DecoderConfig, EncoderConfig, ImageConfig, ModelConfig, RelativeBiasConfig
 from metalm.model.decoder import Decoder, decoder_draw
@@ -70,6 +71,12 @@ def test_count_of_the_papers_vision_language_encoder() -> None:
     assert layers + embeddings == pytest.approx(191e6, rel=1e-3)
     assert count_encoder(encoder, config) == layers + embeddings
     assert sum(p.numel() for n, p in built.named_parameters() if "connector" not in n) == layers + embeddings
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_of_encoders_equal_the_built_modules(variant: str) -> None:
+    config = variant_config(variant, "unused").model
+    assert count_encoders(config).total == sum(p.numel() for p in EncoderBank(config).parameters())
 
 
 @pytest.mark.parametrize("trained_layers", ["all", "none", 1, 3])

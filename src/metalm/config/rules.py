@@ -27,7 +27,10 @@ PIPELINE_OWNED_KEYS = (
 """Keys that a DeepSpeed JSON may not hold, because the pipeline sets them."""
 
 
-_OF_OUR_ENCODERS = ("normalization", "relative_bias", "joint_layers")
+_OF_OUR_ENCODERS = (
+    *("num_kv_heads", "activation", "normalization", "norm", "norm_eps", "biases", "positions", "rope_base"),
+    *("relative_bias", "joint_layers", "dropout"),
+)
 """What an encoder from transformers has in its own way."""
 
 
@@ -97,6 +100,15 @@ def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
         yield (
             f"{where}.hidden_size = {encoder.hidden_size} is not divisible by num_heads = {encoder.num_heads}"
         )
+    if encoder.num_heads % encoder.key_value_heads:
+        yield (
+            f"{where}.num_heads = {encoder.num_heads} is not divisible by "
+            f"num_kv_heads = {encoder.num_kv_heads}"
+        )
+    if encoder.positions == "rope" and encoder.image:
+        yield f"{where}.positions: rope is of tokens in a line; an encoder with `image` has learned positions"
+    if encoder.positions == "rope" and encoder.head_size % 2:
+        yield f"{where}.hidden_size / num_heads = {encoder.head_size} must be even for positions: rope"
     if encoder.image and encoder.image.image_size % encoder.image.patch_size:
         yield (
             f"{where}.image.image_size = {encoder.image.image_size} is not divisible by "
@@ -138,6 +150,10 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         )
     if decoder.biases and decoder.qkv_biases:
         yield f"{where}.qkv_biases is for a decoder with biases: false; biases: true has them anyway"
+    if decoder.dropout and decoder.normalization != "deepnorm":
+        yield (
+            f"{where}.dropout = {decoder.dropout} is for normalization: deepnorm, not {decoder.normalization}"
+        )
     yield from _position_problems(config)
 
 

@@ -98,6 +98,9 @@ class DecoderConfig(Section):
     """Whether the output layer is the token embedding."""
     spans: SpanAttention = "causal"
     """How the decoder attends among the vectors of one span."""
+    dropout: Probability = 0.0
+    """Of attention weights, of what attention and feed-forward add, and of the embeddings; with `deepnorm`.
+    What is dropped depends on the seed, the row and the step alone."""
     recompute: bool = False
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, slower."""
 
@@ -173,10 +176,20 @@ class EncoderConfig(Section):
     hidden_size: PositiveInt
     num_heads: PositiveInt
     ffn_hidden_size: PositiveInt | None = None
+    num_kv_heads: PositiveInt | None = None
+    """As the decoder's."""
+    activation: Activation = "gelu"
     normalization: Normalization = "deepnorm"
+    norm: Norm = "layer_norm"
+    norm_eps: PositiveFloat = 1e-5
+    biases: bool = True
+    """Whether the layers' linear maps have biases; layer norms, patch embedding and connector always have."""
     max_text_positions: NonNegativeInt
     """Longest text of one span, in tokens of the encoder's tokenizer."""
     pretrained: PretrainedConfig | None = None
+    positions: Literal["learned", "rope"] = "learned"
+    """Of text; `rope` is for encoders without images. Positions of patches are learned."""
+    rope_base: Annotated[float, Field(gt=1)] = 10_000.0
     relative_bias: RelativeBiasConfig | None = None
     """Added to the learned positions, in encoders of text."""
     image: ImageConfig | None = None
@@ -188,6 +201,8 @@ class EncoderConfig(Section):
     lower layers stay as they were loaded."""
     recompute: bool = False
     """As the decoder's."""
+    dropout: Probability = 0.0
+    """As the decoder's, with either normalisation."""
     connector: Literal["linear", "feed_forward"] = "linear"
     """`linear`: one projection (language-only setting). `feed_forward`: three layers with GELU, as wide
     as the decoder (vision-language setting; width and activation are open)."""
@@ -196,6 +211,16 @@ class EncoderConfig(Section):
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def num_frozen_layers(self) -> int:

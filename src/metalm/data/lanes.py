@@ -6,6 +6,7 @@ it. Its state is JSON: a few integers per source.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -94,6 +95,7 @@ class Lane:
             self._make_packer(source, saved.get(source.name, {}).get("packer")) for source in self._sources
         ]
         self._choices = Stream(mixture.config.run.seed, "source of a row", lane)
+        self._dropout = Stream(mixture.config.run.seed, "dropout of a row", lane)
         self._weights = np.array([source.config.weight for source in mixture.sources])
 
     def next_row(self) -> Row:
@@ -104,8 +106,9 @@ class Lane:
         """
         row = self._packers[self._choose()].next_row()
         assert row is not None
+        seed = int(self._dropout.words(self._rows, 1)[0] >> np.uint64(1))
         self._rows += 1
-        return row
+        return dataclasses.replace(row, dropout_seed=seed)
 
     def state(self) -> LaneState:
         """Where the next row begins, and what has been counted, as JSON holds it."""

@@ -39,6 +39,8 @@ class Row:
     """First token of the last document's continuation in the next row, if it goes on there."""
     spans: dict[str, RowSpans] = field(default_factory=dict)  # by encoder
     source_id: int = 0
+    dropout_seed: int = 0
+    """What the model drops in this row is drawn from it."""
 
 
 def empty_row() -> Row:

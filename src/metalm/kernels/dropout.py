@@ -11,7 +11,9 @@ Hidden vectors: the seed is the element's, the counter (column // 4, element pos
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +45,12 @@ def row_seeds(seed: Tensor | int | None, batch_size: int, device: torch.device) 
     if seed.numel() != 1:
         raise ValueError(f"dropout_seed has shape {list(seed.shape)}, expected one seed or [{batch_size}]")
     return seed.to(torch.int64).reshape(1) + torch.arange(batch_size, device=device) * _ROW_STRIDE
+
+
+def site_seeds(seeds: Tensor, site: int) -> Tensor:
+    """Seeds for one of a model's attention dropouts, of seeds that all of them share; int64 like `seeds`."""
+    offset = ((site + 1) * _ROW_STRIDE + 2**63) % 2**64 - 2**63  # as int64 wraps
+    return seeds + offset
 
 
 def drop_threshold(dropout: float) -> int:
@@ -123,8 +131,16 @@ def attention_pattern(
     return DropoutPattern(rate, seeds.contiguous(), query.contiguous(), key.contiguous(), head_offset)
 
 
-def hidden_dropout(hidden: Tensor, rate: float, seeds: Tensor, positions: Tensor, site: int) -> Tensor:
-    """Drop elements of vectors, and scale the rest up; differentiable, storing one bool per element.
+def hidden_dropout(
+    hidden: Tensor,
+    rate: float,
+    seeds: Tensor,
+    positions: Tensor,
+    site: int,
+    *,
+    backend: Literal["triton", "torch"] | None = None,
+) -> Tensor:
+    """Drop elements of vectors, and scale the rest up; differentiable in `hidden`.
 
     Args:
         hidden: `[..., D]` floating.
@@ -132,12 +148,22 @@ def hidden_dropout(hidden: Tensor, rate: float, seeds: Tensor, positions: Tensor
         seeds: int64, broadcast to `[...]`.
         positions: integers, broadcast to `[...]`: which vector of its seed it is.
         site: which of a model's dropouts this is, so that no two drop alike.
+        backend: forces "triton" (CUDA, or Triton's interpreter), which stores nothing for the backward, or
+            "torch" (any device), which stores a bool per element; by default triton on CUDA.
     """
     if rate == 0.0:
         return hidden
+    if backend is None:
+        backend = "triton" if hidden.is_cuda and importlib.util.find_spec("triton") else "torch"
+    if backend == "triton":
+        from metalm.kernels.triton_hidden_dropout import triton_hidden_dropout
+
+        seed, position = (part.expand(hidden.shape[:-1]).contiguous() for part in (seeds, positions))
+        scalars = (drop_threshold(rate), 1.0 / (1.0 - rate), site)
+        return triton_hidden_dropout(hidden, seed, position.to(torch.int32), *scalars)
     width = hidden.shape[-1]
     group = torch.arange(-(-width // 4), device=hidden.device)
-    where = torch.tensor(site, device=hidden.device)
+    where = group.new_full((), site)
     seed, position = (part.long()[..., None] for part in (seeds, positions))
     words = _philox(seed, group, position, where, torch.ones_like(where))
     keep = torch.stack(words, -1).flatten(-2)[..., :width] >= drop_threshold(rate)

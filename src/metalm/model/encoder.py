@@ -17,8 +17,10 @@ from metalm.config import EncoderConfig, ModelConfig
 from metalm.kernels import IntervalMask, RelativeBias
 from metalm.model.connector import build_connector
 from metalm.model.deepnorm import deepnorm_divisor
-from metalm.model.encoder_layer import LAYER_NORM_EPS, EncoderLayer
+from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
+from metalm.model.encoder_layer import EncoderLayer, Where, build_norm
 from metalm.model.initialization import Draw, constant, normal, xavier_std
+from metalm.model.positions import rotary_angles
 
 EMBEDDING_STD = 0.02
 
@@ -44,19 +46,17 @@ class Encoder(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.token_embedding = nn.Embedding(vocab_size, hidden)
-        self.text_positions = nn.Embedding(config.max_text_positions, hidden)
+        self.config = config
+        if config.positions == "learned":
+            self.text_positions = nn.Embedding(config.max_text_positions, hidden)
         if config.image:
             self.patch_embedding = nn.Linear(3 * config.image.patch_size**2, hidden)
             self.image_positions = nn.Embedding(config.image.num_patches, hidden)
         if config.relative_bias:
             buckets, distance = config.relative_bias.num_buckets, config.relative_bias.max_distance
             self.relative_bias = SharedRelativeBias(buckets, distance, config.num_heads)
-        self.has_images = config.image is not None
-        self.has_relative_bias = config.relative_bias is not None
         self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
-        self.recompute = config.recompute
-        pre_norm = config.normalization == "pre_ln"
-        self.final_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS) if pre_norm else nn.Identity()
+        self.final_norm = build_norm(config) if config.normalization == "pre_ln" else nn.Identity()
         self.connector = build_connector(config.connector, hidden, decoder_hidden_size)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(config, name))
@@ -72,21 +72,38 @@ class Encoder(nn.Module):
         Returns:
             [L, decoder hidden size], in the parameters' dtype.
         """
-        hidden = self._embed(share)
+        hidden, dropout = self._embed(share), self._dropout(share)
+        if dropout is not None:
+            hidden = dropout.drop(hidden, SITES_PER_LAYER * len(self.layers))
         mask = IntervalMask(share.attention_start[None], share.attention_end[None], hidden.shape[0])
-        bias = self.relative_bias() if self.has_relative_bias else None
+        where = self._where(share)
         for layer in self.layers:
-            if self.recompute:
-                hidden = checkpoint(layer, hidden, mask, bias, share.routes, use_reentrant=False)
+            if self.config.recompute:
+                hidden = checkpoint(layer, hidden, mask, where, share.routes, dropout, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask, bias, share.routes)
+                hidden = layer(hidden, mask, where, share.routes, dropout)
         return self.connector(self.final_norm(hidden))
 
+    def _dropout(self, share: EncoderShare) -> SpanDropout | None:
+        if not self.training or not self.config.dropout:
+            return None
+        return SpanDropout(self.config.dropout, share.dropout_seeds, share.dropout_positions)
+
+    def _where(self, share: EncoderShare) -> Where:
+        config = self.config
+        bias = self.relative_bias() if config.relative_bias else None
+        if config.positions == "learned":
+            return Where(bias, None)
+        return Where(bias, rotary_angles(share.positions, config.head_size, config.rope_base))
+
     def _embed(self, share: EncoderShare) -> Tensor:
-        last_text_position = self.text_positions.num_embeddings - 1
-        text_positions = share.positions.clamp(max=last_text_position)  # patches are replaced below
-        hidden = self.token_embedding(share.token_ids) + self.text_positions(text_positions)
-        if not self.has_images:
+        hidden = self.token_embedding(share.token_ids)
+        if self.config.positions == "learned":
+            last = self.text_positions.num_embeddings - 1
+            hidden = hidden + self.text_positions(
+                share.positions.clamp(max=last)
+            )  # patches are replaced below
+        if self.config.image is None:
             return hidden
         pixels = share.patches.to(hidden.dtype) / 127.5 - 1.0
         grid_positions = share.positions.index_select(0, share.patch_slots)
@@ -171,7 +188,9 @@ def encoder_draw(config: ModelConfig, name: str, pretrained: PretrainedWeights |
         return normal(EMBEDDING_STD / depth**0.5)
     divisor = deepnorm_divisor(encoder.num_layers)
     if leaf == "qkv":
-        return lambda whole, generator: _deepnorm_qkv(whole, generator, divisor)
+        return lambda whole, generator: _deepnorm_qkv(whole, generator, divisor, encoder)
+    if leaf == "ffn_in":  # gate and value are maps of their own
+        return lambda whole, generator: _xavier_each(whole, generator, divisor, encoder.feed_forward_size)
     return lambda whole, generator: _xavier(whole, generator, divisor)
 
 
@@ -180,6 +199,13 @@ def _xavier(whole: Tensor, generator: torch.Generator, divisor: float = 1.0) -> 
     whole.normal_(0.0, xavier_std(fan_in, fan_out) / divisor, generator=generator)
 
 
-def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, divisor: float) -> None:
-    for part, scale in zip(whole.chunk(3), (1.0, 1.0, divisor), strict=True):
+def _xavier_each(whole: Tensor, generator: torch.Generator, divisor: float, rows: int) -> None:
+    for part in whole.split(rows):
+        _xavier(part, generator, divisor)
+
+
+def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, divisor: float, config: EncoderConfig) -> None:
+    key_value = config.key_value_heads * config.head_size
+    parts = whole.split((config.hidden_size, key_value, key_value))
+    for part, scale in zip(parts, (1.0, 1.0, divisor), strict=True):
         _xavier(part, generator, scale)

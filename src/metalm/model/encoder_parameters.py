@@ -9,7 +9,7 @@ def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
     """One encoder without its connector."""
     if encoder.pretrained is not None:
         return sum(_count_pretrained(encoder))
-    final_norm = 2 * encoder.hidden_size if encoder.normalization == "pre_ln" else 0
+    final_norm = _norm(encoder) if encoder.normalization == "pre_ln" else 0
     layers = sum(_encoder_layer(encoder, number) for number in range(encoder.num_layers))
     return _encoder_embeddings(encoder, config) + layers + final_norm
 
@@ -37,7 +37,11 @@ def count_frozen(encoder: EncoderConfig, config: ModelConfig) -> int:
 
 def encoder_layer_weights(encoder: EncoderConfig) -> int:
     """Weights of the matrix products that one element passes in one layer."""
-    return 4 * encoder.hidden_size**2 + 2 * encoder.hidden_size * encoder.feed_forward_size
+    hidden = encoder.hidden_size
+    return (
+        hidden * (_qkv_rows(encoder) + hidden)
+        + _feed_forward_maps(encoder) * hidden * encoder.feed_forward_size
+    )
 
 
 def _count_pretrained(encoder: EncoderConfig) -> tuple[int, int]:
@@ -50,7 +54,8 @@ def _count_pretrained(encoder: EncoderConfig) -> tuple[int, int]:
 def _encoder_embeddings(encoder: EncoderConfig, config: ModelConfig) -> int:
     """Embeddings of tokens, patches and positions, and the table of the relative bias."""
     hidden = encoder.hidden_size
-    total = (config.padded_vocab_size + encoder.max_text_positions) * hidden
+    text_positions = encoder.max_text_positions if encoder.positions == "learned" else 0
+    total = (config.padded_vocab_size + text_positions) * hidden
     if encoder.image is not None:
         total += (3 * encoder.image.patch_size**2 + 1 + encoder.image.num_patches) * hidden
     if encoder.relative_bias is not None:
@@ -59,8 +64,22 @@ def _encoder_embeddings(encoder: EncoderConfig, config: ModelConfig) -> int:
 
 
 def _encoder_layer(encoder: EncoderConfig, number: int) -> int:
-    hidden, feed_forward = encoder.hidden_size, encoder.feed_forward_size
-    attention = 4 * (hidden + 1) * hidden
-    one = (hidden + 1) * feed_forward + (feed_forward + 1) * hidden
-    norms = 2 * 2 * hidden
-    return attention + norms + len(encoder.feed_forwards(number)) * one
+    hidden, wide, maps = encoder.hidden_size, encoder.feed_forward_size, _feed_forward_maps(encoder)
+    attention = (_qkv_rows(encoder) + hidden) * hidden
+    one = maps * hidden * wide
+    if encoder.biases:
+        attention += _qkv_rows(encoder) + hidden
+        one += (maps - 1) * wide + hidden
+    return attention + 2 * _norm(encoder) + len(encoder.feed_forwards(number)) * one
+
+
+def _qkv_rows(encoder: EncoderConfig) -> int:
+    return (encoder.num_heads + 2 * encoder.key_value_heads) * encoder.head_size
+
+
+def _feed_forward_maps(encoder: EncoderConfig) -> int:
+    return 3 if encoder.activation == "swiglu" else 2
+
+
+def _norm(encoder: EncoderConfig) -> int:
+    return encoder.hidden_size * (2 if encoder.norm == "layer_norm" else 1)

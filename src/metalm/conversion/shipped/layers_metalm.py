@@ -165,9 +165,6 @@ def build_norm(kind: str, hidden_size: int, eps: float) -> nn.Module:
 class MetaLMRoutedFeedForward(nn.ModuleDict):
     """VLMo's feed-forwards: each element goes through the one of its modality, or through a joint one."""
 
-    def __init__(self, names: tuple[str, ...], hidden_size: int, intermediate_size: int) -> None:
-        super().__init__({name: MetaLMFeedForward(hidden_size, intermediate_size) for name in names})
-
     def forward(self, hidden: Tensor, routes: dict[str, Tensor]) -> Tensor:
         """[B, L, D] to [B, L, D].
 
@@ -257,19 +254,34 @@ class MetaLMEncoderLayer(MetaLMLayer):
 
     def __init__(self, config: MetaLMConfig, name: str, layer: int) -> None:
         sizes = config.encoders[name]
-        hidden_size, wide, num_heads = (
-            sizes[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")
+        hidden_size, num_heads, biases = (
+            sizes[key] for key in ("hidden_size", "num_attention_heads", "biases")
         )
-        mlp: nn.Module = MetaLMFeedForward(hidden_size, wide)
-        if sizes["joint_layers"] is not None:
+
+        def feed_forward() -> MetaLMFeedForward:
+            wide, activation = sizes["intermediate_size"], sizes["activation"]
+            return MetaLMFeedForward(hidden_size, wide, activation, biases=biases)
+
+        mlp: nn.Module
+        if sizes["joint_layers"] is None:
+            mlp = feed_forward()
+        else:
             joint = ("joint",) if layer >= sizes["num_hidden_layers"] - sizes["joint_layers"] else ()
-            mlp = MetaLMRoutedFeedForward(("vision", "language", *joint), hidden_size, wide)
+            names = ("vision", "language", *joint)
+            mlp = MetaLMRoutedFeedForward({name: feed_forward() for name in names})
         super().__init__(
-            MetaLMAttention(config, hidden_size, num_heads, num_heads),
+            MetaLMAttention(
+                config,
+                hidden_size,
+                num_heads,
+                sizes["num_key_value_heads"] or num_heads,
+                qkv_biases=biases,
+                output_bias=biases,
+            ),
             mlp,
             hidden_size=hidden_size,
             num_layers=sizes["num_hidden_layers"],
             normalization=sizes["normalization"],
-            norm="layer_norm",
+            norm=sizes["norm"],
             eps=sizes["norm_eps"],
         )
