@@ -84,7 +84,7 @@ def test_the_text_of_all_rows_is_that_of_the_documents(
             num_grown += end - start > len(shared.encode([text])[0])
             at, first, num_spans = end, first + end - start, num_spans + 1
         found += shared.decode(row.tokens[at:])
-    locations = source.reader.locate(np.arange(source.index.num_samples))
+    locations = source.index.locate(np.arange(source.index.num_samples))
     assert found == "".join(shared.decode(source.document(location)) for location in locations)
     assert num_spans > 10
     assert num_grown > 5 or length < 60
