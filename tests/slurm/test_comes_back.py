@@ -106,7 +106,7 @@ def test_a_kill_for_want_of_memory_comes_back(
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
     first, last = causes(tmp_path)
     assert "exceed" in log and "memory" in log.lower()
-    assert (first, last) == ("", "done")
+    assert (first, last) == ("4 of 4 ranks vanished, srun ended with 137 (out of memory?)", "done")
     assert [event["step"] for event in events(tmp_path)] == [0, 5, 5, 8]
 
 
