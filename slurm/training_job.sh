@@ -154,13 +154,14 @@ record_end() { # CODE CAUSE AGAIN
 
 # End the ranks when neither metrics nor checkpoints have moved for too long.
 watch_for_hang() {
-    local minutes=${METALM_HANG_MINUTES:-60} began newest step
-    ((minutes > 0)) || return 0
+    local minutes=${METALM_HANG_MINUTES:-60} patience began newest step
+    patience=$(awk "BEGIN { print int($minutes * 60) }")
+    ((patience > 0)) || return 0
     began=$(date +%s)
-    while sleep 20; do
+    while sleep $((patience > 60 ? 20 : patience / 3 + 1)); do
         newest=$(stat --format=%Y "$run_folder/logs/metrics.jsonl" "$run_folder"/checkpoints/* 2>/dev/null | sort -n | tail -n 1)
         newest=$((${newest:-0} > began ? newest : began))
-        if (($(date +%s) - newest > minutes * 60)); then
+        if (($(date +%s) - newest > patience)); then
             say "no step for $minutes minutes: ending the ranks"
             : >"$METALM_CODES/hung"
             # The step alone: a signal to the job would end this script as well. Slurm sends TERM, then KILL.

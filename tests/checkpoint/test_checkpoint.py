@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from metalm.checkpoint.folders import find_checkpoint, list_checkpoints, prune_checkpoints, step_folder
 from metalm.checkpoint.format import STATES, ParameterIndex, Piece, piece_name, rank_file, write_index
 from metalm.checkpoint.inspection import compare_checkpoints, describe_checkpoint
 from metalm.checkpoint.manifest import publish, record_file, write_manifest
 from metalm.checkpoint.reader import CheckpointReader
+from metalm.checkpoint.writer import write_tensors
 from metalm.errors import CheckpointError
 
 WHOLE = torch.arange(48, dtype=torch.float32).reshape(8, 6)
@@ -102,6 +103,13 @@ def test_swapped_files_are_found(tmp_path: Path) -> None:
         CheckpointReader(folder, verify=True)
 
 
+def test_a_manifest_of_another_run_is_found(tmp_path: Path) -> None:
+    mine, other = make_checkpoint(tmp_path / "mine"), make_checkpoint(tmp_path / "other", shape=(6, 8))
+    (other / "manifest.json").replace(mine / "manifest.json")
+    with pytest.raises(CheckpointError, match="decoder/index.json is damaged"):
+        CheckpointReader(mine, verify=True)
+
+
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path)
     (folder / "manifest.json").unlink()
@@ -149,6 +157,38 @@ def test_old_checkpoints_go_and_marked_ones_stay(tmp_path: Path) -> None:
     prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=3)
     assert list_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (3, 6, 7)]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_only_whole_checkpoint_stays(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        make_checkpoint(tmp_path, step)
+    for step in (3, 4):
+        flip_a_bit(step_folder(tmp_path, step) / "decoder" / rank_file(0))
+    prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=None)
+    assert list_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (2, 3, 4)]
+
+
+def test_tensors_are_written_as_the_library_reads_them(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.randn(n * 700_001) for n in range(1, 4)}
+    record = write_tensors(tmp_path / "ours", tensors)
+    assert record == record_file(tmp_path / "ours")
+    found = load_file(tmp_path / "ours")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_parameter_may_have_its_weight_alone(tmp_path: Path) -> None:
+    reader = CheckpointReader(make_checkpoint(tmp_path, states=("master",)))
+    assert reader.states("decoder", "w") == ("master",)
+    assert torch.equal(reader.read("decoder", "w"), WHOLE)
+    with pytest.raises(CheckpointError, match="has no 'exp_avg' of decoder.w"):
+        reader.read("decoder", "w", "exp_avg")
+
+
+@pytest.mark.parametrize("states", [(), ("exp_avg",), ("master", "other")])
+def test_states_that_cannot_be_are_refused(tmp_path: Path, states: tuple[str, ...]) -> None:
+    with pytest.raises(CheckpointError, match="has states"):
+        CheckpointReader(make_checkpoint(tmp_path, states=states))
 
 
 def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:

@@ -28,6 +28,19 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     ("override", "message"),
     [
         ("model.decoder.num_heads=7", "model.decoder.hidden_size = 128 is not divisible by num_heads = 7"),
+        ("model.decoder.num_kv_heads=3", "num_heads = 4 is not divisible by num_kv_heads = 3"),
+        ("model.decoder.qkv_biases=true", "qkv_biases is for a decoder with biases: false"),
+        ("model.decoder.positions=learned", "max_positions = None is below data.sequence_length"),
+        ("model.decoder.max_positions=512", "is the length of learned positions, not of sinusoidal ones"),
+        ("model.decoder.rope_scaling={factor: 2}", "rope_scaling is for positions: rope, not sinusoidal"),
+        (
+            "model.decoder={positions: rope, rope_scaling: {factor: 2, low_frequency_factor: 4}}",
+            "low_frequency_factor = 4.0 is not below high_frequency_factor = 4.0",
+        ),
+        (
+            "model.decoder={positions: rope, hidden_size: 12}",
+            "hidden_size / num_heads = 3 must be even for positions: rope",
+        ),
         ("model.encoders.text.num_heads=7", "model.encoders.text.hidden_size = 96 is not divisible"),
         ("model.encoders.scene.image.patch_size=7", "image_size = 48 is not divisible by patch_size = 7"),
         (
@@ -93,6 +106,16 @@ def test_fitting_layouts_pass(world_size: int) -> None:
         (3, [], "3 rank(s) cannot be split into tensor-parallel groups of 2"),
         (1, [], "1 rank(s) cannot be split"),
         (8, ["parallel.tensor=8"], "model.decoder.num_heads = 4 is not divisible by parallel.tensor = 8"),
+        (
+            4,
+            ["parallel.tensor=4", "model.decoder.num_kv_heads=2"],
+            "model.decoder.num_kv_heads = 2 is not divisible by parallel.tensor = 4",
+        ),
+        (
+            2,
+            ["parallel={tensor: 2, sequence_parallel: true}", "data.sequence_length=129"],
+            "data.sequence_length = 129 is not divisible by parallel.tensor = 2",
+        ),
         (6, ["parallel.tensor=2"], "data.lanes = 16 is not divisible by 3 data-parallel ranks"),
         (4, [], "16 is not divisible by 2 data-parallel ranks x training.micro_batch_size = 16"),
     ],

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import ModelConfig
-from metalm.data.collate import assign_spans, collate, span_costs
+from metalm.data.collate import collate
 from metalm.data.rows import Row, RowSpans, empty_row, image_prompt, text_prompt
+from metalm.kernels import IntervalMask
 
 PAD, PATCHES, PATCH_BYTES = 4, 4, 192
 SHAPE = {"num_layers": 1, "hidden_size": 8, "num_heads": 2}
@@ -58,6 +59,21 @@ def test_a_full_row_predicts_the_first_token_of_the_next() -> None:
     batch = collated([text_row(12, [(4, 12)], next_token=99)], 12)
     assert batch.loss_mask[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     assert batch.labels[0, -1] == 99
+
+
+def test_bidirectional_spans_see_themselves_whole_and_are_trained_alike() -> None:
+    decoder = MODEL.decoder.model_copy(update={"spans": "bidirectional"})
+    model = MODEL.model_copy(update={"decoder": decoder})
+    rows = [text_row(9, []), text_row(12, [(2, 4), (4, 8)])]
+    batch = collate(rows, model_config=model, sequence_length=12, tp_size=1, pad_id=PAD)
+    assert batch.attention_end.tolist() == [
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0],
+        [1, 2, 4, 4, 8, 8, 8, 8, 9, 10, 11, 12],
+    ]
+    IntervalMask(batch.attention_start, batch.attention_end, 12).validate()
+    causal = collated(rows, 12)
+    assert torch.equal(batch.labels, causal.labels)
+    assert torch.equal(batch.loss_mask, causal.loss_mask)
 
 
 def test_padding_sees_nothing_and_is_not_trained() -> None:
@@ -209,24 +225,6 @@ def check_encoder(batch: SemiCausalBatch, rows: list[Row], name: str, length: in
         assert (share.attention_end > 0).sum() == docked + dummy
         assert torch.all(share.token_ids[docked:] == PAD)
         assert len(share.patches) == len(share.patch_slots)
-
-
-def test_spans_are_spread_evenly_by_cost() -> None:
-    lengths = np.random.default_rng(0).integers(65, 129, 40)
-    costs = span_costs(lengths, MODEL.encoders["text"])
-    for shares in (2, 4, 8):
-        owners = assign_spans(costs, shares)
-        loads = np.bincount(owners, costs, minlength=shares)
-        assert loads.max() / loads.mean() < 1.06
-        np.testing.assert_array_equal(owners, assign_spans(costs, shares))
-
-
-def test_cost_of_a_span_is_that_of_its_multiplications() -> None:
-    config = MODEL.encoders["text"]
-    n, h, f = 50, config.hidden_size, config.feed_forward_size
-    # Four projections h x h, two of the feed-forward, scores and their use, per element.
-    multiplications = n * (4 * h * h + 2 * h * f) + 2 * n * n * h
-    assert span_costs(np.array([n]), config)[0] == multiplications
 
 
 def test_prompts_are_left_open_and_dock_what_they_encode(pixels: np.ndarray) -> None:

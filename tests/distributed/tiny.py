@@ -10,7 +10,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.data.collate import collate
 from metalm.data.rows import Row, RowSpans
-from reference.rows import PAD, PlainRow, random_rows
+from reference.rows import PAD, PlainRow, lonely_rows, random_rows
 
 GLOBAL_ROWS, LENGTH, VOCAB = 8, 40, 90
 STEPS = 5
@@ -121,9 +121,9 @@ def rate_of(step: int) -> float:
     return RATES[step % len(RATES)]
 
 
-def global_batch(step: int) -> list[PlainRow]:
-    """The rows of a step; the first half are pairs, the second half text."""
-    return random_rows(step, GLOBAL_ROWS, VOCAB, LENGTH)
+def global_batch(step: int, rows: str = "random") -> list[PlainRow]:
+    """The rows of a step, `random` or `lonely`."""
+    return random_rows(step, GLOBAL_ROWS, VOCAB, LENGTH) if rows == "random" else lonely_rows(step, VOCAB)
 
 
 def micro_batches(

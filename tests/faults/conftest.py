@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from end_to_end.conftest import REPOSITORY, tiny_data  # noqa: F401
+from end_to_end.conftest import tiny_data  # noqa: F401
 from faults.harness import Ranks
+from tiny_pipeline import REPOSITORY
 
 STEPS = 40
 

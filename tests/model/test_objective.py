@@ -74,16 +74,20 @@ def test_check_value_of_the_trained_positions(topology: Topology) -> None:
     assert [t - 1 for t in plain.trained_targets(twelve_tokens())] == [0, 1, 2, 3, 7, 8, 9, 10]
 
 
-def test_a_token_after_the_span_changes_nothing_up_to_its_end(topology: Topology) -> None:
-    model, document = build(topology), twelve_tokens()
+@pytest.mark.parametrize("options", ["paper", "mixed"])
+def test_a_token_after_the_span_changes_nothing_up_to_its_end(topology: Topology, options: str) -> None:
+    model, document = build(topology, options), twelve_tokens()
     changed = replace(document, tokens=[*document.tokens[:8], 50, *document.tokens[9:]])
     before, after = model.logits(document), model.logits(changed)
     assert torch.equal(before[:8], after[:8])
     assert not torch.allclose(before[8:], after[8:])
 
 
-def test_a_token_inside_the_span_changes_the_spans_first_position_and_none_before(topology: Topology) -> None:
-    model, document = build(topology), twelve_tokens()
+@pytest.mark.parametrize("options", ["paper", "mixed"])
+def test_a_token_inside_the_span_changes_the_spans_first_position_and_none_before(
+    topology: Topology, options: str
+) -> None:
+    model, document = build(topology, options), twelve_tokens()
     changed = replace(document, tokens=[*document.tokens[:7], 50, *document.tokens[8:]])
     before, after = model.logits(document), model.logits(changed)
     assert torch.equal(before[:4], after[:4])

@@ -52,6 +52,17 @@ def random_rows(seed: int, num_rows: int, vocab_size: int, length: int) -> list[
     return rows
 
 
+def lonely_rows(seed: int, vocab_size: int) -> list[PlainRow]:
+    """Two rows each of text with spans, of pairs, of nothing, and of text without spans."""
+    generator = np.random.default_rng(seed)
+    texts = [[_text(generator, 30, vocab_size)] for _ in range(4)]
+    plain = [[Document(document.tokens) for document in documents] for documents in texts[2:]]
+    pairs = [[_pair(generator, 20, vocab_size), _pair(generator, 16, vocab_size)] for _ in range(2)]
+    sources = (0, 0, 1, 1, 0, 0, 0, 0)
+    rows = [*texts[:2], *pairs, [], [], *plain]
+    return [PlainRow(documents, source) for documents, source in zip(rows, sources, strict=True)]
+
+
 def _pair(generator: np.random.Generator, size: int, vocab_size: int) -> Document:
     prefix = int(generator.integers(0, 4))
     caption = generator.integers(4, vocab_size, size - 6).tolist()

@@ -5,16 +5,18 @@
 #   steps=N          done after N steps
 #   fails=CODE@N     ends with CODE at step N, unless it was resumed from there
 #   fails=CODE@0     ends with CODE before the first step
+#   hangs=N          does nothing more at step N, unless it was resumed from there
 #
-# Its preflight finds nothing; with REAL_PYTHON it is the real one.
+# Its preflight finds nothing; with REAL_PYTHON it is the real one, which sees ODD_PATH first on ODD_NODE.
 set -eu
 
-folder='' steps=1000000 fails=0@-1
+folder='' steps=1000000 fails=0@-1 hangs=-1
 for word in "$@"; do
     case $word in
         run.folder=*) folder=${word#*=} ;;
         steps=*) steps=${word#*=} ;;
         fails=*) fails=${word#*=} ;;
+        hangs=*) hangs=${word#*=} ;;
     esac
 done
 if [[ " $* " = *" --dry-run "* ]]; then
@@ -24,6 +26,7 @@ fi
 
 if [[ " $* " = *" preflight "* ]]; then
     [[ -n ${REAL_PYTHON:-} ]] || exit 0
+    [[ $SLURMD_NODENAME != "${ODD_NODE:-}" ]] || export PYTHONPATH=$ODD_PATH
     exec "$REAL_PYTHON" "$@"
 fi
 
@@ -47,6 +50,9 @@ while :; do
         [[ ${fails%@*} != 137 ]] || kill -KILL $$
         exit "${fails%@*}"
     fi
+    while [[ $step = "$hangs" && $resumed -lt $step ]]; do
+        sleep 1 || :
+    done
     if [[ $step = "$steps" ]]; then
         save
         exit 0

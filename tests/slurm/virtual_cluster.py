@@ -153,6 +153,14 @@ class VirtualCluster:
         """End all processes of a node at once."""
         os.kill(self._nodes.pop(node), signal.SIGKILL)
 
+    def cut_network(self, node: str) -> None:
+        """Unplug a node; what runs on it goes on."""
+        self._in_network("ip", "link", "set", f"to_{node}", "down")
+
+    def mend_network(self, node: str) -> None:
+        """Plug a node in again."""
+        self._in_network("ip", "link", "set", f"to_{node}", "up")
+
     def command(self, *words: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
         """Standard output of a command on the controller."""
         return self._run(self._first_pid, words, check, environment)

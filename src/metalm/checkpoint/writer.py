@@ -13,8 +13,6 @@ from torch import Tensor
 
 from metalm.checkpoint.manifest import FileRecord
 
-_CHUNK = 8 * 2**20
-
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write contiguous float32 host tensors without copying them; answer the file's size and hash.
@@ -24,17 +22,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     Raises:
         OSError: the disk is full, for example; the file is then incomplete.
     """
-    digest, size = hashlib.sha256(), 0
+    size = 0
     with path.open("wb", buffering=0) as handle, ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(_hash, tensors)  # hashing and writing both release the GIL
         for chunk in _content(tensors):
-            hashed = pool.submit(digest.update, chunk)  # both release the GIL
             written = 0
             while written < len(chunk):
                 written += handle.write(chunk[written:])
             size += written
-            hashed.result()
         os.fsync(handle.fileno())
-    return FileRecord(size, digest.hexdigest())
+        return FileRecord(size, digest.result())
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for chunk in _content(tensors):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _content(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
@@ -50,6 +54,4 @@ def _content(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     encoded += b" " * (-len(encoded) % 8)
     yield memoryview(len(encoded).to_bytes(8, "little") + encoded)
     for tensor in tensors.values():
-        content = tensor.numpy().data.cast("B")
-        for start in range(0, len(content), _CHUNK):
-            yield content[start : start + _CHUNK]
+        yield tensor.numpy().data.cast("B")

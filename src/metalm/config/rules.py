@@ -27,6 +27,22 @@ PIPELINE_OWNED_KEYS = (
 """Keys that a DeepSpeed JSON may not hold, because the pipeline sets them."""
 
 
+_OF_OUR_ENCODERS = (
+    "normalization",
+    "relative_bias",
+    "joint_layers",
+    "num_kv_heads",
+    "activation",
+    "norm",
+    "norm_eps",
+    "biases",
+    "positions",
+    "rope_base",
+    "dropout",
+)
+"""What an encoder from transformers has in its own way."""
+
+
 def check_config(
     config: RunConfig, decoder_json: Mapping[str, Any], encoders_json: Mapping[str, Any]
 ) -> None:
@@ -107,6 +123,12 @@ def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
             f"{where}.image.image_size = {encoder.image.image_size} is not divisible by "
             f"patch_size = {encoder.image.patch_size}"
         )
+    if encoder.pretrained is None and not encoder.max_text_positions:
+        yield f"{where}.max_text_positions must be positive"
+    if encoder.pretrained is not None:
+        defaults = type(encoder).model_fields
+        if given := [key for key in _OF_OUR_ENCODERS if getattr(encoder, key) != defaults[key].default]:
+            yield f"{where}: {', '.join(given)} cannot be given for an encoder of transformers"
     if encoder.image and encoder.relative_bias:
         yield f"{where}: relative_bias is of tokens in a line; an encoder with `image` has patches in a grid"
     bias = encoder.relative_bias

@@ -7,7 +7,7 @@ Paths are relative to the folder in which the command is started.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -139,6 +139,24 @@ class ImageConfig(Section):
         return (self.image_size // self.patch_size) ** 2
 
 
+class PretrainedConfig(Section):
+    """An encoder of transformers, from a local folder. Its sizes and input follow from the folder."""
+
+    path: Path
+    """Holds config.json, model.safetensors and, for images preprocessor_config.json, for text
+    tokenizer.json."""
+    definition: dict[str, Any] = {}
+    """The model's config, filled in when a pipeline is read: a run goes on without the folder."""
+    image_mean: tuple[float, float, float] | None = None
+    """Of the pixels in 0..1, by channel; filled in, as is `image_std`."""
+    image_std: tuple[float, float, float] | None = None
+
+    @property
+    def model_type(self) -> str:
+        """What transformers calls the kind of model."""
+        return str(self.definition["model_type"])
+
+
 class RelativeBiasConfig(Section):
     """T5's relative-position bias, one table for all layers; both values are *open* in the paper."""
 
@@ -149,7 +167,10 @@ class RelativeBiasConfig(Section):
 
 
 class EncoderConfig(Section):
-    """A bidirectional encoder. With `image` its spans are an image followed by a text prefix."""
+    """A bidirectional encoder. With `image` its spans are an image followed by a text prefix.
+
+    With `pretrained` all sizes follow from the folder and are not given; an image then has no text prefix.
+    """
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
@@ -163,8 +184,9 @@ class EncoderConfig(Section):
     norm_eps: PositiveFloat = 1e-5
     biases: bool = True
     """Whether the layers' linear maps have biases; layer norms, patch embedding and connector always have."""
-    max_text_positions: PositiveInt
-    """Longest text of one span, in tokens."""
+    max_text_positions: NonNegativeInt
+    """Longest text of one span, in tokens of the encoder's tokenizer."""
+    pretrained: PretrainedConfig | None = None
     positions: Literal["learned", "rope"] = "learned"
     """Of text; `rope` is for encoders without images. Positions of patches are learned."""
     rope_base: Annotated[float, Field(gt=1)] = 10_000.0

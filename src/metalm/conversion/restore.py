@@ -105,6 +105,11 @@ class FolderWeights:
         else:
             raise CheckpointError(f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}")
 
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._files)
+
     def check(self, shapes: Mapping[str, Shape]) -> None:
         """Compare names and shapes with those that are needed.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
 from metalm.config.schema import EncoderConfig, ModelConfig
+from metalm.data.balance import assign_spans, span_costs
 from metalm.data.rows import NO_TOKEN, Row, RowSpans
 
 SHARE_MULTIPLE = 16
@@ -81,26 +82,6 @@ def collate(
     )
 
 
-def span_costs(lengths: np.ndarray, config: EncoderConfig) -> np.ndarray:
-    """Relative cost [K] of encoding spans of so many elements: projections and feed-forward, attention."""
-    hidden = config.hidden_size
-    linear = 4 * hidden * hidden + 2 * hidden * config.feed_forward_size
-    return lengths * linear + 2 * hidden * lengths * lengths
-
-
-def assign_spans(costs: np.ndarray, num_shares: int) -> np.ndarray:
-    """The share [K] of each span: the dearest first, each to the share with the least cost so far."""
-    shares = np.zeros(len(costs), np.int64)
-    if num_shares == 1:
-        return shares
-    loads = [0.0] * num_shares
-    for span in np.argsort(-costs, kind="stable").tolist():
-        least = min(range(num_shares), key=loads.__getitem__)
-        loads[least] += float(costs[span])
-        shares[span] = least
-    return shares
-
-
 class _RowsSpans:
     """The spans of one encoder in all rows, in flat positions row * S + p."""
 
@@ -116,6 +97,8 @@ class _RowsSpans:
             [span_seeds(rows[b].dropout_seed, spans.bounds[:, 0]) for b, spans in found], (0,)
         )
         self.positions = _ranges(self.bounds[:, 0], self.lengths)
+        own_ids = [spans.ids for _, spans in found if spans.ids is not None]
+        self.ids = np.concatenate(own_ids) if own_ids else None
 
 
 def _document_intervals(rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,13 +148,19 @@ def _encoder_batch(
     patch_bytes = 3 * config.image.patch_size**2 if config.image else 0
     patches = np.concatenate(spans.patches) if spans.patches else np.empty((0, patch_bytes), np.uint8)
     shares, vectors, positions = [], [], []
+    first_elements = np.cumsum(spans.lengths) - spans.lengths
+    if config.pretrained is not None:
+        pad_id = 0  # the shared tokenizer's may be beyond the encoder's vocabulary
     for rank, chosen in enumerate(members):
         layout = _ShareLayout(spans, chosen, taken[chosen], length)
         docked = _ranges(spans.bounds[chosen, 0], spans.lengths[chosen])
+        span_tokens = tokens[docked]
+        if spans.ids is not None:
+            span_tokens = spans.ids[_ranges(first_elements[chosen], spans.lengths[chosen])]
         vectors.append(rank * length + layout.elements)
         positions.append(docked)
         routed = config.joint_layers is not None
-        shares.append(_share(spans, chosen, layout, tokens[docked], patches, pad_id, routed))
+        shares.append(_share(spans, chosen, layout, span_tokens, patches, pad_id, routed))
     return EncoderBatch(
         shares=tuple(shares),
         dock_vectors=torch.from_numpy(np.concatenate(vectors)),

@@ -15,6 +15,7 @@ import numpy as np
 from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig, SourceConfig
 from metalm.data.order import SampleOrder, ShardOrder
 from metalm.data.pair_rows import PairPacker
+from metalm.data.retokenize import load_retokenizer
 from metalm.data.rows import Row
 from metalm.data.sources import Source
 from metalm.data.spans import SpanSampler
@@ -48,6 +49,13 @@ class Mixture:
         self.config = config
         self.sources = sources
         self.orders = {source.name: _order(config, source) for source in sources}
+        self.retokenizers = {
+            source.config.encoder: load_retokenizer(
+                config.model.encoders[source.config.encoder], source.tokenizer
+            )
+            for source in sources
+            if source.config.kind == "text" and source.config.encoder is not None
+        }
 
     def check_state(self, state: LaneState) -> None:
         """Raises ConfigError if a lane's state was saved under another order of the samples."""
@@ -149,6 +157,7 @@ class Lane:
                 sequence_length=length,
                 spans=spans,
                 max_consecutive_failures=failures,
+                retokenizer=self._mixture.retokenizers.get(source.config.encoder or ""),
                 state=state,
             )
         encoder, image = image_encoder(config, source.name, source.config)

@@ -23,6 +23,7 @@ class RowSpans:
     bounds: np.ndarray  # [K, 2] int; start and end (exclusive) in the row
     num_patches: np.ndarray  # [K] int; leading positions of the span that are patches of its image
     patches: np.ndarray | None = None  # [P, patch_size * patch_size * 3] uint8, of all spans end to end
+    ids: np.ndarray | None = None  # [sum of lengths] int64, of an encoder with a tokenizer of its own
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ them apart; so a share of any mixture of lengths is one dense forward without pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
 from metalm.kernels import IntervalMask, RelativeBias
+from metalm.model.connector import build_connector
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.encoder_layer import EncoderLayer, Where, build_norm
@@ -54,7 +57,7 @@ class Encoder(nn.Module):
             self.relative_bias = SharedRelativeBias(buckets, distance, config.num_heads)
         self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
         self.final_norm = build_norm(config) if config.normalization == "pre_ln" else nn.Identity()
-        self.connector = _build_connector(config.connector, hidden, decoder_hidden_size)
+        self.connector = build_connector(config.connector, hidden, decoder_hidden_size)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(config, name))
 
@@ -114,10 +117,7 @@ class EncoderBank(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(
-            {
-                name: Encoder(encoder, config.padded_vocab_size, config.decoder.hidden_size)
-                for name, encoder in config.encoders.items()
-            }
+            {name: _build_encoder(encoder, config) for name, encoder in config.encoders.items()}
         )
 
     def forward(self, shares: dict[str, EncoderShare]) -> dict[str, Tensor]:
@@ -135,10 +135,45 @@ def is_trained(config: EncoderConfig, name: str) -> bool:
     return part == "final_norm" and config.num_frozen_layers < config.num_layers
 
 
-def encoder_draw(config: ModelConfig, name: str) -> Draw:
-    """How a parameter of the EncoderBank starts. Embedding scale and connector are *open* in the paper."""
+def _build_encoder(encoder: EncoderConfig, config: ModelConfig) -> nn.Module:
+    if encoder.pretrained is None:
+        return Encoder(encoder, config.padded_vocab_size, config.decoder.hidden_size)
+    from metalm.model.pretrained import PretrainedEncoder  # needs transformers, which takes seconds
+
+    return PretrainedEncoder(encoder, config.decoder.hidden_size)
+
+
+PretrainedWeights = Mapping[str, Mapping[str, Tensor]]
+"""By encoder and name in its model of transformers."""
+
+
+def load_pretrained_weights(config: ModelConfig) -> PretrainedWeights:
+    """The weights of all encoders from transformers, read from their folders.
+
+    Raises:
+        ConfigError: see `metalm.model.pretrained.load_weights`.
+    """
+    folders = {name: encoder for name, encoder in config.encoders.items() if encoder.pretrained}
+    if not folders:
+        return {}
+    from metalm.model.pretrained import load_weights
+
+    return {name: load_weights(encoder) for name, encoder in folders.items()}
+
+
+def encoder_draw(config: ModelConfig, name: str, pretrained: PretrainedWeights | None = None) -> Draw:
+    """How a parameter of the EncoderBank starts. Embedding scale and connector are *open* in the paper.
+
+    Args:
+        pretrained: from `load_pretrained_weights`; None where a checkpoint is about to be restored.
+    """
     _, encoder_name, *rest = name.split(".")
     encoder = config.encoders[encoder_name]
+    if encoder.pretrained is not None and rest[0] == "model":
+        if pretrained is None:
+            return constant(0.0)
+        value = pretrained[encoder_name][".".join(rest[1:])]
+        return lambda whole, generator: whole.copy_(value)
     leaf, kind = rest[-2], rest[-1]
     if kind == "bias":
         return constant(0.0)
@@ -174,15 +209,3 @@ def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, divisor: float, con
     parts = whole.split((config.hidden_size, key_value, key_value))
     for part, scale in zip(parts, (1.0, 1.0, divisor), strict=True):
         _xavier(part, generator, scale)
-
-
-def _build_connector(kind: str, encoder_size: int, decoder_size: int) -> nn.Module:
-    if kind == "linear":
-        return nn.Sequential(nn.Linear(encoder_size, decoder_size))
-    return nn.Sequential(
-        nn.Linear(encoder_size, decoder_size),
-        nn.GELU(),
-        nn.Linear(decoder_size, decoder_size),
-        nn.GELU(),
-        nn.Linear(decoder_size, decoder_size),
-    )

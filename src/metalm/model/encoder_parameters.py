@@ -7,6 +7,8 @@ from metalm.config import EncoderConfig, ModelConfig
 
 def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
     """One encoder without its connector."""
+    if encoder.pretrained is not None:
+        return sum(_count_pretrained(encoder))
     final_norm = _norm(encoder) if encoder.normalization == "pre_ln" else 0
     layers = sum(_encoder_layer(encoder, number) for number in range(encoder.num_layers))
     return _encoder_embeddings(encoder, config) + layers + final_norm
@@ -23,6 +25,8 @@ def count_connector(encoder: EncoderConfig, config: ModelConfig) -> int:
 
 def count_frozen(encoder: EncoderConfig, config: ModelConfig) -> int:
     """Parameters of one encoder that are not trained."""
+    if encoder.pretrained is not None:
+        return _count_pretrained(encoder)[1]
     if encoder.trained_layers == "all":
         return 0
     if encoder.trained_layers == "none":
@@ -38,6 +42,13 @@ def encoder_layer_weights(encoder: EncoderConfig) -> int:
         hidden * (_qkv_rows(encoder) + hidden)
         + _feed_forward_maps(encoder) * hidden * encoder.feed_forward_size
     )
+
+
+def _count_pretrained(encoder: EncoderConfig) -> tuple[int, int]:
+    """Trained and frozen parameters of an encoder of transformers, from its shapes on the meta device."""
+    from metalm.model.pretrained import count_parameters  # needs transformers, which takes seconds
+
+    return count_parameters(encoder.model_dump_json())
 
 
 def _encoder_embeddings(encoder: EncoderConfig, config: ModelConfig) -> int:

@@ -159,8 +159,8 @@ class _Run:
         if not session.is_first:
             return
         resumed = "" if self._saved_step is None else ", resumed from the checkpoint"
-        print(f"run {session.run_folder}: {session.topology.describe()}", flush=True)
-        print(f"step {self._step} of {config.training.steps}{resumed}", flush=True)
+        self._monitor.say(f"run {session.run_folder}: {session.topology.describe()}")
+        self._monitor.say(f"step {self._step} of {config.training.steps}{resumed}")
         self._monitor.write_text("config", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         self._monitor.write_text("plan", describe_plan(config, session.topology.world_size))
 
@@ -207,9 +207,6 @@ class _Run:
             self._log(result, rate)
 
     def _log(self, result: StepResult, rate: float) -> None:
-        counters = None
-        if self._data is not None:
-            counters = {**self._data.counters(), "fingerprint": self._fingerprint}
         figures, lines = self._slow_ranks.report()
         for line in lines:
             logger.warning(line)
@@ -220,7 +217,7 @@ class _Run:
             "guards/rewinds": self._rewinds,
             "guards/failed_saves": self._failed_saves,
         }
-        self._monitor.log_step(self._step, result, rate, counters, {**guards, **figures})
+        self._monitor.log_step(self._step, result, rate, self._data, self._fingerprint, {**guards, **figures})
 
     def _rewind(self) -> None:
         """Go back to the last checkpoint, but not in the data: what could not be trained on is skipped.
@@ -315,7 +312,7 @@ class _Run:
             self._save(background=False)
         if self._session.is_first:
             self._stop.clear()
-            print(
-                f"stopped as asked after step {self._step}; the same command goes on from there", flush=True
+            self._monitor.say(
+                f"stopped as asked after step {self._step}; the same command goes on from there"
             )
         return EXIT_RESTART

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +17,17 @@ RESTARTS = "run/restarts"
 
 
 def append_metrics(run_folder: Path, step: int, figures: Mapping[str, float]) -> None:
-    """Add the figures of a step."""
-    with _path(run_folder).open("a") as handle:
-        handle.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+    """Add the figures of a step.
+
+    Raises:
+        OSError: the line could not be written; the file is as before.
+    """
+    line = json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n"
+    with _path(run_folder).open("ab", buffering=0) as handle:
+        end = handle.tell()
+        if handle.write(content := line.encode()) < len(content):
+            handle.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), handle.name)
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:

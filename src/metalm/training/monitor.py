@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
+from metalm.data.balance import imbalance_over_ranks
+from metalm.data.loader import TrainingData
 from metalm.data.pictures import caption_picture
 from metalm.model.flops import count_training_flops
 from metalm.parallel.topology import Topology
@@ -26,6 +31,24 @@ from metalm.training.evaluate import Sample
 from metalm.training.metrics import RESTARTS, append_metrics, count_starts, drop_superseded
 from metalm.training.step import StepResult
 from metalm.training.timing import PartTimer
+
+logger = logging.getLogger(__name__)
+
+
+def _despite_a_full_disk(method: Callable[..., None]) -> Callable[..., None]:
+    """What cannot be written is told once and given up: the training is worth more than its figures."""
+
+    @functools.wraps(method)
+    def attempt(self: Monitor, *arguments: Any) -> None:
+        try:
+            self._mend()
+            method(self, *arguments)
+        except OSError as error:
+            if not self._is_broken:
+                logger.error("figures cannot be written: %s; the training goes on", error)
+            self._is_broken = True
+
+    return attempt
 
 
 @dataclass
@@ -53,18 +76,18 @@ class Monitor:
         self._timer = timer
         self._writer: SummaryWriter | None = None
         self._run_folder = run_folder
+        self._is_broken = False
+        self._restarts = count_starts(run_folder) if topology.rank == 0 else 0
         self.begin(first_step)
 
     def begin(self, first_step: int) -> None:
         """Go on from a step, at the start or after going back to a checkpoint."""
         self._window = _Window(time.perf_counter())
         self._began, self._first_step = time.perf_counter(), first_step
-        self._restarts = 0
         self._masks_are_drawn = False
         self.close()
         if self._topology.rank == 0:
             self._writer = SummaryWriter(self._run_folder / "tensorboard", purge_step=first_step)
-            self._restarts = count_starts(self._run_folder)
             drop_superseded(self._run_folder, first_step)
             self._open_page()
 
@@ -78,22 +101,23 @@ class Monitor:
             window.positions += int((batch.attention_end > batch.attention_start).sum())
             window.flops += count_training_flops(batch, self._config.model)
         if self._writer is not None and not self._masks_are_drawn:
-            for name, picture in mask_pictures(micro_batches[0]).items():
-                self._writer.add_image(f"mask/{name}", picture, self._first_step, dataformats="HWC")
             self._masks_are_drawn = True
+            self._draw_masks(micro_batches[0])
 
     def log_step(
         self,
         step: int,
         result: StepResult,
         rate: float,
-        counters: Mapping[str, int | float] | None,
+        data: TrainingData | None,
+        fingerprint: int,
         guards: Mapping[str, float],
     ) -> None:
         """Write the figures of a step and of the window since the last call.
 
         Args:
-            counters: of this data-parallel rank's data; None on tensor ranks above 0.
+            data: of this data-parallel rank; None on tensor ranks above 0.
+            fingerprint: of this data-parallel rank's rows of the step; 0 on tensor ranks above 0.
             guards: what the guards count.
 
         Collective: all ranks.
@@ -103,11 +127,15 @@ class Monitor:
         sums = torch.tensor([window.rows, window.positions, window.flops, window.wait_s], dtype=torch.float64)
         dist.all_reduce(sums, group=self._topology.data_group)
         told: list[Any] = [None] * self._topology.world_size
-        mine = (counters, self._timer.read())
+        counted = (
+            None if data is None else ({**data.counters(), "fingerprint": fingerprint}, data.encoder_costs)
+        )
+        mine = (self._timer.read(), counted)
         dist.gather_object(mine, told if self._topology.rank == 0 else None)
         self._window = _Window(now)
         if self._writer is None:
             return
+        parts = [part for _, part in told if part is not None]
         rows, positions, flops, wait_s = sums.tolist()
         data_wait_s = wait_s / self._topology.data_size
         rate_tflops = flops / seconds / self._topology.world_size / 1e12
@@ -127,16 +155,26 @@ class Monitor:
             "speed/data_wait_share": data_wait_s / seconds,
             "speed/model_tflops_per_rank": rate_tflops,
             "time/step/data_wait": data_wait_s / window.steps,
-            **{f"time/step/{name}": total / window.steps for name, total in _mean(told).items()},
+            **{
+                f"time/step/{name}": total / window.steps
+                for name, total in _mean([timed for timed, _ in told]).items()
+            },
             RESTARTS: self._restarts,
             **_memory_gib(self._topology.device),
-            **_add_counters([part for part, _ in told if part is not None]),
+            **_add_counters([counters for counters, _ in parts]),
+            **self._imbalances(np.stack([costs for _, costs in parts])),
         }
         if self._peak_tflops:
             figures["speed/model_flops_utilisation"] = rate_tflops / self._peak_tflops
         self.write(step, figures)
-        print(self._line(step, figures), flush=True)
+        self.say(self._line(step, figures))
 
+    @_despite_a_full_disk
+    def say(self, line: str) -> None:
+        """Print a line. Rank 0 calls it."""
+        print(line, flush=True)
+
+    @_despite_a_full_disk
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Write scalars of a step. Rank 0 calls it."""
         assert self._writer is not None
@@ -148,8 +186,9 @@ class Monitor:
     def write_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Write held-out losses and print them. Rank 0 calls it."""
         self.write(step, {f"held_out/{name}": loss for name, loss in losses.items()})
-        print(f"held out at step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()), flush=True)
+        self.say(f"held out at step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()))
 
+    @_despite_a_full_disk
     def write_samples(self, step: int, samples: list[Sample]) -> None:
         """Show captions under their images, and continuations as text. Rank 0 calls it."""
         assert self._writer is not None
@@ -170,6 +209,7 @@ class Monitor:
             self._writer.add_text(f"captions/{source}", _quoted("\n\n".join(entries)), step)
         self._writer.flush()
 
+    @_despite_a_full_disk
     def write_text(self, name: str, text: str) -> None:
         """Show a text of the run, such as its config. Rank 0 calls it."""
         assert self._writer is not None
@@ -189,9 +229,22 @@ class Monitor:
 
     def close(self) -> None:
         """Flush and close the outputs."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(OSError):  # told when it was written
+                writer.close()
+
+    def _mend(self) -> None:
+        """Open TensorBoard's writer again, if the disk was full: its thread has died of that."""
+        if self._is_broken:
+            self._writer = SummaryWriter(self._run_folder / "tensorboard")
+            self._is_broken = False
+
+    @_despite_a_full_disk
+    def _draw_masks(self, batch: SemiCausalBatch) -> None:
+        assert self._writer is not None
+        for name, picture in mask_pictures(batch).items():
+            self._writer.add_image(f"mask/{name}", picture, self._first_step, dataformats="HWC")
 
     def _open_page(self) -> None:
         """What TensorBoard shows of the run itself, and of this start."""
@@ -218,6 +271,15 @@ class Monitor:
                 figures[f"loss/{name}"] = total / count
         return figures
 
+    def _imbalances(self, costs: np.ndarray) -> dict[str, float]:
+        """Of the last step's encoder work over data ranks; costs [ranks, 2, micro-batches, encoders]."""
+        before, after = (imbalance_over_ranks(costs[:, arrangement]) for arrangement in (0, 1))
+        figures = {}
+        for number, name in enumerate(self._config.model.encoders):
+            figures[f"data/encoder_imbalance_over_ranks/{name}"] = float(after[number])
+            figures[f"data/encoder_imbalance_over_ranks/{name}_in_lane_order"] = float(before[number])
+        return figures
+
     def _line(self, step: int, figures: Mapping[str, float]) -> str:
         total = self._config.training.steps
         elapsed = time.perf_counter() - self._began
@@ -235,10 +297,10 @@ class Monitor:
         )
 
 
-def _mean(told: list[tuple[Any, Mapping[str, float]]]) -> dict[str, float]:
+def _mean(told: list[Mapping[str, float]]) -> dict[str, float]:
     """Seconds by part, averaged over ranks."""
-    names = {name: None for _, seconds in told for name in seconds}
-    return {name: sum(seconds.get(name, 0.0) for _, seconds in told) / len(told) for name in names}
+    names = {name: None for seconds in told for name in seconds}
+    return {name: sum(seconds.get(name, 0.0) for seconds in told) / len(told) for name in names}
 
 
 def _add_counters(parts: list[Mapping[str, int | float]]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Train the tiny model for five steps under every ZeRO pair, each from the same start, and save it.
 
-Arguments: output folder, JSON of `tiny_config`'s arguments and the number of steps, ZeRO stages as pairs
-such as 1,3 2,1 (decoder, encoders).
+Arguments: output folder, JSON of `tiny_config`'s arguments, the number of steps and the kind of rows, ZeRO
+stages as pairs such as 1,3 2,1 (decoder, encoders).
 """
 
 import faulthandler
@@ -25,7 +25,7 @@ def main() -> None:
     faulthandler.enable()
     folder, arguments, *pairs = sys.argv[1:]
     shape = {"tensor": 1, **json.loads(arguments)}
-    steps = shape.pop("steps", STEPS)
+    steps, kind = shape.pop("steps", STEPS), shape.pop("rows", "random")
     launch = find_launch(os.environ)
     device = open_process_group(launch, timeout_minutes=3)
     topology = build_topology(shape["tensor"], device)
@@ -47,7 +47,7 @@ def main() -> None:
         step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses, norms = [], []
         for number in range(steps):
-            rows = global_batch(number)
+            rows = global_batch(number, kind)
             batches = micro_batches(rows, config, topology.data_rank, topology.data_size)
             result = step.run(batches, rate_of(number))
             losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))

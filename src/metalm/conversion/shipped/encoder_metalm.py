@@ -44,6 +44,14 @@ class Spans:
                     raise ValueError(f"a span lies across position {border}, where the input was cut")
         return Spans(*(part[:, start:stop] for part in (self.input_ids, self.encoders, self.numbers)))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that the model's forward has for them."""
+        return {
+            "span_input_ids": self.input_ids,
+            "span_encoders": self.encoders,
+            "span_numbers": self.numbers,
+        }
+
     def image_starts(self, image_token_id: int | None) -> Tensor:
         """[B, S] bool: the first patch of each image."""
         before = functional.pad(self.numbers, (1, 0))[:, :-1]
