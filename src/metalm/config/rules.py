@@ -27,7 +27,19 @@ PIPELINE_OWNED_KEYS = (
 """Keys that a DeepSpeed JSON may not hold, because the pipeline sets them."""
 
 
-_OF_OUR_ENCODERS = ("normalization", "relative_bias", "joint_layers")
+_OF_OUR_ENCODERS = (
+    "normalization",
+    "relative_bias",
+    "joint_layers",
+    "num_kv_heads",
+    "activation",
+    "norm",
+    "norm_eps",
+    "biases",
+    "positions",
+    "rope_base",
+    "dropout",
+)
 """What an encoder from transformers has in its own way."""
 
 
