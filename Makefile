@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 DEMO := data/demo
 RUN := runs/demo
 
-.PHONY: setup demo test test-slurm check clean
+.PHONY: setup demo test test-slurm soak check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -45,10 +45,16 @@ $(DEMO)/ready: | setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --ignore tests/slurm
+	$(BIN)/python -m pytest tests/slurm
 
-# On a cluster of virtual nodes of its own, which wants root, Slurm's packages and the machine for itself.
+# On a cluster of virtual nodes of its own, which wants the machine for itself: hence after the other tests.
+# Skipped, with the reason, without root or Slurm's packages (tests/slurm/install.sh).
 test-slurm: setup
 	$(BIN)/python -m pytest tests/slurm
+
+# Ten times as many kills as `make test` has.
+soak: setup
+	KILLS_PER_RUN=10 $(BIN)/python -m pytest tests/faults/test_kills.py
 
 check: setup
 	$(BIN)/ruff format --check .

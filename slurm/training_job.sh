@@ -38,6 +38,7 @@ main() {
     check_nodes
     code=$?
     if ((code == 0)); then
+        : >"$METALM_CODES/began"
         watch_for_hang &
         local watch=$!
         launch train "$@"
@@ -101,6 +102,8 @@ on_warning() {
 # shellcheck disable=SC2329  # by its trap
 on_end() {
     told_to_end=$(date +%s)
+    # Ranks whose peers are gone cannot save, and would be waited for until Slurm ends this shell as well.
+    [[ -z $child || -z $(down_nodes) ]] || kill -KILL "$child"
 }
 
 ask_to_stop() {
@@ -154,13 +157,14 @@ record_end() { # CODE CAUSE AGAIN
 
 # End the ranks when neither metrics nor checkpoints have moved for too long.
 watch_for_hang() {
-    local minutes=${METALM_HANG_MINUTES:-60} began newest step
-    ((minutes > 0)) || return 0
+    local minutes=${METALM_HANG_MINUTES:-60} patience began newest step
+    patience=$(awk "BEGIN { print int($minutes * 60) }")
+    ((patience > 0)) || return 0
     began=$(date +%s)
-    while sleep 20; do
+    while sleep $((patience > 60 ? 20 : patience / 3 + 1)); do
         newest=$(stat --format=%Y "$run_folder/logs/metrics.jsonl" "$run_folder"/checkpoints/* 2>/dev/null | sort -n | tail -n 1)
         newest=$((${newest:-0} > began ? newest : began))
-        if (($(date +%s) - newest > minutes * 60)); then
+        if (($(date +%s) - newest > patience)); then
             say "no step for $minutes minutes: ending the ranks"
             : >"$METALM_CODES/hung"
             # The step alone: a signal to the job would end this script as well. Slurm sends TERM, then KILL.
@@ -172,10 +176,14 @@ watch_for_hang() {
 }
 
 finish() { # CODE METALM_ARGUMENTS...
-    local code=$1 cause
+    local code=$1 cause found
     shift
     cause=$(cat "$METALM_CODES/cause" 2>/dev/null) || cause="the launcher ended with $code"
     [[ ! -e $METALM_CODES/hung ]] || cause="no step for ${METALM_HANG_MINUTES:-60} minutes"
+    if [[ -e $METALM_CODES/began ]]; then # the trainer's own watchdog leaves its word with the ranks' stacks
+        found=$(find "$run_folder/logs" -name 'stacks_rank_*.txt' -newer "$METALM_CODES/began" | sort | head -n 1)
+        [[ -z $found ]] || cause=$(head -n 1 "$found")
+    fi
     local faults num_bad=0 leave_out=''
     if [[ -s $bad_nodes ]]; then
         faults=$(sed 's/\t/: /' "$bad_nodes" | paste -s -d '|' | sed 's/|/, /g')

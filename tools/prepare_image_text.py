@@ -38,10 +38,18 @@ def main() -> None:
         "--shard-images", type=int, default=4096, help="most images per shard (default: 4096)"
     )
     parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
+    parser.add_argument(
+        "--first-number",
+        type=int,
+        default=0,
+        help="number of the first input, when inputs are prepared apart (default: 0)",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
     options = parser.parse_args()
     if options.processes < 1 or options.shard_mib <= 0 or options.shard_images < 1 or options.resize == 0:
         parser.error("--processes, --shard-mib, --shard-images and --resize must be positive")
+    if options.first_number < 0:
+        parser.error("--first-number must not be negative")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     started = time.monotonic()
@@ -54,6 +62,7 @@ def main() -> None:
         shorter_side=options.resize,
         images_per_unit=options.shard_images,
         shard_bytes=int(options.shard_mib * 2**20),
+        first_number=options.first_number,
         processes=options.processes,
     )
     print(format_table(report, ("images", "captions", "bytes")))

@@ -38,13 +38,19 @@ def main() -> None:
     parser.add_argument(
         "--shard-mib", type=float, default=256, help="raw text per shard, and its largest size (default: 256)"
     )
+    parser.add_argument(
+        "--first-number",
+        type=int,
+        default=0,
+        help="number of the first input, when inputs are prepared apart (default: 0)",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument(
         "--backend", choices=("auto", "gigatoken", "huggingface"), default="auto", help="of the tokenizer"
     )
     options = parser.parse_args()
-    if options.processes < 1 or options.shard_mib <= 0:
-        parser.error("--processes and --shard-mib must be positive")
+    if options.processes < 1 or options.shard_mib <= 0 or options.first_number < 0:
+        parser.error("--processes and --shard-mib must be positive, --first-number not negative")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     started = time.monotonic()
@@ -58,6 +64,7 @@ def main() -> None:
         store=options.store,
         meta=options.meta,
         shard_bytes=int(options.shard_mib * 2**20),
+        first_number=options.first_number,
         processes=options.processes,
         backend=options.backend,
     )

@@ -21,7 +21,9 @@ from torch import Tensor
 class EncoderShare:
     """The spans of one micro-batch that one TP rank encodes with one encoder, packed end to end.
 
-    A span is a run of elements: first the patches of its image, if it has one, then its text tokens.
+    A span is a run of elements: first the patches of its image, if it has one, then its text tokens. In
+    an encoder with dropout every span begins at a multiple of 4, because its attention draws four words
+    at once; what pads a span to that sees nothing.
     A rank without a span holds one dummy element whose vector is docked nowhere; the padding up to
     L sees nothing.
     """
@@ -32,6 +34,12 @@ class EncoderShare:
     attention_end: Tensor  # [L] int32; end of the span, exclusive
     patches: Tensor  # [P, patch_size * patch_size * 3] uint8; P may be 0
     patch_slots: Tensor  # [P] int64; which of the L elements each patch is
+    dropout_seeds: Tensor  # [L] int64; of the span
+    dropout_positions: Tensor  # [L] int32; index in the span
+    routes: dict[str, dict[str, Tensor]]
+    """For an encoder with `joint_layers`, int64 slots of the elements of each of its feed-forwards, all L of
+    them in each of two partitions: `separate` into `vision` (patches) and `language` (text, padding); `joint`
+    into the same two, of spans of one modality alone, and `joint`, spans of an image with text."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class SemiCausalBatch:
     attention_start: Tensor  # [B, S] int32; first visible key
     attention_end: Tensor  # [B, S] int32; end of the visible keys, exclusive
     source_ids: Tensor  # [B] int64; index of the row's source in the order of the config
+    dropout_seeds: Tensor  # [B] int64; of the row, wherever and whenever it is trained on
     encoders: dict[str, EncoderBatch]  # one entry per encoder of the model, in the order of the config
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> SemiCausalBatch:

@@ -43,6 +43,20 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("model.encoders.text.num_heads=7", "model.encoders.text.hidden_size = 96 is not divisible"),
         ("model.encoders.scene.image.patch_size=7", "image_size = 48 is not divisible by patch_size = 7"),
+        (
+            "model.encoders.scene.relative_bias={}",
+            "model.encoders.scene: relative_bias is of tokens in a line",
+        ),
+        (
+            "model.encoders.text.relative_bias={num_buckets: 32, max_distance: 8}",
+            "max_distance = 8 is not above a quarter of num_buckets = 32",
+        ),
+        (
+            "model.decoder={normalization: pre_ln, dropout: 0.1}",
+            "model.decoder.dropout = 0.1 is for normalization: deepnorm, not pre_ln",
+        ),
+        ("model.encoders.text.joint_layers=1", "model.encoders.text.joint_layers is given, but"),
+        ("model.encoders.text.trained_layers=2", "text.trained_layers = 2 is above num_layers = 1"),
         ("model.encoders.scene.image=null", "has no `image` section, but the source holds pairs"),
         ("data.sources.scenes.encoder=null", "pairs need an encoder with images"),
         ("data.sources.text.encoder=txt", "'txt' is not in model.encoders (text, scene)"),

@@ -49,6 +49,17 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 KINDS = tuple(DECODERS)
 
+_TODAY = {"norm": "rms_norm", "norm_eps": 1e-6, "activation": "swiglu", "num_kv_heads": 1, "biases": False}
+TEXT_OPTIONS: dict[str, dict[str, Any]] = {
+    "deepnorm": {"relative_bias": {"num_buckets": 8, "max_distance": 6}},
+    "llama": {**_TODAY, "positions": "rope"},
+}
+VISION_OPTIONS: dict[str, dict[str, Any]] = {
+    "deepnorm": {"joint_layers": 1},
+    "llama": _TODAY,
+    "mixed": {"activation": "gelu_tanh", "joint_layers": 2},
+}
+
 _SMALL = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_text_positions": 12}
 _VISION = {
     **_SMALL,
@@ -59,7 +70,7 @@ _VISION = {
 
 
 def run_config(kind: str, tokenizer: Path) -> RunConfig:
-    """A run with one of the decoders, whose encoders are normalised in both ways."""
+    """A run with one of the decoders, whose encoders are normalised in both ways and have all options."""
     normalizations = ["deepnorm", "pre_ln"]
     if "normalization" in DECODERS[kind]:
         normalizations.reverse()
@@ -71,8 +82,8 @@ def run_config(kind: str, tokenizer: Path) -> RunConfig:
                 "vocab_size": VOCABULARY,
                 "decoder": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, **DECODERS[kind]},
                 "encoders": {
-                    "vision": {**_VISION, "normalization": other},
-                    "text": {**_SMALL, "normalization": own},
+                    "vision": {**_VISION, "normalization": other, **VISION_OPTIONS.get(kind, {})},
+                    "text": {**_SMALL, "normalization": own, **TEXT_OPTIONS.get(kind, {})},
                 },
             },
             "data": {

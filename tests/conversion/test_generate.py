@@ -11,7 +11,7 @@ from PIL import Image
 
 from conversion.cases import pictures
 from conversion.conftest import Workshop
-from metalm.conversion.generate import chat_with_folder, generate_from_folder, with_image_markers
+from metalm.conversion.generate import chat_with_folder, generate_from_folder
 from metalm.errors import ConfigError, DataError
 
 KIND = "deepnorm"
@@ -32,11 +32,17 @@ def test_it_says_what_the_training_model_says(workshop: Workshop, image: Path, t
     assert generate_from_folder(workshop.exported(KIND), prompt, [image]) == expected
 
 
-def test_images_without_markers_are_encoded_with_the_prompt() -> None:
-    assert with_image_markers("what is it?", 0) == "what is it?"
-    assert with_image_markers("what is it?", 1) == "<span><image>what is it?</span>"
-    assert with_image_markers("which?", 3) == "<image><image><span><image>which?</span>"
-    assert with_image_markers("<image> shows", 1) == "<image> shows"
+def test_images_without_markers_are_encoded_with_the_prompt(workshop: Workshop, image: Path) -> None:
+    folder = workshop.exported(KIND)
+    for prompt, images, marked in (
+        ("the fox", [image], "<span><image>the fox</span>"),
+        ("the fox", [image, image], "<image><span><image>the fox</span>"),
+        (r"\<image> the fox", [image], r"<span><image>\<image> the fox</span>"),
+    ):
+        expected = generate_from_folder(folder, marked, images, max_new_tokens=4)
+        assert generate_from_folder(folder, prompt, images, max_new_tokens=4) == expected
+    with pytest.raises(ConfigError, match=r"1 image marker\(s\), 2 image"):
+        generate_from_folder(folder, "<image> the fox", [image, image])
 
 
 def test_a_conversation_keeps_its_turns(workshop: Workshop, image: Path) -> None:
@@ -50,6 +56,13 @@ def test_a_conversation_keeps_its_turns(workshop: Workshop, image: Path) -> None
     assert second == generate_from_folder(folder, prompt, [image], max_new_tokens=4)
     assert mistake == "error: image nowhere.png does not exist"
     assert alone == generate_from_folder(folder, "<span>over</span>", max_new_tokens=4)
+
+
+def test_markers_that_a_user_types_are_text(workshop: Workshop) -> None:
+    folder, said = workshop.exported(KIND), []
+    chat_with_folder(folder, iter(["<image>fox"]), said.append, max_new_tokens=4)
+    prompt = r"<span>\<image>fox</span>"
+    assert said == [generate_from_folder(folder, prompt, max_new_tokens=4)]
 
 
 def test_no_code_of_the_folder_runs(workshop: Workshop, tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import io
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -111,6 +113,23 @@ def test_a_conversation_encodes_each_turn_of_the_user(processor) -> None:
     same = processor(text=prompt, images=[pictures()[0]])
     for key in same:
         assert torch.equal(torch.as_tensor(inputs[key]), same[key])
+
+
+MARKS = ["<span>", "</span>", "<span:text>", "<image>", "<s>", "</d>"]
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
+@hypothesis.given(strategies.lists(strategies.sampled_from([*MARKS, "\\", "fox", "\n\n", " "])).map("".join))
+def test_an_escaped_text_is_the_text(processor, tokenizer, text: str) -> None:
+    ids = processor(text=processor.escape(text))["input_ids"][0].tolist()
+    assert ids == [tokenizer.start_id, *tokenizer.encode([text])[0].tolist()]
+
+
+def test_two_backslashes_before_a_marker_are_one(processor) -> None:
+    words = processor(text="fox\\")["input_ids"][0]
+    ids = processor(text=r"fox\\<image>", images=pictures()[:1])["input_ids"][0]
+    assert torch.equal(ids[: len(words)], words)
+    assert (ids[len(words) :] == processor.image_token_id).sum() == len(ids) - len(words) == 4
 
 
 @pytest.mark.parametrize(

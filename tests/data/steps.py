@@ -60,19 +60,15 @@ def row_digests(batches: list[SemiCausalBatch]) -> list[str]:
 def global_rows(
     config: RunConfig, steps: int, *, dp_size: int, tp_size: int = 1, states: dict[int, Any] | None = None
 ) -> tuple[list[list[str]], dict[int, Any]]:
-    """Per step the digests of the global batch's rows in order, and the states of all lanes at the end."""
-    all_lanes = config.data.lanes
-    rows: list[list[str]] = [[""] * config.training.global_batch_size for _ in range(steps)]
+    """Per step the sorted digests of the global batch's rows, and the states of all lanes at the end."""
+    rows: list[list[str]] = [[] for _ in range(steps)]
     end_states: dict[int, Any] = {}
     for dp_rank in range(dp_size):
-        owned = [lane for lane in range(all_lanes) if lane * dp_size // all_lanes == dp_rank]
-        numbers = [j for j in range(config.training.global_batch_size) if j % all_lanes in owned]
         with opened(config, dp_rank=dp_rank, dp_size=dp_size, tp_size=tp_size, lane_states=states) as data:
             for step in range(steps):
-                for number, digest in zip(numbers, row_digests(next(data)), strict=True):
-                    rows[step][number] = digest
+                rows[step] += row_digests(next(data))
             end_states |= data.lane_states()
-    return rows, json.loads(json.dumps(end_states), object_hook=_integer_keys)
+    return [sorted(step) for step in rows], json.loads(json.dumps(end_states), object_hook=_integer_keys)
 
 
 def _integer_keys(value: dict[str, Any]) -> dict[Any, Any]:

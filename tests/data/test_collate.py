@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import ModelConfig
-from metalm.data.collate import assign_spans, collate, span_costs
+from metalm.data.collate import collate
 from metalm.data.rows import Row, RowSpans, empty_row, image_prompt, text_prompt
 from metalm.kernels import IntervalMask
 
@@ -90,6 +90,27 @@ def test_an_encoder_without_spans_gets_one_dummy_element_that_is_docked_nowhere(
     for share in encoder.shares:
         assert share.attention_end.tolist() == [1] + [0] * 15
         assert share.patches.shape == (0, PATCH_BYTES)
+
+
+def test_elements_are_routed_by_the_modality_of_their_span() -> None:
+    """An image with two tokens of text, an image alone, text alone, and padding."""
+    encoder = MODEL.encoders["vision"].model_copy(update={"joint_layers": 1})
+    model = MODEL.model_copy(update={"encoders": {"vision": encoder}})
+    spans = RowSpans(
+        np.array([[1, 7], [8, 12], [13, 16]]), np.array([4, 4, 0]), np.zeros((8, PATCH_BYTES), np.uint8)
+    )
+    row = Row(np.arange(20, dtype=np.int32), [20], spans={"vision": spans})
+    batch = collate([row], model_config=model, sequence_length=24, tp_size=1, pad_id=PAD)
+    (share,) = batch.encoders["vision"].shares
+    found = {
+        kind: {name: slots.tolist() for name, slots in routes.items()}
+        for kind, routes in share.routes.items()
+    }
+    image, text, lone_image, lone_text = (list(range(*ends)) for ends in ((0, 4), (4, 6), (6, 10), (10, 16)))
+    assert found == {
+        "separate": {"vision": image + lone_image, "language": text + lone_text},
+        "joint": {"joint": image + text, "vision": lone_image, "language": lone_text},
+    }
 
 
 @st.composite
@@ -204,24 +225,6 @@ def check_encoder(batch: SemiCausalBatch, rows: list[Row], name: str, length: in
         assert (share.attention_end > 0).sum() == docked + dummy
         assert torch.all(share.token_ids[docked:] == PAD)
         assert len(share.patches) == len(share.patch_slots)
-
-
-def test_spans_are_spread_evenly_by_cost() -> None:
-    lengths = np.random.default_rng(0).integers(65, 129, 40)
-    costs = span_costs(lengths, MODEL.encoders["text"])
-    for shares in (2, 4, 8):
-        owners = assign_spans(costs, shares)
-        loads = np.bincount(owners, costs, minlength=shares)
-        assert loads.max() / loads.mean() < 1.06
-        np.testing.assert_array_equal(owners, assign_spans(costs, shares))
-
-
-def test_cost_of_a_span_is_that_of_its_multiplications() -> None:
-    config = MODEL.encoders["text"]
-    n, h, f = 50, config.hidden_size, config.feed_forward_size
-    # Four projections h x h, two of the feed-forward, scores and their use, per element.
-    multiplications = n * (4 * h * h + 2 * h * f) + 2 * n * n * h
-    assert span_costs(np.array([n]), config)[0] == multiplications
 
 
 def test_prompts_are_left_open_and_dock_what_they_encode(pixels: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def run_ranks(program: str, num_ranks: int, *arguments: str, timeout_s: int = 28
     command += [str(PROGRAMS / f"{program}.py"), *arguments]
     code, output = run_command(command, timeout_s)
     assert code == 0, f"{program} on {num_ranks} rank(s) ended with {code}:\n{output[-6000:]}"
-    results = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("RESULT ")]
+    # Anywhere in a line: another rank may have written half a line before.
+    results = [json.loads(found) for found in re.findall(r"RESULT (\{.*\})", output)]
     assert results, f"{program} wrote no result:\n{output[-6000:]}"
     return results
 

@@ -165,4 +165,6 @@ def to_row(plain: PlainRow) -> Row:
         )
         for encoder, members in found.items()
     }
-    return Row(np.array(tokens, np.int32), ends, spans=spans, source_id=plain.source)
+    return Row(
+        np.array(tokens, np.int32), ends, spans=spans, source_id=plain.source, dropout_seed=plain.dropout_seed
+    )

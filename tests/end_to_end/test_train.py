@@ -69,6 +69,8 @@ def test_tensorboard_shows_what_operators_watch(whole_run: tuple[Path, str]) -> 
         *("optimizer/gradient_norm_decoder", "optimizer/gradient_norm_encoders", "speed/tokens_per_second"),
         *("speed/rows_per_second", "speed/data_wait_share", "speed/model_tflops_per_rank"),
         *("memory/resident_gib", "held_out/text", "held_out/scenes", "held_out/scenes/wrong_image"),
+        *(f"data/encoder_imbalance/{name}" for name in ("text", "image")),
+        *(f"data/encoder_imbalance_over_ranks/{name}" for name in ("text", "image", "text_in_lane_order")),
     }
     assert [event.step for event in board.Scalars("loss/all")] == list(range(1, 9))
     assert set(board.Tags()["images"]) == {"scenes/0", "scenes/1"}

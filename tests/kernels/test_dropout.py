@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from metalm.kernels import IntervalMask, interval_attention
-from metalm.kernels.dropout import _philox, keep_tile, row_seeds
+from metalm.kernels.dropout import _philox, attention_pattern, hidden_dropout, row_seeds
 
 
 def keep(seeds: Tensor, head_offset: int = 0, num_heads: int = 4, first_key: int = 0) -> Tensor:
-    return keep_tile(seeds, 0.1, head_offset, num_heads, slice(0, 64), slice(first_key, 128))
+    sizes = {"batch_size": len(seeds), "num_queries": 64, "num_keys": 128, "device": seeds.device}
+    pattern = attention_pattern(0.1, seeds, None, head_offset, **sizes)
+    return pattern.keep_tile(slice(0, len(seeds)), num_heads, slice(0, 64), slice(first_key, 128))
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ def keep(seeds: Tensor, head_offset: int = 0, num_heads: int = 4, first_key: int
 )
 def test_philox_known_answer(key: int, counter: int, words: tuple[int, ...]) -> None:
     zero = torch.full((1,), counter)
-    assert tuple(int(word) for word in _philox(torch.full((1,), key), zero, zero, zero)) == words
+    assert tuple(int(word) for word in _philox(torch.full((1,), key), zero, zero, zero, zero)) == words
 
 
 def test_keeps_the_right_share() -> None:
@@ -71,3 +73,96 @@ def test_without_a_seed_the_generator_decides() -> None:
 def test_refuses_seeds_of_another_batch() -> None:
     with pytest.raises(ValueError, match=r"dropout_seed has shape \[2\]"):
         row_seeds(torch.tensor([1, 2]), 3, torch.device("cpu"))
+
+
+def test_a_packed_span_drops_what_it_drops_alone() -> None:
+    """Two spans in either order, at places that are multiples of 4, on every backend."""
+    lengths, seeds = (7, 10), (11, 12)
+    parts = [[torch.randn(1, 2, length, 8) for _ in range(3)] for length in lengths]
+
+    def packed(order: tuple[int, ...], backend: str) -> dict[int, Tensor]:
+        total = sum(-(-lengths[span] // 4) * 4 for span in order)
+        start, end, positions = (torch.zeros(1, total, dtype=torch.int32) for _ in range(3))
+        seed = torch.zeros(1, total, dtype=torch.int64)
+        q, k, v = (torch.zeros(1, 2, total, 8) for _ in range(3))
+        at, places = 0, {}
+        for span in order:
+            own = slice(at, at + lengths[span])
+            start[:, own], end[:, own], seed[:, own] = own.start, own.stop, seeds[span]
+            positions[0, at : at + -(-lengths[span] // 4) * 4] = torch.arange(-(-lengths[span] // 4) * 4)
+            for whole, part in zip((q, k, v), parts[span], strict=True):
+                whole[:, :, own] = part
+            places[span], at = own, at + -(-lengths[span] // 4) * 4
+        out = interval_attention(
+            q,
+            k,
+            v,
+            IntervalMask(start, end, total),
+            dropout=0.4,
+            dropout_seed=seed,
+            dropout_positions=positions,
+            backend=backend,
+        )
+        return {span: out[:, :, own] for span, own in places.items()}
+
+    for backend in ("dense", "tiled", "triton"):
+        both, turned = packed((0, 1), backend), packed((1, 0), backend)
+        for span in (0, 1):
+            alone = interval_attention(
+                *parts[span],
+                IntervalMask.padded(torch.tensor([lengths[span]]), lengths[span]),
+                dropout=0.4,
+                dropout_seed=torch.tensor([seeds[span]]),
+                backend="dense",
+            )
+            torch.testing.assert_close(both[span], alone, atol=1e-5, rtol=0)
+            torch.testing.assert_close(turned[span], alone, atol=1e-5, rtol=0)
+
+
+def test_hidden_dropout_keeps_the_mean_and_is_a_function_of_its_arguments() -> None:
+    hidden = torch.ones(64, 301, requires_grad=True)
+    seeds, positions = torch.arange(64) // 8, torch.arange(64) % 8
+    out = hidden_dropout(hidden, 0.1, seeds, positions, site=3)
+    assert out.unique().tolist() == [0.0, pytest.approx(1 / 0.9)]
+    assert abs(float((out > 0).double().mean()) - 0.9) < 4 * (0.09 / out.numel()) ** 0.5
+    out.sum().backward()
+    assert torch.equal(hidden.grad, out.detach())
+    order = torch.randperm(64)
+    assert torch.equal(hidden_dropout(hidden, 0.1, seeds[order], positions[order], site=3), out[order])
+    for other in (
+        hidden_dropout(hidden, 0.1, seeds + 100, positions, site=3),
+        hidden_dropout(hidden, 0.1, seeds, positions + 8, site=3),
+        hidden_dropout(hidden, 0.1, seeds, positions, site=4),
+    ):
+        assert 0.1 < ((other > 0) != (out > 0)).double().mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("seed", "positions", "message"),
+    [
+        (torch.zeros(1, 7, dtype=torch.int64), None, r"dropout_seed has shape \[1, 7\], expected \[1, 20\]"),
+        (3, torch.zeros(2, 20, dtype=torch.int32), r"dropout_positions has shape \[2, 20\]"),
+    ],
+)
+def test_refuses_seeds_and_positions_of_other_queries(seed, positions, message: str) -> None:
+    q = torch.randn(1, 2, 20, 8)
+    with pytest.raises(ValueError, match=message):
+        options = {"dropout": 0.1, "dropout_seed": seed, "dropout_positions": positions}
+        interval_attention(q, q, q, IntervalMask.causal(20), **options)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(301, torch.float32), (1500, torch.float16)])
+def test_the_fused_hidden_dropout_equals_the_plain_one(width: int, dtype: torch.dtype) -> None:
+    """[S, B, D] with seeds of the rows and positions along them, as the decoder has them."""
+    pytest.importorskip("triton")
+    hidden, grad = (torch.randn(5, 3, width, dtype=dtype) for _ in range(2))
+    seeds, positions = torch.tensor([[2**40 + 1, -7, 11]]), torch.arange(5)[:, None]
+    found = []
+    for backend in ("torch", "triton"):
+        leaf = hidden.clone().requires_grad_()
+        out = hidden_dropout(leaf, 0.3, seeds, positions, 5, backend=backend)
+        out.backward(grad)
+        found.append((out.detach(), leaf.grad))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, atol=0, rtol=1e-3 if dtype == torch.float16 else 1e-6)
+        assert torch.equal(fused == 0, plain == 0)

@@ -14,7 +14,8 @@ import pytest
 
 # Bytes of shared memory that a program may use on compute capability 9.0.
 HOPPER_SHARED_BYTES = 232_448
-POINTERS = {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32", "seeds": "*i64"}
+POINTERS = {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32"}
+POINTERS |= {"seeds": "*i64", "query_positions": "*i32", "key_positions": "*i32", "positions": "*i32"}
 FLOATS = ("log_sum", "delta", "bias", "grad_bias")
 
 
@@ -23,7 +24,7 @@ def compile_kernel(kernel: Any) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = kernel.fn
+    function = kernel if isinstance(kernel, triton.JITFunction) else kernel.fn
     constants: dict[str, Any] = {
         "HEAD_SIZE": 80,
         "BLOCK_D": 128,
@@ -32,9 +33,10 @@ def compile_kernel(kernel: Any) -> dict[str, int]:
         "PRECISION": "tf32",
         "BLOCK_Q": 64,
         "BLOCK_K": 64,
+        "GROUPS": 2,
+        "BLOCK": 1024,
     }
-    if "GROUPS" in function.arg_names:
-        constants["GROUPS"] = 2
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {}
     for name in function.arg_names:
         tensor = name.removesuffix("_ptr")
@@ -61,11 +63,10 @@ def compile_kernel(kernel: Any) -> dict[str, int]:
 def main() -> None:
     from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
     from metalm.kernels.triton_forward import forward_kernel
+    from metalm.kernels.triton_hidden_dropout import hidden_dropout_kernel
 
-    facts = {
-        kernel.fn.__name__: compile_kernel(kernel)
-        for kernel in (forward_kernel, query_gradient_kernel, key_gradient_kernel)
-    }
+    kernels = (forward_kernel, query_gradient_kernel, key_gradient_kernel, hidden_dropout_kernel)
+    facts = {kernel.fn.__name__: compile_kernel(kernel) for kernel in kernels}
     print(json.dumps(facts))
 
 
@@ -83,10 +84,10 @@ def test_kernels_with_all_features_compile_for_hopper(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     kernels = json.loads(result.stdout.splitlines()[-1])
-    assert len(kernels) == 3
+    assert len(kernels) == 4
     for name, facts in kernels.items():
         assert facts["shared"] <= HOPPER_SHARED_BYTES, name
-        assert facts["wgmma"] > 0, f"{name} does not use the tensor cores"
+        assert facts["wgmma"] > 0 or name == "hidden_dropout_kernel", f"{name} does not use the tensor cores"
 
 
 if __name__ == "__main__":

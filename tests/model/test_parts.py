@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
+from distributed.encoder_variants import VARIANTS, variant_config
 from distributed.tiny import LENGTH, OPTIONS, tiny_config
-from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.config import DecoderConfig, EncoderConfig, ImageConfig, ModelConfig, RelativeBiasConfig
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.deepnorm import deepnorm_alpha, deepnorm_divisor
-from metalm.model.encoder import EncoderBank, encoder_draw
+from metalm.model.encoder import Encoder, EncoderBank, encoder_draw
+from metalm.model.encoder_parameters import count_encoder
 from metalm.model.initialization import initialize_parameters
-from metalm.model.parameters import count_decoder, count_encoder, count_encoders
+from metalm.model.parameters import count_decoder, count_encoders
 from metalm.model.positions import sinusoidal_positions
 from metalm.parallel.topology import Topology
 
@@ -44,8 +46,55 @@ def test_counts_of_the_papers_language_setting() -> None:
     decoder = DecoderConfig(num_layers=24, hidden_size=2048, num_heads=32)
     config = ModelConfig(vocab_size=64_001, vocab_multiple=1, decoder=decoder, encoders={"text": encoder})
     assert count_decoder(config, 1).total == pytest.approx(1339.7e6, rel=1e-3)
-    connector = 1025 * 2048
-    assert count_encoder(encoder, config) - connector == pytest.approx(368.4e6, rel=1e-3)
+    assert count_encoder(encoder, config) == pytest.approx(368.4e6, rel=1e-3)
+
+
+def test_count_of_the_papers_vision_language_encoder() -> None:
+    """Twelve layers of attention, norms and two feed-forwards, two of them with a third; embeddings."""
+    hidden, wide = 768, 3072
+    one = 2 * hidden * wide + hidden + wide
+    layers = 12 * (4 * (hidden + 1) * hidden + 4 * hidden) + (2 * 12 + 2) * one + 2 * hidden
+    embeddings = (50_257 + 512 + 14**2 + 3 * 16**2 + 1) * hidden
+    encoder = EncoderConfig(
+        num_layers=12,
+        hidden_size=hidden,
+        num_heads=12,
+        normalization="pre_ln",
+        max_text_positions=512,
+        image=ImageConfig(image_size=224, patch_size=16),
+        joint_layers=2,
+    )
+    decoder = DecoderConfig(num_layers=24, hidden_size=1024, num_heads=16)
+    config = ModelConfig(vocab_size=50_257, vocab_multiple=1, decoder=decoder, encoders={"pair": encoder})
+    with torch.device("meta"):
+        built = Encoder(encoder, 50_257, 1024)
+    assert layers + embeddings == pytest.approx(191e6, rel=1e-3)
+    assert count_encoder(encoder, config) == layers + embeddings
+    assert sum(p.numel() for n, p in built.named_parameters() if "connector" not in n) == layers + embeddings
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_of_encoders_equal_the_built_modules(variant: str) -> None:
+    config = variant_config(variant, "unused").model
+    assert count_encoders(config).total == sum(p.numel() for p in EncoderBank(config).parameters())
+
+
+@pytest.mark.parametrize("trained_layers", ["all", "none", 1, 3])
+def test_counts_of_frozen_parameters_equal_the_built_modules(trained_layers: str | int) -> None:
+    encoder = EncoderConfig(
+        num_layers=3,
+        hidden_size=8,
+        num_heads=2,
+        normalization="pre_ln",
+        max_text_positions=4,
+        relative_bias=RelativeBiasConfig(),
+        trained_layers=trained_layers,
+    )
+    decoder = DecoderConfig(num_layers=1, hidden_size=16, num_heads=2)
+    config = ModelConfig(vocab_size=32, decoder=decoder, encoders={"text": encoder})
+    parameters = list(EncoderBank(config).parameters())
+    assert count_encoders(config).total == sum(p.numel() for p in parameters)
+    assert count_encoders(config).frozen == sum(p.numel() for p in parameters if not p.requires_grad)
 
 
 def test_count_of_the_papers_vision_language_decoder() -> None:

@@ -101,6 +101,22 @@ def test_restarts_and_their_causes(run: Path) -> None:
     assert "from step 80  lost: its node failed" in second
 
 
+def test_restarts_without_slurm_are_those_that_the_run_has_counted(run: Path) -> None:
+    with (run / "logs/metrics.jsonl").open("a") as handle:
+        handle.write(metrics(110, NOW, **{"run/restarts": 3, "guards/rewinds": 1}))
+    found = described(run)
+    assert found["restarts"] == "3"
+    assert found["skipped"].endswith("1 steps; 1 times back to a checkpoint")
+
+
+def test_a_node_that_failed_its_preflight_is_named(run: Path) -> None:
+    history = start(NOW - 200) + end(NOW - 60, 69, "failed the preflight: gpu2: 7 GPUs, expected 8", True)
+    (run / "logs/attempts.jsonl").write_text(history)
+    assert described(run)["state"] == (
+        "waiting to start again (ended 1 min 00 s ago, job 7: failed the preflight: gpu2: 7 GPUs, expected 8)"
+    )
+
+
 def test_the_pace_is_of_the_current_start(run: Path) -> None:
     slow = [metrics(step, NOW + 2 * (step - 100)) for step in (110, 120)]
     with (run / "logs/metrics.jsonl").open("a") as handle:

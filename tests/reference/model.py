@@ -9,9 +9,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from metalm.config import ModelConfig
+from reference.encoder import encode_span
 from reference.rows import Document, PlainRow
 
 Weights = dict[str, Tensor]
@@ -62,29 +62,6 @@ def document_logits(document: Document, weights: Weights, config: ModelConfig) -
     return x @ table.T
 
 
-def encode_span(document: Document, span, weights: Weights, config: ModelConfig) -> Tensor:
-    """Connector(encoder(span)): [end - start, decoder hidden]."""
-    encoder, prefix = config.encoders[span.encoder], f"encoders/encoders.{span.encoder}."
-    num_patches = 0 if span.patches is None else len(span.patches)
-    text = torch.tensor(document.tokens[span.start + num_patches : span.end], dtype=torch.long)
-    x = weights[prefix + "token_embedding.weight"][text]
-    x = x + weights[prefix + "text_positions.weight"][: len(text)]
-    if num_patches:
-        pixels = torch.tensor(span.patches).to(x.dtype) / 127.5 - 1
-        patches = _linear(pixels, weights, prefix + "patch_embedding")
-        x = torch.cat((patches + weights[prefix + "image_positions.weight"], x))
-    everything = torch.ones(len(x), len(x), dtype=torch.bool)
-    for number in range(encoder.num_layers):
-        x = _encoder_layer(x, everything, f"{prefix}layers.{number}.", weights, encoder)
-    if encoder.normalization == "pre_ln":
-        x = _norm(x, weights, prefix + "final_norm")
-    if encoder.connector == "linear":
-        return _linear(x, weights, prefix + "connector.0")
-    for part in (0, 2):
-        x = functional.gelu(_linear(x, weights, f"{prefix}connector.{part}"))
-    return _linear(x, weights, prefix + "connector.4")
-
-
 def _decoder_layer(x: Tensor, visible: Tensor, number: int, weights: Weights, decoder) -> Tensor:
     prefix = f"decoder/gpt.decoder.layers.{number}."
 
@@ -118,23 +95,6 @@ def _decoder_layer(x: Tensor, visible: Tensor, number: int, weights: Weights, de
     alpha = (2 * decoder.num_layers) ** (1 / 4)
     x = norm(alpha * x + attend(x), "attention_norm")
     return norm(alpha * x + feed_forward(x), "mlp_norm")
-
-
-def _encoder_layer(x: Tensor, visible: Tensor, prefix: str, weights: Weights, encoder) -> Tensor:
-    def attend(x: Tensor) -> Tensor:
-        qkv = _linear(x, weights, prefix + "qkv")
-        q, k, v = qkv.view(len(x), 3, encoder.num_heads, -1).unbind(1)
-        return _linear(_attention(q, k, v, visible), weights, prefix + "attention_output")
-
-    def feed_forward(x: Tensor) -> Tensor:
-        return _linear(functional.gelu(_linear(x, weights, prefix + "ffn_in")), weights, prefix + "ffn_out")
-
-    if encoder.normalization == "pre_ln":
-        x = x + attend(_norm(x, weights, prefix + "attention_norm"))
-        return x + feed_forward(_norm(x, weights, prefix + "ffn_norm"))
-    alpha = (2 * encoder.num_layers) ** (1 / 4)
-    x = _norm(alpha * x + attend(x), weights, prefix + "attention_norm")
-    return _norm(alpha * x + feed_forward(x), weights, prefix + "ffn_norm")
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class PlainRow:
 
     documents: list[Document]
     source: int
+    dropout_seed: int = 0
 
 
 def random_rows(seed: int, num_rows: int, vocab_size: int, length: int) -> list[PlainRow]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from metalm.config import RunConfig
@@ -20,15 +22,20 @@ def gradients(rows: list[PlainRow], weights: Weights, config: RunConfig) -> tupl
 
 
 def train(
-    batches: list[list[PlainRow]], weights: Weights, config: RunConfig, rates: list[float]
+    batches: list[list[PlainRow]],
+    weights: Weights,
+    config: RunConfig,
+    rates: list[float],
+    frozen: Collection[str] = (),
 ) -> tuple[list[float], Weights]:
-    """Losses before each update, and the weights after the last."""
+    """Losses before each update, and the weights after the last; frozen ones do not move."""
     optimizer_config = config.training.optimizer
     parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
     optimizer = torch.optim.AdamW(
         [
             {"params": [p], "weight_decay": optimizer_config.weight_decay if p.dim() > 1 else 0.0}
-            for p in parameters.values()
+            for name, p in parameters.items()
+            if name not in frozen
         ],
         betas=optimizer_config.betas,
         eps=optimizer_config.eps,
@@ -38,7 +45,7 @@ def train(
         loss, found = gradients(rows, {n: p.data for n, p in parameters.items()}, config)
         losses.append(loss)
         for name, parameter in parameters.items():
-            parameter.grad = found[name]
+            parameter.grad = None if name in frozen else found[name]
         torch.nn.utils.clip_grad_norm_(parameters.values(), optimizer_config.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,26 @@ def test_a_fault_comes_back_and_ends(cluster: VirtualCluster, submit: Submit, tm
     first, last = causes(tmp_path)
     assert first.startswith("rank_0000") and first.endswith("ended with 70")
     assert last == "done"
+    assert [event["step"] for event in events(tmp_path)] == [0, 5, 5, 8]
+
+
+def test_the_watchdogs_word_is_the_cause(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit("fails=70@5", "steps=8", BARK="rank 0 has hung for 600 s while saving")
+    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
+    assert causes(tmp_path) == ["rank 0 has hung for 600 s while saving", "done"]
+
+
+def test_a_kill_for_want_of_memory_comes_back(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit("eats=5", "steps=8", options=("--mem=100M",))
+    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    log = (tmp_path / "job.log").read_text()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
+    first, last = causes(tmp_path)
+    assert "exceed" in log and "memory" in log.lower()
+    assert (first, last) == ("", "done")
     assert [event["step"] for event in events(tmp_path)] == [0, 5, 5, 8]
 
 
@@ -191,3 +212,78 @@ def test_a_lost_node_is_left_behind(cluster: VirtualCluster, submit: Submit, tmp
         assert again["step"] >= 5
     finally:
         cluster.boot(lost)
+
+
+def test_a_run_that_hangs_is_ended_and_comes_back(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    submit("hangs=5", METALM_HANG_MINUTES="0.2")
+    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=90)
+    ended, again = events(tmp_path)[1:3]
+    assert (ended["cause"], again["restart"], again["step"]) == ("no step for 0.2 minutes", 1, 5)
+
+
+def test_a_cut_network_is_left_behind(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    submit()
+    wait_for_step(tmp_path, 5)
+    cluster.cut_network("node2")
+    try:
+        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=90)
+        ended, again = events(tmp_path)[1:3]
+        assert ended["cause"] == "queued again by Slurm: lost node2"
+        assert again["nodes"] == "node[1,3]"
+        assert again["step"] >= 5
+    finally:
+        cluster.mend_network("node2")
+
+
+def test_jobs_of_one_name_run_one_after_another(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    chain = ("--job-name=chain", "--dependency=singleton", "--nodes=1")
+    first = submit("steps=20", options=chain)
+    second = submit("steps=30", options=chain)
+    assert cluster.facts(second)["JobState"] == "PENDING"
+    cluster.wait_for(second, ["COMPLETED"], timeout_s=60)
+    assert [(event["job"], event["step"]) for event in events(tmp_path)] == [
+        *((first, 0), (first, 20)),
+        *((second, 20), (second, 30)),
+    ]
+
+
+def test_a_node_that_fails_its_preflight_is_left_out(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    package = tmp_path / "other/torch-9.9.9.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    job = submit(
+        "steps=5",
+        REAL_PYTHON=sys.executable,
+        ODD_NODE="node2",
+        ODD_PATH=str(package.parent),
+        METALM_PREFLIGHT="--gpus 0 --mebibytes 4 --write-mib-s 0",
+    )
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
+    log = (tmp_path / "job.log").read_text()
+    assert (facts["JobState"], facts["Restarts"], facts["ExcNodeList"]) == ("COMPLETED", "1", "node2"), log
+    first, last = causes(tmp_path)
+    assert first.startswith("failed the preflight: node2: torch is 9.9.9, elsewhere 2.")
+    assert last == "done"
+    assert [event["nodes"] for event in events(tmp_path) if event["event"] == "start"] == [
+        "node[1-2]",
+        "node[1,3]",
+    ]
+    assert "queued again without node2" in log
+    assert "failed the preflight: node2" in describe_run(tmp_path / "run", 0.0)
+
+
+def test_a_job_without_a_fit_node_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit(
+        options=("--nodes=1",),
+        METALM_PREFLIGHT="--write-mib-s 0",
+        REAL_PYTHON=sys.executable,
+    )
+    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "69:0", "0")
+    assert causes(tmp_path) == ["failed the preflight: node1: 0 GPUs, expected 2 (no node is left)"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from distributed.ranks import run_command
 from metalm.operations.history import read_attempts
@@ -40,8 +43,13 @@ def losses(run: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss/all"] for entry in read_metrics(run) if "loss/all" in entry}
 
 
-def settings(launcher: str) -> dict[str, str]:
-    return {"METALM_PYTHON": sys.executable, "METALM_LAUNCHER": launcher, "OMP_NUM_THREADS": "1"}
+def settings(launcher: str, preflight: str = "no") -> dict[str, str]:
+    return {
+        "METALM_PYTHON": sys.executable,
+        "METALM_LAUNCHER": launcher,
+        "METALM_PREFLIGHT": preflight,
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def test_a_task_per_rank_gives_the_losses_of_one_process(
@@ -64,7 +72,8 @@ def test_a_run_that_is_stopped_in_time_and_queued_again_loses_nothing(
 ) -> None:
     log, run = tmp_path / "job.log", pipeline.parent / "runs/torchrun"
     words = (*OPTIONS, f"--output={log}", "slurm/pretrain.sbatch", str(pipeline), "run.name=torchrun")
-    job = cluster.submit(*words, environment=settings("torchrun"))
+    preflight = "--gpus 0 --mebibytes 4 --write-mib-s 0"  # Slurm gives GPUs here that are none
+    job = cluster.submit(*words, environment=settings("torchrun", preflight))
     wait_until(lambda: run.exists() and losses(run), "the first step", timeout_s=120)
     cluster.command("scancel", "--batch", "--signal=USR2", job)  # what `--signal=B:USR2@600` does
     facts = cluster.wait_for(job, ENDED, timeout_s=240)
@@ -77,6 +86,9 @@ def test_a_run_that_is_stopped_in_time_and_queued_again_loses_nothing(
     assert len(found) == STEPS
     assert found == pytest.approx(reference, abs=1e-5)
     assert "\nstate       done\n" in describe_run(run, last.ended or 0.0)
+    table = [line.split()[1:] for line in log.read_text().splitlines() if re.match(r"0: +node[12] ", line)]
+    assert [(row[0], row[-1]) for row in table] == [("node1", "ok"), ("node2", "ok")] * 2
+    assert all(float(row[-3]) > 0 and float(row[-2]) > 0 for row in table)  # within and across nodes
 
 
 def test_a_bad_config_starts_nothing(cluster: VirtualCluster, pipeline: Path, tmp_path: Path) -> None:
@@ -86,3 +98,95 @@ def test_a_bad_config_starts_nothing(cluster: VirtualCluster, pipeline: Path, tm
     facts = cluster.wait_for(job, ENDED, timeout_s=60)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "64:0", "0")
     assert "training.step: unknown key; did you mean 'steps'?" in log.read_text()
+
+
+def test_a_cut_network_in_mid_step_loses_nothing(
+    cluster: VirtualCluster, pipeline: Path, reference: dict[int, float], tmp_path: Path
+) -> None:
+    log, run = tmp_path / "job.log", pipeline.parent / "runs/cut"
+    words = (
+        "--nodes=2",
+        "--time=60",
+        f"--output={log}",
+        "slurm/pretrain.sbatch",
+        str(pipeline),
+        "run.name=cut",
+    )
+    job = cluster.submit(*words, environment=settings("srun") | {"METALM_RANKS_PER_NODE": "1"})
+    wait_until(
+        lambda: run.exists() and max(losses(run), default=0) > 8, "steps after a checkpoint", timeout_s=120
+    )
+    cluster.cut_network("node2")
+    try:
+        facts = cluster.wait_for(job, ENDED, timeout_s=240)
+    finally:
+        cluster.mend_network("node2")
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    first, last = read_attempts(run)
+    assert first.cause == "queued again by Slurm: lost node2"
+    assert (last.first_step, last.nodes) == (8, "node[1,3]")
+    found = losses(run)
+    assert len(found) == STEPS
+    assert found == pytest.approx(reference, abs=1e-5)
+
+
+def test_a_job_that_is_queued_again_runs_what_was_submitted(
+    cluster: VirtualCluster,
+    pipeline: Path,
+    reference: dict[int, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repository = tmp_path / "repository"
+    for name in ("src", "slurm", "tools", "deepspeed_configs"):
+        shutil.copytree(REPOSITORY / name, repository / name, ignore=shutil.ignore_patterns("*.egg-info"))
+    monkeypatch.chdir(repository)
+    run = pipeline.parent / "runs/submitted"
+    words = (
+        str(pipeline),
+        "run.name=submitted",
+        "--nodes",
+        "2",
+        "--ranks-per-node",
+        "1",
+        "--sbatch=--time=60",
+    )
+    environment = settings("srun") | {"PYTHONPATH": str(repository / "src")}
+    said = cluster.command(sys.executable, "tools/submit.py", *words, environment=environment)
+    (job,) = re.findall(r"Submitted batch job (\d+)", said)
+    wait_until(lambda: run.exists() and losses(run), "the first step", timeout_s=120)
+    for changed in (repository / "src/metalm/cli.py", repository / "slurm/launch.sh"):
+        changed.write_text("exit(3)\n")
+    (repository / "deepspeed_configs/decoder_zero1.json").unlink()
+    cluster.command("scontrol", "requeue", job)
+    facts = cluster.wait_for(job, ENDED, timeout_s=240)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), said
+    assert losses(run) == pytest.approx(reference, abs=1e-5)
+    assert (
+        yaml.safe_load((run / "config.yaml").read_text())["provenance"]["commit"] == "unknown"
+    )  # no git there
+    assert "submitted" in facts["JobName"]
+
+
+def test_finetuning_starts_from_another_run(
+    cluster: VirtualCluster, pipeline: Path, reference: dict[int, float], tmp_path: Path
+) -> None:
+    start = pipeline.parent / "runs/alone"
+    words = (str(pipeline), "run.name=tuned", "parallel.tensor=1", "training.steps=3")
+    weights = (f"initialize.decoder={start}", f"initialize.encoders={start}")
+    jobs = [
+        cluster.submit(
+            "--nodes=1",
+            f"--output={tmp_path}/job-%j.log",
+            "slurm/finetune.sbatch",
+            *words,
+            *more,
+            environment=settings("srun") | {"METALM_RANKS_PER_NODE": "1"},
+        )
+        for more in ((), weights)
+    ]
+    refused, tuned = (cluster.wait_for(job, ENDED, timeout_s=120) for job in jobs)
+    assert refused["ExitCode"] == "64:0"
+    assert "nothing to start from" in (tmp_path / f"job-{jobs[0]}.log").read_text()
+    assert tuned["JobState"] == "COMPLETED", (tmp_path / f"job-{jobs[1]}.log").read_text()
+    assert losses(pipeline.parent / "runs/tuned")[1] < reference[1] - 0.1  # it goes on from what was learnt

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,16 +24,9 @@ def _in_repository(cluster: VirtualCluster, monkeypatch: pytest.MonkeyPatch) -> 
     cluster.clear()
 
 
-def samples(folder: Path) -> list[bytes]:
-    """The token members of a folder's shards, in the order of its index."""
-    found = []
-    for shard in json.loads((folder / "index.json").read_text())["shards"]:
-        with tarfile.open(folder / shard["name"]) as tar:
-            for member in tar.getmembers():
-                content = tar.extractfile(member)
-                assert content is not None
-                found.append(content.read())
-    return found
+def contents(folder: Path) -> dict[str, bytes]:
+    """The shards and the index of a folder."""
+    return {path.name: path.read_bytes() for path in [*folder.glob("*.tar"), *folder.glob("index*")]}
 
 
 def test_an_array_prepares_what_one_process_does(
@@ -54,12 +45,9 @@ def test_an_array_prepares_what_one_process_does(
     code, output = run_command([*command, "--out", str(tmp_path / "one")], timeout_s=100)
     assert code == 0, output
     wait_until(lambda: not cluster.command("squeue", "--noheader"), "the tasks have ended", timeout_s=100)
-    many, one = samples(tmp_path / "many"), samples(tmp_path / "one")
-    assert len(one) == len(lines)
+    one, many = contents(tmp_path / "one"), contents(tmp_path / "many")
+    assert len(one) >= 4 + 2
     assert many == one
-    summary = [json.loads((tmp_path / name / "index.json").read_text()) for name in ("many", "one")]
-    for key in ("kind", "num_samples", "num_tokens", "tokenizer_fingerprint", "token_dtype"):
-        assert summary[0][key] == summary[1][key]
 
 
 def test_evaluate_says_its_ranks_code(cluster: VirtualCluster, pipeline: Path, tmp_path: Path) -> None:

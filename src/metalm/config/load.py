@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from metalm.config.pretrained import fill_in_pretrained
 from metalm.config.rules import check_config
 from metalm.config.schema import RunConfig
 from metalm.errors import ConfigError
@@ -50,6 +51,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         for part in reversed(key.split(".")):
             parsed = {part: parsed}
         content = _merge(content, parsed)
+    fill_in_pretrained(content)
     config = _validate(content, str(path))
     check_config(
         config, *(load_deepspeed_json(p) for p in (config.deepspeed.decoder, config.deepspeed.encoders))

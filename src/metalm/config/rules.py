@@ -27,6 +27,10 @@ PIPELINE_OWNED_KEYS = (
 """Keys that a DeepSpeed JSON may not hold, because the pipeline sets them."""
 
 
+_OF_OUR_ENCODERS = ("normalization", "relative_bias", "joint_layers")
+"""What an encoder from transformers has in its own way."""
+
+
 def check_config(
     config: RunConfig, decoder_json: Mapping[str, Any], encoders_json: Mapping[str, Any]
 ) -> None:
@@ -85,16 +89,48 @@ def check_topology(config: RunConfig, world_size: int) -> None:
 def _model_problems(config: RunConfig) -> Iterator[str]:
     yield from _decoder_problems(config)
     for name, encoder in config.model.encoders.items():
-        if encoder.hidden_size % encoder.num_heads:
-            yield (
-                f"model.encoders.{name}.hidden_size = {encoder.hidden_size} is not divisible by "
-                f"num_heads = {encoder.num_heads}"
-            )
-        if encoder.image and encoder.image.image_size % encoder.image.patch_size:
-            yield (
-                f"model.encoders.{name}.image.image_size = {encoder.image.image_size} is not divisible by "
-                f"patch_size = {encoder.image.patch_size}"
-            )
+        yield from _encoder_problems(f"model.encoders.{name}", encoder)
+
+
+def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
+    if encoder.hidden_size % encoder.num_heads:
+        yield (
+            f"{where}.hidden_size = {encoder.hidden_size} is not divisible by num_heads = {encoder.num_heads}"
+        )
+    if encoder.num_heads % encoder.key_value_heads:
+        yield (
+            f"{where}.num_heads = {encoder.num_heads} is not divisible by "
+            f"num_kv_heads = {encoder.num_kv_heads}"
+        )
+    if encoder.positions == "rope" and encoder.image:
+        yield f"{where}.positions: rope is of tokens in a line; an encoder with `image` has learned positions"
+    if encoder.positions == "rope" and encoder.head_size % 2:
+        yield f"{where}.hidden_size / num_heads = {encoder.head_size} must be even for positions: rope"
+    if encoder.image and encoder.image.image_size % encoder.image.patch_size:
+        yield (
+            f"{where}.image.image_size = {encoder.image.image_size} is not divisible by "
+            f"patch_size = {encoder.image.patch_size}"
+        )
+    if encoder.pretrained is None and not encoder.max_text_positions:
+        yield f"{where}.max_text_positions must be positive"
+    if encoder.pretrained is not None:
+        defaults = type(encoder).model_fields
+        if given := [key for key in _OF_OUR_ENCODERS if getattr(encoder, key) != defaults[key].default]:
+            yield f"{where}: {', '.join(given)} cannot be given for an encoder of transformers"
+    if encoder.image and encoder.relative_bias:
+        yield f"{where}: relative_bias is of tokens in a line; an encoder with `image` has patches in a grid"
+    bias = encoder.relative_bias
+    if bias and bias.max_distance <= bias.num_buckets // 4:
+        yield (
+            f"{where}.relative_bias.max_distance = {bias.max_distance} is not above a quarter of "
+            f"num_buckets = {bias.num_buckets}, which hold one distance each"
+        )
+    if encoder.joint_layers and not encoder.image:
+        yield f"{where}.joint_layers is given, but the encoder has no `image` whose patches it could route"
+    for key in ("joint_layers", "trained_layers"):
+        value = getattr(encoder, key)
+        if isinstance(value, int) and value > encoder.num_layers:
+            yield f"{where}.{key} = {value} is above num_layers = {encoder.num_layers}"
 
 
 def _decoder_problems(config: RunConfig) -> Iterator[str]:
@@ -111,6 +147,10 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         )
     if decoder.biases and decoder.qkv_biases:
         yield f"{where}.qkv_biases is for a decoder with biases: false; biases: true has them anyway"
+    if decoder.dropout and decoder.normalization != "deepnorm":
+        yield (
+            f"{where}.dropout = {decoder.dropout} is for normalization: deepnorm, not {decoder.normalization}"
+        )
     yield from _position_problems(config)
 
 

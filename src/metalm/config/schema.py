@@ -7,7 +7,7 @@ Paths are relative to the folder in which the command is started.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -98,6 +98,9 @@ class DecoderConfig(Section):
     """Whether the output layer is the token embedding."""
     spans: SpanAttention = "causal"
     """How the decoder attends among the vectors of one span."""
+    dropout: Probability = 0.0
+    """Of attention weights, of what attention and feed-forward add, and of the embeddings; with `deepnorm`.
+    What is dropped depends on the seed, the row and the step alone."""
     recompute: bool = False
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, slower."""
 
@@ -136,19 +139,70 @@ class ImageConfig(Section):
         return (self.image_size // self.patch_size) ** 2
 
 
+class PretrainedConfig(Section):
+    """An encoder of transformers, from a local folder. Its sizes and input follow from the folder."""
+
+    path: Path
+    """Holds config.json, model.safetensors and, for images preprocessor_config.json, for text
+    tokenizer.json."""
+    definition: dict[str, Any] = {}
+    """The model's config, filled in when a pipeline is read: a run goes on without the folder."""
+    image_mean: tuple[float, float, float] | None = None
+    """Of the pixels in 0..1, by channel; filled in, as is `image_std`."""
+    image_std: tuple[float, float, float] | None = None
+
+    @property
+    def model_type(self) -> str:
+        """What transformers calls the kind of model."""
+        return str(self.definition["model_type"])
+
+
+class RelativeBiasConfig(Section):
+    """T5's relative-position bias, one table for all layers; both values are *open* in the paper."""
+
+    num_buckets: Annotated[int, Field(ge=4, multiple_of=4)] = 32
+    """Half of them for each direction, and half of those for one distance each."""
+    max_distance: PositiveInt = 128
+    """Distance in tokens from which all share the last bucket."""
+
+
 class EncoderConfig(Section):
-    """A bidirectional encoder. With `image` its spans are an image followed by a text prefix."""
+    """A bidirectional encoder. With `image` its spans are an image followed by a text prefix.
+
+    With `pretrained` all sizes follow from the folder and are not given; an image then has no text prefix.
+    """
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_heads: PositiveInt
     ffn_hidden_size: PositiveInt | None = None
+    num_kv_heads: PositiveInt | None = None
+    """As the decoder's."""
+    activation: Activation = "gelu"
     normalization: Normalization = "deepnorm"
-    max_text_positions: PositiveInt
-    """Longest text of one span, in tokens."""
+    norm: Norm = "layer_norm"
+    norm_eps: PositiveFloat = 1e-5
+    biases: bool = True
+    """Whether the layers' linear maps have biases; layer norms, patch embedding and connector always have."""
+    max_text_positions: NonNegativeInt
+    """Longest text of one span, in tokens of the encoder's tokenizer."""
+    pretrained: PretrainedConfig | None = None
+    positions: Literal["learned", "rope"] = "learned"
+    """Of text; `rope` is for encoders without images. Positions of patches are learned."""
+    rope_base: Annotated[float, Field(gt=1)] = 10_000.0
+    relative_bias: RelativeBiasConfig | None = None
+    """Added to the learned positions, in encoders of text."""
     image: ImageConfig | None = None
+    joint_layers: PositiveInt | None = None
+    """VLMo's feed-forwards: one for patches and one for text in every layer; in so many last layers also
+    a joint one, that spans of an image with text go through. Default: one feed-forward for all elements."""
+    trained_layers: PositiveInt | Literal["all", "none"] = "all"
+    """A number n trains the last n layers and the connector; `none`, the connector alone. Embeddings and
+    lower layers stay as they were loaded."""
     recompute: bool = False
     """As the decoder's."""
+    dropout: Probability = 0.0
+    """As the decoder's, with either normalisation."""
     connector: Literal["linear", "feed_forward"] = "linear"
     """`linear`: one projection (language-only setting). `feed_forward`: three layers with GELU, as wide
     as the decoder (vision-language setting; width and activation are open)."""
@@ -157,6 +211,30 @@ class EncoderConfig(Section):
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def num_frozen_layers(self) -> int:
+        """Leading layers that are not trained."""
+        if isinstance(self.trained_layers, int):
+            return self.num_layers - self.trained_layers
+        return 0 if self.trained_layers == "all" else self.num_layers
+
+    def feed_forwards(self, layer: int) -> tuple[str, ...]:
+        """Names of the feed-forwards of a layer."""
+        if self.joint_layers is None:
+            return ("shared",)
+        joint = layer >= self.num_layers - self.joint_layers
+        return ("vision", "language", "joint") if joint else ("vision", "language")
 
 
 class ModelConfig(Section):

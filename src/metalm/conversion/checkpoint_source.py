@@ -17,7 +17,7 @@ from metalm.config import RunConfig
 from metalm.config.load import load_resolved_config
 from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
-from metalm.errors import CheckpointError, DataError
+from metalm.errors import CheckpointError, ConfigError, DataError
 
 MAPPED_BYTES = 2**28
 """Contents that may stay mapped before the files are opened anew."""
@@ -60,12 +60,19 @@ def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> Checkpoin
 
     Raises:
         CheckpointError: damaged, partial, or not of the model that its config describes.
+        ConfigError: the model has an encoder of transformers, which the exported code does not hold.
         DataError: there is no tokenizer, or it is not the run's.
     """
     folder = find_checkpoint(path)
     reader = CheckpointReader(folder, verify=True)
     config = load_resolved_config(folder / CONFIG_NAME)
     content = yaml.safe_load((folder / CONFIG_NAME).read_text())
+    for name, encoder in config.model.encoders.items():
+        if encoder.pretrained is not None:
+            raise ConfigError(
+                f"{folder}: encoder {name} is a {encoder.pretrained.model_type} model of transformers; "
+                "a model with such an encoder cannot be exported"
+            )
     rules = conversion_rules(config.model)
     _check_parameters(reader, rules)
     tokenizer = load_tokenizer(tokenizer_path or config.data.tokenizer)

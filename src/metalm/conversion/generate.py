@@ -52,7 +52,8 @@ class FolderModel:
         """Continue a prompt; see the processor for its markers.
 
         Args:
-            prompt: images without a marker in it are encoded with it, as `<span><image>prompt</span>`.
+            prompt: where it marks no image, all stand before it and the last is encoded with it, as
+                `<span><image>prompt</span>`.
             images: image files, in the order of their markers.
             max_new_tokens: at most so many; the end of the document ends it.
             num_beams: 1 for the most likely token each time.
@@ -65,10 +66,10 @@ class FolderModel:
         for path in images:
             if not path.is_file():
                 raise DataError(f"image {path} does not exist")
+        if images and not self._processor.num_images(prompt):
+            prompt = IMAGE_MARKER * (len(images) - 1) + f"<span>{IMAGE_MARKER}{prompt}</span>"
         try:
-            inputs = self._processor(
-                text=with_image_markers(prompt, len(images)), images=list(images) or None
-            )
+            inputs = self._processor(text=prompt, images=list(images) or None)
         except OSError as error:
             raise DataError(f"an image cannot be read: {error}") from error
         except ValueError as error:
@@ -80,6 +81,10 @@ class FolderModel:
             **inputs.to(self._model.device), max_new_tokens=max_new_tokens, num_beams=num_beams, **sampling
         )
         return self._processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def escape(self, text: str) -> str:
+        """The text as a prompt in which nothing of it is a marker."""
+        return self._processor.escape(text)
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
         """The prompt of a conversation: each turn of the user is encoded, answers are plain text."""
@@ -141,7 +146,7 @@ def chat_with_folder(
             continue
         if not turn and not waiting:
             continue
-        content = [{"type": "image"} for _ in waiting] + [{"type": "text", "text": turn}]
+        content = [{"type": "image"} for _ in waiting] + [{"type": "text", "text": model.escape(turn)}]
         asked = [*messages, {"role": "user", "content": content}]
         try:
             answer = model.generate(
@@ -155,7 +160,7 @@ def chat_with_folder(
             waiting = []
             continue
         say(answer)
-        messages = [*asked, {"role": "assistant", "content": answer}]
+        messages = [*asked, {"role": "assistant", "content": model.escape(answer)}]
         images, waiting = [*images, *waiting], []
 
 
@@ -164,10 +169,3 @@ def _load_processor(folder: Path) -> Any:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     content, _ = MetaLMProcessor.get_processor_dict(folder, local_files_only=True)
     return MetaLMProcessor.from_args_and_dict([tokenizer], content)
-
-
-def with_image_markers(prompt: str, num_images: int) -> str:
-    """The prompt, and where it marks no image, all images before it and the last encoded with it."""
-    if not num_images or IMAGE_MARKER in prompt:
-        return prompt
-    return IMAGE_MARKER * (num_images - 1) + f"<span>{IMAGE_MARKER}{prompt}</span>"

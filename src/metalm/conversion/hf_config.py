@@ -12,7 +12,6 @@ import torch
 from metalm.config import DecoderConfig, EncoderConfig, RunConfig
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
-from metalm.model.encoder import LAYER_NORM_EPS
 
 SMALLEST_TRANSFORMERS = "5.17.0"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -162,9 +161,17 @@ def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
         "hidden_size": encoder.hidden_size,
         "num_attention_heads": encoder.num_heads,
         "intermediate_size": encoder.feed_forward_size,
+        "num_key_value_heads": encoder.key_value_heads,
+        "activation": encoder.activation,
         "normalization": encoder.normalization,
-        "norm_eps": LAYER_NORM_EPS,
+        "norm": encoder.norm,
+        "norm_eps": encoder.norm_eps,
+        "biases": encoder.biases,
+        "positions": encoder.positions,
+        "rope_base": encoder.rope_base,
         "max_text_positions": encoder.max_text_positions,
+        "relative_bias": encoder.relative_bias.model_dump() if encoder.relative_bias else None,
+        "joint_layers": encoder.joint_layers,
         "connector": encoder.connector,
         "image_size": encoder.image.image_size if encoder.image else None,
         "patch_size": encoder.image.patch_size if encoder.image else None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metalm.config import DecoderConfig, ModelConfig
+from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -85,33 +85,30 @@ def _decoder_layer(decoder: DecoderConfig, source: str, target: str) -> Iterator
 def _encoder_rules(config: ModelConfig) -> Iterator[Rule]:
     decoder_hidden = config.decoder.hidden_size
     for name, encoder in config.encoders.items():
-        hidden, wide = encoder.hidden_size, encoder.feed_forward_size
+        hidden = encoder.hidden_size
         source, target = f"encoders.{name}", f"model.encoders.{name}"
         yield _embedding(
             "encoders", f"{source}.token_embedding.weight", f"{target}.token_embedding", config, hidden
         )
-        yield _same("encoders", source, target, "text_positions.weight", (encoder.max_text_positions, hidden))
+        if encoder.positions == "learned":
+            table = (encoder.max_text_positions, hidden)
+            yield _same("encoders", source, target, "text_positions.weight", table)
         if encoder.image:
             patch = (hidden, 3 * encoder.image.patch_size**2)
             yield from _renamed("encoders", f"{source}.patch_embedding", f"{target}.patch_embedding", patch)
             grid = (encoder.image.num_patches, hidden)
             yield _same("encoders", source, target, "image_positions.weight", grid)
-        names = [
-            ("attention_output", "self_attn.o_proj", (hidden, hidden)),
-            ("attention_norm", "attention_norm", (hidden,)),
-            ("ffn_in", "mlp.up_proj", (wide, hidden)),
-            ("ffn_out", "mlp.down_proj", (hidden, wide)),
-            ("ffn_norm", "mlp_norm", (hidden,)),
-        ]
+        if encoder.relative_bias:
+            name_of_bias = f"{target}.relative_bias.weight"
+            table = (encoder.relative_bias.num_buckets, encoder.num_heads)
+            yield _one("encoders", f"{source}.relative_bias.table.weight", name_of_bias, table)
         for layer in range(encoder.num_layers):
-            old, new = f"{source}.layers.{layer}", f"{target}.layers.{layer}"
-            # Our own fused projection is not interleaved by head: all queries, all keys, all values.
-            qkv = {f"{new}.self_attn.{part}_proj": hidden for part in "qkv"}
-            yield from _fused("encoders", f"{old}.qkv", qkv, hidden, 1)
-            for old_name, new_name, shape in names:
-                yield from _renamed("encoders", f"{old}.{old_name}", f"{new}.{new_name}", shape)
+            yield from _encoder_layer(encoder, layer, f"{source}.layers.{layer}", f"{target}.layers.{layer}")
         if encoder.normalization == "pre_ln":
-            yield from _renamed("encoders", f"{source}.final_norm", f"{target}.final_norm", (hidden,))
+            has_bias = encoder.norm == "layer_norm"
+            yield from _renamed(
+                "encoders", f"{source}.final_norm", f"{target}.final_norm", (hidden,), has_bias
+            )
         depths = (0,) if encoder.connector == "linear" else (0, 2, 4)
         for depth in depths:
             shape = (decoder_hidden, decoder_hidden if depth else hidden)
@@ -120,11 +117,36 @@ def _encoder_rules(config: ModelConfig) -> Iterator[Rule]:
             )
 
 
+def _encoder_layer(encoder: EncoderConfig, layer: int, source: str, target: str) -> Iterator[Rule]:
+    hidden, wide = encoder.hidden_size, encoder.feed_forward_size
+    for old, new in {"attention_norm": "attention_norm", "ffn_norm": "mlp_norm"}.items():
+        has_bias = encoder.norm == "layer_norm"
+        yield from _renamed("encoders", f"{source}.{old}", f"{target}.{new}", (hidden,), has_bias)
+    # Our own fused projection is not interleaved by head: all queries, all keys, all values.
+    key_value = encoder.key_value_heads * encoder.head_size
+    sizes = (hidden, key_value, key_value)
+    attention = {f"{target}.self_attn.{part}_proj": size for part, size in zip("qkv", sizes, strict=True)}
+    yield from _fused("encoders", f"{source}.qkv", attention, hidden, 1, encoder.biases)
+    output = f"{source}.attention_output"
+    yield from _renamed("encoders", output, f"{target}.self_attn.o_proj", (hidden, hidden), encoder.biases)
+    parts = ("gate_proj", "up_proj") if encoder.activation == "swiglu" else ("up_proj",)
+    for name in encoder.feed_forwards(layer):
+        old, new = (
+            f"{source}.feed_forwards.{name}",
+            f"{target}.mlp" + ("" if name == "shared" else f".{name}"),
+        )
+        first = {f"{new}.{part}": wide for part in parts}
+        yield from _fused("encoders", f"{old}.ffn_in", first, hidden, 1, encoder.biases)
+        second = f"{old}.ffn_out"
+        yield from _renamed("encoders", second, f"{new}.down_proj", (hidden, wide), encoder.biases)
+
+
 def _same(component: str, source: str, target: str, leaf: str, shape: Shape) -> Rule:
-    name = f"{target}.{leaf}"
-    return Rule(
-        component, f"{source}.{leaf}", shape, {name: shape}, lambda whole: [whole], lambda parts: parts[0]
-    )
+    return _one(component, f"{source}.{leaf}", f"{target}.{leaf}", shape)
+
+
+def _one(component: str, source: str, target: str, shape: Shape) -> Rule:
+    return Rule(component, source, shape, {target: shape}, lambda whole: [whole], lambda parts: parts[0])
 
 
 def _renamed(

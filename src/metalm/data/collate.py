@@ -13,10 +13,13 @@ from torch import Tensor
 
 from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
 from metalm.config.schema import EncoderConfig, ModelConfig
+from metalm.data.balance import assign_spans, span_costs
 from metalm.data.rows import NO_TOKEN, Row, RowSpans
 
 SHARE_MULTIPLE = 16
 """Shares are padded to a multiple of this many elements."""
+DROPOUT_MULTIPLE = 4
+"""Spans begin at a multiple of this many elements where the encoder has dropout."""
 
 
 def collate(
@@ -74,28 +77,9 @@ def collate(
         attention_start=torch.from_numpy(attention_start),
         attention_end=torch.from_numpy(attention_end),
         source_ids=torch.tensor([row.source_id for row in rows]),
+        dropout_seeds=torch.tensor([row.dropout_seed for row in rows], dtype=torch.int64),
         encoders=encoders,
     )
-
-
-def span_costs(lengths: np.ndarray, config: EncoderConfig) -> np.ndarray:
-    """Relative cost [K] of encoding spans of so many elements: projections and feed-forward, attention."""
-    hidden = config.hidden_size
-    linear = 4 * hidden * hidden + 2 * hidden * config.feed_forward_size
-    return lengths * linear + 2 * hidden * lengths * lengths
-
-
-def assign_spans(costs: np.ndarray, num_shares: int) -> np.ndarray:
-    """The share [K] of each span: the dearest first, each to the share with the least cost so far."""
-    shares = np.zeros(len(costs), np.int64)
-    if num_shares == 1:
-        return shares
-    loads = [0.0] * num_shares
-    for span in np.argsort(-costs, kind="stable").tolist():
-        least = min(range(num_shares), key=loads.__getitem__)
-        loads[least] += float(costs[span])
-        shares[span] = least
-    return shares
 
 
 class _RowsSpans:
@@ -109,7 +93,12 @@ class _RowsSpans:
         self.num_patches = _concatenated([spans.num_patches for _, spans in found], (0,))
         self.patches = [spans.patches for _, spans in found if spans.patches is not None]
         self.lengths = self.bounds[:, 1] - self.bounds[:, 0]
+        self.seeds = _concatenated(
+            [span_seeds(rows[b].dropout_seed, spans.bounds[:, 0]) for b, spans in found], (0,)
+        )
         self.positions = _ranges(self.bounds[:, 0], self.lengths)
+        own_ids = [spans.ids for _, spans in found if spans.ids is not None]
+        self.ids = np.concatenate(own_ids) if own_ids else None
 
 
 def _document_intervals(rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,21 +125,43 @@ def _document_ends(rows: Sequence[Row], length: int) -> list[int]:
     ]
 
 
+def span_seeds(row_seed: int, starts: np.ndarray) -> np.ndarray:
+    """Seeds [K] int64 of a row's spans, which begin at `starts` [K]: the row's, mixed with the place.
+
+    The mixing is that of splitmix64 (Steele et al., 2014).
+    """
+    mixed = np.uint64(row_seed) + (starts.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (mixed ^ (mixed >> np.uint64(31))).view(np.int64)
+
+
 def _encoder_batch(
     spans: _RowsSpans, tokens: np.ndarray, config: EncoderConfig, tp_size: int, pad_id: int
 ) -> EncoderBatch:
     owners = assign_spans(span_costs(spans.lengths, config), tp_size)
     members = [np.flatnonzero(owners == rank) for rank in range(tp_size)]
-    totals = [int(spans.lengths[chosen].sum()) for chosen in members]
+    multiple = DROPOUT_MULTIPLE if config.dropout else 1
+    taken = -(-spans.lengths // multiple) * multiple
+    totals = [int(taken[chosen].sum()) for chosen in members]
     length = max(SHARE_MULTIPLE, -(-max(totals) // SHARE_MULTIPLE) * SHARE_MULTIPLE)
     patch_bytes = 3 * config.image.patch_size**2 if config.image else 0
     patches = np.concatenate(spans.patches) if spans.patches else np.empty((0, patch_bytes), np.uint8)
     shares, vectors, positions = [], [], []
+    first_elements = np.cumsum(spans.lengths) - spans.lengths
+    if config.pretrained is not None:
+        pad_id = 0  # the shared tokenizer's may be beyond the encoder's vocabulary
     for rank, chosen in enumerate(members):
+        layout = _ShareLayout(spans, chosen, taken[chosen], length)
         docked = _ranges(spans.bounds[chosen, 0], spans.lengths[chosen])
-        vectors.append(rank * length + np.arange(len(docked)))
+        if spans.ids is None:
+            span_tokens = tokens[docked]
+        else:
+            span_tokens = spans.ids[_ranges(first_elements[chosen], spans.lengths[chosen])]
+        vectors.append(rank * length + layout.elements)
         positions.append(docked)
-        shares.append(_share(spans, chosen, tokens[docked], patches, length, pad_id))
+        routed = config.joint_layers is not None
+        shares.append(_share(spans, chosen, layout, span_tokens, patches, pad_id, routed))
     return EncoderBatch(
         shares=tuple(shares),
         dock_vectors=torch.from_numpy(np.concatenate(vectors)),
@@ -158,44 +169,72 @@ def _encoder_batch(
     )
 
 
+class _ShareLayout:
+    """Where the elements of chosen spans [k] stand among the `length` of a share."""
+
+    def __init__(self, spans: _RowsSpans, chosen: np.ndarray, taken: np.ndarray, length: int) -> None:
+        self.length = length
+        self.lengths, self.num_patches = spans.lengths[chosen], spans.num_patches[chosen]
+        self.starts = np.cumsum(taken) - taken
+        self.elements = _ranges(self.starts, self.lengths)
+        self.patches = _ranges(self.starts, self.num_patches)
+
+    def spread(self, values: np.ndarray, dtype: type) -> np.ndarray:
+        """One value per span [k] at all of its elements, and 0 elsewhere, [length]."""
+        whole: np.ndarray = np.zeros(self.length, dtype)
+        whole[self.elements] = np.repeat(values, self.lengths)
+        return whole
+
+
 def _share(
     spans: _RowsSpans,
     chosen: np.ndarray,
+    layout: _ShareLayout,
     span_tokens: np.ndarray,
     patches: np.ndarray,
-    length: int,
     pad_id: int,
+    routed: bool,
 ) -> EncoderShare:
-    """The elements of the chosen spans [k], packed end to end and padded to `length`."""
-    lengths, num_patches = spans.lengths[chosen], spans.num_patches[chosen]
-    total = len(span_tokens)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    token_ids = np.full(length, pad_id, np.int64)
-    positions = np.zeros(length, np.int64)
-    attention = np.zeros((2, length), np.int32)
-    token_ids[:total] = span_tokens
-    attention[0, :total] = np.repeat(starts, lengths)
-    attention[1, :total] = np.repeat(ends, lengths)
-    positions[:total] = np.arange(total) - np.repeat(starts + num_patches, lengths)
-    slots = _ranges(starts, num_patches)
-    if len(slots):
-        token_ids[slots] = pad_id
-        positions[slots] = _ranges(np.zeros_like(num_patches), num_patches)
-        first_patches = np.cumsum(spans.num_patches) - spans.num_patches
-        patches = patches[_ranges(first_patches[chosen], num_patches)]
-    else:
-        patches = patches[:0]
-    if not total:
-        attention[1, 0] = 1  # the dummy element sees itself
+    """The elements of the chosen spans [k], end to end, and padded."""
+    num_patches, slots = layout.num_patches, layout.patches
+    index = _ranges(np.zeros_like(layout.lengths), layout.lengths)
+    token_ids = np.full(layout.length, pad_id, np.int64)
+    positions, span_positions = np.zeros(layout.length, np.int64), np.zeros(layout.length, np.int32)
+    token_ids[layout.elements], span_positions[layout.elements] = span_tokens, index
+    positions[layout.elements] = index - np.repeat(num_patches, layout.lengths)
+    token_ids[slots] = pad_id
+    positions[slots] = _ranges(np.zeros_like(num_patches), num_patches)
+    first_patches = np.cumsum(spans.num_patches) - spans.num_patches
+    attention_end = layout.spread(layout.starts + layout.lengths, np.int32)
+    if not len(chosen):
+        attention_end[0] = 1  # the dummy element sees itself
     return EncoderShare(
         token_ids=_tensor(token_ids),
         positions=_tensor(positions),
-        attention_start=_tensor(attention[0]),
-        attention_end=_tensor(attention[1]),
-        patches=_tensor(patches),
+        attention_start=_tensor(layout.spread(layout.starts, np.int32)),
+        attention_end=_tensor(attention_end),
+        patches=_tensor(patches[_ranges(first_patches[chosen], num_patches)]),
         patch_slots=_tensor(slots),
+        dropout_seeds=_tensor(layout.spread(spans.seeds[chosen], np.int64)),
+        dropout_positions=_tensor(span_positions),
+        routes=_routes(layout) if routed else {},
     )
+
+
+def _routes(layout: _ShareLayout) -> dict[str, dict[str, Tensor]]:
+    """Which elements go through which feed-forward: see `EncoderShare.routes`."""
+    is_patch = np.zeros(layout.length, bool)
+    is_patch[layout.patches] = True
+    mixed = (layout.num_patches > 0) & (layout.num_patches < layout.lengths)
+    is_joint = layout.spread(mixed, bool)
+    chosen = {
+        "separate": {"vision": is_patch, "language": ~is_patch},
+        "joint": {"vision": is_patch & ~is_joint, "language": ~is_patch & ~is_joint, "joint": is_joint},
+    }
+    return {
+        kind: {name: _tensor(np.flatnonzero(which)) for name, which in routes.items()}
+        for kind, routes in chosen.items()
+    }
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

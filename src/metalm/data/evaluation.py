@@ -19,6 +19,7 @@ from metalm.data.images import cut_patches
 from metalm.data.lanes import image_encoder
 from metalm.data.order import SequentialOrder
 from metalm.data.pair_rows import Pair, longest_caption, pair_row
+from metalm.data.retokenize import load_retokenizer
 from metalm.data.rows import Row, empty_row
 from metalm.data.sources import Source, open_sources
 from metalm.data.spans import SpanSampler
@@ -81,9 +82,10 @@ def evaluation_batches(
 
 
 def _text_rows(config: RunConfig, source: Source, num_rows: int) -> Iterator[Row]:
-    spans = None
+    spans = retokenizer = None
     if source.config.encoder is not None:
         spans = SpanSampler(config.data.spans, Stream(_SEED, f"evaluation spans of {source.name}"))
+        retokenizer = load_retokenizer(config.model.encoders[source.config.encoder], source.tokenizer)
     packer = TextPacker(
         source,
         SequentialOrder(source.index),
@@ -91,6 +93,7 @@ def _text_rows(config: RunConfig, source: Source, num_rows: int) -> Iterator[Row
         sequence_length=config.data.sequence_length,
         spans=spans,
         max_consecutive_failures=config.data.max_consecutive_failures,
+        retokenizer=retokenizer,
     )
     for _ in range(num_rows):
         row = packer.next_row()

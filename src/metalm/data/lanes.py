@@ -6,6 +6,7 @@ it. Its state is JSON: a few integers per source.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig, SourceConfig
 from metalm.data.order import SampleOrder, ShardOrder
 from metalm.data.pair_rows import PairPacker
+from metalm.data.retokenize import load_retokenizer
 from metalm.data.rows import Row
 from metalm.data.sources import Source
 from metalm.data.spans import SpanSampler
@@ -47,6 +49,13 @@ class Mixture:
         self.config = config
         self.sources = sources
         self.orders = {source.name: _order(config, source) for source in sources}
+        self.retokenizers = {
+            source.config.encoder: load_retokenizer(
+                config.model.encoders[source.config.encoder], source.tokenizer
+            )
+            for source in sources
+            if source.config.kind == "text" and source.config.encoder is not None
+        }
 
     def check_state(self, state: LaneState) -> None:
         """Raises ConfigError if a lane's state was saved under another order of the samples."""
@@ -86,6 +95,7 @@ class Lane:
             self._make_packer(source, saved.get(source.name, {}).get("packer")) for source in self._sources
         ]
         self._choices = Stream(mixture.config.run.seed, "source of a row", lane)
+        self._dropout = Stream(mixture.config.run.seed, "dropout of a row", lane)
         self._weights = np.array([source.config.weight for source in mixture.sources])
 
     def next_row(self) -> Row:
@@ -96,8 +106,9 @@ class Lane:
         """
         row = self._packers[self._choose()].next_row()
         assert row is not None
+        seed = int(self._dropout.words(self._rows, 1)[0] >> np.uint64(1))
         self._rows += 1
-        return row
+        return dataclasses.replace(row, dropout_seed=seed)
 
     def state(self) -> LaneState:
         """Where the next row begins, and what has been counted, as JSON holds it."""
@@ -146,6 +157,7 @@ class Lane:
                 sequence_length=length,
                 spans=spans,
                 max_consecutive_failures=failures,
+                retokenizer=self._mixture.retokenizers.get(source.config.encoder or ""),
                 state=state,
             )
         encoder, image = image_encoder(config, source.name, source.config)

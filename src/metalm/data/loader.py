@@ -1,7 +1,8 @@
 """What training iterates over: the micro-batches of one optimizer step at a time, for one rank.
 
 Row j of a global batch comes from lane j mod L, and a rank owns consecutive lanes, so the rows of step t
-are the same on any number of ranks and workers. With workers, a thread of the training process receives
+are the same on any number of ranks and workers; which of a rank's rows share a micro-batch follows from
+their encoder work. With workers, a thread of the training process receives
 their rows and collates them ahead of the step; the lanes' states travel with the steps, so
 `lane_states()` speaks of the last step returned, however far ahead the workers are.
 """
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config.schema import RunConfig
+from metalm.data.balance import group_rows, row_costs
 from metalm.data.collate import collate
 from metalm.data.lanes import Lane, LaneState, Mixture, owned_lanes, saved_state
 from metalm.data.sources import open_sources
@@ -33,6 +36,7 @@ _STOP_CHECK_S = 0.1
 class _Step(NamedTuple):
     batches: list[SemiCausalBatch]
     states: dict[int, LaneState]
+    costs: np.ndarray  # [2, micro-batches, encoders]
 
 
 class TrainingData:
@@ -42,6 +46,8 @@ class TrainingData:
 
     Attributes:
         wait_s: seconds that the last `next` took.
+        encoder_costs: [2, micro-batches, encoders], relative work of the last step; of micro-batches in the
+            order of the lanes, and as they are.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class TrainingData:
         self._states = self._first_states(lane_states)
         self._imbalance = {name: _Mean() for name in config.model.encoders}
         self.wait_s = 0.0
+        self.encoder_costs = np.zeros((2, rows_per_step // training.micro_batch_size, len(self._imbalance)))
         self._group: LaneGroup | WorkerPool
         self._prefetcher: _Prefetcher | None = None
         if data.workers:
@@ -109,7 +116,7 @@ class TrainingData:
         began = time.perf_counter()
         step = self._prefetcher.get() if self._prefetcher is not None else self._make_step()
         self.wait_s = time.perf_counter() - began
-        self._states = step.states
+        self._states, self.encoder_costs = step.states, step.costs
         for name, mean in self._imbalance.items():
             for batch in step.batches:
                 mean.add(_share_imbalance(batch.encoders[name]))
@@ -163,19 +170,22 @@ class TrainingData:
         step = self._group.next_step()
         rows = [step.rows[lane][turn] for turn in range(self._rows_per_lane) for lane in self._lanes]
         size = self._config.training.micro_batch_size
+        costs = row_costs(rows, self._config.model.encoders)
+        in_lane_order = np.arange(len(rows)).reshape(-1, size)
+        groups = np.array(group_rows(costs, size))
         batches = [
             collate(
-                rows[first : first + size],
+                [rows[number] for number in group],
                 model_config=self._config.model,
                 sequence_length=self._config.data.sequence_length,
                 tp_size=self._tp_size,
                 pad_id=self._pad_id,
             )
-            for first in range(0, len(rows), size)
+            for group in groups
         ]
         if torch.cuda.is_available():
             batches = [batch.pin_memory() for batch in batches]
-        return _Step(batches, step.states)
+        return _Step(batches, step.states, np.stack([costs[in_lane_order].sum(1), costs[groups].sum(1)]))
 
 
 class _Prefetcher:

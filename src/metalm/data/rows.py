@@ -23,6 +23,7 @@ class RowSpans:
     bounds: np.ndarray  # [K, 2] int; start and end (exclusive) in the row
     num_patches: np.ndarray  # [K] int; leading positions of the span that are patches of its image
     patches: np.ndarray | None = None  # [P, patch_size * patch_size * 3] uint8, of all spans end to end
+    ids: np.ndarray | None = None  # [sum of lengths] int64, of an encoder with a tokenizer of its own
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Row:
     """First token of the last document's continuation in the next row, if it goes on there."""
     spans: dict[str, RowSpans] = field(default_factory=dict)  # by encoder
     source_id: int = 0
+    dropout_seed: int = 0
+    """What the model drops in this row is drawn from it."""
 
 
 def empty_row() -> Row:

@@ -89,7 +89,7 @@ def transformers_mask(
             device=device,
         )
         assert dense is not None
-        return _intervals(dense[:, 0], "this model's attention mask")
+        return _intervals(dense[:, 0], "this model's attention mask").validate()
     first = torch.zeros(batch_size, 1, dtype=torch.int32, device=device)
     last = torch.full_like(first, kv_length)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)

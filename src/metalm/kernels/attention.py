@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metalm.kernels.dense import dense_attention
-from metalm.kernels.dropout import row_seeds
+from metalm.kernels.dropout import attention_pattern
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.relative_bias import RelativeBias
 from metalm.kernels.tiled import tiled_attention
@@ -31,6 +31,7 @@ def interval_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | int | None = None,
+    dropout_positions: Tensor | None = None,
     dropout_head_offset: int = 0,
     bias: RelativeBias | None = None,
     backend: Backend | None = None,
@@ -46,6 +47,9 @@ def interval_attention(
         dropout: probability with which an attention weight is dropped.
         dropout_seed: integer seed, or int64 seeds `[B]` of the rows; drawn from torch's generator by default.
             Seeds per row make the pattern independent of how rows are dealt to micro-batches and ranks.
+            Seeds `[B, Sq]`, one per query, do so for spans that are packed into rows.
+        dropout_positions: `[B, S]` integers in place of the indices of queries and keys: their positions in
+            their spans. Elements 4i to 4i + 3 must be consecutive, from a multiple of 4.
         dropout_head_offset: number of this rank's first head among all ranks' heads.
         bias: relative-position bias with one row of values for each of the H heads.
         backend: forces "triton" (CUDA, or Triton's interpreter), "tiled" (any device) or "dense" (quadratic
@@ -60,13 +64,24 @@ def interval_attention(
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     _check(q, k, v, mask, scale, dropout, bias)
-    seeds = row_seeds(dropout_seed, q.shape[0], q.device) if dropout > 0.0 else None
+    pattern = None
+    if dropout > 0.0:
+        pattern = attention_pattern(
+            dropout,
+            dropout_seed,
+            dropout_positions,
+            dropout_head_offset,
+            batch_size=q.shape[0],
+            num_queries=q.shape[2],
+            num_keys=k.shape[2],
+            device=q.device,
+        )
     by_distance = None if bias is None else bias.by_distance(mask.num_queries, mask.num_keys)
     backend = _choose(q, by_distance) if backend is None else backend
     if backend not in _counts:
         _logger.info("interval attention runs on the %s backend (%s, %s)", backend, q.device.type, q.dtype)
     _counts[backend] += 1
-    arguments = (q, k, v, mask, by_distance, scale, dropout, seeds, dropout_head_offset)
+    arguments = (q, k, v, mask, by_distance, scale, pattern)
     if backend == "dense":
         return dense_attention(*arguments)
     if backend == "tiled":

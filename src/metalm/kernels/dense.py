@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalm.kernels.dropout import keep_tile
+from metalm.kernels.dropout import DropoutPattern
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.relative_bias import bias_tile
 
@@ -17,9 +17,7 @@ def dense_attention(
     mask: IntervalMask,
     bias: Tensor | None,
     scale: float,
-    dropout: float,
-    seeds: Tensor | None,
-    head_offset: int,
+    dropout: DropoutPattern | None,
 ) -> Tensor:
     """Arguments as those of `tiled_attention`. Computes in float32, or in float64 for float64 inputs.
 
@@ -37,7 +35,7 @@ def dense_attention(
     # A row that sees nothing is computed as if it saw all, then zeroed: no NaN to leak into a gradient.
     weights = scores.masked_fill(~visible & sees_something, float("-inf")).softmax(-1)
     weights = weights.masked_fill(~sees_something, 0.0)
-    if seeds is not None:
-        kept = keep_tile(seeds, dropout, head_offset, q.shape[1], queries, keys)
-        weights = weights * kept / (1.0 - dropout)
+    if dropout is not None:
+        kept = dropout.keep_tile(slice(0, q.shape[0]), q.shape[1], queries, keys)
+        weights = weights * kept * dropout.keep_scale
     return (weights @ wide_v).to(q.dtype)

@@ -1,11 +1,19 @@
-"""Dropout whose pattern is a function of (seed of the batch row, head, query, key), and of nothing else.
+"""Dropout whose pattern is a function of seeds and positions, and of nothing else.
 
-So a backward pass repeats it without storing it, all backends drop the same pairs, and a rank that holds some
-of the heads drops what one rank holding all of them would. The generator is Philox-4x32-10 (Salmon et al.
-2011): the key is the row's seed, the counter is (key // 4, query, head, 0), and word `key % 4` decides.
+So a backward pass repeats it without storing it, all backends drop the same, and it does not depend on how
+rows and spans are dealt to micro-batches, ranks and shares. The generator is Philox-4x32-10 (Salmon et al.
+2011): the key is a seed, and one call gives four words.
+
+Attention: the seed is the query's, the counter (key position // 4, query position, head, 0), and word
+`key position % 4` decides; a rank that holds some of the heads drops what one rank holding all of them would.
+Hidden vectors: the seed is the element's, the counter (column // 4, element position, site, 1).
 """
 
 from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,30 +47,132 @@ def row_seeds(seed: Tensor | int | None, batch_size: int, device: torch.device) 
     return seed.to(torch.int64).reshape(1) + torch.arange(batch_size, device=device) * _ROW_STRIDE
 
 
+def site_seeds(seeds: Tensor, site: int) -> Tensor:
+    """Seeds for one of a model's attention dropouts, of seeds that all of them share; int64 like `seeds`."""
+    offset = ((site + 1) * _ROW_STRIDE + 2**63) % 2**64 - 2**63  # as int64 wraps
+    return seeds + offset
+
+
 def drop_threshold(dropout: float) -> int:
-    """A pair is dropped where its 32-bit random word is below this."""
+    """What is dropped has a 32-bit random word below this."""
     return min(round(dropout * 2**32), _WORD)
 
 
-def keep_tile(
-    seeds: Tensor, dropout: float, head_offset: int, num_heads: int, queries: slice, keys: slice
+@dataclass(frozen=True, eq=False)
+class DropoutPattern:
+    """Which attention weights are dropped; tensors are contiguous."""
+
+    rate: float
+    seeds: Tensor  # [B, Sq] int64
+    query_positions: Tensor  # [B, Sq] int32
+    key_positions: Tensor  # [B, Sk] int32; keys 4i to 4i + 3 are consecutive, from a multiple of 4
+    head_offset: int
+    """Number of this rank's first head."""
+
+    @property
+    def keep_scale(self) -> float:
+        """Factor of what is kept."""
+        return 1.0 / (1.0 - self.rate)
+
+    def keep_tile(self, rows: slice, num_heads: int, queries: slice, keys: slice) -> Tensor:
+        """Bool `[rows, H, queries, keys]`: which pairs are kept."""
+        first, last = keys.start // 4 * 4, keys.stop
+        group = self.key_positions[rows, first:last:4] // 4
+        head = torch.arange(self.head_offset, self.head_offset + num_heads, device=self.seeds.device)
+        words = _philox(
+            self.seeds[rows, queries][:, None, :, None],
+            group.long()[:, None, None, :],
+            self.query_positions[rows, queries].long()[:, None, :, None],
+            head[:, None, None],
+            torch.zeros_like(head)[:, None, None],
+        )
+        drawn = torch.stack(words, -1).flatten(-2)
+        offset = keys.start - first
+        return drawn[..., offset : offset + keys.stop - keys.start] >= drop_threshold(self.rate)
+
+
+def attention_pattern(
+    rate: float,
+    seed: Tensor | int | None,
+    positions: Tensor | None,
+    head_offset: int,
+    *,
+    batch_size: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+) -> DropoutPattern:
+    """The pattern of one attention call; arguments as those of `interval_attention`.
+
+    Raises:
+        ValueError: the seed is a tensor of neither one, nor `[B]`, nor `[B, Sq]`, or the positions are not
+            `[B, S]` of queries that are the keys.
+    """
+    if isinstance(seed, Tensor) and seed.dim() == 2:
+        if seed.shape != (batch_size, num_queries):
+            raise ValueError(
+                f"dropout_seed has shape {list(seed.shape)}, expected [{batch_size}, {num_queries}]"
+            )
+        seeds = seed.to(torch.int64)
+    else:
+        seeds = row_seeds(seed, batch_size, device)[:, None].expand(batch_size, num_queries)
+    if positions is None:
+        query, key = (
+            torch.arange(length, dtype=torch.int32, device=device).expand(batch_size, length)
+            for length in (num_queries, num_keys)
+        )
+    elif positions.shape != (batch_size, num_queries) or num_keys != num_queries:
+        raise ValueError(
+            f"dropout_positions has shape {list(positions.shape)}, expected [{batch_size}, {num_queries}] "
+            "of queries that are the keys, too"
+        )
+    else:
+        query = key = positions.to(torch.int32)
+    return DropoutPattern(rate, seeds.contiguous(), query.contiguous(), key.contiguous(), head_offset)
+
+
+def hidden_dropout(
+    hidden: Tensor,
+    rate: float,
+    seeds: Tensor,
+    positions: Tensor,
+    site: int,
+    *,
+    backend: Literal["triton", "torch"] | None = None,
 ) -> Tensor:
-    """Bool `[B, H, queries, keys]`: which pairs are kept. `seeds`: int64 `[B]`; heads start at the offset."""
-    device = seeds.device
-    first_group, last_group = keys.start // 4, -(-keys.stop // 4)
-    group = torch.arange(first_group, last_group, device=device)
-    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    head = torch.arange(head_offset, head_offset + num_heads, device=device)[:, None, None]
-    words = _philox(seeds[:, None, None, None], group, query, head)
-    drawn = torch.stack(words, -1).flatten(-2)
-    offset = keys.start - 4 * first_group
-    return drawn[..., offset : offset + keys.stop - keys.start] >= drop_threshold(dropout)
+    """Drop elements of vectors, and scale the rest up; differentiable in `hidden`.
+
+    Args:
+        hidden: `[..., D]` floating.
+        rate: probability with which an element is dropped.
+        seeds: int64, broadcast to `[...]`.
+        positions: integers, broadcast to `[...]`: which vector of its seed it is.
+        site: which of a model's dropouts this is, so that no two drop alike.
+        backend: forces "triton" (CUDA, or Triton's interpreter), which stores nothing for the backward, or
+            "torch" (any device), which stores a bool per element; by default triton on CUDA.
+    """
+    if rate == 0.0:
+        return hidden
+    if backend is None:
+        backend = "triton" if hidden.is_cuda and importlib.util.find_spec("triton") else "torch"
+    if backend == "triton":
+        from metalm.kernels.triton_hidden_dropout import triton_hidden_dropout
+
+        seed, position = (part.expand(hidden.shape[:-1]).contiguous() for part in (seeds, positions))
+        scalars = (drop_threshold(rate), 1.0 / (1.0 - rate), site)
+        return triton_hidden_dropout(hidden, seed, position.to(torch.int32), *scalars)
+    width = hidden.shape[-1]
+    group = torch.arange(-(-width // 4), device=hidden.device)
+    where = group.new_full((), site)
+    seed, position = (part.long()[..., None] for part in (seeds, positions))
+    words = _philox(seed, group, position, where, torch.ones_like(where))
+    keep = torch.stack(words, -1).flatten(-2)[..., :width] >= drop_threshold(rate)
+    return hidden * keep * (1.0 / (1.0 - rate))
 
 
-def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
-    """The four 32-bit words of a counter (c0, c1, c2, 0) under 64-bit keys, as int64, broadcast together."""
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
+    """The four 32-bit words of a counter under 64-bit keys, as int64, broadcast together."""
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
-    c3 = torch.zeros_like(c2)
     for _ in range(_NUM_ROUNDS):
         # The low 64 bits of a wrapping int64 product are those of the unsigned one.
         product0, product1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]

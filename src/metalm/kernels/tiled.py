@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalm.kernels.dropout import keep_tile
+from metalm.kernels.dropout import DropoutPattern
 from metalm.kernels.fused_tiles import fused_tiled_attention
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.relative_bias import add_bias_tile_gradient, bias_tile
@@ -32,24 +32,21 @@ def tiled_attention(
     mask: IntervalMask,
     bias: Tensor | None,
     scale: float,
-    dropout: float,
-    seeds: Tensor | None,
-    head_offset: int,
+    dropout: DropoutPattern | None,
 ) -> Tensor:
     """Attention `[B, H, Sq, D]` of q over k and v `[B, Hkv, Sk, D]`; reads the mask on the host once.
 
     Args:
         bias: `[H, Sq + Sk - 1]` by distance, see `RelativeBias.by_distance`; or None.
-        seeds: int64 `[B]`, or None for no dropout.
-        head_offset: number of the first head in the dropout pattern.
+        dropout: which weights are dropped, if any.
     """
     num_heads, groups = q.shape[1], q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if q.device.type == "cpu" and bias is None and seeds is None:
+    if q.device.type == "cpu" and bias is None and dropout is None:
         return fused_tiled_attention(q, k, v, mask, scale)
-    options = _Options(mask, num_heads, scale, dropout, head_offset)
-    out: Tensor = _TiledAttention.apply(q, k, v, bias, seeds, options)
+    options = _Options(mask, num_heads, scale, dropout)
+    out: Tensor = _TiledAttention.apply(q, k, v, bias, options)
     return out
 
 
@@ -58,8 +55,7 @@ class _Options:
     mask: IntervalMask
     num_heads: int
     scale: float
-    dropout: float
-    head_offset: int
+    dropout: DropoutPattern | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,6 @@ class _TiledAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        seeds: Tensor | None,
         options: _Options,
     ) -> Tensor:
         flat_q, flat_k, flat_v = (_flatten(x) for x in (q, k, v))
@@ -94,16 +89,16 @@ class _TiledAttention(torch.autograd.Function):
         for rectangles in _rectangles(q.shape[0], options):
             heads, queries = rectangles[0].heads, rectangles[0].queries
             out[heads, queries], log_sum[heads, queries] = _attend(
-                flat_q, flat_k, flat_v, bias, seeds, options, rectangles
+                flat_q, flat_k, flat_v, bias, options, rectangles
             )
         out = out.view(q.shape).to(q.dtype)
-        ctx.save_for_backward(q, k, v, bias, seeds, out, log_sum)
+        ctx.save_for_backward(q, k, v, bias, out, log_sum)
         ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, seeds, out, log_sum = ctx.saved_tensors
+        q, k, v, bias, out, log_sum = ctx.saved_tensors
         options: _Options = ctx.options
         flat_q, flat_k, flat_v, flat_grad = (_flatten(x) for x in (q, k, v, grads[0]))
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (flat_q, flat_k, flat_v))
@@ -117,8 +112,8 @@ class _TiledAttention(torch.autograd.Function):
             weights.sub_(log_sum[heads, queries, None]).exp_()
             grad_scores = torch.bmm(grad_tile, flat_v[heads, keys].transpose(1, 2))
             dropped = weights
-            if seeds is not None:
-                keep = _keep_scale(seeds, options, rectangle, weights.dtype)
+            if options.dropout is not None:
+                keep = _keep_scale(options.dropout, options, rectangle, weights.dtype)
                 dropped = weights * keep
                 grad_scores.mul_(keep)
             grad_scores.sub_(delta[heads, queries]).mul_(weights)
@@ -131,7 +126,7 @@ class _TiledAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (
             grad.view(x.shape).to(x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v))
         )
-        return grad_q, grad_k, grad_v, grad_bias, None, None
+        return grad_q, grad_k, grad_v, grad_bias, None
 
 
 def _rectangles(batch_size: int, options: _Options) -> Iterator[list[_Rectangle]]:
@@ -150,12 +145,11 @@ def _attend(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    seeds: Tensor | None,
     options: _Options,
     rectangles: list[_Rectangle],
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one tile, joined from the softmaxes over each of its rectangles."""
-    parts = [_attend_rectangle(q, k, v, bias, seeds, options, rectangle) for rectangle in rectangles]
+    parts = [_attend_rectangle(q, k, v, bias, options, rectangle) for rectangle in rectangles]
     out, log_sum = parts[0]
     for next_out, next_log_sum in parts[1:]:
         joint = torch.logaddexp(log_sum, next_log_sum)
@@ -169,7 +163,6 @@ def _attend_rectangle(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    seeds: Tensor | None,
     options: _Options,
     rectangle: _Rectangle,
 ) -> tuple[Tensor, Tensor]:
@@ -177,8 +170,8 @@ def _attend_rectangle(
     weights = scores.softmax(-1)
     # The largest weight is exp(maximum - log_sum): one pass, where a log-sum-exp from scratch takes four.
     log_sum = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-    if seeds is not None:
-        weights.mul_(_keep_scale(seeds, options, rectangle, weights.dtype))
+    if options.dropout is not None:
+        weights.mul_(_keep_scale(options.dropout, options, rectangle, weights.dtype))
     return torch.bmm(weights, v[rectangle.heads, rectangle.keys]), log_sum
 
 
@@ -206,11 +199,12 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, options: _Options, rectan
     return scores
 
 
-def _keep_scale(seeds: Tensor, options: _Options, rectangle: _Rectangle, dtype: torch.dtype) -> Tensor:
-    """Factors of the weights, 0 or 1 / (1 - dropout), `[heads, queries, keys]`."""
-    rows, queries, keys = rectangle.rows, rectangle.queries, rectangle.keys
-    keep = keep_tile(seeds[rows], options.dropout, options.head_offset, options.num_heads, queries, keys)
-    return keep.flatten(0, 1).to(dtype) / (1.0 - options.dropout)
+def _keep_scale(
+    dropout: DropoutPattern, options: _Options, rectangle: _Rectangle, dtype: torch.dtype
+) -> Tensor:
+    """Factors of the weights, 0 or 1 / (1 - rate), `[heads, queries, keys]`."""
+    keep = dropout.keep_tile(rectangle.rows, options.num_heads, rectangle.queries, rectangle.keys)
+    return keep.flatten(0, 1).to(dtype) * dropout.keep_scale
 
 
 def _flatten(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from metalm.kernels.dropout import drop_threshold
+from metalm.kernels.dropout import DropoutPattern, drop_threshold
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
 from metalm.kernels.triton_forward import forward_kernel
@@ -24,9 +24,7 @@ def triton_attention(
     mask: IntervalMask,
     bias: Tensor | None,
     scale: float,
-    dropout: float,
-    seeds: Tensor | None,
-    head_offset: int,
+    dropout: DropoutPattern | None,
 ) -> Tensor:
     """Arguments as those of `tiled_attention`; never waits for the device.
 
@@ -44,7 +42,7 @@ def triton_attention(
     if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
         # The interpreter multiplies the bits of bfloat16 as integers, and truncates where hardware rounds.
         q, k, v = q.float(), k.float(), v.float()
-    out: Tensor = _TritonAttention.apply(q, k, v, bias, seeds, mask, scale, dropout, head_offset)
+    out: Tensor = _TritonAttention.apply(q, k, v, bias, mask, scale, dropout)
     return out.to(dtype)
 
 
@@ -56,11 +54,9 @@ class _TritonAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        seeds: Tensor | None,
         mask: IntervalMask,
         scale: float,
-        dropout: float,
-        head_offset: int,
+        dropout: DropoutPattern | None,
     ) -> Tensor:
         q, k, v = (_rows_contiguous(x) for x in (q, k, v))
         batch_size, num_heads, num_queries, _ = q.shape
@@ -76,18 +72,18 @@ class _TritonAttention(torch.autograd.Function):
 
         with torch.cuda.device_of(q):
             forward_kernel[grid](
-                q, k, v, out, log_sum, start, end, _or_unused(raw_bias, q), _or_unused(seeds, q),
+                q, k, v, out, log_sum, start, end, _or_unused(raw_bias, q), *_pattern(dropout, q),
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], stride_mask,
                 num_heads, num_heads // k.shape[1], num_queries, k.shape[2],
-                *_scalars(scale, dropout, head_offset, q, k), **_meta(q, bias, seeds),
+                *_scalars(scale, dropout, q, k), **_meta(q, bias, dropout),
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, bias, raw_bias, seeds, out, log_sum)
-        ctx.mask, ctx.scale, ctx.dropout, ctx.head_offset = mask, scale, dropout, head_offset
+        ctx.save_for_backward(q, k, v, bias, raw_bias, out, log_sum)
+        ctx.mask, ctx.scale, ctx.dropout = mask, scale, dropout
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, raw_bias, seeds, out, log_sum = ctx.saved_tensors
+        q, k, v, bias, raw_bias, out, log_sum = ctx.saved_tensors
         grad = _rows_contiguous(grads[0])
         batch_size, num_heads, num_queries, _ = q.shape
         num_key_heads, num_keys = k.shape[1:3]
@@ -97,8 +93,8 @@ class _TritonAttention(torch.autograd.Function):
         grad_k = torch.empty_like(k)
         grad_v = torch.empty_like(grad_k)
         grad_bias = torch.zeros_like(raw_bias) if raw_bias is not None else log_sum.new_zeros(1)
-        scalars, meta = _scalars(ctx.scale, ctx.dropout, ctx.head_offset, q, k), _meta(q, bias, seeds)
-        raw_bias, seeds = _or_unused(raw_bias, q), _or_unused(seeds, q)
+        scalars, meta = _scalars(ctx.scale, ctx.dropout, q, k), _meta(q, bias, ctx.dropout)
+        raw_bias, pattern = _or_unused(raw_bias, q), _pattern(ctx.dropout, q)
 
         def query_grid(meta: dict[str, int]) -> tuple[int, int]:
             return triton.cdiv(num_queries, meta["BLOCK_Q"]), batch_size * num_heads
@@ -109,34 +105,38 @@ class _TritonAttention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             start, end, stride_mask = _intervals(ctx.mask)
             query_gradient_kernel[query_grid](
-                q, k, v, out, grad, log_sum, delta, grad_q, start, end, raw_bias, grad_bias, seeds,
+                q, k, v, out, grad, log_sum, delta, grad_q, start, end, raw_bias, grad_bias, *pattern,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad.stride()[:3],
                 stride_mask, num_heads, groups, num_queries, num_keys, ctx.scale, *scalars, **meta,
             )  # fmt: skip
             start, end, stride_mask = _intervals(ctx.mask.transpose())
             key_gradient_kernel[key_grid](
-                q, k, v, grad, log_sum, delta, grad_k, grad_v, start, end, raw_bias, seeds,
+                q, k, v, grad, log_sum, delta, grad_k, grad_v, start, end, raw_bias, *pattern,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *grad_k.stride()[:3],
                 stride_mask, num_key_heads, num_queries, num_keys, ctx.scale, *scalars, **meta, GROUPS=groups,
             )  # fmt: skip
-        return grad_q, grad_k, grad_v, None if bias is None else grad_bias.to(bias.dtype), *(None,) * 5
+        return grad_q, grad_k, grad_v, None if bias is None else grad_bias.to(bias.dtype), *(None,) * 3
 
 
-def _scalars(scale: float, dropout: float, head_offset: int, q: Tensor, k: Tensor) -> tuple[float, ...]:
+def _scalars(scale: float, dropout: DropoutPattern | None, q: Tensor, k: Tensor) -> tuple[float, ...]:
     """The kernels' arguments from `scale_log2` to `length_class`."""
     # Kernels are tuned once per power of two of the length, whatever the mask.
     length_class = triton.next_power_of_2(max(q.shape[2], k.shape[2]))
-    keep_scale = 1.0 / (1.0 - dropout)
-    return scale / math.log(2.0), drop_threshold(dropout), keep_scale, head_offset, length_class
+    drop = (
+        (0, 1.0, 0)
+        if dropout is None
+        else (drop_threshold(dropout.rate), dropout.keep_scale, dropout.head_offset)
+    )
+    return scale / math.log(2.0), *drop, length_class
 
 
-def _meta(q: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any]:
+def _meta(q: Tensor, bias: Tensor | None, dropout: DropoutPattern | None) -> dict[str, Any]:
     head_size = q.shape[-1]
     return {
         "HEAD_SIZE": head_size,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         "HAS_BIAS": bias is not None,
-        "HAS_DROPOUT": seeds is not None,
+        "HAS_DROPOUT": dropout is not None,
         # Contraction of multiply and add, which Triton is about to turn off by default.
         "enable_fp_fusion": True,
         # TF32 would lose thirteen bits of a float32 product.
@@ -155,6 +155,13 @@ def _intervals(mask: IntervalMask) -> tuple[Tensor, Tensor, int]:
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pattern(dropout: DropoutPattern | None, placeholder: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Seeds and positions, or pointers that are never read."""
+    if dropout is None:
+        return placeholder, placeholder, placeholder
+    return dropout.seeds, dropout.query_positions, dropout.key_positions
 
 
 def _or_unused(x: Tensor | None, placeholder: Tensor) -> Tensor:

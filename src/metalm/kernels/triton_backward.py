@@ -37,7 +37,9 @@ def _query_block(
     stride_v,
     bias_ptr,
     grad_bias_ptr,
-    seed,
+    seeds,
+    query_positions,
+    key_positions_ptr,
     head,
     queries,
     start,
@@ -67,7 +69,9 @@ def _query_block(
         weights = tl.where(visible, weights, 0.0)
     grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
-        keep = keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K)
+        keep = keep_pairs(
+            seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K
+        )
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
     grad_scores = weights * (grad_weights - delta[:, None])
     if HAS_BIAS:
@@ -99,6 +103,8 @@ def query_gradient_kernel(
     bias_ptr,
     grad_bias_ptr,
     seeds_ptr,
+    query_positions_ptr,
+    key_positions_ptr,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -154,7 +160,11 @@ def query_gradient_kernel(
     grad_ptr += row * stride_gb + long_head * stride_gh
     bias_ptr += head * (num_queries + num_keys - 1)
     grad_bias_ptr += head * (num_queries + num_keys - 1)
-    seed = tl.load(seeds_ptr + row) if HAS_DROPOUT else 0
+    seeds = tl.load(seeds_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
+    query_positions = (
+        tl.load(query_positions_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
+    )
+    key_positions_ptr += row * num_keys
     drop_head = head + head_offset
 
     q = load_rows(q_ptr, stride_qs, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
@@ -170,8 +180,8 @@ def query_gradient_kernel(
     for first_key in tl.range(full_begin, full_end, BLOCK_K):
         grad_q = _query_block(
             grad_q, q, grad, log_sum, delta, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr,
-            grad_bias_ptr, seed, drop_head, queries, start, end, num_queries, num_keys, scale_log2, threshold,
-            keep_scale,
+            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, queries, start, end,
+            num_queries, num_keys, scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
         )  # fmt: skip
     full_size = full_end - full_begin
@@ -179,8 +189,8 @@ def query_gradient_kernel(
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
         grad_q = _query_block(
             grad_q, q, grad, log_sum, delta, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr,
-            grad_bias_ptr, seed, drop_head, queries, start, end, num_queries, num_keys, scale_log2, threshold,
-            keep_scale,
+            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, queries, start, end,
+            num_queries, num_keys, scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
         )  # fmt: skip
     grad_q_ptr += row * stride_ob + long_head * stride_oh
@@ -201,7 +211,9 @@ def _key_block(
     log_sum_ptr,
     delta_ptr,
     bias_ptr,
-    seed,
+    seeds_ptr,
+    query_positions_ptr,
+    key_positions_ptr,
     head,
     first_key,
     keys,
@@ -245,7 +257,12 @@ def _key_block(
     grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     dropped = weights
     if HAS_DROPOUT:
-        keep = tl.trans(keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K))
+        seeds = tl.load(seeds_ptr + queries, mask=queries < num_queries, other=0)
+        query_positions = tl.load(query_positions_ptr + queries, mask=queries < num_queries, other=0)
+        keep = keep_pairs(
+            seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K
+        )
+        keep = tl.trans(keep)
         dropped = tl.where(keep, weights * keep_scale, 0.0)
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
     grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
@@ -274,6 +291,8 @@ def key_gradient_kernel(
     query_end_ptr,
     bias_ptr,
     seeds_ptr,
+    query_positions_ptr,
+    key_positions_ptr,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -327,7 +346,9 @@ def key_gradient_kernel(
     v_ptr += row * stride_vb + key_head * stride_vh
     k = load_rows(k_ptr, stride_ks, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=True)
     v = load_rows(v_ptr, stride_vs, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=True)
-    seed = tl.load(seeds_ptr + row) if HAS_DROPOUT else 0
+    seeds_ptr += row * num_queries
+    query_positions_ptr += row * num_queries
+    key_positions_ptr += row * num_keys
 
     grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -343,16 +364,18 @@ def key_gradient_kernel(
         for first_query in tl.range(full_begin, full_end, BLOCK_Q):
             grad_k, grad_v = _key_block(
                 grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,
-                head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seed, drop_head, first_key, keys,
-                query_start, query_end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+                head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seeds_ptr, query_positions_ptr,
+                key_positions_ptr, drop_head, first_key, keys, query_start, query_end, num_queries,
+                num_keys, scale_log2, threshold, keep_scale,
                 HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
             )  # fmt: skip
         for block_first in tl.range(begin, end - full_size, BLOCK_Q):
             first_query = block_first + tl.where(block_first >= full_begin, full_size, 0)
             grad_k, grad_v = _key_block(
                 grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,
-                head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seed, drop_head, first_key, keys,
-                query_start, query_end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+                head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seeds_ptr, query_positions_ptr,
+                key_positions_ptr, drop_head, first_key, keys, query_start, query_end, num_queries,
+                num_keys, scale_log2, threshold, keep_scale,
                 HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
             )  # fmt: skip
     offset = row * stride_ob + key_head * stride_oh

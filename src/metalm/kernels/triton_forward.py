@@ -32,7 +32,9 @@ def _attend_block(
     v_ptr,
     stride_v,
     bias_ptr,
-    seed,
+    seeds,
+    query_positions,
+    key_positions_ptr,
     head,
     queries,
     start,
@@ -63,7 +65,9 @@ def _attend_block(
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     if HAS_DROPOUT:
-        keep = keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K)
+        keep = keep_pairs(
+            seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K
+        )
         weights = tl.where(keep, weights * keep_scale, 0.0)
     v = load_rows(v_ptr, stride_v, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -87,6 +91,8 @@ def forward_kernel(
     end_ptr,
     bias_ptr,
     seeds_ptr,
+    query_positions_ptr,
+    key_positions_ptr,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -134,7 +140,11 @@ def forward_kernel(
     k_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
     v_ptr += row * stride_vb + key_head.to(tl.int64) * stride_vh
     bias_ptr += head * (num_queries + num_keys - 1)
-    seed = tl.load(seeds_ptr + row) if HAS_DROPOUT else 0
+    seeds = tl.load(seeds_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
+    query_positions = (
+        tl.load(query_positions_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
+    )
+    key_positions_ptr += row * num_keys
     drop_head = head + head_offset
 
     q = load_rows(q_ptr, stride_qs, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
@@ -143,8 +153,9 @@ def forward_kernel(
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     for first_key in tl.range(full_begin, full_end, BLOCK_K):
         acc, row_max, row_sum = _attend_block(
-            acc, row_max, row_sum, q, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr, seed,
-            drop_head, queries, start, end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+            acc, row_max, row_sum, q, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr, seeds,
+            query_positions, key_positions_ptr, drop_head, queries, start, end, num_queries, num_keys,
+            scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
         )  # fmt: skip
     # The partial blocks on both sides of the full ones, in one loop.
@@ -152,8 +163,9 @@ def forward_kernel(
     for block_first in tl.range(begin, key_end - full_size, BLOCK_K):
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
         acc, row_max, row_sum = _attend_block(
-            acc, row_max, row_sum, q, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr, seed,
-            drop_head, queries, start, end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+            acc, row_max, row_sum, q, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr, seeds,
+            query_positions, key_positions_ptr, drop_head, queries, start, end, num_queries, num_keys,
+            scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
         )  # fmt: skip
 

@@ -76,13 +76,18 @@ def add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys):
 
 
 @triton.jit
-def keep_pairs(seed, head, queries, first_key, threshold, BLOCK_K: tl.constexpr):
-    """Which pairs `[queries, BLOCK_K]` dropout keeps; the pattern of `dropout.keep_tile`."""
-    group = (first_key // 4 + tl.arange(0, BLOCK_K // 4))[None, :]
-    zero = tl.zeros_like(queries)[:, None] + tl.zeros_like(group)
-    word0, word1, word2, word3 = tl.philox(seed, zero + group, zero + queries[:, None], zero + head, zero)
+def keep_pairs(
+    seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K: tl.constexpr
+):
+    """Which pairs `[queries, BLOCK_K]` dropout keeps; the pattern of `DropoutPattern.keep_tile`."""
+    first_keys = first_key + 4 * tl.arange(0, BLOCK_K // 4)
+    group = (tl.load(key_positions_ptr + first_keys, mask=first_keys < num_keys, other=0) // 4)[None, :]
+    zero = tl.zeros_like(query_positions)[:, None] + tl.zeros_like(group)
+    word0, word1, word2, word3 = tl.philox(
+        seeds[:, None], zero + group, zero + query_positions[:, None], zero + head, zero
+    )
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
-    return tl.reshape(words, (queries.shape[0], BLOCK_K)) >= threshold.to(tl.uint32)
+    return tl.reshape(words, (query_positions.shape[0], BLOCK_K)) >= threshold.to(tl.uint32)
 
 
 def tuning_configs(block_qs: tuple[int, ...], block_ks: tuple[int, ...]) -> list[triton.Config]:

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config import DecoderConfig, ModelConfig
 from metalm.kernels import IntervalMask, linear_cross_entropy
-from metalm.model.decoder_layer import decoder_block_spec
+from metalm.model.decoder_layer import Visibility, decoder_block_spec
 from metalm.model.deepnorm import deepnorm_divisor
+from metalm.model.dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
 from metalm.model.positions import rotary_angles, sinusoidal_positions
@@ -55,6 +56,7 @@ class Decoder(nn.Module):
         self.config = config.decoder
         self.vocab_size = config.vocab_size
         self.tensor_group = topology.tensor_group
+        self.tensor_rank, self.tensor_size = topology.tensor_rank, topology.tensor_size
         self.sequence_parallel = sequence_parallel and topology.tensor_size > 1
         if self.sequence_parallel:
             let_megatron_allocate_on_cpu()
@@ -126,15 +128,19 @@ class Decoder(nn.Module):
         """
         block, rotary = self.gpt.decoder, self._rotary(batch)
         mask = IntervalMask(batch.attention_start, batch.attention_end, batch.tokens.shape[1])
+        dropout = self._dropout(batch)
+        seen = Visibility(mask, dropout)
 
         def run(layer: nn.Module, hidden: Tensor) -> Tensor:
-            output: Tensor = layer(hidden, attention_mask=mask, rotary_pos_emb=rotary)[0]
+            output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
             return output
 
         if self.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
+        if dropout is not None:
+            hidden = dropout.drop(hidden, SITES_PER_LAYER * len(block.layers))
         for layer in block.layers:
-            if self.config.recompute:  # nothing in a layer is random
+            if self.config.recompute:  # no layer draws from torch's generator
                 hidden = checkpoint(run, layer, hidden, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = run(layer, hidden)
@@ -146,6 +152,16 @@ class Decoder(nn.Module):
                 hidden, tensor_parallel_output_grad=False, group=self.tensor_group
             )
         return hidden.transpose(0, 1).reshape(batch.tokens.numel(), -1)
+
+    def _dropout(self, batch: SemiCausalBatch) -> RowDropout | None:
+        config = self.config
+        if not self.training or not config.dropout:
+            return None
+        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        if self.sequence_parallel:
+            positions = positions.chunk(self.tensor_size)[self.tensor_rank]
+        first_head = self.tensor_rank * config.num_heads // self.tensor_size
+        return RowDropout(config.dropout, batch.dropout_seeds, positions, first_head)
 
     def _rotary(self, batch: SemiCausalBatch) -> Tensor | None:
         """Angles [S, B, 1, K] of each row's own positions, as Megatron applies them."""

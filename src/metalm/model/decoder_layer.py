@@ -8,6 +8,7 @@ the engine is whole.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,21 +27,33 @@ from torch.nn import functional
 from metalm.config import DecoderConfig
 from metalm.kernels import IntervalMask, interval_attention
 from metalm.model.deepnorm import deepnorm_alpha
+from metalm.model.dropout import SITES_PER_LAYER, RowDropout
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """What Megatron hands to every layer as the attention mask."""
+
+    mask: IntervalMask
+    dropout: RowDropout | None
 
 
 class IntervalCoreAttention(nn.Module):
-    """Megatron's `core_attention`, by the interval kernel. The attention mask is an IntervalMask."""
+    """Megatron's `core_attention`, by the interval kernel."""
 
-    def __init__(self, config: TransformerConfig, **unused: Any) -> None:
+    def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any) -> None:
         super().__init__()
+        self.site = SITES_PER_LAYER * (layer_number - 1)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: IntervalMask, **unused: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Visibility, **unused: Any
     ) -> Tensor:
         """[S, B, H, K], keys and values [S, B, Hkv, K], to [S, B, H * K]."""
         length, rows, heads, width = query.shape
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        attended = interval_attention(query, key, value, attention_mask)
+        dropout = attention_mask.dropout
+        dropped = {} if dropout is None else dropout.of_attention(self.site)
+        attended = interval_attention(query, key, value, attention_mask.mask, **dropped)
         return attended.permute(2, 0, 1, 3).reshape(length, rows, heads * width)
 
 
@@ -104,14 +117,20 @@ class DeepNormLayer(MegatronModule, BaseTransformerLayer):
         self.mlp_norm = DecoderNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: IntervalMask, rotary_pos_emb: Tensor | None = None
+        self, hidden_states: Tensor, attention_mask: Visibility, rotary_pos_emb: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """[S, B, D] to [S, B, D], in the form of Megatron's own layer."""
         attended = _with_bias(
             *self.self_attention(hidden_states, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
         )
+        dropout, site = attention_mask.dropout, SITES_PER_LAYER * (self.layer_number - 1)
+        if dropout is not None:
+            attended = dropout.drop(attended, site + 1)
         hidden = self.attention_norm(self.residual_scale * hidden_states + attended)
-        return self.mlp_norm(self.residual_scale * hidden + _with_bias(*self.mlp(hidden))), None
+        output = _with_bias(*self.mlp(hidden))
+        if dropout is not None:
+            output = dropout.drop(output, site + 2)
+        return self.mlp_norm(self.residual_scale * hidden + output), None
 
 
 def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:

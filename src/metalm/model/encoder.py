@@ -6,54 +6,37 @@ them apart; so a share of any mixture of lengths is one dense forward without pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
-from metalm.kernels import IntervalMask, interval_attention
-from metalm.model.deepnorm import deepnorm_alpha, deepnorm_divisor
+from metalm.kernels import IntervalMask, RelativeBias
+from metalm.model.connector import build_connector
+from metalm.model.deepnorm import deepnorm_divisor
+from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
+from metalm.model.encoder_layer import EncoderLayer, Where, build_norm
 from metalm.model.initialization import Draw, constant, normal, xavier_std
+from metalm.model.positions import rotary_angles
 
 EMBEDDING_STD = 0.02
-LAYER_NORM_EPS = 1e-5
 
 
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, post-LN with DeepNorm or pre-LN."""
+class SharedRelativeBias(nn.Module):
+    """The table of T5's relative-position bias, one for all layers of an encoder."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, num_buckets: int, max_distance: int, num_heads: int) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        self.num_heads = config.num_heads
-        self.post_norm = config.normalization == "deepnorm"
-        self.residual_scale = deepnorm_alpha(config.num_layers) if self.post_norm else 1.0
-        self.attention_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.attention_output = nn.Linear(hidden, hidden)
-        self.ffn_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
-        self.ffn_in = nn.Linear(hidden, config.feed_forward_size)
-        self.ffn_out = nn.Linear(config.feed_forward_size, hidden)
+        self.max_distance = max_distance
+        self.table = nn.Embedding(num_buckets, num_heads)
 
-    def forward(self, hidden: Tensor, mask: IntervalMask) -> Tensor:
-        """[L, D] to [L, D]."""
-        if self.post_norm:
-            hidden = self.attention_norm(self.residual_scale * hidden + self._attend(hidden, mask))
-            return self.ffn_norm(self.residual_scale * hidden + self._feed_forward(hidden))
-        hidden = hidden + self._attend(self.attention_norm(hidden), mask)
-        return hidden + self._feed_forward(self.ffn_norm(hidden))
-
-    def _attend(self, hidden: Tensor, mask: IntervalMask) -> Tensor:
-        length, width = hidden.shape
-        qkv = self.qkv(hidden).view(length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = (part.transpose(0, 1)[None] for part in qkv.unbind(1))  # [1, H, L, K]
-        attended = interval_attention(query, key, value, mask)
-        return self.attention_output(attended[0].transpose(0, 1).reshape(length, width))
-
-    def _feed_forward(self, hidden: Tensor) -> Tensor:
-        return self.ffn_out(functional.gelu(self.ffn_in(hidden)))
+    def forward(self) -> RelativeBias:
+        """The bias, of a copy of the table: ZeRO 3 takes the table itself apart when this returns."""
+        buckets = torch.arange(self.table.num_embeddings, device=self.table.weight.device)
+        return RelativeBias(self.table(buckets).t(), self.max_distance)
 
 
 class Encoder(nn.Module):
@@ -63,16 +46,20 @@ class Encoder(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.token_embedding = nn.Embedding(vocab_size, hidden)
-        self.text_positions = nn.Embedding(config.max_text_positions, hidden)
+        self.config = config
+        if config.positions == "learned":
+            self.text_positions = nn.Embedding(config.max_text_positions, hidden)
         if config.image:
             self.patch_embedding = nn.Linear(3 * config.image.patch_size**2, hidden)
             self.image_positions = nn.Embedding(config.image.num_patches, hidden)
-        self.has_images = config.image is not None
-        self.recompute = config.recompute
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        pre_norm = config.normalization == "pre_ln"
-        self.final_norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS) if pre_norm else nn.Identity()
-        self.connector = _build_connector(config.connector, hidden, decoder_hidden_size)
+        if config.relative_bias:
+            buckets, distance = config.relative_bias.num_buckets, config.relative_bias.max_distance
+            self.relative_bias = SharedRelativeBias(buckets, distance, config.num_heads)
+        self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
+        self.final_norm = build_norm(config) if config.normalization == "pre_ln" else nn.Identity()
+        self.connector = build_connector(config.connector, hidden, decoder_hidden_size)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_trained(config, name))
 
     def forward(self, share: EncoderShare) -> Tensor:
         """Encode one share.
@@ -85,21 +72,38 @@ class Encoder(nn.Module):
         Returns:
             [L, decoder hidden size], in the parameters' dtype.
         """
-        hidden = self._embed(share)
+        hidden, dropout = self._embed(share), self._dropout(share)
+        if dropout is not None:
+            hidden = dropout.drop(hidden, SITES_PER_LAYER * len(self.layers))
         mask = IntervalMask(share.attention_start[None], share.attention_end[None], hidden.shape[0])
+        where = self._where(share)
         for layer in self.layers:
-            hidden = (
-                checkpoint(layer, hidden, mask, use_reentrant=False)
-                if self.recompute
-                else layer(hidden, mask)
-            )
+            if self.config.recompute:
+                hidden = checkpoint(layer, hidden, mask, where, share.routes, dropout, use_reentrant=False)
+            else:
+                hidden = layer(hidden, mask, where, share.routes, dropout)
         return self.connector(self.final_norm(hidden))
 
+    def _dropout(self, share: EncoderShare) -> SpanDropout | None:
+        if not self.training or not self.config.dropout:
+            return None
+        return SpanDropout(self.config.dropout, share.dropout_seeds, share.dropout_positions)
+
+    def _where(self, share: EncoderShare) -> Where:
+        config = self.config
+        bias = self.relative_bias() if config.relative_bias else None
+        if config.positions == "learned":
+            return Where(bias, None)
+        return Where(bias, rotary_angles(share.positions, config.head_size, config.rope_base))
+
     def _embed(self, share: EncoderShare) -> Tensor:
-        last_text_position = self.text_positions.num_embeddings - 1
-        text_positions = share.positions.clamp(max=last_text_position)  # patches are replaced below
-        hidden = self.token_embedding(share.token_ids) + self.text_positions(text_positions)
-        if not self.has_images:
+        hidden = self.token_embedding(share.token_ids)
+        if self.config.positions == "learned":
+            last = self.text_positions.num_embeddings - 1
+            hidden = hidden + self.text_positions(
+                share.positions.clamp(max=last)
+            )  # patches are replaced below
+        if self.config.image is None:
             return hidden
         pixels = share.patches.to(hidden.dtype) / 127.5 - 1.0
         grid_positions = share.positions.index_select(0, share.patch_slots)
@@ -113,10 +117,7 @@ class EncoderBank(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(
-            {
-                name: Encoder(encoder, config.padded_vocab_size, config.decoder.hidden_size)
-                for name, encoder in config.encoders.items()
-            }
+            {name: _build_encoder(encoder, config) for name, encoder in config.encoders.items()}
         )
 
     def forward(self, shares: dict[str, EncoderShare]) -> dict[str, Tensor]:
@@ -124,10 +125,55 @@ class EncoderBank(nn.Module):
         return {name: encoder(shares[name]) for name, encoder in self.encoders.items()}
 
 
-def encoder_draw(config: ModelConfig, name: str) -> Draw:
-    """How a parameter of the EncoderBank starts. Embedding scale and connector are *open* in the paper."""
+def is_trained(config: EncoderConfig, name: str) -> bool:
+    """Whether a parameter, by its name within the encoder, is trained: see `EncoderConfig.trained_layers`."""
+    part, *rest = name.split(".")
+    if part == "connector" or config.trained_layers == "all":
+        return True
+    if part == "layers":
+        return int(rest[0]) >= config.num_frozen_layers
+    return part == "final_norm" and config.num_frozen_layers < config.num_layers
+
+
+def _build_encoder(encoder: EncoderConfig, config: ModelConfig) -> nn.Module:
+    if encoder.pretrained is None:
+        return Encoder(encoder, config.padded_vocab_size, config.decoder.hidden_size)
+    from metalm.model.pretrained import PretrainedEncoder  # needs transformers, which takes seconds
+
+    return PretrainedEncoder(encoder, config.decoder.hidden_size)
+
+
+PretrainedWeights = Mapping[str, Mapping[str, Tensor]]
+"""By encoder and name in its model of transformers."""
+
+
+def load_pretrained_weights(config: ModelConfig) -> PretrainedWeights:
+    """The weights of all encoders from transformers, read from their folders.
+
+    Raises:
+        ConfigError: see `metalm.model.pretrained.load_weights`.
+    """
+    folders = {name: encoder for name, encoder in config.encoders.items() if encoder.pretrained}
+    if not folders:
+        return {}
+    from metalm.model.pretrained import load_weights
+
+    return {name: load_weights(encoder) for name, encoder in folders.items()}
+
+
+def encoder_draw(config: ModelConfig, name: str, pretrained: PretrainedWeights | None = None) -> Draw:
+    """How a parameter of the EncoderBank starts. Embedding scale and connector are *open* in the paper.
+
+    Args:
+        pretrained: from `load_pretrained_weights`; None where a checkpoint is about to be restored.
+    """
     _, encoder_name, *rest = name.split(".")
     encoder = config.encoders[encoder_name]
+    if encoder.pretrained is not None and rest[0] == "model":
+        if pretrained is None:
+            return constant(0.0)
+        value = pretrained[encoder_name][".".join(rest[1:])]
+        return lambda whole, generator: whole.copy_(value)
     leaf, kind = rest[-2], rest[-1]
     if kind == "bias":
         return constant(0.0)
@@ -142,7 +188,9 @@ def encoder_draw(config: ModelConfig, name: str) -> Draw:
         return normal(EMBEDDING_STD / depth**0.5)
     divisor = deepnorm_divisor(encoder.num_layers)
     if leaf == "qkv":
-        return lambda whole, generator: _deepnorm_qkv(whole, generator, divisor)
+        return lambda whole, generator: _deepnorm_qkv(whole, generator, divisor, encoder)
+    if leaf == "ffn_in":  # gate and value are maps of their own
+        return lambda whole, generator: _xavier_each(whole, generator, divisor, encoder.feed_forward_size)
     return lambda whole, generator: _xavier(whole, generator, divisor)
 
 
@@ -151,18 +199,13 @@ def _xavier(whole: Tensor, generator: torch.Generator, divisor: float = 1.0) -> 
     whole.normal_(0.0, xavier_std(fan_in, fan_out) / divisor, generator=generator)
 
 
-def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, divisor: float) -> None:
-    for part, scale in zip(whole.chunk(3), (1.0, 1.0, divisor), strict=True):
+def _xavier_each(whole: Tensor, generator: torch.Generator, divisor: float, rows: int) -> None:
+    for part in whole.split(rows):
+        _xavier(part, generator, divisor)
+
+
+def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, divisor: float, config: EncoderConfig) -> None:
+    key_value = config.key_value_heads * config.head_size
+    parts = whole.split((config.hidden_size, key_value, key_value))
+    for part, scale in zip(parts, (1.0, 1.0, divisor), strict=True):
         _xavier(part, generator, scale)
-
-
-def _build_connector(kind: str, encoder_size: int, decoder_size: int) -> nn.Module:
-    if kind == "linear":
-        return nn.Sequential(nn.Linear(encoder_size, decoder_size))
-    return nn.Sequential(
-        nn.Linear(encoder_size, decoder_size),
-        nn.GELU(),
-        nn.Linear(decoder_size, decoder_size),
-        nn.GELU(),
-        nn.Linear(decoder_size, decoder_size),
-    )

@@ -2,6 +2,7 @@
 
 A matrix product costs 2 operations per weight and position forward and 4 backward. Attention costs, per
 layer, 4 * hidden operations per visible pair forward (scores and weighted values) and twice that backward.
+The backward pass of an encoder ends above its frozen layers.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
-from metalm.model.parameters import layer_weights
+from metalm.config import EncoderConfig, ModelConfig
+from metalm.model.encoder_parameters import encoder_layer_weights
+from metalm.model.parameters import decoder_layer_weights
 
 if TYPE_CHECKING:
     from metalm.batch import SemiCausalBatch
@@ -44,7 +46,7 @@ def count_training_flops(batch: SemiCausalBatch, config: ModelConfig) -> float:
     The encoder shares of all TP ranks are counted, and the decoder as a whole: divide by the ranks that
     work on the batch for the rate of one.
     """
-    return FORWARD_AND_BACKWARD * forward_flops(work_of(batch), config)
+    return training_flops(work_of(batch), config)
 
 
 def work_of(batch: SemiCausalBatch) -> Work:
@@ -63,32 +65,46 @@ def work_of(batch: SemiCausalBatch) -> Work:
     )
 
 
-def forward_flops(work: Work, config: ModelConfig) -> float:
-    """Operations of one forward pass, of the decoder and all encoders."""
-    encoders = (encoder_flops(part, name, config) for name, part in work.encoders.items())
-    return decoder_flops(work, config) + sum(encoders)
+def training_flops(work: Work, config: ModelConfig) -> float:
+    """Operations of one forward and backward pass, of the decoder and all encoders."""
+    total = FORWARD_AND_BACKWARD * decoder_flops(work, config)
+    for name, part in work.encoders.items():
+        total += FORWARD_AND_BACKWARD * encoder_flops(part, name, config)
+        total -= (FORWARD_AND_BACKWARD - 1) * frozen_flops(part, name, config)
+    return total
 
 
 def decoder_flops(work: Work, config: ModelConfig) -> float:
     """Operations of the decoder's forward pass, with the output layer."""
     decoder, hidden = config.decoder, config.decoder.hidden_size
-    linear = work.positions * (_layer_flops(decoder) + 2 * hidden * config.padded_vocab_size)
+    linear = work.positions * (
+        2 * decoder.num_layers * decoder_layer_weights(decoder) + 2 * hidden * config.padded_vocab_size
+    )
     return float(linear + 4 * decoder.num_layers * hidden * work.pairs)
 
 
 def encoder_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
     """Operations of one encoder's forward pass, with its connector."""
     encoder = config.encoders[name]
-    total = work.elements * (_layer_flops(encoder) + _connector_flops(encoder, config.decoder.hidden_size))
+    linear = 2 * encoder.num_layers * encoder_layer_weights(encoder)
+    total = work.elements * (linear + _connector_flops(encoder, config.decoder.hidden_size))
     total += 4 * encoder.num_layers * encoder.hidden_size * work.pairs
-    if encoder.image is not None:
-        total += work.patches * 2 * 3 * encoder.image.patch_size**2 * encoder.hidden_size
-    return float(total)
+    return float(total + _patch_flops(work, encoder))
 
 
-def _layer_flops(config: DecoderConfig | EncoderConfig) -> int:
-    """Matrix products of all layers for one position, forward."""
-    return 2 * config.num_layers * layer_weights(config)
+def frozen_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
+    """Those of them that have no backward pass."""
+    encoder = config.encoders[name]
+    if encoder.trained_layers == "all":
+        return 0.0
+    layer = work.elements * 2 * encoder_layer_weights(encoder) + 4 * encoder.hidden_size * work.pairs
+    return float(encoder.num_frozen_layers * layer + _patch_flops(work, encoder))
+
+
+def _patch_flops(work: EncoderWork, encoder: EncoderConfig) -> float:
+    if encoder.image is None:
+        return 0.0
+    return work.patches * 2 * 3 * encoder.image.patch_size**2 * encoder.hidden_size
 
 
 def _connector_flops(config: EncoderConfig, decoder_size: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.config import DecoderConfig, ModelConfig
+from metalm.model.encoder_parameters import count_connector, count_encoder, count_frozen
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,13 @@ def count_decoder(config: ModelConfig, tensor_size: int) -> ParameterCount:
 
 def count_encoders(config: ModelConfig) -> ParameterCount:
     """All encoders with their connectors; no tensor parallelism splits them."""
-    total = sum(count_encoder(encoder, config) for encoder in config.encoders.values())
-    return ParameterCount(total, total)
+    encoders = config.encoders.values()
+    total = sum(count_encoder(one, config) + count_connector(one, config) for one in encoders)
+    return ParameterCount(total, total, sum(count_frozen(one, config) for one in encoders))
 
 
-def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
-    """One encoder with its connector."""
-    hidden, decoder_hidden = encoder.hidden_size, config.decoder.hidden_size
-    total = (config.padded_vocab_size + encoder.max_text_positions) * hidden + _encoder_layers(encoder)
-    if encoder.image is not None:
-        total += (3 * encoder.image.patch_size**2 + 1 + encoder.image.num_patches) * hidden
-    total += (hidden + 1) * decoder_hidden
-    if encoder.connector == "feed_forward":
-        total += 2 * (decoder_hidden + 1) * decoder_hidden
-    return total
-
-
-def layer_weights(config: DecoderConfig | EncoderConfig) -> int:
+def decoder_layer_weights(config: DecoderConfig) -> int:
     """Weights of one layer's matrix products."""
-    if isinstance(config, EncoderConfig):
-        return 4 * config.hidden_size**2 + 2 * config.hidden_size * config.feed_forward_size
     hidden, key_value = config.hidden_size, config.key_value_heads * config.head_size
     matrices = 3 if config.activation == "swiglu" else 2
     return 2 * hidden * (hidden + key_value) + matrices * hidden * config.feed_forward_size
@@ -65,7 +53,7 @@ def layer_weights(config: DecoderConfig | EncoderConfig) -> int:
 def _decoder_layers(config: DecoderConfig) -> tuple[int, int]:
     """Parameters of all layers that tensor parallelism splits, and those that it repeats."""
     hidden, norm = config.hidden_size, config.hidden_size * (2 if config.norm == "layer_norm" else 1)
-    split, repeated = layer_weights(config), 2 * norm
+    split, repeated = decoder_layer_weights(config), 2 * norm
     if config.has_qkv_biases:
         split += hidden + 2 * config.key_value_heads * config.head_size
     if config.biases:
@@ -73,12 +61,3 @@ def _decoder_layers(config: DecoderConfig) -> tuple[int, int]:
         repeated += 2 * hidden
     final_norm = norm if config.normalization == "pre_ln" else 0
     return config.num_layers * split, config.num_layers * repeated + final_norm
-
-
-def _encoder_layers(config: EncoderConfig) -> int:
-    """Parameters of all layers."""
-    hidden = config.hidden_size
-    biases = 3 * hidden + config.feed_forward_size + 2 * hidden
-    norms = 2 * 2 * hidden
-    final_norm = 2 * hidden if config.normalization == "pre_ln" else 0
-    return config.num_layers * (layer_weights(config) + biases + norms) + final_norm

@@ -60,3 +60,10 @@ def _stretch(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def turn(heads: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions applied: [..., L, K] queries or keys, turned by `rotary_angles` [L, K]."""
+    first, second = heads.chunk(2, dim=-1)
+    cosines, sines = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    return heads * cosines + torch.cat((-second, first), dim=-1) * sines

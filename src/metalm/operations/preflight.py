@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from metalm.errors import EXIT_DONE, EXIT_NODE
-from metalm.operations.node_report import NodeReport, node_name, report_node
+from metalm.operations.node_report import Gpu, NodeReport, node_name, report_node
 from metalm.operations.preflight_limits import Limits, draw_table, find_problems
 from metalm.parallel.bandwidth import LinkSpeeds, measure_links
 from metalm.parallel.launch import Launch, find_launch
@@ -49,7 +49,7 @@ def preflight(
     Collective: all ranks of the job, but none waits for ever for one that does not come.
     """
     launch = find_launch(os.environ)
-    own = NodeReport(node_name()) if launch.local_rank else report_node(run_folder)
+    own = NodeReport(node_name()) if launch.local_rank else _add_what_torch_knows(report_node(run_folder))
     try:
         meeting = _Meeting(launch, deadline_s)
         meeting.tell("report", own.to_json())
@@ -74,6 +74,21 @@ def preflight(
         sys.stdout.flush()
         os._exit(code)  # a collective that hangs cannot be ended otherwise
     return code
+
+
+def _add_what_torch_knows(report: NodeReport) -> NodeReport:
+    """The versions of CUDA and NCCL, and the GPUs where nvidia-smi did not tell of them."""
+    if not torch.cuda.is_available():
+        return report
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    versions = report.versions | {"CUDA": str(torch.version.cuda), "NCCL": nccl}
+    gpus = list(report.gpus)
+    if not gpus:
+        versions["GPU"] = torch.cuda.get_device_name(0)
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            gpus.append(Gpu(total / 2**30, (total - free) / 2**30, None))
+    return dataclasses.replace(report, gpus=tuple(gpus), versions=versions)
 
 
 class _Meeting:

@@ -68,7 +68,8 @@ def describe_run(run_folder: Path, now: float) -> str:
     shown["checkpoint"] = "none"
     if checkpoint is not None:
         shown["checkpoint"] = f"step {saved_step:,}, {_span(now - checkpoint.stat().st_mtime)} old"
-    shown["restarts"] = _restarts(attempts)
+    counted = next((int(line["run/restarts"]) for line in lines if "run/restarts" in line), 0)
+    shown["restarts"] = _restarts(attempts, counted)
     if trained:
         shown["skipped"] = _skipped(trained)
     return "\n".join(f"{name:<11} {value}" for name, value in shown.items())
@@ -147,9 +148,10 @@ def _progress(
     return shown
 
 
-def _restarts(attempts: list[Attempt]) -> str:
+def _restarts(attempts: list[Attempt], counted: int) -> str:
+    """As the batch scripts have recorded them with their causes, else as the run itself has counted them."""
     if len(attempts) < 2:
-        return "0" if attempts else "0 on record"
+        return "0" if attempts else str(counted)
     told = [
         f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(before.ended or after.began))}  "
         f"from step {after.first_step:,}  {before.cause or 'lost: its node failed, or it was queued again'}"
@@ -163,7 +165,9 @@ def _skipped(trained: dict[str, Any]) -> str:
     samples = {name.removeprefix("data/"): n for name, n in trained.items() if "/skipped/" in name and n}
     causes = "".join(f", {name.replace('/skipped/', ' ')} {count:,}" for name, count in samples.items())
     steps = int(trained.get("optimizer/skipped_steps", 0))
-    return f"{sum(samples.values()):,} samples{causes}; {steps:,} steps"
+    rewinds = int(trained.get("guards/rewinds", 0))
+    back = f"; {rewinds:,} times back to a checkpoint" if rewinds else ""
+    return f"{sum(samples.values()):,} samples{causes}; {steps:,} steps{back}"
 
 
 def _named(figures: dict[str, Any], prefix: str, but: str = "") -> str:

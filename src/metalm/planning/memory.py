@@ -135,8 +135,9 @@ def decoder_activations(decoder: DecoderConfig, config: RunConfig, size: int) ->
 def encoder_activations(encoder: EncoderConfig, elements: int, size: int) -> float:
     """What autograd keeps of one encoder for one share of so many elements."""
     hidden = encoder.hidden_size
+    trained = encoder.num_layers - encoder.num_frozen_layers
     layer = 8 * hidden + 2 * encoder.feed_forward_size  # norms' inputs and outputs, q, k, v, attended
-    layers = encoder.num_layers * hidden + layer if encoder.recompute else encoder.num_layers * layer
+    layers = trained * hidden + layer * min(trained, 1) if encoder.recompute else trained * layer
     return size * elements * (layers + hidden)
 
 

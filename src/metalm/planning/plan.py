@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 from metalm.config import RunConfig
 from metalm.config.rules import check_topology
-from metalm.model.flops import FORWARD_AND_BACKWARD, Work, decoder_flops, encoder_flops, forward_flops
+from metalm.model.flops import (
+    FORWARD_AND_BACKWARD,
+    Work,
+    decoder_flops,
+    encoder_flops,
+    frozen_flops,
+    training_flops,
+)
 from metalm.planning.communication import Traffic, plan_traffic
 from metalm.planning.devices import Device
 from metalm.planning.memory import KINDS, EnginePlan, element_size, plan_engines, share_elements
@@ -124,7 +131,7 @@ def plan_run(
         row=row,
         engines=engines,
         traffic=traffic,
-        model_flops=FORWARD_AND_BACKWARD * forward_flops(step_work, config.model),
+        model_flops=training_flops(step_work, config.model),
         executed_flops=executed,
         parts_s=_times(config, device, assumptions, executed, engines, traffic),
     )
@@ -146,7 +153,8 @@ def _executed_flops(config: RunConfig, micro_batch: Work) -> float:
         if work.elements:
             padding = share_elements(micro_batch, name, tensor) * tensor / work.elements
             passes = FORWARD_AND_BACKWARD + (1 if encoder.recompute else 0)
-            total += passes * padding * encoder_flops(work, name, model) / tensor
+            flops = passes * encoder_flops(work, name, model) - (passes - 1) * frozen_flops(work, name, model)
+            total += padding * flops / tensor
     return total
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from metalm.checkpoint.folders import find_checkpoint, list_checkpoints, step_folder
 from metalm.checkpoint.format import STATES
@@ -19,12 +20,13 @@ from metalm.checkpoint.manifest import LATEST_NAME, PARTIAL_SUFFIX, check_files,
 from metalm.checkpoint.reader import CONFIG_NAME, CheckpointReader, read_json
 from metalm.config import RunConfig
 from metalm.errors import CheckpointError, FaultError
+from metalm.model.image_positions import fit_image_positions
 from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
 from metalm.training.pieces import (
+    kept_ranges,
     optimizer_step,
-    owned_ranges,
     push_masters,
     set_optimizer_step,
     set_state,
@@ -220,8 +222,14 @@ class CheckpointStore:
         unused = reader.parameters(component).keys() - layouts.keys()
         if unused:
             logger.warning("%d parameter(s) of %s are not used, such as %s", len(unused), folder, min(unused))
-        _compare(reader, component, layouts, unused)
-        self._read_component(reader, component, engine, layouts, STATES[:1])
+        fitted = _fit_positions(reader, component, layouts)
+        _compare(
+            reader,
+            component,
+            {n: layout for n, layout in layouts.items() if n not in fitted},
+            [*unused, *fitted],
+        )
+        self._read_component(reader, component, engine, layouts, STATES[:1], fitted)
         self._tell_reading(reader)
 
     def lane_states(self, folder: Path) -> dict[int, Any]:
@@ -281,15 +289,20 @@ class CheckpointStore:
         engine: Any,
         layouts: Mapping[str, ShardLayout],
         states: Sequence[str],
+        fitted: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Read the ranges that this rank owns of these parameters."""
-        for name, parameter, owned in owned_ranges(engine):
+        """Read the ranges that this rank keeps of these parameters, but for those given whole in `fitted`."""
+        for name, parameter, owned in kept_ranges(engine):
             layout = layouts.get(name)
             if layout is None:
                 continue
+            if fitted and name in fitted:
+                values = fitted[name].flatten()[owned.start : owned.start + owned.size]
+                set_state(engine, parameter, "master", values.to(self._topology.device))
+                continue
             tensor_rank = 0 if layout.dimension is None else self._topology.tensor_rank
             saved = reader.states(component, name)
-            for state in states:
+            for state in (state for state in states if state in owned.states):
                 values = (
                     reader.read_range(component, name, state, layout, tensor_rank, owned.start, owned.size)
                     if state in saved
@@ -301,6 +314,18 @@ class CheckpointStore:
     def _tell_reading(self, reader: CheckpointReader) -> None:
         logger.info("read %.1f MiB of tensors from %s", reader.bytes_read / 2**20, reader.folder)
         reader.close()
+
+
+def _fit_positions(
+    reader: CheckpointReader, component: str, layouts: Mapping[str, ShardLayout]
+) -> dict[str, Tensor]:
+    """Positions of image patches, whole, of a model whose images have another resolution."""
+    saved = reader.parameters(component)
+    return {
+        name: fit_image_positions(reader.read(component, name), layout.shape[0])
+        for name, layout in layouts.items()
+        if name.endswith("image_positions.weight") and name in saved and saved[name][0] != layout.shape[0]
+    }
 
 
 def _compare(

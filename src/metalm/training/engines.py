@@ -16,10 +16,11 @@ import torch
 from deepspeed.comm.torch import build_shm_op
 from torch import nn
 
+from metalm.checkpoint.folders import list_checkpoints
 from metalm.config import OptimizerConfig, RunConfig
 from metalm.config.load import load_deepspeed_json
 from metalm.model.decoder import Decoder, decoder_draw
-from metalm.model.encoder import EncoderBank, encoder_draw
+from metalm.model.encoder import EncoderBank, encoder_draw, load_pretrained_weights
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
@@ -69,8 +70,11 @@ def build_engines(config: RunConfig, topology: Topology) -> Engines:
     if not config.model.encoders:
         return Engines(decoder_engine, None)
     encoders = EncoderBank(config.model)
+    # A run that goes on needs the folders of pretrained encoders no more.
+    goes_on = bool(list_checkpoints(config.run.folder / config.run.name / "checkpoints"))
+    pretrained = None if goes_on else load_pretrained_weights(config.model)
     initialize_parameters(
-        encoders, "encoders", config.run.seed, lambda name: encoder_draw(config.model, name), 0, 1
+        encoders, "encoders", config.run.seed, lambda name: encoder_draw(config.model, name, pretrained), 0, 1
     )
     encoder_engine = _build_engine(
         config, encoders, config.deepspeed.encoders, encoders_mpu(topology), topology

@@ -207,9 +207,6 @@ class _Run:
             self._log(result, rate)
 
     def _log(self, result: StepResult, rate: float) -> None:
-        counters = None
-        if self._data is not None:
-            counters = {**self._data.counters(), "fingerprint": self._fingerprint}
         figures, lines = self._slow_ranks.report()
         for line in lines:
             logger.warning(line)
@@ -220,7 +217,7 @@ class _Run:
             "guards/rewinds": self._rewinds,
             "guards/failed_saves": self._failed_saves,
         }
-        self._monitor.log_step(self._step, result, rate, counters, {**guards, **figures})
+        self._monitor.log_step(self._step, result, rate, self._data, self._fingerprint, {**guards, **figures})
 
     def _rewind(self) -> None:
         """Go back to the last checkpoint, but not in the data: what could not be trained on is skipped.

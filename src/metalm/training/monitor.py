@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
+from metalm.data.balance import imbalance_over_ranks
+from metalm.data.loader import TrainingData
 from metalm.data.pictures import caption_picture
 from metalm.model.flops import count_training_flops
 from metalm.parallel.topology import Topology
@@ -106,13 +109,15 @@ class Monitor:
         step: int,
         result: StepResult,
         rate: float,
-        counters: Mapping[str, int | float] | None,
+        data: TrainingData | None,
+        fingerprint: int,
         guards: Mapping[str, float],
     ) -> None:
         """Write the figures of a step and of the window since the last call.
 
         Args:
-            counters: of this data-parallel rank's data; None on tensor ranks above 0.
+            data: of this data-parallel rank; None on tensor ranks above 0.
+            fingerprint: of this data-parallel rank's rows of the step; 0 on tensor ranks above 0.
             guards: what the guards count.
 
         Collective: all ranks.
@@ -122,11 +127,15 @@ class Monitor:
         sums = torch.tensor([window.rows, window.positions, window.flops, window.wait_s], dtype=torch.float64)
         dist.all_reduce(sums, group=self._topology.data_group)
         told: list[Any] = [None] * self._topology.world_size
-        mine = (counters, self._timer.read())
+        counted = (
+            None if data is None else ({**data.counters(), "fingerprint": fingerprint}, data.encoder_costs)
+        )
+        mine = (self._timer.read(), counted)
         dist.gather_object(mine, told if self._topology.rank == 0 else None)
         self._window = _Window(now)
         if self._writer is None:
             return
+        parts = [part for _, part in told if part is not None]
         rows, positions, flops, wait_s = sums.tolist()
         data_wait_s = wait_s / self._topology.data_size
         rate_tflops = flops / seconds / self._topology.world_size / 1e12
@@ -146,10 +155,14 @@ class Monitor:
             "speed/data_wait_share": data_wait_s / seconds,
             "speed/model_tflops_per_rank": rate_tflops,
             "time/step/data_wait": data_wait_s / window.steps,
-            **{f"time/step/{name}": total / window.steps for name, total in _mean(told).items()},
+            **{
+                f"time/step/{name}": total / window.steps
+                for name, total in _mean([timed for timed, _ in told]).items()
+            },
             RESTARTS: self._restarts,
             **_memory_gib(self._topology.device),
-            **_add_counters([part for part, _ in told if part is not None]),
+            **_add_counters([counters for counters, _ in parts]),
+            **self._imbalances(np.stack([costs for _, costs in parts])),
         }
         if self._peak_tflops:
             figures["speed/model_flops_utilisation"] = rate_tflops / self._peak_tflops
@@ -258,6 +271,15 @@ class Monitor:
                 figures[f"loss/{name}"] = total / count
         return figures
 
+    def _imbalances(self, costs: np.ndarray) -> dict[str, float]:
+        """Of the last step's encoder work over data ranks; costs [ranks, 2, micro-batches, encoders]."""
+        before, after = (imbalance_over_ranks(costs[:, arrangement]) for arrangement in (0, 1))
+        figures = {}
+        for number, name in enumerate(self._config.model.encoders):
+            figures[f"data/encoder_imbalance_over_ranks/{name}"] = float(after[number])
+            figures[f"data/encoder_imbalance_over_ranks/{name}_in_lane_order"] = float(before[number])
+        return figures
+
     def _line(self, step: int, figures: Mapping[str, float]) -> str:
         total = self._config.training.steps
         elapsed = time.perf_counter() - self._began
@@ -275,10 +297,10 @@ class Monitor:
         )
 
 
-def _mean(told: list[tuple[Any, Mapping[str, float]]]) -> dict[str, float]:
+def _mean(told: list[Mapping[str, float]]) -> dict[str, float]:
     """Seconds by part, averaged over ranks."""
-    names = {name: None for _, seconds in told for name in seconds}
-    return {name: sum(seconds.get(name, 0.0) for _, seconds in told) / len(told) for name in names}
+    names = {name: None for seconds in told for name in seconds}
+    return {name: sum(seconds.get(name, 0.0) for seconds in told) / len(told) for name in names}
 
 
 def _add_counters(parts: list[Mapping[str, int | float]]) -> dict[str, float]:

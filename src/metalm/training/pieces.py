@@ -1,7 +1,8 @@
 """What of each parameter a ZeRO engine keeps on this rank, read and written without gathering.
 
 ZeRO 1 and 2 keep flat fragments of parameters (`_hp_mapping`); ZeRO 3 keeps equal partitions of every
-parameter, the last ones padded.
+parameter, the last ones padded. A frozen parameter has no master and no moments: what is kept is the
+weight that the model works with, at ZeRO 1 and 2 whole on every rank.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class OwnedRange:
 
     start: int
     states: dict[str, Tensor]
-    """One-dimensional float32, all of the range's length, by state name."""
+    """One-dimensional, all of the range's length, by state name; the weight alone where it is frozen."""
 
     @property
     def size(self) -> int:
@@ -64,41 +65,40 @@ def create_optimizer_state(engine: Any) -> None:
 
 
 def owned_ranges(engine: Any) -> Iterator[tuple[str, Any, OwnedRange]]:
-    """Every range of this rank, with its parameter."""
+    """Every range that this rank writes, with its parameter: together the ranks write everything once."""
+    for name, parameter, kept in kept_ranges(engine):
+        if parameter.requires_grad or is_partitioned(engine):
+            yield name, parameter, kept
+        elif (own := _part_of_whole(engine, kept)).size:
+            yield name, parameter, own
+
+
+def kept_ranges(engine: Any) -> Iterator[tuple[str, Any, OwnedRange]]:
+    """Every range that this rank keeps, with its parameter."""
     for name, parameter in engine.module.named_parameters():
         if is_partitioned(engine):
-            start, size = _partition(engine, parameter)
-            if size <= 0:
-                continue
-            states = {
-                state: (
-                    safe_get_local_fp32_param(parameter)
-                    if state == "master"
-                    else safe_get_local_optimizer_state(parameter, state)
-                )[:size]
-                for state in STATES
-            }
+            kept = _partition_of(engine, parameter)
+        elif parameter.requires_grad:
+            kept = _fragment_of(parameter)
         else:
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                continue
-            start = mapping.lp_fragment_address.start
-            states = {
-                state: mapping.get_hp_fragment(None if state == "master" else state).flatten()
-                for state in STATES
-            }
-        yield name, parameter, OwnedRange(start, states)
+            kept = OwnedRange(0, {"master": parameter.data.flatten()})
+        if kept is not None:
+            yield name, parameter, kept
 
 
 def set_state(engine: Any, parameter: Any, state: str, values: Tensor) -> None:
-    """Set what this rank keeps of a parameter: as many values as its range in `owned_ranges` has."""
+    """Set what this rank keeps of a parameter: as many values as its range in `kept_ranges` has."""
     if is_partitioned(engine):
         padded = torch.zeros(parameter.ds_tensor.numel())
         padded[: values.numel()] = values
-        if state == "master":
+        if not parameter.requires_grad:
+            parameter.ds_tensor.data.copy_(padded)
+        elif state == "master":
             safe_set_local_fp32_param(parameter, padded)
         else:
             safe_set_local_optimizer_state(parameter, padded, state)
+    elif not parameter.requires_grad:
+        parameter.data.copy_(values.view_as(parameter))
     else:
         fragment = parameter._hp_mapping.get_hp_fragment(None if state == "master" else state)
         fragment.data.copy_(values.view_as(fragment))
@@ -137,6 +137,43 @@ def _flat_masters(engine: Any) -> list[Tensor]:
         if is_partitioned(engine)
         else optimizer.single_partition_of_fp32_groups
     )
+
+
+def _partition_of(engine: Any, parameter: Any) -> OwnedRange | None:
+    """What ZeRO 3 keeps here of a parameter."""
+    start, size = _partition(engine, parameter)
+    if size <= 0:
+        return None
+    if not parameter.requires_grad:
+        return OwnedRange(start, {"master": parameter.ds_tensor.data[:size]})
+    states = {
+        state: (
+            safe_get_local_fp32_param(parameter)
+            if state == "master"
+            else safe_get_local_optimizer_state(parameter, state)
+        )[:size]
+        for state in STATES
+    }
+    return OwnedRange(start, states)
+
+
+def _fragment_of(parameter: Any) -> OwnedRange | None:
+    """What ZeRO 1 and 2 keep here of a trained parameter."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    states = {
+        state: mapping.get_hp_fragment(None if state == "master" else state).flatten() for state in STATES
+    }
+    return OwnedRange(mapping.lp_fragment_address.start, states)
+
+
+def _part_of_whole(engine: Any, whole: OwnedRange) -> OwnedRange:
+    """This rank's equal part of what every rank of the data-parallel group keeps whole."""
+    group = engine.optimizer.dp_process_group
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    start, end = rank * whole.size // ranks, (rank + 1) * whole.size // ranks
+    return OwnedRange(start, {state: values[start:end] for state, values in whole.states.items()})
 
 
 def _partition(engine: Any, parameter: Any) -> tuple[int, int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,24 +95,56 @@ def image_bytes() -> Callable[..., bytes]:
     return make
 
 
+PAUSE = """
+import os, time
+
+def fsync(file, fsync=os.fsync, folder=os.environ["PAUSE_FOLDER"], limit=int(os.environ["PAUSE_AT"])):
+    fsync(file)
+    while sum(name.endswith(".tar") for name in os.listdir(folder)) >= limit:
+        if os.path.exists(os.environ["PAUSE_END"]):
+            return
+        time.sleep(0.01)
+
+os.fsync = fsync
+"""
+"""A sitecustomize that every process of a tool reads: before it finishes a file, it waits if there are enough
+shards. So a test meets the tool in the middle of its work, however fast either of them is."""
+
+
+class PausedTool:
+    """A tool that comes to rest once so many shards are there, until `go_on`."""
+
+    def __init__(self, folder: Path, out: Path, shards: int, command: Sequence[object]) -> None:
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(PAUSE)
+        self._out, self._shards, self._end = out, shards, folder / "end"
+        settings = {"PAUSE_FOLDER": out, "PAUSE_AT": shards, "PAUSE_END": self._end, "PYTHONPATH": folder}
+        self.process = subprocess.Popen(
+            [sys.executable, str(TOOLS / str(command[0])), *map(str, command[1:])],
+            env={**os.environ, **{name: str(value) for name, value in settings.items()}},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for_shards(self) -> None:
+        """Returns when the tool rests, or is about to."""
+        while len(list(self._out.glob("*.tar"))) < self._shards:
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+
+    def go_on(self) -> None:
+        """Lets its processes that are left work on."""
+        self._end.touch()
+
+
 @pytest.fixture(scope="session")
-def start_tool() -> Callable[..., subprocess.Popen[str]]:
-    """Starts a tool as a user does."""
-
-    def start(name: str, *arguments: object) -> subprocess.Popen[str]:
-        command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def run_tool(start_tool: Callable[..., subprocess.Popen[str]]) -> RunTool:
-    """Runs a tool to its end: exit code, standard output, standard error."""
+def run_tool() -> RunTool:
+    """Runs a tool as a user does, to its end: exit code, standard output, standard error."""
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
-        process = start_tool(name, *arguments)
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
+        command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        return done.returncode, done.stdout, done.stderr
 
     return run

@@ -7,7 +7,6 @@ import gzip
 import json
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import zstandard
 
+from data.preparation.conftest import PausedTool
 from metalm.data.index import open_index
 from metalm.data.preparation.fast_bpe import why_not_gigatoken
 from metalm.data.preparation.text import PAPER_DROPS, SubsetFilter, prepare_text
@@ -27,7 +27,6 @@ from metalm.errors import ConfigError, DataError
 
 Contents = Callable[[Path], dict[str, bytes]]
 ReadSamples = Callable[[Path], dict[str, dict[str, bytes]]]
-StartTool = Callable[..., "subprocess.Popen[str]"]
 RunTool = Callable[..., tuple[int, str, str]]
 SHARD_BYTES = 64 << 10
 
@@ -181,7 +180,7 @@ def test_shards_stay_below_their_size_unless_one_document_is_larger(
 
 @pytest.fixture(scope="module")
 def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 2.4 MB, so that a tool is still at work when it is killed."""
+    """About 2.4 MB: ten shards."""
     stream = random.Random(3)
     path = tmp_path_factory.mktemp("large") / "corpus.jsonl"
     with path.open("w") as file:
@@ -196,7 +195,6 @@ def test_a_killed_run_goes_on_and_ends_as_if_never_killed(
     large_corpus: Path,
     tokenizer_folder: Path,
     contents: Contents,
-    start_tool: StartTool,
     run_tool: RunTool,
     tmp_path: Path,
     suffix: str,
@@ -210,16 +208,15 @@ def test_a_killed_run_goes_on_and_ends_as_if_never_killed(
     command: list[Any] = ["prepare_text.py", path, "--tokenizer", tokenizer_folder, "--shard-mib", 0.25]
     command += ["--processes", processes, "--backend", "huggingface", "--out"]
     for shards_at_death in (2, 6):
-        tool = start_tool(*command, out)
-        while len(list(out.glob("*.tar"))) < shards_at_death:
-            assert tool.poll() is None, tool.communicate()
-            time.sleep(0.005)
-        family = [*psutil.Process(tool.pid).children(recursive=True)]
-        tool.send_signal(signal.SIGKILL)
-        tool.communicate()
-        assert not (out / "index.json").exists() and not (out / "report.json").exists()
-        _, alive = psutil.wait_procs(family, timeout=10)
+        tool = PausedTool(tmp_path / f"{shards_at_death}", out, shards_at_death, [*command, out])
+        tool.wait_for_shards()
+        family = psutil.Process(tool.process.pid).children(recursive=True)
+        tool.process.send_signal(signal.SIGKILL)
+        tool.process.wait()
+        tool.go_on()
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive
+        assert not (out / "index.json").exists() and not (out / "report.json").exists()
     written = {shard: shard.stat().st_mtime_ns for shard in out.glob("*.tar")}
     receipts = len(list((out / "preparation" / "receipts").glob("*.json")))
 
@@ -233,22 +230,37 @@ def test_a_killed_run_goes_on_and_ends_as_if_never_killed(
 
 
 def test_a_dead_worker_is_reported_and_its_work_is_done_next_time(
-    large_corpus: Path, tokenizer_folder: Path, start_tool: StartTool, run_tool: RunTool, tmp_path: Path
+    large_corpus: Path, tokenizer_folder: Path, run_tool: RunTool, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     command: list[Any] = ["prepare_text.py", large_corpus, "--tokenizer", tokenizer_folder, "--out", out]
     command += ["--shard-mib", 0.25, "--processes", 2, "--backend", "huggingface"]
-    tool = start_tool(*command)
-    while not list(out.glob("*.tar")):
-        assert tool.poll() is None, tool.communicate()
-        time.sleep(0.005)
-    worker = int(next(iter(out.glob(".*.partial"))).name.split(".")[-2])
-    psutil.Process(worker).kill()
-    _, err = tool.communicate(timeout=60)
-    assert tool.returncode == 70
+    tool = PausedTool(tmp_path / "pause", out, 1, command)
+    tool.wait_for_shards()
+    while not (unfinished := list(out.glob(".*.partial"))):
+        time.sleep(0.01)
+    psutil.Process(int(unfinished[0].name.split(".")[-2])).kill()
+    _, err = tool.process.communicate(timeout=60)
+    assert tool.process.returncode == 70
     assert "ended unexpectedly (exit code -9" in err and "Traceback" not in err
     code, table, _ = run_tool(*command)
     assert code == 0 and "600" in table
+
+
+def test_inputs_prepared_apart_give_the_shards_that_they_give_together(
+    corpus_file: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    inputs = [corpus_file, tmp_path / "b.jsonl", tmp_path / "c.jsonl.gz"]
+    inputs[1].write_bytes(corpus_file.read_bytes()[::-1][:2000] + b"\n" + corpus_file.read_bytes())
+    inputs[2].write_bytes(gzip.compress(corpus_file.read_bytes()))
+    prepare_text(inputs, tmp_path / "together", tokenizer_folder, shard_bytes=SHARD_BYTES)
+    together = {path.name: path.read_bytes() for path in (tmp_path / "together").glob("*.tar")}
+    apart: dict[str, bytes] = {}
+    for number, path in enumerate(inputs):
+        out = tmp_path / f"part{number}"
+        prepare_text([path], out, tokenizer_folder, shard_bytes=SHARD_BYTES, first_number=number)
+        apart |= {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    assert apart == together
 
 
 def test_a_finished_preparation_is_left_alone(

@@ -11,9 +11,17 @@ ENCODER_DEFAULTS: dict[str, Any] = {
     "hidden_size": 32,
     "num_attention_heads": 2,
     "intermediate_size": 128,
+    "num_key_value_heads": None,
+    "activation": "gelu",
     "normalization": "deepnorm",
+    "norm": "layer_norm",
     "norm_eps": 1e-5,
+    "biases": True,
+    "positions": "learned",
+    "rope_base": 10_000.0,
     "max_text_positions": 64,
+    "relative_bias": None,
+    "joint_layers": None,
     "connector": "linear",
     "image_size": None,
     "patch_size": None,
@@ -36,7 +44,9 @@ class MetaLMConfig(PreTrainedConfig):
         spans: "causal", or "bidirectional": the decoder attends among all vectors of a span.
         encoders: by name, the keys of ENCODER_DEFAULTS; kept in alphabetical order. `image_size` and
             `patch_size` (pixels per side) are None for an encoder of text; `connector` is "linear" or
-            "feed_forward".
+            "feed_forward"; `relative_bias` None or T5's `num_buckets` and `max_distance`; `positions` of
+            text are "learned" or "rope"; `num_key_value_heads` None: as many as heads; `joint_layers`
+            None, or the number of last layers with a joint feed-forward beside those of the modalities.
         image_encoder: the encoder of images that come without span tensors.
         image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
     """

@@ -7,7 +7,9 @@ encoder, L elements of the longest of them, D width of the encoder.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.nn import functional
 from transformers.masking_utils import create_bidirectional_mask
 
 from .configuration_metalm import MetaLMConfig
-from .layers_metalm import MetaLMEncoderLayer
+from .layers_metalm import MetaLMEncoderLayer, build_norm
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class Spans:
                 if bool(((left == right) & (right > 0)).any()):
                     raise ValueError(f"a span lies across position {border}, where the input was cut")
         return Spans(*(part[:, start:stop] for part in (self.input_ids, self.encoders, self.numbers)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that the model's forward has for them."""
+        return {
+            "span_input_ids": self.input_ids,
+            "span_encoders": self.encoders,
+            "span_numbers": self.numbers,
+        }
 
     def image_starts(self, image_token_id: int | None) -> Tensor:
         """[B, S] bool: the first patch of each image."""
@@ -77,15 +87,22 @@ class MetaLMEncoder(nn.Module):
         self.config = config
         self.patch_size = sizes["patch_size"]
         self.token_embedding = nn.Embedding(config.vocab_size, hidden)
-        self.text_positions = nn.Embedding(sizes["max_text_positions"], hidden)
+        self.rope_base = sizes["rope_base"] if sizes["positions"] == "rope" else None
+        self.head_size = hidden // sizes["num_attention_heads"]
+        if self.rope_base is None:
+            self.text_positions = nn.Embedding(sizes["max_text_positions"], hidden)
         if self.patch_size is not None:
             self.patch_embedding = nn.Linear(3 * self.patch_size**2, hidden)
             self.image_positions = nn.Embedding((sizes["image_size"] // self.patch_size) ** 2, hidden)
+        self.bias_sizes, self.is_routed = sizes["relative_bias"], sizes["joint_layers"] is not None
+        if self.bias_sizes is not None:
+            self.relative_bias = nn.Embedding(self.bias_sizes["num_buckets"], sizes["num_attention_heads"])
         self.layers = nn.ModuleList(
-            MetaLMEncoderLayer(config, name) for _ in range(sizes["num_hidden_layers"])
+            MetaLMEncoderLayer(config, name, layer) for layer in range(sizes["num_hidden_layers"])
         )
         pre_norm = sizes["normalization"] == "pre_ln"
-        self.final_norm = nn.LayerNorm(hidden, eps=sizes["norm_eps"]) if pre_norm else nn.Identity()
+        norm = build_norm(sizes["norm"], hidden, sizes["norm_eps"]) if pre_norm else nn.Identity()
+        self.final_norm = norm
         self.connector = _connector(sizes["connector"], hidden, config.hidden_size)
 
     def forward(self, input_ids: Tensor, num_elements: Tensor, pixel_values: Tensor | None) -> Tensor:
@@ -103,17 +120,45 @@ class MetaLMEncoder(nn.Module):
         real = index < num_elements[:, None]
         is_patch = real & (input_ids == self.config.image_token_id)
         num_patches = is_patch.sum(dim=1, keepdim=True)
-        last = self.text_positions.num_embeddings - 1
         hidden = self.token_embedding(input_ids)
-        hidden = hidden + self.text_positions((index - num_patches).clamp(min=0, max=last))
+        if self.rope_base is None:
+            last = self.text_positions.num_embeddings - 1
+            hidden = hidden + self.text_positions((index - num_patches).clamp(min=0, max=last))
         if pixel_values is not None and len(pixel_values):
             patches = self.patch_embedding(self._cut(pixel_values.to(hidden.dtype)))
             patches = patches + self.image_positions.weight
             hidden = hidden.masked_scatter(is_patch[..., None], patches)
-        mask = create_bidirectional_mask(self.config, hidden, real)
+        options: dict[str, Any] = {}
+        if self.rope_base is not None:
+            exponents = torch.arange(0, self.head_size, 2, device=index.device).float() / self.head_size
+            angles = index[:, None].float() / self.rope_base**exponents
+            angles = torch.cat((angles, angles), dim=-1)[None, None]
+            options["rotary"] = (angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype))
+        if self.is_routed:
+            joint = (num_patches > 0) & (num_patches < num_elements[:, None]) & real
+            options["routes"] = {"joint": joint, "vision": is_patch, "language": ~is_patch}
+        if self.bias_sizes is None:
+            mask = create_bidirectional_mask(self.config, hidden, real)
+        else:
+            hidden_keys = torch.zeros_like(real, dtype=hidden.dtype).masked_fill(~real, float("-inf"))
+            mask = hidden_keys[:, None, None] + self._bias(index)
+            options["has_bias"] = True
         for layer in self.layers:
-            hidden = layer(hidden, mask)
+            hidden = layer(hidden, mask, **options)
         return self.connector(self.final_norm(hidden))
+
+    def _bias(self, index: Tensor) -> Tensor:
+        """[H, L, L] by T5's buckets of the distance of key and query (Raffel et al., 2020)."""
+        half = self.bias_sizes["num_buckets"] // 2
+        exact = half // 2
+        distance = index - index[:, None]
+        reach = distance.abs()
+        widening = (reach.clamp(min=1).float() / exact).log() / math.log(
+            self.bias_sizes["max_distance"] / exact
+        )
+        wide = (exact + (widening * (half - exact)).long()).clamp(max=half - 1)
+        bucket = torch.where(reach < exact, reach, wide) + torch.where(distance > 0, half, 0)
+        return self.relative_bias(bucket).permute(2, 0, 1)
 
     def _cut(self, pixels: Tensor) -> Tensor:
         """[images, 3, height, width] to patches [images, patches, rows * columns * channels]."""

@@ -96,6 +96,8 @@ class MetaLMAttention(nn.Module):
             query, key = _turn(query, *rotary), _turn(key, *rotary)
         key, value = self._remember(key, value, past_key_values)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if kwargs.pop("has_bias", False):  # the fused kernels of other implementations take no bias
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         attended, probabilities = attend(
             self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0, **kwargs
         )
@@ -160,13 +162,33 @@ def build_norm(kind: str, hidden_size: int, eps: float) -> nn.Module:
     return (nn.RMSNorm if kind == "rms_norm" else nn.LayerNorm)(hidden_size, eps=eps)
 
 
+class MetaLMRoutedFeedForward(nn.ModuleDict):
+    """VLMo's feed-forwards: each element goes through the one of its modality, or through a joint one."""
+
+    def forward(self, hidden: Tensor, routes: dict[str, Tensor]) -> Tensor:
+        """[B, L, D] to [B, L, D].
+
+        Args:
+            hidden: all elements.
+            routes: by name of a feed-forward, [B, L] bool; `joint` wins over the others where it is known.
+        """
+        output = torch.zeros_like(hidden)
+        taken = torch.zeros_like(routes["joint"])
+        for name in ("joint", "vision", "language"):
+            if name in self:
+                chosen = routes[name] & ~taken
+                output[chosen] = self[name](hidden[chosen])
+                taken = taken | chosen
+        return output
+
+
 class MetaLMLayer(GradientCheckpointingLayer):
     """Attention and feed-forward; post-LN with DeepNorm's residual weight (Wang et al., 2022), or pre-LN."""
 
     def __init__(
         self,
         attention: MetaLMAttention,
-        mlp: MetaLMFeedForward,
+        mlp: nn.Module,
         *,
         hidden_size: int,
         num_layers: int,
@@ -182,8 +204,10 @@ class MetaLMLayer(GradientCheckpointingLayer):
         self.mlp = mlp
         self.mlp_norm = build_norm(norm, hidden_size, eps)
         # DeepNorm scales what passes values through; pre-LN what is added to the residual stream.
-        values = [attention.v_proj, attention.o_proj, *mlp.children()]
-        scaled = values if self.post_norm else [attention.o_proj, mlp.down_proj]
+        linear = [part for part in mlp.modules() if isinstance(part, MetaLMLinear)]
+        downs = [part.down_proj for part in mlp.modules() if isinstance(part, MetaLMFeedForward)]
+        values = [attention.v_proj, attention.o_proj, *linear]
+        scaled = values if self.post_norm else [attention.o_proj, *downs]
         for part in scaled:
             part.init_gain = (8 * num_layers) ** -0.25 if self.post_norm else (2 * num_layers) ** -0.5
 
@@ -192,16 +216,20 @@ class MetaLMLayer(GradientCheckpointingLayer):
         hidden: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
+        routes: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, L, D] to [B, L, D]."""
         if self.post_norm:
             attended, _ = self.self_attn(hidden, attention_mask, past_key_values, **kwargs)
             hidden = self.attention_norm(self.residual_scale * hidden + attended)
-            return self.mlp_norm(self.residual_scale * hidden + self.mlp(hidden))
+            return self.mlp_norm(self.residual_scale * hidden + self._feed_forward(hidden, routes))
         attended, _ = self.self_attn(self.attention_norm(hidden), attention_mask, past_key_values, **kwargs)
         hidden = hidden + attended
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        return hidden + self._feed_forward(self.mlp_norm(hidden), routes)
+
+    def _feed_forward(self, hidden: Tensor, routes: dict[str, Tensor] | None) -> Tensor:
+        return self.mlp(hidden) if routes is None else self.mlp(hidden, routes)
 
 
 class MetaLMDecoderLayer(MetaLMLayer):
@@ -224,15 +252,36 @@ class MetaLMDecoderLayer(MetaLMLayer):
 class MetaLMEncoderLayer(MetaLMLayer):
     """A layer of an encoder, whose sizes are `config.encoders[name]`."""
 
-    def __init__(self, config: MetaLMConfig, name: str) -> None:
+    def __init__(self, config: MetaLMConfig, name: str, layer: int) -> None:
         sizes = config.encoders[name]
-        hidden_size, num_heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        hidden_size, num_heads, biases = (
+            sizes[key] for key in ("hidden_size", "num_attention_heads", "biases")
+        )
+
+        def feed_forward() -> MetaLMFeedForward:
+            wide, activation = sizes["intermediate_size"], sizes["activation"]
+            return MetaLMFeedForward(hidden_size, wide, activation, biases=biases)
+
+        mlp: nn.Module
+        if sizes["joint_layers"] is None:
+            mlp = feed_forward()
+        else:
+            joint = ("joint",) if layer >= sizes["num_hidden_layers"] - sizes["joint_layers"] else ()
+            names = ("vision", "language", *joint)
+            mlp = MetaLMRoutedFeedForward({name: feed_forward() for name in names})
         super().__init__(
-            MetaLMAttention(config, hidden_size, num_heads, num_heads),
-            MetaLMFeedForward(hidden_size, sizes["intermediate_size"]),
+            MetaLMAttention(
+                config,
+                hidden_size,
+                num_heads,
+                sizes["num_key_value_heads"] or num_heads,
+                qkv_biases=biases,
+                output_bias=biases,
+            ),
+            mlp,
             hidden_size=hidden_size,
             num_layers=sizes["num_hidden_layers"],
             normalization=sizes["normalization"],
-            norm="layer_norm",
+            norm=sizes["norm"],
             eps=sizes["norm_eps"],
         )

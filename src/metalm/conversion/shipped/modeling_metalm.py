@@ -15,8 +15,9 @@ from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -24,7 +25,11 @@ from .configuration_metalm import MetaLMConfig
 from .encoder_metalm import MetaLMEncoders, Spans, spans_of_images
 from .layers_metalm import MetaLMCausalAttention, MetaLMDecoderLayer, MetaLMLinear, build_norm
 
+logger = logging.get_logger(__name__)
+
 EMBEDDING_STD = 0.02
+INTERVAL_ATTENTION = "metalm_interval"
+"""Attention implementation of the `metalm` package, which need not be installed."""
 
 
 def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
@@ -35,7 +40,11 @@ def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
 
 
 def rotary_factors(positions: Tensor, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, K] float32."""
+    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, K] float32.
+
+    Raises:
+        ValueError: `parameters` ask for a scaling other than "llama3".
+    """
     exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     frequencies = 1.0 / parameters["rope_theta"] ** exponents
     if parameters["rope_type"] == "llama3":
@@ -44,6 +53,8 @@ def rotary_factors(positions: Tensor, head_size: int, parameters: dict[str, Any]
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         frequencies = frequencies * (kept + (1.0 - kept) / parameters["factor"])
+    elif parameters["rope_type"] != "default":
+        raise ValueError(f"rope_type is {parameters['rope_type']!r}, expected 'default' or 'llama3'")
     angles = positions.float()[:, None, :, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
@@ -64,6 +75,20 @@ class MetaLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MetaLMDecoderLayer, "attentions": MetaLMCausalAttention}  # noqa: RUF012
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        """Ask the `metalm` package for its attention when that is wanted; without it, use SDPA."""
+        if attn_implementation == INTERVAL_ATTENTION:
+            try:
+                from metalm.kernels.adapters import register_interval_attention
+            except ImportError:
+                logger.warning_once(f"{INTERVAL_ATTENTION} needs the metalm package; using sdpa instead")
+                attn_implementation = "sdpa"
+            else:
+                register_interval_attention()
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -100,6 +125,35 @@ class MetaLMModel(MetaLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def spans(
+        self,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        span_input_ids: Tensor | None = None,
+        span_encoders: Tensor | None = None,
+        span_numbers: Tensor | None = None,
+        **_: Any,
+    ) -> Spans | None:
+        """The spans that a forward's arguments describe, None if there are none.
+
+        Raises:
+            ValueError: some of the span tensors are missing, or the image tokens make no whole images.
+        """
+        given = (span_input_ids, span_encoders, span_numbers)
+        if all(tensor is not None for tensor in given):
+            return Spans(*given)
+        if any(tensor is not None for tensor in given):
+            raise ValueError("span_input_ids, span_encoders and span_numbers belong together")
+        if pixel_values is None:
+            return None
+        if inputs_embeds is not None:
+            image_token = self.embed_tokens.weight[self.config.image_token_id]
+            is_image = (inputs_embeds == image_token).all(dim=-1)
+            input_ids = torch.where(is_image, self.config.image_token_id, self.config.pad_token_id)
+        return spans_of_images(input_ids, self.config)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -123,7 +177,8 @@ class MetaLMModel(MetaLMPreTrainedModel):
             attention_mask: [B, S] with 0 at padding; positions count from the first real token.
             position_ids: [B, S] or [1, S].
             past_key_values: a dynamic or static cache.
-            inputs_embeds: [B, S, D] in place of `input_ids`, as `get_input_embeddings()` gives them.
+            inputs_embeds: [B, S, D] in place of `input_ids`, as `get_input_embeddings()` gives them. Without
+                span tensors, images stand where the image token's embedding does.
             pixel_values: [images, 3, height, width], x / 127.5 - 1 of 8-bit pixels, row after row.
             span_input_ids, span_encoders, span_numbers: [B, S] each, see `Spans`. Without them every
                 `num_patches` image tokens are one image of `pixel_values`.
@@ -134,12 +189,19 @@ class MetaLMModel(MetaLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        spans = self.spans(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            span_input_ids=span_input_ids,
+            span_encoders=span_encoders,
+            span_numbers=span_numbers,
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         hidden = inputs_embeds
         if self.config.scale_embedding:
             hidden = hidden * self.config.hidden_size**0.5
-        spans = _spans(self.config, input_ids, pixel_values, span_input_ids, span_encoders, span_numbers)
         if spans is not None:
             hidden = self.encoders.dock(hidden, spans, pixel_values)
 
@@ -249,6 +311,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         span_input_ids: Tensor | None = None,
         span_encoders: Tensor | None = None,
@@ -256,8 +319,15 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The next forward's inputs; spans and images only while their positions are not in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        spans = _spans(self.config, input_ids, pixel_values, span_input_ids, span_encoders, span_numbers)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        spans = self.model.spans(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            span_input_ids=span_input_ids,
+            span_encoders=span_encoders,
+            span_numbers=span_numbers,
+        )
         cache = inputs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
         if spans is None or start >= spans.numbers.shape[1]:
@@ -271,12 +341,14 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         if self.config.spans == "bidirectional":
             # For a static cache transformers makes a causal mask here; the forward knows the spans.
             inputs["attention_mask"] = kwargs.get("attention_mask")
-        return inputs | {
-            "pixel_values": pixel_values,
-            "span_input_ids": fed.input_ids,
-            "span_encoders": fed.encoders,
-            "span_numbers": fed.numbers,
-        }
+        return inputs | {"pixel_values": pixel_values} | fed.tensors()
+
+    @staticmethod
+    def create_masks_for_generate(config: MetaLMConfig, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        """The mask of a static cache, drawn before the forward; intervals are made in the forward."""
+        if config._attn_implementation == INTERVAL_ATTENTION:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
     def _expand_inputs_for_generation(
         self,
@@ -286,15 +358,13 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat each row for its beams, its images together."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
+        pixel_values = model_kwargs.get("pixel_values")
         if pixel_values is not None:
-            names = ("span_input_ids", "span_encoders", "span_numbers")
-            spans = _spans(self.config, input_ids, pixel_values, *(model_kwargs.get(name) for name in names))
-            assert spans is not None
-            model_kwargs |= zip(names, (spans.input_ids, spans.encoders, spans.numbers), strict=True)
+            spans = self.model.spans(input_ids=input_ids, **model_kwargs)
             counts = spans.image_starts(self.config.image_token_id).sum(dim=1).tolist()
             rows = pixel_values.split(counts)
             pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+            model_kwargs |= {"pixel_values": None} | spans.tensors()
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
@@ -302,25 +372,6 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
             **model_kwargs,
         )
         return input_ids, model_kwargs | ({} if pixel_values is None else {"pixel_values": pixel_values})
-
-
-def _spans(
-    config: MetaLMConfig,
-    input_ids: Tensor | None,
-    pixel_values: Tensor | None,
-    span_input_ids: Tensor | None,
-    span_encoders: Tensor | None,
-    span_numbers: Tensor | None,
-) -> Spans | None:
-    if span_input_ids is not None and span_encoders is not None and span_numbers is not None:
-        return Spans(span_input_ids, span_encoders, span_numbers)
-    if span_input_ids is not None or span_encoders is not None or span_numbers is not None:
-        raise ValueError("span_input_ids, span_encoders and span_numbers belong together")
-    if pixel_values is None:
-        return None
-    if input_ids is None:
-        raise ValueError("with inputs_embeds, images need the span tensors")
-    return spans_of_images(input_ids, config)
 
 
 def _positions(hidden: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:

@@ -6,7 +6,9 @@
     <span:NAME>...</span>             the encoder NAME reads it
 
 Everything else is text that the decoder reads itself. A prompt starts with `<s>`, as documents did in
-training. Markers are looked for in the string, before tokens are made; they are no tokens themselves.
+training. Markers are looked for in the string, before tokens are made; they are no tokens themselves. A
+special token that is spelt out (`</d>`) is that token. A backslash before a marker or a special token makes
+it text, and is itself written as two there; elsewhere a backslash is a backslash. `escape` does that.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ except ImportError:  # for text it is not needed
     Image = None
 
 IMAGE_MARKER = "<image>"
-_MARKED = re.compile(r"<span(?::(?P<encoder>[a-z][a-z0-9_]*))?>(?P<text>.*?)</span>|<image>", re.DOTALL)
-_LEFT_OVER = re.compile(r"</?span(?::[a-z0-9_]*)?>")
+_SPAN_MARKER = re.compile(r"<span(?::([a-z0-9_]+))?>")
+_SPAN_END = "</span>"
 
 
 class Prompt(NamedTuple):
@@ -40,6 +42,16 @@ class Prompt(NamedTuple):
     span_encoders: list[int]
     span_numbers: list[int]
     num_images: int
+
+
+class Span(NamedTuple):
+    """What one encoder reads."""
+
+    encoder: str | None
+    """None: the one for images or the one for text."""
+    has_image: bool
+    ids: list[int]
+    """Of the text behind the image."""
 
 
 class MetaLMProcessor(ProcessorMixin):
@@ -176,72 +188,103 @@ class MetaLMProcessor(ProcessorMixin):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return pixels.to(torch.float32) / 127.5 - 1.0
 
-    def _prompt(self, text: str, add_special_tokens: bool) -> Prompt:
-        prompt = Prompt([], [], [], [], sum(1 for _ in re.finditer(IMAGE_MARKER, text)))
-        start = self.tokenizer.bos_token
-        if add_special_tokens and not text.startswith(start):
-            self._append(prompt, [self.tokenizer.bos_token_id], None)
-        number = 0
-        for piece, is_span, encoder in _pieces(text):
-            if not is_span:
-                self._append(prompt, self._ids(piece), None)
+    def escape(self, text: str) -> str:
+        """A text as a prompt in which nothing of it is a marker or a special token."""
+        return self._marks.sub(lambda found: 2 * found[1] + "\\" + found[2], text)
+
+    def num_images(self, text: str) -> int:
+        """How many images a prompt marks."""
+        return sum(piece == IMAGE_MARKER for piece, is_mark in self._pieces(text) if is_mark)
+
+    @property
+    def _marks(self) -> re.Pattern[str]:
+        """A marker or special token, with the backslashes before it."""
+        special = [re.escape(token) for token in self.tokenizer.all_special_tokens]
+        return re.compile(
+            r"(\\*)(" + "|".join([_SPAN_MARKER.pattern, _SPAN_END, IMAGE_MARKER, *special]) + ")"
+        )
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Text, and whether it is a marker or special token; backslashes have done their work."""
+        words, end = "", 0
+        for found in self._marks.finditer(text):
+            backslashes, mark = found[1], found[2]
+            words += text[end : found.start()] + backslashes[: len(backslashes) // 2]
+            end = found.end()
+            if len(backslashes) % 2:
+                words += mark
                 continue
-            number += 1
-            self._append(prompt, *self._span(piece, encoder), number)
+            if words:
+                yield words, False
+            yield mark, True
+            words = ""
+        if words + text[end:]:
+            yield words + text[end:], False
+
+    def _prompt(self, text: str, add_special_tokens: bool) -> Prompt:
+        prompt = Prompt([], [], [], [], self.num_images(text))
+        if add_special_tokens and not text.startswith(self.tokenizer.bos_token):
+            self._append(prompt, [self.tokenizer.bos_token_id])
+        span: Span | None = None
+        number = 0
+        for piece, is_mark in self._pieces(text):
+            if is_mark and (opening := _SPAN_MARKER.fullmatch(piece)):
+                if span is not None:
+                    raise ValueError(f"spans do not nest: {text!r}")
+                span = Span(opening[1], False, [])
+            elif is_mark and piece == _SPAN_END:
+                if span is None:
+                    raise ValueError(f"{piece} has no counterpart in {text!r}")
+                number += 1
+                self._append(prompt, *self._read(span), number)
+                span = None
+            elif is_mark and piece == IMAGE_MARKER:
+                if span is None:
+                    number += 1
+                    self._append(prompt, *self._read(Span(None, True, [])), number)
+                elif span.has_image or span.ids:
+                    raise ValueError(f"in a span, one image comes first: {text!r}")
+                else:
+                    span = span._replace(has_image=True)
+            else:
+                ids = [self.tokenizer.convert_tokens_to_ids(piece)] if is_mark else self._ids(piece)
+                if span is None:
+                    self._append(prompt, ids)
+                else:
+                    span.ids.extend(ids)
+        if span is not None:
+            raise ValueError(f"<span> has no counterpart in {text!r}")
         return prompt
 
-    def _span(self, content: str, encoder: str | None) -> tuple[list[int], int]:
+    def _read(self, span: Span) -> tuple[list[int], int]:
         """Tokens that an encoder reads, image tokens for patches, and the encoder's place."""
-        has_image = content.startswith(IMAGE_MARKER)
-        words = content.removeprefix(IMAGE_MARKER)
-        if IMAGE_MARKER in words:
-            raise ValueError(f"in a span, one image comes first: {content!r}")
-        name = encoder or (self.image_encoder if has_image else self.text_encoder)
+        name = span.encoder or (self.image_encoder if span.has_image else self.text_encoder)
         if name not in self.encoders:
             known = ", ".join(self.encoders) or "none"
-            raise ValueError(f"no encoder {name or 'for this'!r} to read {content!r}; the model has: {known}")
+            what = "images" if span.has_image else "text"
+            raise ValueError(f"no encoder {name or 'for this'!r} to read {what}; the model has: {known}")
         sizes = self.encoders[name]
-        if has_image and not sizes["num_patches"]:
-            raise ValueError(f"encoder {name!r} reads no images: {content!r}")
-        ids = self._ids(words)
-        if len(ids) > sizes["max_text_positions"]:
+        if span.has_image and not sizes["num_patches"]:
+            raise ValueError(f"encoder {name!r} reads no images")
+        if len(span.ids) > sizes["max_text_positions"]:
             raise ValueError(
-                f"encoder {name!r} reads at most {sizes['max_text_positions']} tokens, a span has {len(ids)}"
+                f"encoder {name!r} reads at most {sizes['max_text_positions']} tokens, "
+                f"a span has {len(span.ids)}"
             )
-        patches = [self.image_token_id] * (sizes["num_patches"] if has_image else 0)
-        if not patches and not ids:
+        ids = [self.image_token_id] * (sizes["num_patches"] if span.has_image else 0) + span.ids
+        if not ids:
             raise ValueError("a span is empty")
-        return patches + ids, list(self.encoders).index(name) + 1
+        return ids, list(self.encoders).index(name) + 1
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Tokens of a text, in which nothing is a special token."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def _append(self, prompt: Prompt, ids: list[int], encoder: int | None, number: int = 0) -> None:
-        docked = encoder is not None
-        prompt.input_ids.extend([self.image_token_id] * len(ids) if docked else ids)
-        prompt.span_input_ids.extend(ids if docked else [self.tokenizer.pad_token_id] * len(ids))
-        prompt.span_encoders.extend([encoder or 0] * len(ids))
+    def _append(self, prompt: Prompt, ids: list[int], encoder: int = 0, number: int = 0) -> None:
+        prompt.input_ids.extend([self.image_token_id] * len(ids) if encoder else ids)
+        prompt.span_input_ids.extend(ids if encoder else [self.tokenizer.pad_token_id] * len(ids))
+        prompt.span_encoders.extend([encoder] * len(ids))
         prompt.span_numbers.extend([number] * len(ids))
-
-
-def _pieces(text: str) -> Iterator[tuple[str, bool, str | None]]:
-    """Text, whether it is a span, and the encoder that the span names; empty text is left out."""
-    end = 0
-    for match in _MARKED.finditer(text):
-        yield from _plain(text[end : match.start()])
-        content = IMAGE_MARKER if match["text"] is None else match["text"]
-        if _LEFT_OVER.search(content):
-            raise ValueError(f"spans do not nest: {match[0]!r}")
-        yield content, True, match["encoder"]
-        end = match.end()
-    yield from _plain(text[end:])
-
-
-def _plain(text: str) -> Iterator[tuple[str, bool, None]]:
-    if found := _LEFT_OVER.search(text):
-        raise ValueError(f"{found[0]} has no counterpart in {text!r}")
-    if text:
-        yield text, False, None
 
 
 def _flat_images(images: Any, prompts: Sequence[Prompt]) -> list[Any]:

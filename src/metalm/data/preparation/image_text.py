@@ -106,6 +106,7 @@ def prepare_image_text(
     shorter_side: int | None = None,
     images_per_unit: int = 4096,
     shard_bytes: int = 512 << 20,
+    first_number: int = 0,
     processes: int = 1,
 ) -> dict[str, Any]:
     """Writes image-text shards, their index and a report.
@@ -118,6 +119,7 @@ def prepare_image_text(
         shorter_side: shrink larger images to this many pixels on their shorter side.
         images_per_unit: most images per shard, except that a tar of the input is kept together.
         shard_bytes: largest size of a shard.
+        first_number: of the first input, in names of shards and keys of samples, as in `prepare_text`.
         processes: how many work at once; the output does not depend on it.
 
     Returns:
@@ -130,7 +132,7 @@ def prepare_image_text(
     if not inputs:
         raise ConfigError("no input was given")
     tasks: list[ImageTask] = []
-    for number, source in enumerate(inputs):
+    for number, source in enumerate(inputs, start=first_number):
         tasks += _tasks(number, source, images_per_unit, image_folder, path_column, caption_column)
     folder = PreparationFolder(out)
     plan = {
@@ -140,6 +142,7 @@ def prepare_image_text(
         "shorter_side": shorter_side,
         "images_per_unit": images_per_unit,
         "shard_bytes": shard_bytes,
+        "first_number": first_number,
     }
     with folder.claim(plan):
         tasks = [task for task in tasks if not folder.is_done(task.unit)]

@@ -73,15 +73,16 @@ class SubsetFilter:
 class Stretches:
     """A task: stretches `first`, `first + step`, ... of one input file; of a plain file only the first."""
 
-    file_index: int
+    file_number: int
     path: Path
+    size: int
     first: int
     step: int
 
 
-def unit_name(file_index: int, stretch: int) -> str:
+def unit_name(file_number: int, stretch: int) -> str:
     """Name of a stretch's receipt, and of its shards up to their last number."""
-    return f"{file_index:04d}-{stretch:05d}"
+    return f"{file_number:04d}-{stretch:05d}"
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ class TextPreparation:
             told = start
             lines = file.lines(start=start, end=end)
             for stretch, group in itertools.groupby(lines, key=lambda item: item[0] // self.shard_bytes):
-                unit = unit_name(task.file_index, stretch)
+                unit = unit_name(task.file_number, stretch)
                 if (stretch - task.first) % task.step == 0 and not self.folder.is_done(unit):
-                    for _ in self._prepare(unit, f"{task.file_index:04d}", group):
+                    for _ in self._prepare(unit, f"{task.file_number:04d}", group):
                         advance((file.position - told) / task.step)
                         told = file.position
             advance((file.position - told) / task.step)
@@ -182,6 +183,7 @@ def prepare_text(
     store: Store = "ids",
     meta: bool = False,
     shard_bytes: int = 256 << 20,
+    first_number: int = 0,
     processes: int = 1,
     backend: Backend = "auto",
 ) -> dict[str, Any]:
@@ -195,6 +197,8 @@ def prepare_text(
         store: token ids, text, or both members per document.
         meta: add a .json member with the document's subset.
         shard_bytes: raw JSON Lines per stretch, and the largest size of a shard.
+        first_number: of the first input, in names of shards and keys of samples. Inputs that are prepared
+            apart, each under its number among all, give the same shards as together.
         processes: how many work at once; the output does not depend on it.
         backend: `auto` uses gigatoken where it is installed and gives the same ids.
 
@@ -219,16 +223,17 @@ def prepare_text(
         "store": store,
         "meta": meta,
         "shard_bytes": shard_bytes,
+        "first_number": first_number,
     }
     gigatoken = tokenizer is not None and _use_gigatoken(tokenizer, inputs, backend)
     preparation = TextPreparation(
         folder, shard_bytes, store, meta, subsets, tokenizer_path if tokenizer else None, gigatoken
     )
     with folder.claim(plan):
-        tasks = _tasks(inputs, sizes, folder, shard_bytes, processes)
+        tasks = _tasks(inputs, sizes, folder, shard_bytes, first_number, processes)
         if tasks and not folder.is_finished():
             folder.drop_index()
-            progress = ProgressLine(_remaining_bytes(tasks, sizes, shard_bytes), "MB", 1e6)
+            progress = ProgressLine(_remaining_bytes(tasks, shard_bytes), "MB", 1e6)
             run_tasks(tasks, preparation, processes=processes, advance=progress.advance, preload=__name__)
             progress.close()
         return folder.finish(
@@ -247,29 +252,34 @@ def _input_sizes(inputs: Sequence[Path]) -> list[int]:
 
 
 def _tasks(
-    inputs: Sequence[Path], sizes: Sequence[int], folder: PreparationFolder, shard_bytes: int, processes: int
+    inputs: Sequence[Path],
+    sizes: Sequence[int],
+    folder: PreparationFolder,
+    shard_bytes: int,
+    first_number: int,
+    processes: int,
 ) -> list[Stretches]:
     """Everything that is not known to be done."""
     readers = math.ceil(processes / len(inputs))
     tasks = []
-    for index, (path, size) in enumerate(zip(inputs, sizes, strict=True)):
+    for number, (path, size) in enumerate(zip(inputs, sizes, strict=True), start=first_number):
         if is_compressed(path):
-            tasks += [Stretches(index, path, first, readers) for first in range(readers)]
+            tasks += [Stretches(number, path, size, first, readers) for first in range(readers)]
         else:
             tasks += [
-                Stretches(index, path, stretch, 1)
+                Stretches(number, path, size, stretch, 1)
                 for stretch in range(math.ceil(size / shard_bytes))
-                if not folder.is_done(unit_name(index, stretch))
+                if not folder.is_done(unit_name(number, stretch))
             ]
     return tasks
 
 
-def _remaining_bytes(tasks: Sequence[Stretches], sizes: Sequence[int], shard_bytes: int) -> float:
+def _remaining_bytes(tasks: Sequence[Stretches], shard_bytes: int) -> float:
     """Bytes of input files that the tasks read, a file that several tasks read counted once."""
     return sum(
-        sizes[task.file_index] / task.step
+        task.size / task.step
         if is_compressed(task.path)
-        else min(shard_bytes, sizes[task.file_index] - task.first * shard_bytes)
+        else min(shard_bytes, task.size - task.first * shard_bytes)
         for task in tasks
     )
 

@@ -47,7 +47,7 @@ def run_tasks(
             run_task(task, advance)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload, "webdataset.writer"])
+    context.set_forkserver_preload([preload])
     workers: dict[Connection, BaseProcess] = {}
     waiting = list(reversed(tasks))
     try:
@@ -57,7 +57,7 @@ def run_tasks(
             worker.start()
             other_end.close()
             workers[connection] = worker
-            connection.send(waiting.pop())
+            _send(connection, worker, waiting.pop())
         while workers:
             ready = wait(list(workers))
             for connection in [connection for connection in workers if connection in ready]:
@@ -65,7 +65,7 @@ def run_tasks(
                 if isinstance(message, float):
                     advance(message)
                 elif waiting:
-                    connection.send(waiting.pop())
+                    _send(connection, workers[connection], waiting.pop())
                 else:
                     connection.close()
                     workers.pop(connection).join()
@@ -76,22 +76,33 @@ def run_tasks(
             connection.close()
 
 
+def _send(connection: Connection, worker: BaseProcess, task: Task) -> None:
+    try:
+        connection.send(task)
+    except (BrokenPipeError, ConnectionResetError):
+        raise _death(worker) from None
+
+
 def _receive(connection: Connection, worker: BaseProcess) -> float | None:
     """Progress, or None for a finished task."""
     try:
         message = connection.recv()
     except (EOFError, ConnectionResetError):
-        worker.join()
-        raise MetaLMError(
-            f"a preparation process ended unexpectedly (exit code {worker.exitcode}; -9 usually means out of "
-            "memory). What it had finished is kept: start the same command again, with fewer processes if "
-            "memory is short."
-        ) from None
+        raise _death(worker) from None
     if isinstance(message, MetaLMError):
         raise message
     if isinstance(message, str):
         raise RuntimeError(f"a preparation process failed:\n{message}")
     return message
+
+
+def _death(worker: BaseProcess) -> MetaLMError:
+    worker.join()
+    return MetaLMError(
+        f"a preparation process ended unexpectedly (exit code {worker.exitcode}; -9 usually means out of "
+        "memory). What it had finished is kept: start the same command again, with fewer processes if "
+        "memory is short."
+    )
 
 
 def _serve(connection: Connection, run_task: Callable[[Task, Advance], None]) -> None:

@@ -1,0 +1,120 @@
+"""What a folder of transformers says about an encoder: its sizes, and how its images are prepared.
+
+Read once, when a pipeline is, and kept in the run's config: later only the weights are read from the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from metalm.errors import ConfigError
+
+DERIVED = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "max_text_positions", "image")
+"""Keys of an encoder that follow from the folder."""
+
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
+"""Kinds of models whose positions begin behind the padding token's id."""
+
+
+def fill_in_pretrained(content: dict[str, Any]) -> None:
+    """Complete every encoder with `pretrained.path` in the content of a pipeline, in place.
+
+    Raises:
+        ConfigError: a folder is no model of transformers, or a key that follows from it is given.
+    """
+    model = content.get("model")
+    encoders = model.get("encoders") if isinstance(model, dict) else None
+    for name, encoder in (encoders or {}).items():
+        pretrained = encoder.get("pretrained") if isinstance(encoder, dict) else None
+        if not isinstance(pretrained, dict) or "path" not in pretrained or "definition" in pretrained:
+            continue  # not of transformers, a mistake that validation names, or complete
+        if given := [key for key in DERIVED if key in encoder]:
+            raise ConfigError(
+                f"model.encoders.{name}: {', '.join(given)} follow(s) from pretrained.path, leave them out"
+            )
+        folder = Path(pretrained["path"])
+        try:
+            encoder.update(_sizes(definition := _read_definition(folder)))
+            if encoder["image"]:
+                pretrained.update(_pixels(folder))
+        except ConfigError as error:
+            raise ConfigError(f"model.encoders.{name}.pretrained: {error}") from None
+        pretrained["definition"] = definition
+
+
+def positions_before_text(definition: dict[str, Any]) -> int:
+    """Number of the first text position."""
+    if definition["model_type"] in _POSITIONS_AFTER_PADDING:
+        return int(definition["pad_token_id"]) + 1
+    return 0
+
+
+def _read_definition(folder: Path) -> dict[str, Any]:
+    """The model's config with every default, of the vision model where there are several."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: expected a folder that save_pretrained wrote")
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder} is no model that transformers knows: {error}") from None
+    vision = getattr(config, "vision_config", None)
+    definition = (vision or config).to_dict()
+    # Nothing random: dropout would differ from topology to topology.
+    for key, value in definition.items():
+        if ("drop" in key or key.startswith("mask_")) and isinstance(value, float):
+            definition[key] = 0.0
+    # Parts that serve other heads than the vectors.
+    if "vision_use_head" in definition:
+        definition["vision_use_head"] = False
+    kept = json.loads(json.dumps(definition))
+    for key in ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "architectures"):
+        kept.pop(key, None)
+    return kept
+
+
+def _sizes(definition: dict[str, Any]) -> dict[str, Any]:
+    try:
+        sizes = {
+            "num_layers": definition["num_hidden_layers"],
+            "hidden_size": definition["hidden_size"],
+            "num_heads": definition["num_attention_heads"],
+            "ffn_hidden_size": definition["intermediate_size"],
+        }
+        if "patch_size" in definition:
+            image = {key: _side(definition, key) for key in ("image_size", "patch_size")}
+            return {**sizes, "max_text_positions": 0, "image": image}
+        longest = definition["max_position_embeddings"] - positions_before_text(definition)
+    except KeyError as error:
+        raise ConfigError(
+            f"a model of type {definition.get('model_type')!r} has no {error.args[0]}: expected an encoder "
+            "of text or of images"
+        ) from None
+    return {**sizes, "max_text_positions": longest, "image": None}
+
+
+def _side(definition: dict[str, Any], key: str) -> int:
+    value = definition[key]
+    sides = set(value) if isinstance(value, list) else {value}
+    if len(sides) != 1:
+        raise ConfigError(f"{key} is {value}: expected squares")
+    return int(sides.pop())
+
+
+def _pixels(folder: Path) -> dict[str, Any]:
+    """Mean and deviation of the pixels in 0..1, as the folder's image processor has them."""
+    path = folder / "preprocessor_config.json"
+    try:
+        processor = json.loads(path.read_text())
+        if not processor.get("do_normalize", True):
+            return {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+            raise ConfigError(f"{path}: rescale_factor is not 1/255")
+        return {key: [float(part) for part in processor[key]] for key in ("image_mean", "image_std")}
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: save the model's image processor there") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error!r}") from None

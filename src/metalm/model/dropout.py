@@ -1,0 +1,55 @@
+"""Dropout of encoders and decoder: a function of the row's seed, the place in it, and the site.
+
+So the same is dropped on any topology, with any micro-batch, after any resume, and when a layer is
+computed again. Sites number the dropouts of a component: three a layer (attention weights, what attention
+adds, what the feed-forward adds), and after them that of the embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from metalm.kernels import hidden_dropout, site_seeds
+
+SITES_PER_LAYER = 3
+
+
+@dataclass(frozen=True, eq=False)
+class SpanDropout:
+    """Of an encoder's elements, wherever their spans are packed."""
+
+    rate: float
+    seeds: Tensor  # [L] int64, of the elements' spans
+    positions: Tensor  # [L] int32, in their spans
+
+    def drop(self, hidden: Tensor, site: int) -> Tensor:
+        """[L, D] to [L, D]."""
+        return hidden_dropout(hidden, self.rate, self.seeds, self.positions, site)
+
+    def of_attention(self, site: int) -> dict[str, Any]:
+        """Arguments of `interval_attention`."""
+        seeds = site_seeds(self.seeds, site)[None]
+        return {"dropout": self.rate, "dropout_seed": seeds, "dropout_positions": self.positions[None]}
+
+
+@dataclass(frozen=True, eq=False)
+class RowDropout:
+    """Of the decoder's rows, on one tensor-parallel rank."""
+
+    rate: float
+    seeds: Tensor  # [B] int64
+    positions: Tensor  # [S] int64: indices in the row of the positions that the rank holds between layers
+    first_head: int
+    """Of the rank."""
+
+    def drop(self, hidden: Tensor, site: int) -> Tensor:
+        """[S, B, D] to [S, B, D]."""
+        return hidden_dropout(hidden, self.rate, self.seeds[None], self.positions[:, None], site)
+
+    def of_attention(self, site: int) -> dict[str, Any]:
+        """Arguments of `interval_attention`."""
+        seeds = site_seeds(self.seeds, site)
+        return {"dropout": self.rate, "dropout_seed": seeds, "dropout_head_offset": self.first_head}

@@ -1,0 +1,265 @@
+"""Encoders from transformers: text over packed spans, and images, docked through a connector of ours.
+
+The model's code is transformers' own; what it says and its weights come from a local folder, as safetensors
+and JSON alone. Every vector of a span docks, except those that an image model puts before its patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging
+
+from metalm.batch import EncoderShare
+from metalm.config import EncoderConfig, ImageConfig
+from metalm.config.pretrained import positions_before_text
+from metalm.errors import ConfigError
+from metalm.kernels import IntervalMask
+from metalm.kernels.adapters import register_interval_attention
+from metalm.model.connector import build_connector
+
+OTHER_ATTENTION = "sdpa"
+"""For models whose attention the interval kernel has not, such as BEiT's with its dense bias."""
+CHECK_LENGTHS = (5, 160)
+"""Of the two spans on which packing is tried."""
+CHECK_TOLERANCE = 1e-4
+
+
+class PretrainedEncoder(nn.Module):
+    """A model of transformers with its connector: packed elements in, vectors of the decoder's width out."""
+
+    def __init__(self, config: EncoderConfig, decoder_hidden_size: int) -> None:
+        super().__init__()
+        assert config.pretrained is not None
+        self.image = config.image
+        self.image_mean, self.image_std = config.pretrained.image_mean, config.pretrained.image_std
+        self.first_position = positions_before_text(config.pretrained.definition)
+        self.model = build_skeleton(config)
+        self.connector = build_connector(config.connector, config.hidden_size, decoder_hidden_size)
+        trained = trained_names(self.model, config)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        if config.recompute:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, share: EncoderShare) -> Tensor:
+        """Encode one share: [L, decoder hidden size]. See `Encoder.forward`."""
+        if self.image is None:
+            return self.connector(self._encode_text(share))
+        slots, pixels = share.patch_slots, self._pixels(share.patches, self.image)
+        patches = self._encode_images(pixels, self.image)
+        if not slots.numel():  # the dummy element
+            slots, patches = slots.new_zeros(1), patches[:1]
+        length = share.token_ids.shape[0]
+        vectors = self.connector(patches)
+        return vectors.new_zeros(length, vectors.shape[1]).index_copy(0, slots, vectors)
+
+    def _encode_text(self, share: EncoderShare) -> Tensor:
+        mask = IntervalMask(share.attention_start[None], share.attention_end[None], len(share.token_ids))
+        return encode_packed(self.model, share.token_ids, share.positions + self.first_position, mask)
+
+    def _encode_images(self, pixels: Tensor, image: ImageConfig) -> Tensor:
+        """[I, 3, H, W] to [I * patches, D]."""
+        vectors = self.model(pixel_values=pixels).last_hidden_state
+        return vectors[:, -image.num_patches :].flatten(0, 1)
+
+    def _pixels(self, patches: Tensor, image: ImageConfig) -> Tensor:
+        """[P, patch * patch * 3] uint8 to the normalised images [I, 3, H, W]; one of zeros where P is 0."""
+        if not len(patches):
+            patches = patches.new_zeros(image.num_patches, patches.shape[1])
+        grid, side = image.image_size // image.patch_size, image.patch_size
+        cells = patches.view(-1, grid, grid, side, side, 3).permute(0, 5, 1, 3, 2, 4)
+        pixels = cells.reshape(-1, 3, image.image_size, image.image_size).float() / 255
+        assert self.image_mean is not None and self.image_std is not None
+        channels = [
+            (channel - mean) / deviation
+            for channel, mean, deviation in zip(
+                pixels.unbind(1), self.image_mean, self.image_std, strict=True
+            )
+        ]
+        return torch.stack(channels, 1).to(next(self.connector.parameters()).dtype)
+
+
+def encode_packed(model: nn.Module, token_ids: Tensor, positions: Tensor, mask: IntervalMask) -> Tensor:
+    """Vectors [L, D] of token ids [L] that lie end to end, each seeing its interval."""
+    found = model(
+        input_ids=token_ids[None],
+        position_ids=positions[None],
+        token_type_ids=torch.zeros_like(token_ids)[None],
+        interval_mask=mask,
+    )
+    return found.last_hidden_state[0]
+
+
+def build_skeleton(config: EncoderConfig) -> Any:
+    """The model with random weights, its parts for other tasks left out, and the attention that it can use.
+
+    Raises:
+        ConfigError: transformers cannot build it, or it cannot read packed spans.
+    """
+    model = _build(config, OTHER_ATTENTION)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    return _with_interval_attention(model, config)
+
+
+def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
+    """The folder's weights by parameter name of the skeleton, float32.
+
+    Raises:
+        ConfigError: the folder has no safetensors, or they lack a parameter that the vectors depend on.
+    """
+    assert config.pretrained is not None
+    folder = config.pretrained.path
+    with torch.device("meta"):
+        skeleton = build_skeleton(config)
+    try:
+        with _quietly():
+            model, told = type(skeleton).from_pretrained(
+                folder,
+                config=skeleton.config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"the weights in {folder} cannot be read: {error}") from None
+    wanted = dict(skeleton.named_parameters())
+    if missing := sorted(set(told["missing_keys"]) & wanted.keys()):
+        raise ConfigError(f"{folder} lacks {len(missing)} weight(s), such as {missing[0]}")
+    return {name: value for name, value in model.named_parameters() if name in wanted}
+
+
+def trained_names(model: Any, config: EncoderConfig) -> set[str]:
+    """Parameters that `trained_layers` trains; never those that the vectors do not depend on."""
+    layers = _layers_prefix(model, config.num_layers)
+    names = [name for name, _ in model.named_parameters()]
+    last_in_layers = max(place for place, name in enumerate(names) if name.startswith(layers))
+    first_trained = config.num_frozen_layers
+    trained = set()
+    for place, name in enumerate(names):
+        if name.startswith(layers):
+            taken = int(name.removeprefix(layers).split(".")[0]) >= first_trained
+        else:  # a norm behind the layers goes with the last of them
+            taken = place > last_in_layers and first_trained < config.num_layers
+        if taken or config.trained_layers == "all":
+            trained.add(name)
+    return trained - _unused_names(config)
+
+
+@lru_cache(maxsize=8)
+def count_parameters(encoder: str) -> tuple[int, int]:
+    """Trained and frozen parameters without the connector, of an `EncoderConfig` as JSON."""
+    config = EncoderConfig.model_validate_json(encoder)
+    with torch.device("meta"):
+        model = build_skeleton(config)
+    trained = trained_names(model, config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    num_trained = sum(size for name, size in sizes.items() if name in trained)
+    return num_trained, sum(sizes.values()) - num_trained
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without progress bars and reports of weights for other tasks."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+def _build(config: EncoderConfig, attention: str) -> Any:
+    assert config.pretrained is not None
+    definition = dict(config.pretrained.definition)
+    try:
+        settings = AutoConfig.for_model(definition.pop("model_type"), **definition)
+        model = AutoModel.from_config(
+            settings, attn_implementation=attention, trust_remote_code=False, dtype=torch.float32
+        )
+    except (ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"{config.pretrained.path}: transformers cannot build it: {error}") from None
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
+
+
+def _with_interval_attention(model: Any, config: EncoderConfig) -> Any:
+    """The model through the interval kernel if it then gives what it gave; images have another way."""
+    expected = _try(model, config, alone=True)
+    model.set_attn_implementation(register_interval_attention())
+    try:
+        found = _try(model, config, alone=False)
+        fits = torch.allclose(found, expected, atol=CHECK_TOLERANCE, rtol=CHECK_TOLERANCE)
+    except (ValueError, TypeError, RuntimeError):
+        fits = False
+    if fits:
+        return model
+    if config.image is None:
+        assert config.pretrained is not None
+        raise ConfigError(
+            f"{config.pretrained.path}: a model of type {config.pretrained.model_type!r} does not read "
+            "packed spans as it reads them alone; expected one such as BERT, RoBERTa, XLM-R or ELECTRA"
+        )
+    model.set_attn_implementation(OTHER_ATTENTION)
+    return model
+
+
+def _try(model: Any, config: EncoderConfig, *, alone: bool) -> Tensor:
+    """Vectors of one image, or of two spans: each by itself, or packed."""
+    generator = torch.Generator().manual_seed(0)
+    model.eval()
+    with torch.no_grad():
+        if config.image is not None:
+            size = config.image.image_size
+            return model(pixel_values=torch.rand(1, 3, size, size, generator=generator)).last_hidden_state
+        lengths = [min(length, config.max_text_positions) for length in CHECK_LENGTHS]
+        spans = [torch.randint(4, model.config.vocab_size, (n,), generator=generator) for n in lengths]
+        if alone:
+            return torch.cat([model(input_ids=span[None]).last_hidden_state[0] for span in spans])
+        assert config.pretrained is not None
+        first = positions_before_text(config.pretrained.definition)
+        start = torch.repeat_interleave(torch.tensor([0, lengths[0]]), torch.tensor(lengths)).int()
+        end = torch.repeat_interleave(torch.tensor([lengths[0], sum(lengths)]), torch.tensor(lengths)).int()
+        mask = IntervalMask(start[None], end[None], sum(lengths))
+        positions = torch.cat([torch.arange(n) for n in lengths]) + first
+        return encode_packed(model, torch.cat(spans), positions, mask)
+
+
+def _layers_prefix(model: Any, num_layers: int) -> str:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name + "."
+    raise ConfigError(f"{type(model).__name__} has no list of {num_layers} layers")
+
+
+def _unused_names(config: EncoderConfig) -> frozenset[str]:
+    assert config.pretrained is not None
+    return _find_unused(config.model_copy(update={"recompute": False}).model_dump_json())
+
+
+@lru_cache(maxsize=8)
+def _find_unused(encoder: str) -> frozenset[str]:
+    """Parameters that no gradient of the vectors reaches, found on the meta device."""
+    config = EncoderConfig.model_validate_json(encoder)
+    with torch.device("meta"), torch.enable_grad():
+        model = _build(config, OTHER_ATTENTION)
+        if config.image is not None:
+            size = config.image.image_size
+            vectors = model(pixel_values=torch.zeros(1, 3, size, size)).last_hidden_state
+            vectors = vectors[:, -config.image.num_patches :]
+        else:
+            vectors = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).last_hidden_state
+        vectors.sum().backward()
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)

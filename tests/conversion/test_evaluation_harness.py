@@ -1,0 +1,151 @@
+"""lm-evaluation-harness, started as its users start it, on an exported folder and a task of this test."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conversion.cases import PROMPTS, pictures, prompt_text
+from conversion.conftest import Workshop
+from distributed.ranks import run_command
+from metalm.conversion.checkpoint_source import open_checkpoint
+from metalm.conversion.reference import reference_logits
+from metalm.data.collate import collate
+from metalm.data.rows import text_prompt
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None,
+    reason="lm-eval is not installed: pip install '.[evaluation]'",
+)
+KIND = "deepnorm"
+QUESTIONS = [
+    ("the quick brown", [" fox", " dog", " fox jumps over the lazy dog."]),
+    ("the quick brown fox\n\njumps", [" over", " lazy the"]),
+]
+CHOICE_TASK = """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+ROLLING_TASK = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: context
+metric_list: [{{metric: byte_perplexity}}]
+"""
+IMAGE_TASK = """
+task: images
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/images.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_image: !function images.open_images
+doc_to_text: prompt
+doc_to_target: ""
+generation_kwargs: {{until: ["</d>"], do_sample: false, max_gen_toks: 64}}
+metric_list: [{{metric: exact_match}}]
+"""
+OPEN_IMAGES = """
+from PIL import Image
+
+
+def open_images(doc):
+    return [Image.open(path) for path in doc["images"]]
+"""
+
+
+def evaluate(model: str, exported: Path, folder: Path, tasks: str) -> dict[str, list[dict[str, Any]]]:
+    """The samples of each task, in the order of its questions."""
+    command = [sys.executable, "-m", "lm_eval", "--model", model, "--tasks", tasks, "--batch_size", "2"]
+    command += ["--model_args", f"pretrained={exported},trust_remote_code=True,dtype=float32"]
+    command += ["--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples"]
+    code, output = run_command(
+        [*command, "--device", "cpu"],
+        timeout_s=280,
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(folder / "cache"),
+    )
+    assert code == 0, output[-4000:]
+    samples = {}
+    for task in tasks.split(","):
+        (path,) = (folder / "out").rglob(f"samples_{task}_*.jsonl")
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        samples[task] = sorted(found, key=lambda sample: sample["doc_id"])
+    return samples
+
+
+def log_likelihoods(workshop: Workshop, context: str, text: str) -> float:
+    """Of the text behind the context, by the checkpoint's own model and tokenizer."""
+    source = open_checkpoint(workshop.run_folder(KIND))
+    tokenizer = source.tokenizer
+    num_given = 1 + len(tokenizer.encode([context])[0])
+    row = text_prompt(tokenizer.encode([context + text])[0], start_id=tokenizer.start_id)
+    length = len(row.tokens)
+    batch = collate(
+        [row],
+        model_config=source.config.model,
+        sequence_length=length,
+        tp_size=1,
+        pad_id=tokenizer.pad_id,
+    )
+    logits = reference_logits(source.config.model, partial(source.read, dtype=torch.float32), batch)[0]
+    targets = torch.from_numpy(row.tokens[num_given:].astype(np.int64))
+    return float(logits[num_given - 1 : -1].log_softmax(-1).gather(1, targets[:, None]).sum())
+
+
+def test_log_likelihoods_are_the_checkpoints(workshop: Workshop, tmp_path: Path) -> None:
+    docs = [{"context": context, "choices": choices, "answer": 0} for context, choices in QUESTIONS]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (tmp_path / "choices.yaml").write_text(CHOICE_TASK.format(folder=tmp_path))
+    (tmp_path / "rolling.yaml").write_text(ROLLING_TASK.format(folder=tmp_path))
+    samples = evaluate("hf", workshop.exported(KIND), tmp_path, "choices,rolling")
+    for (context, choices), sample in zip(QUESTIONS, samples["choices"], strict=True):
+        found = [float(answer[0][0]) for answer in sample["resps"]]
+        assert found == pytest.approx(
+            [log_likelihoods(workshop, context, text) for text in choices], abs=1e-3
+        )
+    for (context, _), sample in zip(QUESTIONS, samples["rolling"], strict=True):
+        found = float(np.ravel(sample["resps"])[0])
+        assert found == pytest.approx(log_likelihoods(workshop, "", context), abs=1e-3)
+
+
+def test_answers_to_images_are_the_training_models(workshop: Workshop, tokenizer, tmp_path: Path) -> None:
+    names = ("image", "image and prefix", "images and spans")
+    paths = []
+    for number, pixels in enumerate(pictures()):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    docs = [
+        {
+            "prompt": prompt_text(PROMPTS[name]),
+            "images": [paths[part.image] for part in PROMPTS[name] if part.image is not None],
+        }
+        for name in names
+    ]
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (tmp_path / "images.yaml").write_text(IMAGE_TASK.format(folder=tmp_path))
+    (tmp_path / "images.py").write_text(OPEN_IMAGES)
+    samples = evaluate("hf-multimodal", workshop.exported(KIND), tmp_path, "images")["images"]
+    greedy = workshop.training_model(KIND).greedy
+    for name, sample in zip(names, samples, strict=True):
+        assert sample["resps"][0][0] == tokenizer.decode(greedy[name])

@@ -1,0 +1,118 @@
+"""The shipped pipelines: each has a plan, and each `_tiny` twin is the same run in small, which trains."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distributed.ranks import run_command
+from metalm.checkpoint.folders import find_checkpoint
+from metalm.checkpoint.reader import CheckpointReader
+from metalm.config import load_config
+from metalm.training.metrics import read_metrics
+from metalm.training.plan import describe_plan
+
+REPOSITORY = Path(__file__).parents[2]
+PIPELINES = sorted((REPOSITORY / "pipelines").glob("*.yaml"))
+TWINS = [path for path in PIPELINES if path.stem.endswith("_tiny")]
+SIZES = {
+    *("vocab_size", "num_layers", "hidden_size", "num_heads", "max_text_positions", "joint_layers"),
+    *("num_buckets", "max_distance", "image_size", "patch_size", "tensor"),
+    *("sequence_length", "lanes", "workers", "min_length", "max_length"),
+    *("steps", "global_batch_size", "micro_batch_size", "warmup_steps"),
+    *("every_steps", "evaluate_every_steps", "sample_every_steps"),
+    *("evaluation_rows", "num_samples", "sample_new_tokens"),
+}
+FOLDERS = {"name", "path", "tokenizer"}
+
+
+def run(num_ranks: int, path: Path, folder: Path, name: str, *overrides: str) -> dict[int, float]:
+    """Train a pipeline in `folder/name`; its losses by step."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "metalm", "train"]
+    own = [f"run.folder={folder}", f"run.name={name}", "training.precision=fp32", "training.steps=6"]
+    own += ["checkpoint.every_steps=3", "monitor.log_every_steps=1", "monitor.evaluation_rows=2"]
+    code, output = run_command([*launcher, str(path), *own, *overrides], timeout_s=250)
+    assert code == 0, output
+    return {entry["step"]: entry["loss/all"] for entry in read_metrics(folder / name) if "loss/all" in entry}
+
+
+@pytest.fixture
+def demo_folder(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to start in, where the demo's data is a smaller one."""
+    (tmp_path / "data/demo/shards").mkdir(parents=True)
+    (tmp_path / "deepspeed_configs").symlink_to(REPOSITORY / "deepspeed_configs")
+    (tmp_path / "data/demo/tokenizer").symlink_to(tiny_data / "tokenizer")
+    for kind in ("text", "scenes"):
+        for split in ("train", "heldout"):
+            (tmp_path / f"data/demo/shards/{kind}_{split}").symlink_to(tiny_data / kind)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def differences(one: Any, other: Any, key: str = "") -> Iterator[str]:
+    """The keys of the values that differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in one.keys() | other.keys():
+            yield from differences(one.get(name), other.get(name), name)
+    elif one != other:
+        yield key
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
+def test_every_pipeline_has_a_plan(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    config = load_config(path)
+    assert "decoder" in describe_plan(config, config.parallel.tensor)
+
+
+def test_every_pretraining_has_a_twin() -> None:
+    wanted = {
+        f"{path.stem}_tiny" for path in PIPELINES if path.stem.startswith("pretrain") and path not in TWINS
+    }
+    assert wanted == {path.stem for path in TWINS}
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
+def test_a_twin_differs_in_sizes_and_folders_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    twin, whole = load_config(path), load_config(path.with_stem(path.stem.removesuffix("_tiny")))
+    found = set(differences(twin.model_dump(), whole.model_dump()))
+    assert found <= SIZES | FOLDERS
+    assert {"num_layers", "hidden_size", "steps"} <= found
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
+def test_a_twin_trains_and_goes_on_elsewhere_with_the_same_losses(path: Path, demo_folder: Path) -> None:
+    expected = run(2, path, demo_folder, "two", "parallel.tensor=2")
+    assert sorted(expected) == [1, 2, 3, 4, 5, 6]
+    first = demo_folder / "two" / "checkpoints" / "step_00000003"
+    (demo_folder / "one" / "checkpoints").mkdir(parents=True)
+    (demo_folder / "one" / "checkpoints" / first.name).symlink_to(first)
+    found = run(1, path, demo_folder, "one", "parallel.tensor=1", "training.micro_batch_size=8")
+    assert found == pytest.approx({step: expected[step] for step in (4, 5, 6)}, abs=1e-5)
+
+
+def test_a_run_at_more_pixels_starts_from_one_at_fewer(demo_folder: Path) -> None:
+    """Nothing is learnt in the second run, so that its weights are those it started with."""
+    path, short = REPOSITORY / "pipelines" / "pretrain_vision_language_tiny.yaml", "training.steps=3"
+    ramp = "training.schedule.warmup_steps=1"
+    run(1, path, demo_folder, "small", short, ramp)
+    start = [f"initialize.{part}={demo_folder / 'small'}" for part in ("decoder", "encoders")]
+    still = ["training.optimizer.learning_rate=1.0e-12", "training.optimizer.weight_decay=0"]
+    size = "model.encoders.pairs.image.image_size=72"
+    run(1, path, demo_folder, "large", short, ramp, size, *start, *still)
+    small, large = (CheckpointReader(find_checkpoint(demo_folder / name)) for name in ("small", "large"))
+    for name, shape in small.parameters("encoders").items():
+        weight, found = small.read("encoders", name), large.read("encoders", name)
+        if name == "encoders.pairs.image_positions.weight":
+            assert (shape[0], found.shape[0]) == (16, 36)
+            grid = weight.view(1, 4, 4, -1).permute(0, 3, 1, 2)
+            weight = nn.Upsample(size=6, mode="bicubic")(grid).flatten(2)[0].T
+        torch.testing.assert_close(found, weight, atol=1e-6, rtol=0)

@@ -1,0 +1,201 @@
+"""Encoders of transformers against transformers alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from metalm.batch import EncoderShare
+from metalm.config.pretrained import fill_in_pretrained
+from metalm.config.schema import EncoderConfig
+from metalm.data.images import cut_patches
+from metalm.errors import ConfigError
+from metalm.kernels.attention import backend_counts, reset_backend_counts
+from metalm.model.pretrained import PretrainedEncoder, count_parameters, load_weights, trained_names
+from reference.pretrained import MEAN, STD, save_pretrained, vision_model
+
+IMAGES, TEXTS = ("vit", "beit", "clip", "siglip"), ("bert", "roberta", "xlm-roberta", "electra")
+LAST_LAYER = {
+    "vit": "layers.2.",
+    "beit": "layers.2.",
+    "clip": "encoder.layers.2.",
+    "siglip": "encoder.layers.2.",
+}
+LAST_LAYER |= dict.fromkeys(TEXTS, "encoder.layer.2.")
+BEHIND_LAYERS = {"vit": "layernorm.", "beit": "layernorm.", "siglip": "post_layernorm."}
+
+
+def config_of(folder: Path, **keys: Any) -> EncoderConfig:
+    content = {"model": {"encoders": {"it": {"pretrained": {"path": str(folder)}, **keys}}}}
+    fill_in_pretrained(content)
+    return EncoderConfig.model_validate(content["model"]["encoders"]["it"])
+
+
+def loaded(config: EncoderConfig) -> PretrainedEncoder:
+    encoder = PretrainedEncoder(config, 40)
+    encoder.model.load_state_dict(load_weights(config), strict=False)
+    return encoder
+
+
+def without_connector(encoder: PretrainedEncoder) -> PretrainedEncoder:
+    encoder.connector = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    torch.nn.init.eye_(encoder.connector[0].weight)
+    torch.nn.init.zeros_(encoder.connector[0].bias)
+    return encoder
+
+
+def image_share(pixels: np.ndarray, config: EncoderConfig) -> EncoderShare:
+    """Two images [2, H, W, 3] behind three elements of nothing."""
+    assert config.image is not None
+    patches = np.concatenate([cut_patches(image, config.image) for image in pixels])
+    length = 3 + len(patches)
+    zeros = torch.zeros(length, dtype=torch.int32)
+    slots = torch.arange(3, length)
+    long = zeros.long()
+    return EncoderShare(long, long, zeros, zeros, torch.from_numpy(patches), slots, long, zeros, {})
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_patch_vectors_equal_those_of_transformers_alone(kind: str, tmp_path: Path) -> None:
+    model = vision_model(save_pretrained(kind, tmp_path))
+    config = config_of(tmp_path, trained_layers="none")
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
+    normalised = (torch.from_numpy(pixels).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    with torch.no_grad():
+        expected = model(pixel_values=normalised.permute(0, 3, 1, 2)).last_hidden_state[:, -4:].flatten(0, 1)
+        encoder = without_connector(loaded(config))
+        reset_backend_counts()
+        found = encoder(image_share(pixels, config))
+    torch.testing.assert_close(found[3:], expected, atol=1e-5, rtol=0)
+    assert not found[:3].any()
+    # BEiT adds a dense bias to its scores, which the interval kernel has not.
+    assert bool(backend_counts()) == (kind != "beit")
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_packed_spans_equal_each_span_alone_in_transformers(kind: str, tmp_path: Path) -> None:
+    model = save_pretrained(kind, tmp_path)
+    config = config_of(tmp_path, trained_layers="none")
+    assert config.max_text_positions == (64 if "roberta" in kind else 66)
+    lengths, longest = (7, 64, 3), 80
+    ids = torch.randint(5, 300, (longest,), generator=torch.Generator().manual_seed(1))
+    positions, start, end = (torch.zeros(longest, dtype=torch.int32) for _ in range(3))
+    expected, first = [], 0
+    with torch.no_grad():
+        for length in lengths:
+            span = slice(first, first + length)
+            positions[span], start[span], end[span] = torch.arange(length), first, first + length
+            expected.append(model(input_ids=ids[None, span]).last_hidden_state[0])
+            first += length
+        empty = torch.empty(0, dtype=torch.uint8)
+        slots = torch.empty(0, dtype=torch.long)
+        share = EncoderShare(ids, positions.long(), start, end, empty, slots, ids, start, {})
+        encoder = without_connector(loaded(config))
+        reset_backend_counts()
+        found = encoder(share)
+    torch.testing.assert_close(found[:first], torch.cat(expected), atol=1e-5, rtol=0)
+    assert backend_counts() == {"tiled": 3}
+
+
+@pytest.mark.parametrize("kind", (*IMAGES, *TEXTS))
+def test_the_last_layers_are_trained_and_no_others(kind: str, tmp_path: Path) -> None:
+    save_pretrained(kind, tmp_path)
+    encoder = PretrainedEncoder(config_of(tmp_path, trained_layers=1), 40)
+    trained = {name for name, p in encoder.model.named_parameters() if p.requires_grad}
+    behind = BEHIND_LAYERS.get(kind)
+    names = [name for name, _ in encoder.model.named_parameters()]
+    assert trained == {
+        n for n in names if n.startswith(LAST_LAYER[kind]) or (behind and n.startswith(behind))
+    }
+    assert all(p.requires_grad for p in encoder.connector.parameters())
+
+
+def test_a_share_without_images_still_reaches_every_parameter(tmp_path: Path) -> None:
+    save_pretrained("vit", tmp_path)
+    config = config_of(tmp_path)
+    encoder = loaded(config)
+    share = image_share(np.zeros((1, 24, 24, 3), np.uint8), config)
+    empty = replace(share, patches=share.patches[:0], patch_slots=share.patch_slots[:0])
+    vectors = encoder(empty)
+    assert vectors.shape == (7, 40)
+    (vectors[:0].sum() + 0 * vectors.sum()).backward()
+    trained = trained_names(encoder.model, config)
+    assert all(p.grad is not None for n, p in encoder.model.named_parameters() if n in trained)
+
+
+def test_what_no_vector_depends_on_is_not_trained_and_counted_as_frozen(tmp_path: Path) -> None:
+    model = vision_model(save_pretrained("clip", tmp_path))
+    config = config_of(tmp_path)
+    trained, frozen = count_parameters(config.model_dump_json())
+    assert trained + frozen == sum(p.numel() for p in model.parameters())
+    assert frozen == sum(p.numel() for n, p in model.named_parameters() if n.startswith("post_layernorm"))
+
+
+def test_recomputation_changes_no_gradient(tmp_path: Path) -> None:
+    save_pretrained("vit", tmp_path)
+    pixels = np.random.default_rng(2).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
+    gradients = []
+    for recompute in (False, True):
+        config = config_of(tmp_path, recompute=recompute)
+        encoder = without_connector(loaded(config)).train()
+        encoder(image_share(pixels, config)).square().sum().backward()
+        gradients.append([p.grad for p in encoder.model.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_training_mode_drops_nothing(tmp_path: Path) -> None:
+    save_pretrained("roberta", tmp_path)
+    encoder = PretrainedEncoder(config_of(tmp_path), 40).train()
+    rates = [m.p for m in encoder.model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert rates
+    assert not any(rates)
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    model = save_pretrained("vit", tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_weights(config_of(tmp_path))
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_pretrained("vit", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks 1 weight\(s\), such as layernorm.weight"):
+        load_weights(config_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"auto_map": {"AutoConfig": "x.Y", "AutoModel": "x.Z"}, "model_type": "mine"}, "no model that"),
+        ({"image_size": [24, 36]}, "expected squares"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    import json
+
+    save_pretrained("vit", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        config_of(tmp_path)
+
+
+def test_sizes_are_not_given_twice(tmp_path: Path) -> None:
+    save_pretrained("vit", tmp_path)
+    with pytest.raises(ConfigError, match=r"num_layers follow\(s\) from pretrained.path"):
+        config_of(tmp_path, num_layers=3)
