@@ -85,6 +85,7 @@ if [[ -z $verdict ]]; then
     elif ((${#records[@]} < num_ranks)); then
         verdict=$((step_code ? step_code : EXIT_FAULT))
         cause="$((num_ranks - ${#records[@]})) of $num_ranks ranks vanished, srun ended with $step_code"
+        [[ $step_code != 137 ]] || cause+=" (out of memory?)"
     else
         verdict=0 cause='done'
     fi

@@ -35,6 +35,7 @@ main() {
     bad_nodes=$METALM_CODES/bad_nodes
     mkdir -p "$METALM_CODES"
     record_start
+    rm -f "$run_folder/logs/stop_answered" # of an earlier start
     check_nodes
     code=$?
     if ((code == 0)); then
@@ -180,6 +181,11 @@ finish() { # CODE METALM_ARGUMENTS...
     shift
     cause=$(cat "$METALM_CODES/cause" 2>/dev/null) || cause="the launcher ended with $code"
     [[ ! -e $METALM_CODES/hung ]] || cause="no step for ${METALM_HANG_MINUTES:-60} minutes"
+    local asker='' # who wrote the stop file that the ranks have ended for
+    if [[ -e $run_folder/logs/stop_answered ]]; then
+        asker=$(cat "$run_folder/logs/stop_answered")
+        asker=${asker:-by the stop file}
+    fi
     if [[ -e $METALM_CODES/began ]]; then # the trainer's own watchdog leaves its word with the ranks' stacks
         found=$(find "$run_folder/logs" -name 'stacks_rank_*.txt' -newer "$METALM_CODES/began" | sort | head -n 1)
         [[ -z $found ]] || cause=$(head -n 1 "$found")
@@ -210,8 +216,10 @@ finish() { # CODE METALM_ARGUMENTS...
     elif [[ -n $warned ]]; then
         cause="time limit"
         ((code == EXIT_RESTART)) || cause="time limit, before the ranks had saved"
+    elif ((code == EXIT_RESTART)) && [[ -n $asker && $asker != job\ * ]]; then
+        cause="asked to stop: $asker" again=no
     elif ((code == EXIT_RESTART)); then
-        cause="asked to stop" again=no
+        cause="stopped by itself or by a signal" # as with training.time_limit_minutes
     fi
     if [[ $again = yes && ${METALM_COME_BACK:-requeue} = never ]]; then
         again=no

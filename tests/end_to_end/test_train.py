@@ -73,7 +73,8 @@ def test_tensorboard_shows_what_operators_watch(whole_run: tuple[Path, str]) -> 
         *(f"data/encoder_imbalance_over_ranks/{name}" for name in ("text", "image", "text_in_lane_order")),
     }
     assert [event.step for event in board.Scalars("loss/all")] == list(range(1, 9))
-    assert set(board.Tags()["images"]) == {"scenes/0", "scenes/1"}
+    masks = {"mask/decoder", "mask/text", "mask/image"}
+    assert set(board.Tags()["images"]) == {"scenes/0", "scenes/1"} | masks
     assert {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]} >= {
         "config",
         "text/0",
@@ -118,10 +119,12 @@ def test_a_checkpoint_goes_on_under_another_topology(
     (tmp_path / "moved" / "checkpoints").mkdir(parents=True)
     source = whole_run[0] / "checkpoints" / "step_00000004"
     (tmp_path / "moved" / "checkpoints" / source.name).symlink_to(source)
-    code, output = run_command(moved, timeout_s=200)
+    code, output = run_command([*moved, "monitor.evaluate_every_steps=4"], timeout_s=200)
     assert code == 0, output
     found = losses(tmp_path / "moved")
     assert sorted(found) == [5, 6, 7, 8]
+    evaluated = [entry["step"] for entry in read_metrics(tmp_path / "moved") if "held_out/text" in entry]
+    assert evaluated == [4, 8]  # as if it had been killed before it could evaluate what it had saved
     assert found == pytest.approx({step: losses(whole_run[0])[step] for step in found}, abs=1e-5)
 
 

@@ -68,8 +68,8 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def output(self) -> str:
-        """What the ranks wrote to their terminals, the last of it."""
-        return self.log.read_text()[-6000:]
+        """What the ranks wrote to their terminals."""
+        return self.log.read_text()
 
 
 def wait_until(condition: Callable[[], bool], ranks: Ranks, timeout_s: float = 100.0) -> bool:

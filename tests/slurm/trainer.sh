@@ -46,7 +46,7 @@ while :; do
     if [[ -n $asked || -e $run/stop ]]; then
         save
         sleep 0.5 # so that the other ranks see the file before it goes
-        rm -f "$run/stop"
+        mv "$run/stop" "$run/logs/stop_answered" 2>/dev/null || :
         exit 75
     fi
     if [[ $step = "${fails#*@}" && ($resumed -lt $step || $step = 0) ]]; then

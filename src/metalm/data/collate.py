@@ -154,9 +154,8 @@ def _encoder_batch(
     for rank, chosen in enumerate(members):
         layout = _ShareLayout(spans, chosen, taken[chosen], length)
         docked = _ranges(spans.bounds[chosen, 0], spans.lengths[chosen])
-        if spans.ids is None:
-            span_tokens = tokens[docked]
-        else:
+        span_tokens = tokens[docked]
+        if spans.ids is not None:
             span_tokens = spans.ids[_ranges(first_elements[chosen], spans.lengths[chosen])]
         vectors.append(rank * length + layout.elements)
         positions.append(docked)

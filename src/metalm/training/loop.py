@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from metalm.batch import SemiCausalBatch
@@ -23,6 +24,7 @@ from metalm.training.drift import find_drift
 from metalm.training.evaluate import generate_samples, held_out_losses
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
+from metalm.training.metrics import read_metrics
 from metalm.training.monitor import Monitor
 from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
@@ -84,7 +86,7 @@ class _Run:
 
     def train(self) -> int:
         self._announce()
-        if self._step == 0:
+        if self._step == 0 or self._was_killed_before_evaluating():
             self._evaluate()
         while self._step < self._config.training.steps:
             batches = self._next_batches()
@@ -273,6 +275,20 @@ class _Run:
                     if session.is_first:
                         self._monitor.write_samples(self._step, samples)
             self._watchdog.beat(f"step {self._step + 1}")
+
+    def _was_killed_before_evaluating(self) -> bool:
+        """Whether the checkpoint that the run resumed from was saved, but its evaluation not written."""
+        config = self._config
+        if not config.data.evaluation or not self._is_due(config.monitor.evaluate_every_steps):
+            return False
+        told = [False]
+        if self._session.is_first:
+            of_step = [
+                entry for entry in read_metrics(self._session.run_folder) if entry["step"] == self._step
+            ]
+            told = [not any(name.startswith("held_out/") for entry in of_step for name in entry)]
+        dist.broadcast_object_list(told)
+        return told[0]
 
     def _is_logged(self, step: int) -> bool:
         return (
