@@ -41,6 +41,7 @@ from metalm.data.index import build_index
 from metalm.data.loader import TrainingData
 from metalm.data.preparation.text import prepare_text
 from metalm.data.sources import open_sources
+from metalm.data.tar import member_header, padding
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 LENGTH = 2048
@@ -321,9 +322,10 @@ def restore_in_a_million(root: Path) -> list[float]:
     folder.mkdir()
     body = np.full(30, 9, "<u2").tobytes()
     for shard in range(10):
-        with webdataset.TarWriter(str(folder / f"{shard}.tar"), encoder=False, mtime=0) as writer:
+        with (folder / f"{shard}.tar").open("wb") as file:
             for number in range(100_000):
-                writer.write({"__key__": f"{number:08d}", "u16": body})
+                file.write(member_header(f"{number:08d}.u16", len(body)) + body + padding(len(body)))
+            file.write(bytes(1024))
     build_index(folder, kind="text", tokenizer_fingerprint=load_tokenizer(root / "tokenizer").fingerprint)
     return [restore_in(config_of(root, folder, lanes=64), 10**6, fraction) for fraction in FRACTIONS]
 
