@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +161,39 @@ def test_truncated_damaged_and_empty_shards_are_counted(
     ]
     assert index.skipped == {"damaged_tar": 1, "empty_shard": 1, "truncated_tar": 1}
     assert open_index(tmp_path).num_samples == 7
+
+
+@pytest.mark.parametrize(
+    ("size", "stored", "skipped"),
+    [
+        (300 << 20, True, {"empty_text": 1, "oversize_member": 1}),
+        (5 * 10**9, False, {"truncated_tar": 1}),
+    ],
+)
+def test_a_huge_member_is_left_out_and_never_held_in_memory(
+    tmp_path: Path, size: int, stored: bool, skipped: dict[str, int]
+) -> None:
+    shard = tmp_path / "a.tar"
+    good = io.BytesIO()
+    with tarfile.open(fileobj=good, mode="w") as tar:
+        tar.addfile(member := tarfile.TarInfo("1.txt"), io.BytesIO())
+        member.name, member.size = "2.txt", 3
+        tar.addfile(member, io.BytesIO(b"fox"))
+    with shard.open("wb") as file:
+        large = tarfile.TarInfo("0.txt")
+        large.size = size
+        file.write(large.tobuf())
+        if stored:
+            file.seek(size, io.SEEK_CUR)  # a hole, which takes no room on the disk
+        file.write(good.getvalue())
+    tracemalloc.start()
+    entry, records = scan_shard(shard, "text")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert entry.skipped == skipped
+    assert entry.size == shard.stat().st_size
+    assert records["main_size"].tolist() == ([3] if stored else [])
+    assert peak < 16 << 20
 
 
 def refused(folder: Path, message: str) -> None:

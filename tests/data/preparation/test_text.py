@@ -375,6 +375,21 @@ def test_gigatoken_writes_the_same_shards(
     assert contents(tmp_path / "gigatoken") == contents(tmp_path / "huggingface")
 
 
+def test_energon_prepares_the_shards(corpus_file: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.energon")
+    from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
+
+    out = tmp_path / "out"
+    report = prepare_text([corpus_file], out, tokenizer_folder, shard_bytes=SHARD_BYTES)
+    shards = sorted(shard.name for shard in out.glob("*.tar"))
+    found = BaseWebdatasetFactory.prepare_dataset(
+        out, shards, split_parts_ratio=[("train", 1.0)], workers=1, progress_fn=lambda items, _: items
+    )
+    assert "u16" in found
+    info = json.loads((out / ".nv-meta" / ".info.json").read_text())
+    assert sum(info["shard_counts"].values()) == report["documents"]
+
+
 def test_without_gigatoken_the_reason_is_given(
     tokenizer_folder: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -40,7 +40,7 @@ PAPER_DROPS = ("Github", "ArXiv", "PubMed Central")
 """Subsets of the Pile that the paper leaves out."""
 BATCH_BYTES = 1 << 20
 """Text that is tokenised at once."""
-PROOF_BYTES = 1 << 20
+PROOF_BYTES = 1 << 18
 """Text on which gigatoken must agree with Hugging Face before it is used."""
 
 Store = Literal["ids", "text", "both"]
