@@ -65,10 +65,10 @@ for _ in 1 2 3 4 5; do
     sleep 1
 done
 
-# The code for all: what starting again cannot mend comes first, then a node that is not fit, the agreed stop,
-# and the first fault.
+# The code for all: what starting again cannot mend comes first, then a node that is not fit, then what came first
+# of an agreed stop and a fault: ranks whose peer has failed are told to stop as well, and some may still say 75.
 verdict='' cause=''
-for wanted in $EXIT_USAGE $EXIT_DATA $EXIT_NODE $EXIT_RESTART; do
+for wanted in $EXIT_USAGE $EXIT_DATA $EXIT_NODE; do
     for record in "${records[@]}"; do
         [[ ${record%% *} = "$wanted" ]] && verdict=$wanted cause="ranks ended with $wanted"
     done
@@ -81,9 +81,11 @@ if [[ -z $verdict ]]; then
         verdict=$code cause="${first%%:*} on $host ended with $code"
         ((code <= 128)) || cause="${first%%:*} on $host was killed by signal $((code - 128))"
         [[ $code != 137 ]] || cause+=" (out of memory?)"
+        [[ $code != "$EXIT_RESTART" ]] || cause="ranks ended with $code"
     elif ((${#records[@]} < num_ranks)); then
         verdict=$((step_code ? step_code : EXIT_FAULT))
         cause="$((num_ranks - ${#records[@]})) of $num_ranks ranks vanished, srun ended with $step_code"
+        [[ $step_code != 137 ]] || cause+=" (out of memory?)"
     else
         verdict=0 cause='done'
     fi

@@ -35,9 +35,11 @@ main() {
     bad_nodes=$METALM_CODES/bad_nodes
     mkdir -p "$METALM_CODES"
     record_start
+    rm -f "$run_folder/logs/stop_answered" # of an earlier start
     check_nodes
     code=$?
     if ((code == 0)); then
+        : >"$METALM_CODES/began"
         watch_for_hang &
         local watch=$!
         launch train "$@"
@@ -101,6 +103,8 @@ on_warning() {
 # shellcheck disable=SC2329  # by its trap
 on_end() {
     told_to_end=$(date +%s)
+    # Ranks whose peers are gone cannot save, and would be waited for until Slurm ends this shell as well.
+    [[ -z $child || -z $(down_nodes) ]] || kill -KILL "$child"
 }
 
 ask_to_stop() {
@@ -173,10 +177,19 @@ watch_for_hang() {
 }
 
 finish() { # CODE METALM_ARGUMENTS...
-    local code=$1 cause
+    local code=$1 cause found
     shift
     cause=$(cat "$METALM_CODES/cause" 2>/dev/null) || cause="the launcher ended with $code"
     [[ ! -e $METALM_CODES/hung ]] || cause="no step for ${METALM_HANG_MINUTES:-60} minutes"
+    local asker='' # who wrote the stop file that the ranks have ended for
+    if [[ -e $run_folder/logs/stop_answered ]]; then
+        asker=$(cat "$run_folder/logs/stop_answered")
+        asker=${asker:-by the stop file}
+    fi
+    if [[ -e $METALM_CODES/began ]]; then # the trainer's own watchdog leaves its word with the ranks' stacks
+        found=$(find "$run_folder/logs" -name 'stacks_rank_*.txt' -newer "$METALM_CODES/began" | sort | head -n 1)
+        [[ -z $found ]] || cause=$(head -n 1 "$found")
+    fi
     local faults num_bad=0 leave_out=''
     if [[ -s $bad_nodes ]]; then
         faults=$(sed 's/\t/: /' "$bad_nodes" | paste -s -d '|' | sed 's/|/, /g')
@@ -203,8 +216,10 @@ finish() { # CODE METALM_ARGUMENTS...
     elif [[ -n $warned ]]; then
         cause="time limit"
         ((code == EXIT_RESTART)) || cause="time limit, before the ranks had saved"
+    elif ((code == EXIT_RESTART)) && [[ -n $asker && $asker != job\ * ]]; then
+        cause="asked to stop: $asker" again=no
     elif ((code == EXIT_RESTART)); then
-        cause="asked to stop" again=no
+        cause="stopped by itself or by a signal" # as with training.time_limit_minutes
     fi
     if [[ $again = yes && ${METALM_COME_BACK:-requeue} = never ]]; then
         again=no

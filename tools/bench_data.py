@@ -14,6 +14,8 @@ import io
 import itertools
 import json
 import os
+import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from metalm.config.schema import RunConfig
 from metalm.data.images import decode_image
 from metalm.data.index import build_index
 from metalm.data.loader import TrainingData
+from metalm.data.preparation.text import prepare_text
 from metalm.data.sources import open_sources
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -64,7 +67,8 @@ def main() -> None:
             results["restore, 1M samples (s)"] = {"metalm": restore_in_a_million(Path(folder))}
     show(results)
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        facts = {"date": time.strftime("%Y-%m-%d"), "machine": describe_machine(), "command": sys.argv[1:]}
+        options.out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
 
 
 def measure(root: Path, text_mb: float, num_photographs: int, rounds: int) -> dict[str, dict[str, Any]]:
@@ -94,6 +98,10 @@ def measure(root: Path, text_mb: float, num_photographs: int, rounds: int) -> di
 
     results: dict[str, dict[str, Any]] = {}
     contests: dict[str, dict[str, Callable[[], float]]] = {
+        "raw text to shards, MB/s": {
+            "metalm": lambda: rate_of_preparation(root, texts),
+            "Hugging Face tokenizer": lambda: rate_of_tokenizer(tokenizer, texts),
+        },
         "samples/s": {"metalm": lambda: rate_of_samples(own, tokenizer)},
         "packed rows, Mtokens/s": {"metalm": lambda: rate_of_rows(config_of(root, own), 12) / 1e6},
         "rows of raw text, Mtokens/s": {
@@ -137,6 +145,16 @@ def measure(root: Path, text_mb: float, num_photographs: int, rounds: int) -> di
         for row in results.values():
             row.setdefault(name, "not installed")
     return results
+
+
+def describe_machine() -> str:
+    """The processor, and how busy it is with other work: the load over the last five minutes."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return (
+        f"{model or platform.machine()}, one of {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f}, "
+        f"Python {platform.python_version()}"
+    )
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
@@ -226,6 +244,25 @@ def rate_of_rows(config: RunConfig, steps: int) -> float:
     """Tokens per second of whole micro-batches."""
     with closing(open_data(config)) as data:
         return rate(itertools.islice(data, steps), lambda batches: sum(b.tokens.numel() for b in batches))
+
+
+def rate_of_preparation(root: Path, texts: list[str]) -> float:
+    """MB of text per second from JSON Lines to shards with an index, all in one process."""
+    source, out = root / "raw.jsonl", root / "prepared"
+    if not source.exists():
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    report = prepare_text([source], out, root / "tokenizer")
+    return report["bytes"] / 1e6 / (time.perf_counter() - began)
+
+
+def rate_of_tokenizer(tokenizer: Tokenizer, texts: list[str]) -> float:
+    """MB of text per second through the tokenizer alone."""
+    sample = texts[:1000]
+    began = time.perf_counter()
+    tokenizer.encode(sample)
+    return sum(len(text.encode()) for text in sample) / 1e6 / (time.perf_counter() - began)
 
 
 def rate_of_raw_rows(folder: Path, tokenizer: Tokenizer) -> float:

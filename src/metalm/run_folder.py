@@ -3,6 +3,9 @@
 STOP_NAME = "stop"
 """While this file is there, the run is asked to save and end."""
 
+ANSWERED_STOP_NAME = "stop_answered"
+"""In `logs/`: the stop file that the run has last ended for. A batch script starts such a run no more."""
+
 METRICS_NAME = "metrics.jsonl"
 """In `logs/`: the figures of the run, a JSON object a line."""
 

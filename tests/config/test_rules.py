@@ -81,6 +81,16 @@ def test_contradictions_are_named(override: str, message: str) -> None:
         ({"zero_optimization": {"stage": 0}}, [], "stage must be 1, 2 or 3, not 0"),
         ({}, [], "stage must be 1, 2 or 3, not None"),
         (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            [],
+            "offload_optimizer.device must be cpu, not 'nvme'",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            [],
+            "needs zero_force_ds_cpu_optimizer: false",
+        ),
+        (
             {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
             ["training.precision=bf16"],
             "use stage 2",

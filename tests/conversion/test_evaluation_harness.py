@@ -17,7 +17,7 @@ from PIL import Image
 from conversion.cases import PROMPTS, pictures, prompt_text
 from conversion.conftest import Workshop
 from distributed.ranks import run_command
-from metalm.conversion.checkpoint_source import open_checkpoint
+from metalm.conversion.checkpoint_source import CheckpointSource, open_checkpoint
 from metalm.conversion.reference import reference_logits
 from metalm.data.collate import collate
 from metalm.data.rows import text_prompt
@@ -94,23 +94,19 @@ def evaluate(model: str, exported: Path, folder: Path, tasks: str) -> dict[str, 
     return samples
 
 
-def log_likelihoods(workshop: Workshop, context: str, text: str) -> float:
-    """Of the text behind the context, by the checkpoint's own model and tokenizer."""
-    source = open_checkpoint(workshop.run_folder(KIND))
-    tokenizer = source.tokenizer
-    num_given = 1 + len(tokenizer.encode([context])[0])
-    row = text_prompt(tokenizer.encode([context + text])[0], start_id=tokenizer.start_id)
-    length = len(row.tokens)
+def log_likelihood(source: CheckpointSource, ids: np.ndarray, num_given: int) -> float:
+    """Of all tokens behind the first `num_given` and `<s>`, by the checkpoint's own model."""
+    row = text_prompt(ids, start_id=source.tokenizer.start_id)
     batch = collate(
         [row],
         model_config=source.config.model,
-        sequence_length=length,
+        sequence_length=len(row.tokens),
         tp_size=1,
-        pad_id=tokenizer.pad_id,
+        pad_id=source.tokenizer.pad_id,
     )
     logits = reference_logits(source.config.model, partial(source.read, dtype=torch.float32), batch)[0]
-    targets = torch.from_numpy(row.tokens[num_given:].astype(np.int64))
-    return float(logits[num_given - 1 : -1].log_softmax(-1).gather(1, targets[:, None]).sum())
+    targets = torch.from_numpy(row.tokens[1 + num_given :].astype(np.int64))
+    return float(logits[num_given:-1].log_softmax(-1).gather(1, targets[:, None]).sum())
 
 
 def test_log_likelihoods_are_the_checkpoints(workshop: Workshop, tmp_path: Path) -> None:
@@ -119,14 +115,16 @@ def test_log_likelihoods_are_the_checkpoints(workshop: Workshop, tmp_path: Path)
     (tmp_path / "choices.yaml").write_text(CHOICE_TASK.format(folder=tmp_path))
     (tmp_path / "rolling.yaml").write_text(ROLLING_TASK.format(folder=tmp_path))
     samples = evaluate("hf", workshop.exported(KIND), tmp_path, "choices,rolling")
+    source = open_checkpoint(workshop.run_folder(KIND))
+    start, encode = source.tokenizer.start_id, lambda text: source.tokenizer.encode([text])[0]
     for (context, choices), sample in zip(QUESTIONS, samples["choices"], strict=True):
-        found = [float(answer[0][0]) for answer in sample["resps"]]
-        assert found == pytest.approx(
-            [log_likelihoods(workshop, context, text) for text in choices], abs=1e-3
-        )
+        given = len(encode(context))
+        expected = [log_likelihood(source, encode(context + choice), given) for choice in choices]
+        assert [float(answer[0][0]) for answer in sample["resps"]] == pytest.approx(expected, abs=1e-3)
     for (context, _), sample in zip(QUESTIONS, samples["rolling"], strict=True):
-        found = float(np.ravel(sample["resps"])[0])
-        assert found == pytest.approx(log_likelihoods(workshop, "", context), abs=1e-3)
+        # The harness begins with `<s>` itself, before what the tokenizer gives, and counts the second.
+        expected = log_likelihood(source, np.concatenate(([start], encode(context))), 0)
+        assert float(np.ravel(sample["resps"])[0]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_answers_to_images_are_the_training_models(workshop: Workshop, tokenizer, tmp_path: Path) -> None:

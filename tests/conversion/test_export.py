@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -19,8 +18,9 @@ from conversion.conftest import PROOF_FILES, Workshop, write_run
 from distributed.ranks import run_command
 from metalm.conversion import checkpoint_source, export, proof
 from metalm.conversion.export import export_checkpoint
+from metalm.conversion.hf_config import write_configs
 from metalm.conversion.plain_transformers import FORBIDDEN
-from metalm.data.tokenizer import train_tokenizer
+from metalm.data.tokenizer import load_tokenizer, train_tokenizer
 from metalm.errors import EXIT_DATA, CheckpointError, ConfigError, DataError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,15 +113,24 @@ def test_a_folder_that_does_not_load_fails_the_proof(
     assert nothing_is_left(tmp_path)
 
 
-def test_a_full_disk_leaves_no_folder(
-    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*unused, **also_unused):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(export, "write_shards", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        export_checkpoint(workshop.run_folder(KIND), tmp_path / "out")
+def test_a_full_disk_leaves_no_folder(workshop: Workshop, tmp_path: Path) -> None:
+    """As ENOSPC does, a limit on the size of files ends a write in the middle of a weight file."""
+    program = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from metalm.conversion.export import export_checkpoint\n"
+        "from metalm.errors import CheckpointError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        "    export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "except CheckpointError as error:\n"
+        "    print('REFUSED', error)\n"
+    )
+    arguments = [str(workshop.run_folder(KIND)), str(tmp_path / "out")]
+    code, output = run_command([sys.executable, "-c", program, *arguments], timeout_s=120)
+    assert code == 0, output
+    assert re.search(r"REFUSED .*out could not be written: .*File too large", output), output
     assert nothing_is_left(tmp_path)
 
 
@@ -158,6 +167,17 @@ def test_another_tokenizer_is_refused(workshop: Workshop, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="has 600 ids, the model 330"):
         export_checkpoint(run, tmp_path / "out", tokenizer=tmp_path / "large")
     assert nothing_is_left(tmp_path)
+
+
+def test_image_encoders_of_different_sizes_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    """The processor prepares images for all of a batch alike, before it knows who reads them."""
+    config = workshop.training_model(KIND).config
+    vision = config.model.encoders["vision"]
+    image = vision.image.model_copy(update={"image_size": 24})
+    encoders = {**config.model.encoders, "finer": vision.model_copy(update={"image": image})}
+    config = config.model_copy(update={"model": config.model.model_copy(update={"encoders": encoders})})
+    with pytest.raises(ConfigError, match=r"different sizes \(\[16, 24\]\) cannot be exported"):
+        write_configs(config, load_tokenizer(workshop.tokenizer_folder), torch.float32, tmp_path)
 
 
 def test_an_existing_folder_is_not_touched(workshop: Workshop, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_conversation_keeps_its_turns(workshop: Workshop, image: Path) -> None
 def test_markers_that_a_user_types_are_text(workshop: Workshop) -> None:
     folder, said = workshop.exported(KIND), []
     chat_with_folder(folder, iter(["<image>fox"]), said.append, max_new_tokens=4)
-    prompt = r"<span>\</span>fox\<image></span>"
+    prompt = r"<span>\<image>fox</span>"
     assert said == [generate_from_folder(folder, prompt, max_new_tokens=4)]
 
 

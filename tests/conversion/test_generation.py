@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import AutoModelForImageTextToText, StoppingCriteria, TextIteratorStreamer
 
 from conversion.cases import NEW_TOKENS, PROMPTS, prompt_images, prompt_text
 
@@ -105,6 +105,26 @@ def test_images_alone_need_no_span_tensors(hf_model, processor) -> None:
     for options in ({}, {"use_cache": False}, {"num_beams": 2}):
         options = options | {"max_new_tokens": 8}
         assert torch.equal(generate(hf_model, plain, **options), generate(hf_model, spelt, **options))
+
+
+def test_images_are_found_among_embeddings(hf_model, processor) -> None:
+    spelt = inputs_of(processor, "image", "image")
+    embeds = hf_model.get_input_embeddings()(spelt["input_ids"])
+    given = {"inputs_embeds": embeds, "pixel_values": spelt["pixel_values"]}
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = generate(hf_model, spelt, **options)
+    assert torch.equal(hf_model.generate(**given, **options), expected)
+
+
+def test_a_model_that_accelerate_places_says_the_same(hf_model, processor, kind, workshop) -> None:
+    pytest.importorskip("accelerate")
+    placed = AutoModelForImageTextToText.from_pretrained(
+        workshop.exported(kind), trust_remote_code=True, device_map="auto"
+    )
+    assert placed.hf_device_map
+    inputs = inputs_of(processor, "images and spans")
+    expected = generate(hf_model, inputs, max_new_tokens=8)
+    assert torch.equal(generate(placed, inputs.to(placed.device), max_new_tokens=8).cpu(), expected.cpu())
 
 
 def test_spans_are_encoded_once(hf_model, processor) -> None:

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from metalm.data.tar import HashedStream, Member, TarEnd, scan_members
+from metalm.data.tar import HashedStream, Member, TarEnd, member_header, padding, scan_members
 
 NAMES = ["a.txt", "folder/b.jpg", "d" * 90 + "/" + "e" * 90 + ".json", "größe.txt"]
 TOO_LONG_FOR_USTAR = "n" * 120 + ".txt"
@@ -54,6 +54,22 @@ def test_a_cut_archive_is_truncated_at_every_length() -> None:
         members, end = scanned(data[:length])
         assert members == [member for member in whole if member.end <= length]
         assert end is TarEnd.TRUNCATED
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 5000])
+def test_written_members_are_those_that_tarfile_and_the_scan_read(size: int) -> None:
+    name, content = "0003-0000000012345.u16", bytes(range(256)) * 20
+    content = content[:size]
+    data = (member_header(name, size) + content + padding(size)) * 2 + bytes(1024)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for member in tar.getmembers():
+            assert (member.name, member.size, member.isreg(), member.mtime) == (name, size, True, 0)
+            assert (member.mode, member.uid, member.uname) == (0o444, 0, "metalm")
+            file = tar.extractfile(member)
+            assert file is not None and file.read() == content
+    members, end = scanned(data)
+    assert [(member.name, member.size) for member in members] == [(name, size)] * 2
+    assert end is TarEnd.CLOSED
 
 
 @pytest.mark.parametrize("position", [0, 124, 150])

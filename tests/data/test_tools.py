@@ -67,7 +67,7 @@ def test_the_benchmark_measures_every_loader_that_is_installed(tmp_path: Path) -
     arguments = ("--text-mb", 0.5, "--photographs", 2, "--rounds", 1, "--out", tmp_path / "bench.json")
     done = run_tool("bench_data.py", *arguments)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "bench.json").read_text())
+    results = json.loads((tmp_path / "bench.json").read_text())["results"]
     for what in ("samples/s", "packed rows, Mtokens/s", "photographs of 256 pixels to 224, /s"):
         assert results[what]["metalm"] > 0
         assert results[what]["webdataset"] > 0

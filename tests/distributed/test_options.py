@@ -14,7 +14,7 @@ import torch
 
 from distributed.ranks import run_ranks
 from distributed.test_topologies import read_weights
-from distributed.tiny import RATES, STEPS, global_batch, tiny_config
+from distributed.tiny import LENGTH, RATES, STEPS, global_batch, tiny_config
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw
 from metalm.model.initialization import initialize_parameters
@@ -36,6 +36,7 @@ CASES: dict[str, tuple[int, dict[str, Any], str]] = {
     ),
     "mixed, recomputed under ZeRO 3": (2, {"options": "mixed", "micro_batch_size": 2}, "3,3"),
     "one key head, ZeRO 3 over the data-parallel ranks": (2, {"options": "qkv_biases"}, "3,1"),
+    "optimizers in host memory": (2, {"tensor": 2, "micro_batch_size": 4}, "2_offload,3_offload"),
 }
 """Ranks, arguments of `tiny_config`, ZeRO stages of decoder and encoders."""
 
@@ -61,6 +62,8 @@ def test_losses_and_weights_equal_the_plain_model(name: str, topology: Topology,
     batches = [global_batch(number) for number in range(STEPS)]
     losses, weights = reference.train(batches, start, tiny_config("unused", options=options), RATES)
     assert result["losses"] == pytest.approx(losses, abs=1e-5)
+    assert result["layer_positions"] == LENGTH // (shape["tensor"] if "sequence_parallel" in shape else 1)
+    assert result["optimizer_is_offloaded"] == ("offload" in zero)
     assert result["drift"] == []
     for step, wanted in ((0, start), (STEPS, weights)):
         found = read_weights(tmp_path / f"zero_{zero.replace(',', '_')}", step)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from distributed.ranks import run_command
@@ -17,12 +18,14 @@ from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import load_config
 from metalm.training.metrics import read_metrics
 from metalm.training.plan import describe_plan
+from reference.pretrained import save_pretrained
 
 REPOSITORY = Path(__file__).parents[2]
 PIPELINES = sorted((REPOSITORY / "pipelines").glob("*.yaml"))
-TWINS = [path for path in PIPELINES if path.stem.endswith("_tiny")]
+TWINS = [path for path in PIPELINES if path.stem.startswith("pretrain") and path.stem.endswith("_tiny")]
 SIZES = {
     *("vocab_size", "num_layers", "hidden_size", "num_heads", "max_text_positions", "joint_layers"),
+    *("num_kv_heads", "ffn_hidden_size"),
     *("num_buckets", "max_distance", "image_size", "patch_size", "tensor"),
     *("sequence_length", "lanes", "workers", "min_length", "max_length"),
     *("steps", "global_batch_size", "micro_batch_size", "warmup_steps"),
@@ -86,6 +89,55 @@ def test_a_twin_differs_in_sizes_and_folders_alone(path: Path, monkeypatch: pyte
     found = set(differences(twin.model_dump(), whole.model_dump()))
     assert found <= SIZES | FOLDERS
     assert {"num_layers", "hidden_size", "steps"} <= found
+
+
+def test_adding_an_encoder_in_small_differs_in_sizes_and_folders_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    twin, whole = (load_config(REPOSITORY / f"pipelines/add_encoder{end}.yaml") for end in ("_tiny", ""))
+    starts = [config.initialize for config in (twin, whole)]
+    assert starts[0].new == starts[1].new
+    contents = [config.model_dump(exclude={"initialize"}) for config in (twin, whole)]
+    assert set(differences(*contents)) <= SIZES | FOLDERS
+
+
+def test_an_encoder_is_added_to_a_trained_run(demo_folder: Path) -> None:
+    """As shipped, and with one of transformers instead: the rest goes on from what was learnt."""
+    base = run(1, REPOSITORY / "pipelines/pretrain_language_tiny.yaml", demo_folder, "base")
+    trained = weights(demo_folder / "base", 6)
+    start = [f"initialize.{part}={demo_folder / 'base'}" for part in ("decoder", "encoders")]
+    tiny = REPOSITORY / "pipelines/add_encoder_tiny.yaml"
+    save_pretrained("vit", demo_folder / "vit", image_size=48, patch_size=12)
+    vit = demo_folder / "vit.yaml"
+    vit.write_text(f"extends: {tiny}\nmodel: {{encoders: {{image: null}}}}\n")
+    with_vit = demo_folder / "with_vit.yaml"
+    image = {"pretrained": {"path": str(demo_folder / "vit")}, "trained_layers": "none"}
+    content = {"extends": str(vit), "model": {"encoders": {"image": image}}}
+    with_vit.write_text(yaml.safe_dump(content))
+    for path, name in ((tiny, "added"), (with_vit, "vit_added")):
+        # A learning rate near nothing: what the run starts from is still there after six steps.
+        found = run(2, path, demo_folder, name, *start, "training.optimizer.learning_rate=1e-12")
+        assert sorted(found) == sorted(base)
+        now = weights(demo_folder / name, 6)
+        new = {key for key in now if key.startswith("encoders/encoders.image.")}
+        assert now.keys() - new == trained.keys()
+        for key, value in trained.items():
+            torch.testing.assert_close(now[key], value, atol=1e-9, rtol=1e-5)
+        assert len(new) > 10
+    model = save_pretrained("vit", demo_folder / "again", image_size=48, patch_size=12)
+    for key, value in model.named_parameters():
+        if not key.startswith("pooler."):
+            assert torch.equal(now[f"encoders/encoders.image.model.{key}"], value)
+
+
+def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(run_folder / "checkpoints" / f"step_{step:08d}")
+    return {
+        f"{component}/{name}": reader.read(component, name)
+        for component in reader.components()
+        for name in reader.parameters(component)
+    }
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)

@@ -73,7 +73,8 @@ def test_tensorboard_shows_what_operators_watch(whole_run: tuple[Path, str]) -> 
         *(f"data/encoder_imbalance_over_ranks/{name}" for name in ("text", "image", "text_in_lane_order")),
     }
     assert [event.step for event in board.Scalars("loss/all")] == list(range(1, 9))
-    assert set(board.Tags()["images"]) == {"scenes/0", "scenes/1"}
+    masks = {"mask/decoder", "mask/text", "mask/image"}
+    assert set(board.Tags()["images"]) == {"scenes/0", "scenes/1"} | masks
     assert {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]} >= {
         "config",
         "text/0",

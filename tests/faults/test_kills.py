@@ -20,7 +20,7 @@ KILLS_PER_RUN = int(os.environ.get("KILLS_PER_RUN", "1"))
 """`make soak` sets more."""
 LAYOUTS = (
     ("parallel.tensor=2", "deepspeed.encoders=deepspeed_configs/encoders_zero3.json"),
-    ("deepspeed.decoder=deepspeed_configs/decoder_zero2.json",),
+    ("deepspeed.decoder=deepspeed_configs/decoder_zero2.json", "training.deterministic=true"),
 )
 
 

@@ -132,3 +132,12 @@ def test_every_layers_attention_runs_through_the_interval_kernel(topology: Topol
     reset_backend_counts()
     model.loss(random_rows(1, 2, VOCAB, LENGTH))
     assert backend_counts() == {"tiled": 2 + 2 + 2}  # decoder, text encoder, image encoder
+
+
+def test_recomputation_runs_every_layer_once_more_in_the_backward(topology: Topology) -> None:
+    model = build(topology, "mixed")
+    reset_backend_counts()
+    loss = model.loss(random_rows(1, 2, VOCAB, LENGTH))
+    assert backend_counts() == {"tiled": 2 + 2 + 2}
+    loss.backward()
+    assert backend_counts() == {"tiled": 2 * (2 + 2 + 2)}

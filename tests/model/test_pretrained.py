@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,37 @@ def without_connector(encoder: PretrainedEncoder) -> PretrainedEncoder:
     return encoder
 
 
-def image_share(pixels: np.ndarray, config: EncoderConfig) -> EncoderShare:
-    """Two images [2, H, W, 3] behind three elements of nothing."""
+def share_of(
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    patches: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> EncoderShare:
+    return EncoderShare(
+        token_ids=ids,
+        positions=positions.long(),
+        attention_start=start,
+        attention_end=end,
+        patches=torch.empty(0, dtype=torch.uint8) if patches is None else patches,
+        patch_slots=torch.empty(0, dtype=torch.long) if slots is None else slots,
+        dropout_seeds=torch.zeros_like(ids),
+        dropout_positions=torch.zeros_like(start),
+        routes={},
+    )
+
+
+def image_share(pixels: np.ndarray, config: EncoderConfig, *, empty: bool = False) -> EncoderShare:
+    """Images [n, H, W, 3] behind three elements of nothing; `empty`: places for them alone."""
     assert config.image is not None
-    patches = np.concatenate([cut_patches(image, config.image) for image in pixels])
+    patches = torch.from_numpy(np.concatenate([cut_patches(image, config.image) for image in pixels]))
     length = 3 + len(patches)
     zeros = torch.zeros(length, dtype=torch.int32)
     slots = torch.arange(3, length)
-    return EncoderShare(zeros.long(), zeros.long(), zeros, zeros, torch.from_numpy(patches), slots, {})
+    if empty:
+        patches, slots = patches[:0], slots[:0]
+    return share_of(zeros.long(), zeros, zeros, zeros, patches, slots)
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -90,8 +114,7 @@ def test_packed_spans_equal_each_span_alone_in_transformers(kind: str, tmp_path:
             positions[span], start[span], end[span] = torch.arange(length), first, first + length
             expected.append(model(input_ids=ids[None, span]).last_hidden_state[0])
             first += length
-        empty = torch.empty(0, dtype=torch.uint8)
-        share = EncoderShare(ids, positions.long(), start, end, empty, torch.empty(0, dtype=torch.long), {})
+        share = share_of(ids, positions, start, end)
         encoder = without_connector(loaded(config))
         reset_backend_counts()
         found = encoder(share)
@@ -116,13 +139,7 @@ def test_a_share_without_images_still_reaches_every_parameter(tmp_path: Path) ->
     save_pretrained("vit", tmp_path)
     config = config_of(tmp_path)
     encoder = loaded(config)
-    share = image_share(np.zeros((1, 24, 24, 3), np.uint8), config)
-    empty = EncoderShare(
-        share.token_ids, share.positions, share.attention_start, share.attention_end, share.patches[:0],
-        share.patch_slots[:0],
-        {},
-    )  # fmt: skip
-    vectors = encoder(empty)
+    vectors = encoder(image_share(np.zeros((1, 24, 24, 3), np.uint8), config, empty=True))
     assert vectors.shape == (7, 40)
     (vectors[:0].sum() + 0 * vectors.sum()).backward()
     trained = trained_names(encoder.model, config)

@@ -17,6 +17,11 @@ def test_the_ranks_see_it(tmp_path: Path) -> None:
     assert not request.is_asked()
     stop(tmp_path)
     assert request.is_asked()
+    word = (tmp_path / "stop").read_text()
+    request.clear()
+    assert not (tmp_path / "stop").exists()
+    assert (tmp_path / "logs/stop_answered").read_text() == word  # for the batch script
+    request.clear()
 
 
 def test_the_first_who_asked_stays_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

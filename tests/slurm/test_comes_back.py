@@ -90,6 +90,26 @@ def test_a_fault_comes_back_and_ends(cluster: VirtualCluster, submit: Submit, tm
     assert [event["step"] for event in events(tmp_path)] == [0, 5, 5, 8]
 
 
+def test_the_watchdogs_word_is_the_cause(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit("fails=70@5", "steps=8", BARK="rank 0 has hung for 600 s while saving")
+    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
+    assert causes(tmp_path) == ["rank 0 has hung for 600 s while saving", "done"]
+
+
+def test_a_kill_for_want_of_memory_comes_back(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit("eats=5", "steps=8", options=("--mem=100M",))
+    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    log = (tmp_path / "job.log").read_text()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
+    first, last = causes(tmp_path)
+    assert "exceed" in log and "memory" in log.lower()
+    assert (first, last) == ("4 of 4 ranks vanished, srun ended with 137 (out of memory?)", "done")
+    assert [event["step"] for event in events(tmp_path)] == [0, 5, 5, 8]
+
+
 def test_a_run_that_always_fails_gives_up(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
     job = submit("fails=137@2", METALM_MAX_STARTS="2")
     facts = cluster.wait_for(job, ENDED, timeout_s=90)
@@ -126,8 +146,18 @@ def test_an_operators_stop_ends(cluster: VirtualCluster, submit: Submit, tmp_pat
     stop(tmp_path / "run")
     facts = cluster.wait_for(job, ENDED, timeout_s=60)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
-    assert causes(tmp_path) == ["asked to stop"]
+    (cause,) = causes(tmp_path)
+    assert cause.startswith("asked to stop: root 20")
     assert "asked to stop" in describe_run(tmp_path / "run", 0.0)
+
+
+def test_a_run_that_stops_by_itself_comes_back(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    job = submit("fails=75@5", "steps=8")  # as at training.time_limit_minutes
+    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
+    assert causes(tmp_path) == ["stopped by itself or by a signal", "done"]
 
 
 def test_an_operators_stop_holds_for_a_job_that_waits(

@@ -172,7 +172,7 @@ def test_finetuning_starts_from_another_run(
     cluster: VirtualCluster, pipeline: Path, reference: dict[int, float], tmp_path: Path
 ) -> None:
     start = pipeline.parent / "runs/alone"
-    words = (str(pipeline), "run.name=tuned", "parallel.tensor=1", "training.steps=2")
+    words = (str(pipeline), "run.name=tuned", "parallel.tensor=1", "training.steps=3")
     weights = (f"initialize.decoder={start}", f"initialize.encoders={start}")
     jobs = [
         cluster.submit(

@@ -6,17 +6,20 @@
 #   fails=CODE@N     ends with CODE at step N, unless it was resumed from there
 #   fails=CODE@0     ends with CODE before the first step
 #   hangs=N          does nothing more at step N, unless it was resumed from there
+#   eats=N           takes 300 MB at step N, unless it was resumed from there
 #
-# Its preflight finds nothing; with REAL_PYTHON it is the real one, which sees ODD_PATH first on ODD_NODE.
+# With BARK it leaves that word before it fails, as the watchdog does. Its preflight finds nothing; with
+# REAL_PYTHON it is the real one, which sees ODD_PATH first on ODD_NODE.
 set -eu
 
-folder='' steps=1000000 fails=0@-1 hangs=-1
+folder='' steps=1000000 fails=0@-1 hangs=-1 eats=-1
 for word in "$@"; do
     case $word in
         run.folder=*) folder=${word#*=} ;;
         steps=*) steps=${word#*=} ;;
         fails=*) fails=${word#*=} ;;
         hangs=*) hangs=${word#*=} ;;
+        eats=*) eats=${word#*=} ;;
     esac
 done
 if [[ " $* " = *" --dry-run "* ]]; then
@@ -43,12 +46,18 @@ while :; do
     if [[ -n $asked || -e $run/stop ]]; then
         save
         sleep 0.5 # so that the other ranks see the file before it goes
-        rm -f "$run/stop"
+        mv "$run/stop" "$run/logs/stop_answered" 2>/dev/null || :
         exit 75
     fi
     if [[ $step = "${fails#*@}" && ($resumed -lt $step || $step = 0) ]]; then
         [[ ${fails%@*} != 137 ]] || kill -KILL $$
+        [[ -z ${BARK:-} ]] || echo "$BARK" >"$run/logs/stacks_rank_0000$SLURM_PROCID.txt"
         exit "${fails%@*}"
+    fi
+    if [[ $step = "$eats" && $resumed -lt $step ]]; then
+        printf -v food '%*s' 300000000 ''
+        sleep 60
+        echo "${#food} bytes were not too many"
     fi
     while [[ $step = "$hangs" && $resumed -lt $step ]]; do
         sleep 1 || :

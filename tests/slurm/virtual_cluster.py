@@ -86,6 +86,9 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
 GresTypes=gpu
 NodeName=node[1-{nodes}] NodeAddr=10.0.0.[1-{nodes}] CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
@@ -142,6 +145,7 @@ class VirtualCluster:
         pid = _first_child(_first_child(process.pid))  # nsenter, unshare, the node's first process
         self._nodes[node] = pid
         link = ["ip", "link", "add", f"to_{node}", "type", "veth", "peer", "name", "eth0", "netns", str(pid)]
+        self._in_network("ip", "link", "delete", f"to_{node}", check=False)  # if it lost power a moment ago
         self._in_network(*link)
         self._in_network("ip", "link", "set", f"to_{node}", "master", "bridge", "up")
 
@@ -243,8 +247,9 @@ class VirtualCluster:
             start_new_session=True,
         )
 
-    def _in_network(self, *words: str) -> None:
-        subprocess.run(["nsenter", "--target", str(self._first_pid), "--net", *words], check=True)
+    def _in_network(self, *words: str, check: bool = True) -> None:
+        enter = ["nsenter", "--target", str(self._first_pid), "--net"]
+        subprocess.run([*enter, *words], check=check, stderr=self._log)
 
     def _idle_nodes(self) -> list[str]:
         listed = self.command(

@@ -47,10 +47,16 @@ def describe_checkpoint(reader: CheckpointReader) -> str:
 def compare_checkpoints(
     first: CheckpointReader, second: CheckpointReader, state: str
 ) -> Iterator[Difference]:
-    """Every parameter of either, one at a time."""
+    """Every parameter of either that has the state, one at a time."""
     for component in dict.fromkeys([*first.components(), *second.components()]):
         shapes = [
-            reader.parameters(component) if component in reader.components() else {}
+            {
+                name: shape
+                for name, shape in reader.parameters(component).items()
+                if state in reader.states(component, name)
+            }
+            if component in reader.components()
+            else {}
             for reader in (first, second)
         ]
         for name in dict.fromkeys([*shapes[0], *shapes[1]]):

@@ -28,17 +28,8 @@ PIPELINE_OWNED_KEYS = (
 
 
 _OF_OUR_ENCODERS = (
-    "normalization",
-    "relative_bias",
-    "joint_layers",
-    "num_kv_heads",
-    "activation",
-    "norm",
-    "norm_eps",
-    "biases",
-    "positions",
-    "rope_base",
-    "dropout",
+    *("num_kv_heads", "activation", "normalization", "norm", "norm_eps", "biases", "positions", "rope_base"),
+    *("relative_bias", "joint_layers", "dropout"),
 )
 """What an encoder from transformers has in its own way."""
 

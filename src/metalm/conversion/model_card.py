@@ -47,6 +47,7 @@ def write_model_card(
         _snippet(source, name, images),
         "In a prompt, `<span>...</span>` marks text that an encoder reads, `<image>` an image, and "
         "`<span><image>...</span>` an image read together with text; `<span:NAME>` chooses an encoder. "
+        "A backslash before a marker makes it text, as `processor.escape` does for a whole text. "
         "A blank line is the end-of-paragraph token. Images are resized to a square, without cropping.\n"
         if source.config.model.encoders
         else "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def scan_stream(
                 skipped[item.value if stream.size else "empty_shard"] += 1
             break
         match = _KEY_AND_SUFFIX.fullmatch(item.name)
-        if match is None or PurePosixPath(item.name).name.startswith("__"):
+        if match is None or item.name.rpartition("/")[2].startswith("__"):
             continue
         if match[1] != key:
             finish_sample()
@@ -98,7 +98,7 @@ def scan_stream(
             fault = fault or "duplicate_member"
         elif item.size > max_member_bytes:
             fault = "oversize_member"
-        elif item.name.startswith("/") or ".." in PurePosixPath(item.name).parts:
+        elif item.name.startswith("/") or ".." in item.name.split("/"):
             fault = fault or "unsafe_name"
         members[suffix] = item
     digest = stream.finish()

@@ -49,7 +49,7 @@ def preflight(
     Collective: all ranks of the job, but none waits for ever for one that does not come.
     """
     launch = find_launch(os.environ)
-    own = NodeReport(node_name()) if launch.local_rank else _ask_torch_for_gpus(report_node(run_folder))
+    own = NodeReport(node_name()) if launch.local_rank else _add_what_torch_knows(report_node(run_folder))
     try:
         meeting = _Meeting(launch, deadline_s)
         meeting.tell("report", own.to_json())
@@ -76,15 +76,18 @@ def preflight(
     return code
 
 
-def _ask_torch_for_gpus(report: NodeReport) -> NodeReport:
-    """For nodes without nvidia-smi."""
-    if report.gpus or not torch.cuda.is_available():
+def _add_what_torch_knows(report: NodeReport) -> NodeReport:
+    """The versions of CUDA and NCCL, and the GPUs where nvidia-smi did not tell of them."""
+    if not torch.cuda.is_available():
         return report
-    gpus = []
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        gpus.append(Gpu(total / 2**30, (total - free) / 2**30, None))
-    versions = report.versions | {"GPU": torch.cuda.get_device_name(0)}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    versions = report.versions | {"CUDA": str(torch.version.cuda), "NCCL": nccl}
+    gpus = list(report.gpus)
+    if not gpus:
+        versions["GPU"] = torch.cuda.get_device_name(0)
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            gpus.append(Gpu(total / 2**30, (total - free) / 2**30, None))
     return dataclasses.replace(report, gpus=tuple(gpus), versions=versions)
 
 

@@ -19,6 +19,8 @@ MASTER_AND_MOMENTS = 12
 """Bytes per parameter: fp32 master and two moments; DeepSpeed keeps masters in fp32 training, too."""
 LOSS_CHUNK = 1024
 """Positions whose logits are held at once by `metalm.kernels.linear_cross_entropy`."""
+INNER_KEPT = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4}
+"""Tensors of the inner width that a feed-forward keeps, by activation."""
 SHARE_MULTIPLE = 16
 """What the elements of an encoder's share are padded to a multiple of."""
 
@@ -119,7 +121,7 @@ def decoder_activations(decoder: DecoderConfig, config: RunConfig, size: int) ->
     positions = config.training.micro_batch_size * config.data.sequence_length
     tensor, hidden = config.parallel.tensor, decoder.hidden_size
     # Split over TP: query, key, value, attended; and what the feed-forward keeps of its inner width.
-    inner = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4}[decoder.activation]
+    inner = INNER_KEPT[decoder.activation]
     key_values = 2 * decoder.key_value_heads * decoder.head_size
     split = (2 * hidden + key_values + inner * decoder.feed_forward_size) / tensor
     # On every TP rank: both norms' inputs and outputs, unless sequence parallelism splits them, too.
@@ -136,7 +138,9 @@ def encoder_activations(encoder: EncoderConfig, elements: int, size: int) -> flo
     """What autograd keeps of one encoder for one share of so many elements."""
     hidden = encoder.hidden_size
     trained = encoder.num_layers - encoder.num_frozen_layers
-    layer = 8 * hidden + 2 * encoder.feed_forward_size  # norms' inputs and outputs, q, k, v, attended
+    # Both norms' inputs and outputs, query, attended; key, value; what the feed-forward keeps.
+    layer = 6 * hidden + 2 * encoder.key_value_heads * encoder.head_size
+    layer += INNER_KEPT[encoder.activation] * encoder.feed_forward_size
     layers = trained * hidden + layer * min(trained, 1) if encoder.recompute else trained * layer
     return size * elements * (layers + hidden)
 

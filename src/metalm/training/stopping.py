@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 import types
 from pathlib import Path
 
-from metalm.run_folder import STOP_NAME
+from metalm.run_folder import ANSWERED_STOP_NAME, STOP_NAME
 
 _SAME_REQUEST_S = 5.0
 
@@ -24,6 +25,7 @@ class StopRequest:
     def __init__(self, run_folder: Path, time_limit_minutes: float | None = None) -> None:
         """Listen from now on, which is when the time limit begins."""
         self._file = run_folder / STOP_NAME
+        self._answered = run_folder / "logs" / ANSWERED_STOP_NAME
         self._deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
         self._signalled_at: float | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
@@ -35,8 +37,9 @@ class StopRequest:
         return is_late or self._signalled_at is not None or self._file.exists()
 
     def clear(self) -> None:
-        """Take the stop file away, so that the run can be started again. One rank calls it."""
-        self._file.unlink(missing_ok=True)
+        """Take the stop file away, so that the run can be started again; keep its word. One rank calls it."""
+        with contextlib.suppress(FileNotFoundError):  # a signal or the time limit has asked
+            self._file.replace(self._answered)
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()

@@ -16,9 +16,17 @@ from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.drift import find_drift
-from metalm.training.engines import build_engines
+from metalm.training.engines import Engines, build_engines
 from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
+
+
+def watch_first_layer(engines: Engines) -> list[int]:
+    """Comes to hold the positions that this rank's first decoder layer gets, call by call."""
+    seen: list[int] = []
+    layer = engines.decoder.module.gpt.decoder.layers[0]
+    layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[0]))
+    return seen
 
 
 def main() -> None:
@@ -46,6 +54,7 @@ def main() -> None:
         store.save(engines, 0, None, {})
         step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses, norms = [], []
+        seen = watch_first_layer(engines)
         for number in range(steps):
             rows = global_batch(number, kind)
             batches = micro_batches(rows, config, topology.data_rank, topology.data_size)
@@ -58,6 +67,8 @@ def main() -> None:
             "losses": losses,
             "norms": norms,
             "drift": find_drift(engines, topology),
+            "layer_positions": seen[0],
+            "optimizer_is_offloaded": engines.decoder.zero_use_cpu_optimizer(),
         }
         if launch.rank == 0:
             print("RESULT " + json.dumps(answer), flush=True)

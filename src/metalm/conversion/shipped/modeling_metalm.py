@@ -40,7 +40,11 @@ def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
 
 
 def rotary_factors(positions: Tensor, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, K] float32."""
+    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, K] float32.
+
+    Raises:
+        ValueError: `parameters` ask for a scaling other than "llama3".
+    """
     exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     frequencies = 1.0 / parameters["rope_theta"] ** exponents
     if parameters["rope_type"] == "llama3":
@@ -49,6 +53,8 @@ def rotary_factors(positions: Tensor, head_size: int, parameters: dict[str, Any]
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         frequencies = frequencies * (kept + (1.0 - kept) / parameters["factor"])
+    elif parameters["rope_type"] != "default":
+        raise ValueError(f"rope_type is {parameters['rope_type']!r}, expected 'default' or 'llama3'")
     angles = positions.float()[:, None, :, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()

@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-from metalm.data.tar import BLOCK
-
-if TYPE_CHECKING:
-    from webdataset.writer import TarWriter
+from metalm.data.tar import BLOCK, member_header, padding
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -42,7 +39,6 @@ class ShardWriter:
         self._name = name
         self._target_bytes = target_bytes
         self._file: BinaryIO | None = None
-        self._tar: TarWriter | None = None
         self._size = 0
         self._num_samples = 0
 
@@ -60,17 +56,17 @@ class ShardWriter:
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Adds a sample: `members` maps a suffix (`txt`, `u16`, `jpg`, ...) to content."""
-        size = sum(BLOCK + -(-len(content) // BLOCK) * BLOCK for content in members.values())
-        if self._tar is not None and self._size + size > self._target_bytes:
+        parts = []
+        for suffix, content in members.items():
+            parts += [member_header(f"{key}.{suffix}", len(content)), content, padding(len(content))]
+        sample = b"".join(parts)
+        if self._file is not None and self._size + len(sample) > self._target_bytes:
             self._finish()
-        if self._tar is None:
-            from webdataset.writer import TarWriter  # loads torch, which a usage error need not wait for
-
+        if self._file is None:
             self._file = self._partial_path.open("wb")
-            self._tar = TarWriter(self._file, encoder=False, mtime=0, user="metalm", group="metalm")
             self._size = self._num_samples = 0
-        self._tar.write({"__key__": key, **members})
-        self._size += size
+        self._file.write(sample)
+        self._size += len(sample)
         self._num_samples += 1
 
     @property
@@ -78,9 +74,9 @@ class ShardWriter:
         return self._folder / f".{self._name}.{os.getpid()}{PARTIAL_SUFFIX}"
 
     def _finish(self) -> None:
-        if self._tar is None or self._file is None:
+        if self._file is None:
             return
-        self._tar.close()
+        self._file.write(bytes(2 * BLOCK))
         self._file.flush()
         os.fsync(self._file.fileno())
         size = self._file.tell()
@@ -88,4 +84,4 @@ class ShardWriter:
         name = f"{self._name}-{len(self.shards):02d}.tar"
         self._partial_path.replace(self._folder / name)
         self.shards.append(WrittenShard(name, size, self._num_samples))
-        self._tar = self._file = None
+        self._file = None

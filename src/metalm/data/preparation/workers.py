@@ -47,7 +47,7 @@ def run_tasks(
             run_task(task, advance)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload, "webdataset.writer"])
+    context.set_forkserver_preload([preload])
     workers: dict[Connection, BaseProcess] = {}
     waiting = list(reversed(tasks))
     try:
