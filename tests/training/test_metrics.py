@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metalm.training.metrics import append_metrics, drop_superseded, read_metrics
+from metalm.training.metrics import RESTARTS, append_metrics, count_starts, drop_superseded, read_metrics
 
 
 def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -24,3 +24,13 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -
 def test_a_run_without_figures_has_none(tmp_path: Path) -> None:
     drop_superseded(tmp_path, 1)
     assert read_metrics(tmp_path) == []
+
+
+def test_starts_are_counted_with_those_that_are_superseded(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for start, first_step in enumerate((0, 0, 5)):  # the second found no checkpoint of the first
+        assert count_starts(tmp_path) == start
+        drop_superseded(tmp_path, first_step)
+        append_metrics(tmp_path, max(0, first_step - 1), {RESTARTS: start})
+        append_metrics(tmp_path, first_step + 7, {"loss": 1.0, RESTARTS: start})
+    assert [(e["step"], e[RESTARTS]) for e in read_metrics(tmp_path)] == [(0, 1), (4, 2), (12, 2)]

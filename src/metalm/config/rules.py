@@ -256,6 +256,11 @@ def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]
     if stage not in (1, 2, 3):
         # At stage 0 DeepSpeed reduces gradients over the group of whichever engine was built last.
         yield f"{path}: zero_optimization.stage must be 1, 2 or 3, not {stage!r}"
+    offload = content.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload not in ("none", "cpu"):
+        yield f"{path}: offload_optimizer.device must be cpu, not {offload!r}, where no checkpoint reads it"
+    if offload == "cpu" and content.get("zero_force_ds_cpu_optimizer", True):
+        yield f"{path}: offload_optimizer needs zero_force_ds_cpu_optimizer: false, since AdamW is torch's"
     gradient_dtype = content.get("data_types", {}).get("grad_accum_dtype")
     if stage == 1 and config.training.precision == "bf16" and gradient_dtype == "fp32":
         yield (

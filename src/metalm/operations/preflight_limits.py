@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from metalm.operations.node_report import NodeReport
+if TYPE_CHECKING:  # the command line knows the limits, but must answer at once
+    from metalm.operations.node_report import NodeReport
 
 
 @dataclass(frozen=True)
