@@ -36,15 +36,18 @@ def inputs(processor) -> Any:
     return processor(text=[prompt_text(PROMPTS[name]) for name in NAMES], images=images)
 
 
-def test_logits_are_the_same_and_the_kernel_ran(interval_model, training_model, inputs) -> None:
+def test_logits_are_the_same_and_the_kernel_ran(interval_model, hf_model, inputs) -> None:
+    """In float64: these models blow up the rounding of single precision."""
+    inputs["pixel_values"] = inputs["pixel_values"].double()
     with torch.no_grad():
-        logits = interval_model(**inputs).logits
+        logits = interval_model.double()(**inputs).logits
+        expected = copy.deepcopy(hf_model).double()(**inputs).logits
     config = interval_model.config
-    layers = config.num_hidden_layers + sum(e["num_hidden_layers"] for e in config.encoders.values())
+    encoders = [sizes for sizes in config.encoders.values() if sizes["relative_bias"] is None]  # others: SDPA
+    layers = config.num_hidden_layers + sum(sizes["num_hidden_layers"] for sizes in encoders)
     assert backend_counts() == {"tiled": layers}
-    for row, name in enumerate(NAMES):
-        own = logits[row, inputs["attention_mask"][row].bool()]
-        torch.testing.assert_close(own, training_model.logits[name], atol=1e-4, rtol=0)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)

@@ -29,12 +29,12 @@ def test_logits_are_those_of_the_engines(
 ) -> None:
     run = tmp_path / "run"
     arguments = [str(argument) for argument in (workshop.tokenizer_folder, kind, tensor, decoder, encoders)]
-    (losses,) = run_ranks("train_and_answer", tensor * data, str(run), *arguments)
-    assert losses[-1] < losses[0] - 0.01
+    (result,) = run_ranks("train_and_answer", tensor * data, str(run), *arguments)
+    assert result["losses"][-1] < result["losses"][0] - 0.01
     expected = load_file(run / "logits.safetensors")
 
-    result = export_checkpoint(run, tmp_path / "out")
-    assert result.largest_difference is not None and result.largest_difference < 1e-4
+    exported = export_checkpoint(run, tmp_path / "out")
+    assert exported.largest_difference is not None and exported.largest_difference < 1e-4
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     half = AutoModelForImageTextToText.from_pretrained(

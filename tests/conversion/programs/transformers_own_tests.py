@@ -52,7 +52,8 @@ modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["metalm"] = Generator._
 
 
 class Inputs:
-    """Sizes and inputs in the form that the mix-ins ask for: a row is an image, a text span and some text."""
+    """Sizes and inputs in the form that the mix-ins ask for: a row is an image, two texts that encoders
+    read, and some text."""
 
     batch_size = 3
     seq_length = 13
@@ -75,10 +76,15 @@ class Inputs:
         read = ids_tensor([self.batch_size, self.seq_length], config.vocab_size - special - 1) + special + 1
         read[:, : config.num_patches] = config.image_token_id
         numbers, encoders = torch.zeros_like(read), torch.zeros_like(read)
-        for number, name in enumerate((config.image_encoder, "text"), start=1):
-            columns = slice((number - 1) * config.num_patches, number * config.num_patches)
+        after = config.num_patches
+        for columns, number, name in (
+            (slice(0, after), 1, config.image_encoder),
+            (slice(after, after + 2), 2, config.image_encoder),
+            (slice(after + 2, after + 5), 3, "text"),
+        ):
             numbers[:, columns] = number
             encoders[:, columns] = list(config.encoders).index(name) + 1
+        numbers[1, after : after + 2] = 1  # image and text together
         return config, {
             "input_ids": read.masked_fill(numbers > 0, config.image_token_id),
             "attention_mask": torch.ones_like(read),

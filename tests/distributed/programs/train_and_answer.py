@@ -83,7 +83,7 @@ def main() -> None:
             logits[name] = answer.contiguous()
     if launch.rank == 0:
         save_file(logits, folder / "logits.safetensors")
-        print("RESULT " + json.dumps(losses), flush=True)
+        print("RESULT " + json.dumps({"losses": losses}), flush=True)
     close_topology()
 
 
