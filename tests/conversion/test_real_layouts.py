@@ -14,8 +14,6 @@ from conversion.conftest import Workshop
 from distributed.ranks import run_ranks
 from metalm.conversion.export import export_checkpoint
 
-CLEAR = 0.03
-"""In bfloat16, logits of less than 1 may be so far apart."""
 LAYOUTS = [  # kind of the model, tensor and data size, ZeRO stages of decoder and encoders
     ("llama", 2, 2, 3, 3),
     ("deepnorm", 4, 1, 1, 2),
@@ -37,16 +35,8 @@ def test_logits_are_those_of_the_engines(
     assert exported.largest_difference is not None and exported.largest_difference < 1e-4
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    half = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16
-    ).eval()
     for name, parts in PROMPTS.items():
         inputs = processor(text=prompt_text(parts), images=prompt_images(parts) or None)
         with torch.no_grad():
             logits = model(**inputs).logits[0]
-            rounded = half(**inputs).logits[0].float()
         torch.testing.assert_close(logits, expected[name], atol=1e-4, rtol=0, msg=name)
-        best = expected[name].topk(2).values
-        clear = best[:, 0] - best[:, 1] > CLEAR
-        assert torch.equal(rounded.argmax(-1)[clear], expected[name].argmax(-1)[clear]), name
-        torch.testing.assert_close(rounded, expected[name], atol=CLEAR, rtol=0, msg=name)
