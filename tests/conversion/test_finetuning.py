@@ -27,7 +27,7 @@ def model(workshop: Workshop) -> Any:
 
 @pytest.fixture
 def inputs(workshop: Workshop) -> Any:
-    names = ("span", "image and prefix", "images and spans")
+    names = ("span", "image and prefix", "images and spans", "text in the image encoder")
     return workshop.processor(KIND)(
         text=[prompt_text(PROMPTS[name]) for name in names],
         images=[prompt_images(PROMPTS[name]) for name in names],

@@ -26,8 +26,9 @@ def run_ranks(program: str, num_ranks: int, *arguments: str, timeout_s: int = 28
     command += [str(PROGRAMS / f"{program}.py"), *arguments]
     code, output = run_command(command, timeout_s)
     assert code == 0, f"{program} on {num_ranks} rank(s) ended with {code}:\n{output[-6000:]}"
-    # Anywhere in a line: another rank may have written half a line before.
-    results = [json.loads(found) for found in re.findall(r"RESULT (\{.*\})", output)]
+    # Anywhere in a line: another rank may have written half a line before, or one behind it.
+    decoder = json.JSONDecoder()
+    results = [decoder.raw_decode(output, found.end())[0] for found in re.finditer(r"RESULT (?=\{)", output)]
     assert results, f"{program} wrote no result:\n{output[-6000:]}"
     return results
 

@@ -43,7 +43,7 @@ def main(kind: str, tokenizer_folder: Path, out: Path) -> None:
             with torch.no_grad():  # so that biases and norms matter, and that greedy text is no one word
                 small = parameter.dim() == 1 or "embed" in name or "output_layer" in name
                 product = gated and "linear_fc1" in name  # two of its outputs are multiplied
-                scale = 0.1 if small else 0.2 if product or component == "encoders" else 0.5
+                scale = 0.1 if small else 0.2 if product or component == "encoders" else 0.4
                 parameter += scale * torch.randn(parameter.shape, generator=draw)
             results[f"parameter/{component}/{name}"] = parameter.detach().clone()
 

@@ -104,10 +104,9 @@ class ModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (Model, Generator)
     all_generative_model_classes = (Generator,)
 
-    if AutoConfig.from_pretrained(FOLDER, trust_remote_code=True).positions == "rope":
-        test_model_rope_scaling_from_config_0_linear = left_out("no checkpoint has it, so it is refused")
-        test_model_rope_scaling_from_config_1_dynamic = left_out("no checkpoint has it, so it is refused")
-        test_model_rope_scaling_from_config_2_yarn = left_out("no checkpoint has it, so it is refused")
+    test_model_rope_scaling_from_config_0_linear = left_out("no checkpoint has it, so it is refused")
+    test_model_rope_scaling_from_config_1_dynamic = left_out("no checkpoint has it, so it is refused")
+    test_model_rope_scaling_from_config_2_yarn = left_out("no checkpoint has it, so it is refused")
 
     def setUp(self) -> None:
         self.model_tester = Inputs()
