@@ -52,9 +52,9 @@ test: setup
 test-slurm: setup
 	$(BIN)/python -m pytest tests/slurm
 
-# Ten times as many kills as `make test` has.
+# 20 runs that are killed 10 times each; `make test` has 4, killed once.
 soak: setup
-	KILLS_PER_RUN=10 $(BIN)/python -m pytest tests/faults/test_kills.py
+	KILLED_RUNS=20 KILLS_PER_RUN=10 $(BIN)/python -m pytest tests/faults/test_kills.py
 
 check: setup
 	$(BIN)/ruff format --check .

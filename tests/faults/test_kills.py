@@ -15,9 +15,9 @@ from faults.harness import Ranks, content_of_newest, figures, wait_until
 from metalm.checkpoint.folders import is_whole, list_checkpoints
 from metalm.checkpoint.manifest import PARTIAL_SUFFIX
 
-RUNS = 20
+RUNS = int(os.environ.get("KILLED_RUNS", "4"))
 KILLS_PER_RUN = int(os.environ.get("KILLS_PER_RUN", "1"))
-"""`make soak` sets more."""
+"""`make soak` sets more of both."""
 LAYOUTS = (
     ("parallel.tensor=2", "deepspeed.encoders=deepspeed_configs/encoders_zero3.json"),
     ("deepspeed.decoder=deepspeed_configs/decoder_zero2.json", "training.deterministic=true"),
@@ -36,33 +36,35 @@ def undisturbed(
 
 
 @pytest.mark.timeout(900 * KILLS_PER_RUN)
-@pytest.mark.parametrize("half", range(2))
-def test_killed_runs_end_as_the_undisturbed_one(
-    half: int, undisturbed: tuple[tuple[str, ...], Path, float], start: Callable[..., Ranks], tmp_path: Path
+@pytest.mark.parametrize("number", range(RUNS // len(LAYOUTS)))
+def test_a_killed_run_ends_as_the_undisturbed_one(
+    number: int,
+    undisturbed: tuple[tuple[str, ...], Path, float],
+    start: Callable[..., Ranks],
+    tmp_path: Path,
 ) -> None:
     layout, expected, whole_s = undisturbed
-    for number in range(half, RUNS // len(LAYOUTS), 2):
-        chance = random.Random(f"{layout} {number}")
-        run = tmp_path / f"killed_{number}"
-        for kill in range(KILLS_PER_RUN):
-            ranks = start(run, *layout)
-            if (number + kill) % 3 == 0:
-                _wait_for_a_save(ranks, run / "checkpoints", chance.randrange(3))
-                time.sleep(chance.uniform(0.0, 0.02))
-            else:
-                time.sleep(chance.uniform(0.0, 0.9 * whole_s))
-            ranks.kill(victim := chance.randrange(2))
-            assert ranks.wait()[victim] in (-signal.SIGKILL, 0)
-            assert all(map(is_whole, list_checkpoints(run / "checkpoints")))
-        published = list_checkpoints(run / "checkpoints")
-        again = start(run, *layout)
-        assert again.wait() == [0, 0], again.output()
-        if published:
-            assert f"step {int(published[-1].name[5:])} of 40, resumed" in again.output()
-        for name in ("loss/all", "optimizer/gradient_norm", "data/fingerprint"):
-            assert figures(run, name) == figures(expected, name), f"run {number}: {name}"
-        assert content_of_newest(run) == content_of_newest(expected)
-        assert not list((run / "checkpoints").glob(f"*{PARTIAL_SUFFIX}"))
+    chance = random.Random(f"{layout} {number}")
+    run = tmp_path / "killed"
+    for kill in range(KILLS_PER_RUN):
+        ranks = start(run, *layout)
+        if (number + kill) % 3 == 0:
+            _wait_for_a_save(ranks, run / "checkpoints", chance.randrange(3))
+            time.sleep(chance.uniform(0.0, 0.02))
+        else:
+            time.sleep(chance.uniform(0.0, 0.9 * whole_s))
+        ranks.kill(victim := chance.randrange(2))
+        assert ranks.wait()[victim] in (-signal.SIGKILL, 0)
+        assert all(map(is_whole, list_checkpoints(run / "checkpoints")))
+    published = list_checkpoints(run / "checkpoints")
+    again = start(run, *layout)
+    assert again.wait() == [0, 0], again.output()
+    if published:
+        assert f"step {int(published[-1].name[5:])} of 40, resumed" in again.output()
+    for name in ("loss/all", "optimizer/gradient_norm", "data/fingerprint"):
+        assert figures(run, name) == figures(expected, name), name
+    assert content_of_newest(run) == content_of_newest(expected)
+    assert not list((run / "checkpoints").glob(f"*{PARTIAL_SUFFIX}"))
 
 
 def _wait_for_a_save(ranks: Ranks, checkpoints: Path, saves_before: int) -> None:
