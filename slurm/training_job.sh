@@ -246,13 +246,19 @@ nodes_to_leave_out() { # FACTS NODES
     echo "$before${before:+${2:+,}}$2"
 }
 
+# In a shell that outlives Slurm's SIGTERM: it goes to the whole job as soon as the job is queued again. The job
+# starts again when this script has ended, which is later than the update.
+queue_again() ( # NODES_TO_LEAVE_OUT
+    trap '' TERM
+    scontrol requeue "$SLURM_JOB_ID" || return
+    [[ -z $1 ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1" || say "error: $1 is not left out" >&2
+)
+
 come_back() { # NODES_TO_LEAVE_OUT METALM_ARGUMENTS...
     local leave_out=$1
     shift
-    if [[ ${METALM_COME_BACK:-requeue} = requeue ]] && scontrol requeue "$SLURM_JOB_ID"; then
+    if [[ ${METALM_COME_BACK:-requeue} = requeue ]] && queue_again "$leave_out"; then
         say "queued again${leave_out:+ without $leave_out}"
-        # Slurm starts the job again when this script has ended, which is later than this.
-        [[ -z $leave_out ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$leave_out"
         sleep 60 & # Slurm ends this script
         wait
         return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,11 +266,16 @@ def test_jobs_of_one_name_run_one_after_another(
 def test_a_node_that_fails_its_preflight_is_left_out(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
+    slow = tmp_path / "bin/scontrol"  # so slow that Slurm's SIGTERM comes before its update is done
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n[ "$1" != update ] || sleep 3\nexec {shutil.which("scontrol")} "$@"\n')
+    slow.chmod(0o755)
     package = tmp_path / "other/torch-9.9.9.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
     job = submit(
         "steps=5",
+        PATH=f"{slow.parent}:{os.environ['PATH']}",
         REAL_PYTHON=sys.executable,
         ODD_NODE="node2",
         ODD_PATH=str(package.parent),
