@@ -10,7 +10,7 @@ P image patches of one share, N docked vectors.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class SemiCausalBatch:
     source_ids: Tensor  # [B] int64; index of the row's source in the order of the config
     dropout_seeds: Tensor  # [B] int64; of the row, wherever and whenever it is trained on
     encoders: dict[str, EncoderBatch]  # one entry per encoder of the model, in the order of the config
+    masked_positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[M] int64; row * S + position of what replaced-token detection masks: the trained positions, each of
+    which then predicts its own token. M is 0 with the semi-causal objective."""
+    replacement_draws: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    """[M] float64 in [0, 1); where in the decoder's cumulated probabilities the replacement is taken."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> SemiCausalBatch:
         """The same batch with every tensor on `device`."""
@@ -135,5 +140,5 @@ def _map_leaves(value: Any, leaf: type, change: Any) -> Any:
         return type(value)(_map_leaves(item, leaf, change) for item in value)
     if isinstance(value, dict):
         return {key: _map_leaves(item, leaf, change) for key, item in value.items()}
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    fields = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
     return type(value)(**{name: _map_leaves(item, leaf, change) for name, item in fields.items()})

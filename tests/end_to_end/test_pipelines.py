@@ -151,6 +151,30 @@ def test_a_twin_trains_and_goes_on_elsewhere_with_the_same_losses(path: Path, de
     assert found == pytest.approx({step: expected[step] for step in (4, 5, 6)}, abs=1e-5)
 
 
+def test_the_language_setting_starts_from_a_pretrained_text_encoder(demo_folder: Path) -> None:
+    """Pretrained by replaced-token detection on four ranks, with the losses of one."""
+    pretrain, language = (
+        REPOSITORY / f"pipelines/pretrain_{name}_tiny.yaml" for name in ("text_encoder", "language")
+    )
+    alone = run(1, pretrain, demo_folder, "alone", "training.micro_batch_size=4")
+    assert run(4, pretrain, demo_folder, "four", "parallel.tensor=2") == pytest.approx(alone, abs=1e-5)
+    start = [f"initialize.encoders={demo_folder}/four", 'initialize.new=["encoders.text.connector.*"]']
+    still = ["training.optimizer.learning_rate=1.0e-12", "training.optimizer.weight_decay=0"]
+    run(1, language, demo_folder, "language", *start, *still)
+    pretrained, now = (
+        {key: value for key, value in weights(demo_folder / name, 6).items() if key.startswith("encoders/")}
+        for name in ("four", "language")
+    )
+    head, connector = (
+        {key for key in found if f".{name}." in key}
+        for found, name in ((pretrained, "detection_head"), (now, "connector"))
+    )
+    assert (len(head), len(connector)) == (4, 2)
+    assert pretrained.keys() - head == now.keys() - connector
+    for key in now.keys() - connector:
+        torch.testing.assert_close(now[key], pretrained[key], atol=1e-9, rtol=0)
+
+
 def test_a_run_at_more_pixels_starts_from_one_at_fewer(demo_folder: Path) -> None:
     """Nothing is learnt in the second run, so that its weights are those it started with."""
     path, short = REPOSITORY / "pipelines" / "pretrain_vision_language_tiny.yaml", "training.steps=3"

@@ -46,6 +46,7 @@ def check_config(
         *_model_problems(config),
         *_data_problems(config),
         *_training_problems(config),
+        *_objective_problems(config),
         *_deepspeed_problems(config, str(config.deepspeed.decoder), decoder_json),
         *_deepspeed_problems(config, str(config.deepspeed.encoders), encoders_json),
     ]
@@ -246,6 +247,33 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             f"training.schedule.warmup_steps = {training.schedule.warmup_steps} is not below "
             f"training.steps = {training.steps}"
         )
+
+
+def _objective_problems(config: RunConfig) -> Iterator[str]:
+    encoders, where = config.model.encoders, "training.replaced_tokens"
+    if config.training.replaced_tokens is None:
+        for name, encoder in encoders.items():
+            if encoder.connector == "detection":
+                yield f"model.encoders.{name}.connector: detection is for a run with {where}"
+        return
+    if len(encoders) != 1:
+        yield f"{where} trains one encoder; model.encoders has {len(encoders)}"
+    for name, encoder in encoders.items():
+        if encoder.image or encoder.pretrained or encoder.trained_layers != "all":
+            yield f"{where}: model.encoders.{name} must be of text, our own, and trained in all layers"
+        if encoder.connector != "detection":
+            yield f"{where}: model.encoders.{name}.connector must be detection, not {encoder.connector}"
+        if config.data.sequence_length > encoder.max_text_positions:
+            yield (
+                f"{where}: data.sequence_length = {config.data.sequence_length} is above "
+                f"model.encoders.{name}.max_text_positions = {encoder.max_text_positions}"
+            )
+    if config.model.decoder.spans != "bidirectional":
+        yield f"{where}: model.decoder.spans must be bidirectional"
+    for group in ("sources", "evaluation"):
+        for name, source in getattr(config.data, group).items():
+            if source.kind != "text" or source.encoder is not None:
+                yield f"{where}: data.{group}.{name} must be text without an encoder of its own"
 
 
 def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]) -> Iterator[str]:

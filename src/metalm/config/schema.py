@@ -203,9 +203,10 @@ class EncoderConfig(Section):
     """As the decoder's."""
     dropout: Probability = 0.0
     """As the decoder's, with either normalisation."""
-    connector: Literal["linear", "feed_forward"] = "linear"
+    connector: Literal["linear", "feed_forward", "detection"] = "linear"
     """`linear`: one projection (language-only setting). `feed_forward`: three layers with GELU, as wide
-    as the decoder (vision-language setting; width and activation are open)."""
+    as the decoder (vision-language setting; width and activation are open). `detection`: none, but the head
+    of `training.replaced_tokens`, one logit per token."""
 
     @property
     def feed_forward_size(self) -> int:
@@ -321,6 +322,19 @@ class ScheduleConfig(Section):
     final_fraction: Fraction = 0.0
 
 
+class ReplacedTokensConfig(Section):
+    """Replaced-token detection (ELECTRA, arXiv 2003.10555), which pretrains a text encoder.
+
+    The model's decoder, which attends to whole documents, fills masked tokens in; its one encoder tells which
+    tokens are not the original ones. The defaults are ELECTRA's.
+    """
+
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of a row's tokens that are masked."""
+    detection_weight: PositiveFloat = 50.0
+    """Of the encoder's mean loss over all tokens; that of the decoder over masked tokens has weight 1."""
+
+
 class TrainingConfig(Section):
     """The optimisation. Gradient accumulation follows from the batch sizes and the ranks."""
 
@@ -334,6 +348,8 @@ class TrainingConfig(Section):
     """Bit for bit the same on the same ranks and devices, at some cost in speed."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and end with exit code 75 when the process is this old."""
+    replaced_tokens: ReplacedTokensConfig | None = None
+    """Train by replaced-token detection instead of the semi-causal objective."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
 

@@ -68,6 +68,11 @@ def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> Checkpoin
     config = load_resolved_config(folder / CONFIG_NAME)
     content = yaml.safe_load((folder / CONFIG_NAME).read_text())
     for name, encoder in config.model.encoders.items():
+        if encoder.connector == "detection":
+            raise ConfigError(
+                f"{folder} is of replaced-token detection: its encoder is for another run to start from, "
+                "by initialize.encoders, and no model to export"
+            )
         if encoder.pretrained is not None:
             raise ConfigError(
                 f"{folder}: encoder {name} is a {encoder.pretrained.model_type} model of transformers; "

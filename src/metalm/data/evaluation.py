@@ -7,16 +7,17 @@ length 0, so that the whole caption is predicted from the image alone, and the f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate, chain, islice
 
 import numpy as np
 
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import ImageConfig, RunConfig
-from metalm.data.collate import collate
 from metalm.data.failures import BadSample
 from metalm.data.images import cut_patches
 from metalm.data.lanes import image_encoder
+from metalm.data.micro_batch import make_micro_batch, with_spans
 from metalm.data.order import SequentialOrder
 from metalm.data.pair_rows import Pair, longest_caption, pair_row
 from metalm.data.retokenize import load_retokenizer
@@ -71,13 +72,8 @@ def evaluation_batches(
     num_batches = -(-num_rows // (dp_size * micro_batch_size))
     for _ in range(num_batches):
         batch = list(islice(rows, micro_batch_size))
-        yield collate(
-            batch + [empty_row()] * (micro_batch_size - len(batch)),
-            model_config=config.model,
-            sequence_length=config.data.sequence_length,
-            tp_size=tp_size,
-            pad_id=tokenizer.pad_id,
-        )
+        full = with_spans(batch + [empty_row()] * (micro_batch_size - len(batch)), config)
+        yield make_micro_batch(full, config, tokenizer, tp_size)
     source.reader.close()
 
 
@@ -95,11 +91,11 @@ def _text_rows(config: RunConfig, source: Source, num_rows: int) -> Iterator[Row
         max_consecutive_failures=config.data.max_consecutive_failures,
         retokenizer=retokenizer,
     )
-    for _ in range(num_rows):
+    for number in range(num_rows):
         row = packer.next_row()
         if row is None:
             return
-        yield row
+        yield replace(row, dropout_seed=number)
 
 
 def _pair_rows(

@@ -22,8 +22,8 @@ import torch
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config.schema import RunConfig
 from metalm.data.balance import group_rows, row_costs
-from metalm.data.collate import collate
 from metalm.data.lanes import Lane, LaneState, Mixture, owned_lanes, saved_state
+from metalm.data.micro_batch import make_micro_batch, with_spans
 from metalm.data.sources import open_sources
 from metalm.data.tokenizer import load_tokenizer
 from metalm.data.workers import LaneGroup, WorkerPool
@@ -85,7 +85,7 @@ class TrainingData:
                 f"({training.micro_batch_size}) does not divide"
             )
         tokenizer = load_tokenizer(data.tokenizer)
-        self._pad_id = tokenizer.pad_id
+        self._tokenizer = tokenizer
         self._mixture = Mixture(config, open_sources(data.sources, tokenizer))
         if lane_states is not None:
             first = saved_state(lane_states, self._lanes[0])
@@ -168,19 +168,16 @@ class TrainingData:
 
     def _make_step(self) -> _Step:
         step = self._group.next_step()
-        rows = [step.rows[lane][turn] for turn in range(self._rows_per_lane) for lane in self._lanes]
+        rows = with_spans(
+            [step.rows[lane][turn] for turn in range(self._rows_per_lane) for lane in self._lanes],
+            self._config,
+        )
         size = self._config.training.micro_batch_size
         costs = row_costs(rows, self._config.model.encoders)
         in_lane_order = np.arange(len(rows)).reshape(-1, size)
         groups = np.array(group_rows(costs, size))
         batches = [
-            collate(
-                [rows[number] for number in group],
-                model_config=self._config.model,
-                sequence_length=self._config.data.sequence_length,
-                tp_size=self._tp_size,
-                pad_id=self._pad_id,
-            )
+            make_micro_batch([rows[number] for number in group], self._config, self._tokenizer, self._tp_size)
             for group in groups
         ]
         if torch.cuda.is_available():

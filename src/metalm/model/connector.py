@@ -1,4 +1,4 @@
-"""What leads an encoder's vectors to the decoder's width."""
+"""What stands on an encoder: the way to the decoder's width, or a head."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def build_connector(kind: str, encoder_size: int, decoder_size: int) -> nn.Seque
         nn.GELU(),
         nn.Linear(decoder_size, decoder_size),
     )
+
+
+def build_detection_head(encoder_size: int) -> nn.Sequential:
+    """ELECTRA's: whether a token is a replacement, as one logit."""
+    return nn.Sequential(nn.Linear(encoder_size, encoder_size), nn.GELU(), nn.Linear(encoder_size, 1))

@@ -6,6 +6,8 @@ vectors; positions are added to both (PAPER section 2), or turn the queries and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
@@ -78,14 +80,20 @@ class Decoder(nn.Module):
         return gpt.embedding.word_embeddings.weight if self.config.tied_output else gpt.output_layer.weight
 
     def forward(
-        self, batch: SemiCausalBatch, encoded: dict[str, Tensor], logits_at: Tensor | None = None
-    ) -> Tensor:
-        """Losses of all positions, or the logits of some.
+        self,
+        batch: SemiCausalBatch,
+        encoded: dict[str, Tensor],
+        logits_at: Tensor | None = None,
+        *,
+        with_losses: bool = False,
+    ) -> Any:
+        """Losses of all positions, or the logits of some, or both.
 
         Args:
             batch: one micro-batch, on the parameters' device.
             encoded: by encoder name, the vectors [T * L, D] of all TP ranks.
             logits_at: [M] int64, indices into the flattened [B * S] positions.
+            with_losses: both, as a pair.
 
         Returns:
             Losses [B, S] float32, of every position, trained or not; or logits [M, vocabulary], whole on
@@ -94,9 +102,12 @@ class Decoder(nn.Module):
         Collective: the TP group.
         """
         hidden = self._layers(self._input(batch, encoded), batch)
+        logits = None
         if logits_at is not None:
-            logits = functional.linear(hidden.index_select(0, logits_at), self.output_weight)
-            return gather_last_dimension(logits, self.tensor_group)[:, : self.vocab_size]
+            shard = functional.linear(hidden.detach().index_select(0, logits_at), self.output_weight.detach())
+            logits = gather_last_dimension(shard, self.tensor_group)[:, : self.vocab_size]
+            if not with_losses:
+                return logits
         losses = linear_cross_entropy(
             hidden,
             self.output_weight,
@@ -104,7 +115,8 @@ class Decoder(nn.Module):
             group=self.tensor_group,
             vocab_size=self.vocab_size,
         )
-        return losses.view_as(batch.labels)
+        losses = losses.view_as(batch.labels)
+        return losses if logits is None else (losses, logits)
 
     def _input(self, batch: SemiCausalBatch, encoded: dict[str, Tensor]) -> Tensor:
         """Input of the first layer, [S, B, D], whole on every TP rank."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
 from metalm.kernels import IntervalMask, RelativeBias
-from metalm.model.connector import build_connector
+from metalm.model.connector import build_connector, build_detection_head
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.encoder_layer import EncoderLayer, Where, build_norm
@@ -57,7 +57,10 @@ class Encoder(nn.Module):
             self.relative_bias = SharedRelativeBias(buckets, distance, config.num_heads)
         self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
         self.final_norm = build_norm(config) if config.normalization == "pre_ln" else nn.Identity()
-        self.connector = build_connector(config.connector, hidden, decoder_hidden_size)
+        if config.connector == "detection":
+            self.detection_head = build_detection_head(hidden)
+        else:
+            self.connector = build_connector(config.connector, hidden, decoder_hidden_size)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(config, name))
 
@@ -70,7 +73,7 @@ class Encoder(nn.Module):
             share: packed spans of one TP rank.
 
         Returns:
-            [L, decoder hidden size], in the parameters' dtype.
+            [L, decoder hidden size], or [L, 1] from a detection head; in the parameters' dtype.
         """
         hidden, dropout = self._embed(share), self._dropout(share)
         if dropout is not None:
@@ -82,7 +85,8 @@ class Encoder(nn.Module):
                 hidden = checkpoint(layer, hidden, mask, where, share.routes, dropout, use_reentrant=False)
             else:
                 hidden = layer(hidden, mask, where, share.routes, dropout)
-        return self.connector(self.final_norm(hidden))
+        hidden = self.final_norm(hidden)
+        return self.detection_head(hidden) if self.config.connector == "detection" else self.connector(hidden)
 
     def _dropout(self, share: EncoderShare) -> SpanDropout | None:
         if not self.training or not self.config.dropout:
@@ -179,7 +183,7 @@ def encoder_draw(config: ModelConfig, name: str, pretrained: PretrainedWeights |
         return constant(0.0)
     if leaf.endswith("norm"):
         return constant(1.0)
-    if rest[0] == "connector":
+    if rest[0] in ("connector", "detection_head"):
         return _xavier
     if rest[0] != "layers":
         return normal(EMBEDDING_STD)

@@ -15,7 +15,9 @@ def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
 
 
 def count_connector(encoder: EncoderConfig, config: ModelConfig) -> int:
-    """The connector of one encoder."""
+    """The connector of one encoder, or its detection head."""
+    if encoder.connector == "detection":
+        return encoder.hidden_size * (encoder.hidden_size + 1) + encoder.hidden_size + 1
     decoder_hidden = config.decoder.hidden_size
     total = (encoder.hidden_size + 1) * decoder_hidden
     if encoder.connector == "feed_forward":

@@ -108,6 +108,8 @@ def _patch_flops(work: EncoderWork, encoder: EncoderConfig) -> float:
 
 
 def _connector_flops(config: EncoderConfig, decoder_size: int) -> int:
+    if config.connector == "detection":
+        return 2 * config.hidden_size * (config.hidden_size + 1)
     weights = config.hidden_size * decoder_size
     if config.connector == "feed_forward":
         weights += 2 * decoder_size**2

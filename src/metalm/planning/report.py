@@ -47,7 +47,8 @@ def describe_memory(plan: Plan) -> str:
         own, connector = count_encoder(encoder, model), count_connector(encoder, model)
         trained = own - count_frozen(encoder, model)
         lines.append(f"  {name:<10}{own:>16,}{trained:>16,}")
-        lines.append(f"  {'connector':<10}{connector:>16,}{connector:>16,}")
+        on_top = "head" if encoder.connector == "detection" else "connector"
+        lines.append(f"  {on_top:<10}{connector:>16,}{connector:>16,}")
     sizes = [*plan.bytes_by_kind.values(), plan.total_bytes]
     lines.append(f"{'all':<50}" + "".join(f"{size / MIB:>13,.1f}" for size in sizes))
     return "\n".join(lines)

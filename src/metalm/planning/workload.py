@@ -48,6 +48,9 @@ def _source_row(config: RunConfig, source: SourceConfig, caption_tokens: int) ->
     encoder = config.model.encoders.get(source.encoder or "")
     idle = {name: EncoderWork(0.0, 0.0, 0.0) for name in config.model.encoders}
     length = config.data.sequence_length
+    if config.training.replaced_tokens is not None:
+        whole = EncoderWork(length, length**2, 0.0)
+        return Work(length, length**2, {name: whole for name in config.model.encoders})
     if source.kind == "text":
         busy = idle if encoder is None else idle | {source.encoder or "": _text_spans(config)}
         return Work(length, length * (length + 1) / 2, busy)

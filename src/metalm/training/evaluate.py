@@ -20,8 +20,8 @@ from metalm.parallel.topology import Topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines
 from metalm.training.generate import evaluating, generate_greedily
+from metalm.training.objective import build_objective
 from metalm.training.session import open_session
-from metalm.training.step import encode
 
 GENERATION_BATCH = 32
 TEXT_PROMPT_TOKENS = 32
@@ -41,15 +41,16 @@ class Sample:
 def held_out_losses(engines: Engines, topology: Topology, config: RunConfig) -> dict[str, float]:
     """Nats per trained token of each held-out source; of pairs also with the images exchanged.
 
-    Keys: `SOURCE` and, for pairs, `SOURCE/wrong_image`. The rows are the same on every topology.
+    Keys: `SOURCE` and, for pairs, `SOURCE/wrong_image`; with replaced-token detection, whose loss is of
+    both models, also `SOURCE/PART`. The rows are the same on every topology.
 
     Collective: all ranks.
     """
-    losses = {}
+    losses: dict[str, float] = {}
     for name, source in config.data.evaluation.items():
-        losses[name] = _mean_loss(engines, topology, config, name, wrong_images=False)
+        losses |= _measure(engines, topology, config, name, name, wrong_images=False)
         if source.kind == "image_text":
-            losses[f"{name}/wrong_image"] = _mean_loss(engines, topology, config, name, wrong_images=True)
+            losses |= _measure(engines, topology, config, name, f"{name}/wrong_image", wrong_images=True)
     return losses
 
 
@@ -58,8 +59,12 @@ def generate_samples(
 ) -> list[Sample]:
     """Captions of the first images of a held-out source, or continuations of its first texts.
 
+    None with an objective that does not learn to generate.
+
     Collective: all ranks.
     """
+    if config.training.replaced_tokens is not None:
+        return []
     source = config.data.evaluation[name]
     tokenizer = load_tokenizer(config.data.tokenizer)
     found = read_samples(source, num_samples, tokenizer)
@@ -106,21 +111,24 @@ def evaluate(config: RunConfig, num_samples: int) -> int:
             samples = generate_samples(
                 session.engines, session.topology, config, name, num_samples, config.monitor.sample_new_tokens
             )
-            if session.is_first:
+            if session.is_first and samples:
                 lines = (json.dumps({"reference": s.reference, "generated": s.generated}) for s in samples)
                 _replace(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
         if session.is_first:
             result = {"step": state["step"], "losses": losses}
             _replace(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+            unit = "nats per token" if config.training.replaced_tokens is None else ""
             for name, loss in losses.items():
-                print(f"{name:<32} {loss:8.4f} nats per token")
+                print(f"{name:<40} {loss:8.4f} {unit}".rstrip())
     return 0
 
 
-def _mean_loss(
-    engines: Engines, topology: Topology, config: RunConfig, name: str, *, wrong_images: bool
-) -> float:
-    total = torch.zeros(2, dtype=torch.float64, device=topology.device)
+def _measure(
+    engines: Engines, topology: Topology, config: RunConfig, name: str, key: str, *, wrong_images: bool
+) -> dict[str, float]:
+    """Means over a held-out source: the loss as `key`, and its parts as `key/PART`."""
+    objective = build_objective(config.training.replaced_tokens)
+    totals = {key: torch.zeros(2, dtype=torch.float64, device=topology.device)}
     with evaluating(engines):
         for batch in evaluation_batches(
             config,
@@ -132,11 +140,13 @@ def _mean_loss(
             wrong_images=wrong_images,
         ):
             batch = batch.to(topology.device)
-            losses = engines.decoder(batch, encode(engines, batch, topology))
-            total[0] += (losses * batch.loss_mask).double().sum()
-            total[1] += batch.loss_mask.double().sum()
-    dist.all_reduce(total, group=topology.data_group)
-    return float(total[0] / total[1].clamp(min=1))
+            losses = objective(engines, batch, topology)
+            totals[key] += torch.stack([losses.weighted.double().sum(), batch.loss_mask.double().sum()])
+            for part, measured in losses.parts.items():
+                totals[f"{key}/{part}"] = totals.get(f"{key}/{part}", 0.0) + measured
+    for total in totals.values():
+        dist.all_reduce(total, group=topology.data_group)
+    return {name: float(total[0] / total[1].clamp(min=1)) for name, total in totals.items()}
 
 
 def _caption_prompt(config: RunConfig, source: SourceConfig, pixels: np.ndarray, tokenizer: Tokenizer) -> Row:

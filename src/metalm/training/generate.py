@@ -15,7 +15,7 @@ from metalm.data.rows import Row
 from metalm.data.tokenizer import Tokenizer
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
-from metalm.training.step import encode
+from metalm.training.objective import encode
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
 from metalm.training.metrics import read_metrics
 from metalm.training.monitor import Monitor
+from metalm.training.objective import build_objective
 from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
 from metalm.training.session import Session, open_session, provenance
@@ -70,7 +71,13 @@ class _Run:
             write_config(config, session.run_folder / CONFIG_NAME, provenance())
         self._store = CheckpointStore(session.run_folder, config, topology)
         self._guard = StepGuard(guards, topology.device)
-        self._train_step = TrainStep(session.engines, topology, len(config.data.sources), self._guard)
+        self._train_step = TrainStep(
+            session.engines,
+            topology,
+            len(config.data.sources),
+            self._guard,
+            build_objective(config.training.replaced_tokens),
+        )
         self._slow_ranks = SlowRanks(topology, guards.slow_rank_ratio)
         self._tokenizer_fingerprint = load_tokenizer(config.data.tokenizer).fingerprint
         self._step = self._fingerprint = 0

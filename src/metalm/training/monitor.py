@@ -269,6 +269,9 @@ class Monitor:
         for name, total, count in zip(self._config.data.sources, sums, counts, strict=True):
             if count:
                 figures[f"loss/{name}"] = total / count
+        for name, part in result.parts.items():
+            total, count = part.tolist()
+            figures[f"replaced_tokens/{name}"] = total / max(count, 1.0)
         return figures
 
     def _imbalances(self, costs: np.ndarray) -> dict[str, float]:

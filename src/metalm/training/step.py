@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metalm.batch import SemiCausalBatch
-from metalm.parallel.regions import gather_encoded
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
 from metalm.training.gradient_norm import GradientNorms, JointNorm
 from metalm.training.guards import FINE, StepGuard
+from metalm.training.objective import Objective, semi_causal_losses
 from metalm.training.timing import PartTimer
 
 
@@ -24,20 +24,11 @@ class StepResult:
 
     loss_sums: Tensor  # [sources] float64, nats over the trained positions of the global batch
     loss_counts: Tensor  # [sources] float64, trained positions
+    parts: dict[str, Tensor]
+    """What the loss is made of, where the objective tells: [2] float64, sum and count."""
     norms: GradientNorms
     skipped_steps: int
     """Steps so far, over all resumes, that the guard refused: neither engine moved. Known on the host."""
-
-
-def encode(engines: Engines, batch: SemiCausalBatch, topology: Topology) -> dict[str, Tensor]:
-    """All span vectors of a micro-batch, by encoder: [T * L, D] each.
-
-    Collective: all ranks (ZeRO) and the TP group.
-    """
-    if engines.encoders is None:
-        return {}
-    shares = {name: spans.shares[topology.tensor_rank] for name, spans in batch.encoders.items()}
-    return {name: gather_encoded(mine, topology) for name, mine in engines.encoders(shares).items()}
 
 
 def sum_by_source(values: Tensor, batch: SemiCausalBatch, num_sources: int) -> Tensor:
@@ -49,8 +40,16 @@ def sum_by_source(values: Tensor, batch: SemiCausalBatch, num_sources: int) -> T
 class TrainStep:
     """Runs optimizer steps on the micro-batches of this rank."""
 
-    def __init__(self, engines: Engines, topology: Topology, num_sources: int, guard: StepGuard) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        topology: Topology,
+        num_sources: int,
+        guard: StepGuard,
+        objective: Objective = semi_causal_losses,
+    ) -> None:
         self._engines = engines
+        self._objective = objective
         self._guard = guard
         self._all = list(engines.by_component().values())
         self._topology = topology
@@ -77,27 +76,33 @@ class TrainStep:
         dist.all_reduce(counts, group=topology.data_group)
         scale = topology.data_size / counts.sum().clamp(min=1.0)
         sums = torch.zeros_like(counts)
+        parts: dict[str, Tensor] = {}
         with self.timer.part("forward_backward"):
-            for batch in batches[:-1]:
-                sums += self._forward_backward(batch, scale)
-                self._step_engines()
-            sums += self._forward_backward(batches[-1], scale)
+            for number, batch in enumerate(batches):
+                if number:
+                    self._step_engines()
+                self._forward_backward(batch, scale, sums, parts)
         with self.timer.part("optimizer"):
             norms = self._joint_norm.measure()
-            dist.all_reduce(sums, group=topology.data_group)
+            for measured in (sums, *parts.values()):
+                dist.all_reduce(measured, group=topology.data_group)
             verdict = self._guard.judge(sums.sum() / counts.sum().clamp(min=1.0), norms.joint)
             self._joint_norm.refuse(verdict != FINE)
             for engine in self._all:
                 for group in engine.optimizer.param_groups:
                     group["lr"] = learning_rate
             self._step_engines()
-        return StepResult(sums, counts, norms, self._engines.decoder.skipped_steps)
+        return StepResult(sums, counts, parts, norms, self._engines.decoder.skipped_steps)
 
-    def _forward_backward(self, batch: SemiCausalBatch, scale: Tensor) -> Tensor:
-        encoded = encode(self._engines, batch, self._topology)
-        losses = self._engines.decoder(batch, encoded) * batch.loss_mask
-        self._engines.decoder.backward((losses.sum() * scale).float(), scale_wrt_gas=False)
-        return sum_by_source(losses.detach(), batch, self._num_sources)
+    def _forward_backward(
+        self, batch: SemiCausalBatch, scale: Tensor, sums: Tensor, parts: dict[str, Tensor]
+    ) -> None:
+        """Add a micro-batch's gradients, and what was measured of it to `sums` [sources] and `parts`."""
+        losses = self._objective(self._engines, batch, self._topology)
+        self._engines.decoder.backward((losses.weighted.sum() * scale).float(), scale_wrt_gas=False)
+        sums += sum_by_source(losses.weighted.detach(), batch, self._num_sources)
+        for name, part in losses.parts.items():
+            parts[name] = parts.get(name, 0.0) + part
 
     def _step_engines(self) -> None:
         """Advance the accumulation; at its boundary, update."""

@@ -19,7 +19,8 @@ from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import Topology, build_topology, close_topology
 from metalm.training.engines import build_engines
 from metalm.training.guards import StepGuard
-from metalm.training.step import TrainStep, encode
+from metalm.training.objective import encode
+from metalm.training.step import TrainStep
 
 
 def main() -> None:

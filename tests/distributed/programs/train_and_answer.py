@@ -25,7 +25,8 @@ from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
 from metalm.training.generate import evaluating
 from metalm.training.guards import StepGuard
-from metalm.training.step import TrainStep, encode
+from metalm.training.objective import encode
+from metalm.training.step import TrainStep
 
 RATES = (3e-3, 3e-3, 3e-3)
 MICRO_BATCH_SIZE = 2
