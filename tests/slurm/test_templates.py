@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,37 @@ def test_evaluate_says_its_ranks_code(cluster: VirtualCluster, pipeline: Path, t
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "64:0")
     assert "did you mean 'steps'?" in log.read_text()
     assert not list(REPOSITORY.glob(".exit_codes.*"))
+
+
+def test_a_run_is_evaluated_on_two_nodes_and_converted_after_it(
+    cluster: VirtualCluster, pipeline: Path, tmp_path: Path
+) -> None:
+    """Both jobs are submitted at once, as the template of the second says."""
+    text = f"data.evaluation={{text: {{path: {pipeline.parent}/text, kind: text, encoder: text}}}}"
+    overrides = (str(pipeline), "run.name=whole", "training.steps=3", "checkpoint.every_steps=3", text)
+    command = (sys.executable, "-m", "metalm")
+    for action, *more in (("train", "parallel.tensor=1"), ("evaluate", "parallel.tensor=1", "--samples=1")):
+        code, output = run_command([*command, action, *overrides, *more], timeout_s=120)
+        assert code == 0, output
+    run = pipeline.parent / "runs/whole"
+    alone = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").unlink()
+    settings = {**SETTINGS, "METALM_RANKS_PER_NODE": "1", "METALM_LAUNCHER": "srun"}
+    log, exported = f"--output={tmp_path}/%j.log", tmp_path / "exported"
+    evaluating = cluster.submit(
+        "--nodes=2", log, "slurm/evaluate.sbatch", *overrides, "--samples=1", environment=settings
+    )
+    after = (f"--dependency=afterok:{evaluating}", "--kill-on-invalid-dep=yes", "--cpus-per-task=1")
+    converting = cluster.submit(
+        *after, log, "slurm/convert.sbatch", str(run), str(exported), environment=SETTINGS
+    )
+    for job in (evaluating, converting):
+        facts = cluster.wait_for(job, ENDED, timeout_s=120)
+        assert facts["JobState"] == "COMPLETED", (tmp_path / f"{job}.log").read_text()
+    together = json.loads((run / "evaluation.json").read_text())
+    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert (exported / "model.safetensors").exists()
+    assert (exported / "proof.json").exists()
 
 
 def test_convert_says_what_is_missing(cluster: VirtualCluster, tmp_path: Path) -> None:
