@@ -61,7 +61,7 @@ def wait_for_step(folder: Path, step: int) -> None:
 
 def test_a_run_that_is_done_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
     job = submit("steps=3", options=("--gpus-per-node=2",))
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     log = (tmp_path / "job.log").read_text()
     assert facts["JobState"] == "COMPLETED", log
     assert causes(tmp_path) == ["done"]
@@ -77,14 +77,14 @@ def test_what_starting_again_cannot_mend_is_not_queued_again(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path, code: int
 ) -> None:
     job = submit(f"fails={code}@0")
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", f"{code}:0", "0")
     assert causes(tmp_path) == [f"ranks ended with {code}"]
 
 
 def test_a_fault_comes_back_and_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
     job = submit("fails=70@5", "steps=8")
-    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    facts = cluster.wait_for(job, ENDED, timeout_s=150)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     first, last = causes(tmp_path)
     assert first.startswith("rank_0000") and first.endswith("ended with 70")
@@ -94,7 +94,7 @@ def test_a_fault_comes_back_and_ends(cluster: VirtualCluster, submit: Submit, tm
 
 def test_the_watchdogs_word_is_the_cause(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
     job = submit("fails=70@5", "steps=8", BARK="rank 0 has hung for 600 s while saving")
-    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    facts = cluster.wait_for(job, ENDED, timeout_s=150)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     assert causes(tmp_path) == ["rank 0 has hung for 600 s while saving", "done"]
 
@@ -103,7 +103,7 @@ def test_a_kill_for_want_of_memory_comes_back(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
     job = submit("eats=5", "steps=8", options=("--mem=100M",))
-    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    facts = cluster.wait_for(job, ENDED, timeout_s=150)
     log = (tmp_path / "job.log").read_text()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
     first, last = causes(tmp_path)
@@ -114,7 +114,7 @@ def test_a_kill_for_want_of_memory_comes_back(
 
 def test_a_run_that_always_fails_gives_up(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
     job = submit("fails=137@2", METALM_MAX_STARTS="2")
-    facts = cluster.wait_for(job, ENDED, timeout_s=90)
+    facts = cluster.wait_for(job, ENDED, timeout_s=150)
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
     first, last = causes(tmp_path)
     assert first.endswith("was killed by signal 9 (out of memory?)")
@@ -125,7 +125,7 @@ def test_the_time_limits_signal_saves_and_comes_back(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
     submit(options=("--time=2", "--signal=B:USR2@90"))  # Slurm looks at limits twice a minute
-    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=100)
+    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=150)
     ended, again = events(tmp_path)[1:3]
     assert (ended["cause"], ended["code"], again["restart"]) == ("time limit", 75, 1)
     assert again["step"] == ended["step"] > 0
@@ -137,16 +137,16 @@ def test_scancel_saves_and_ends(cluster: VirtualCluster, submit: Submit, tmp_pat
     job = submit()
     wait_for_step(tmp_path, 5)
     cluster.command("scancel", job)
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
-    wait_until(lambda: causes(tmp_path) == ["cancelled"], "the end is on record", timeout_s=30)
+    wait_until(lambda: causes(tmp_path) == ["cancelled"], "the end is on record", timeout_s=120)
 
 
 def test_an_operators_stop_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
     job = submit()
     wait_for_step(tmp_path, 5)
     stop(tmp_path / "run")
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
     (cause,) = causes(tmp_path)
     assert cause.startswith("asked to stop: root 20")
@@ -157,7 +157,7 @@ def test_a_run_that_stops_by_itself_comes_back(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
     job = submit("fails=75@5", "steps=8")  # as at training.time_limit_minutes
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1")
     assert causes(tmp_path) == ["stopped by itself or by a signal", "done"]
 
@@ -169,7 +169,7 @@ def test_an_operators_stop_holds_for_a_job_that_waits(
     job = submit(options=("--hold",))
     stop(tmp_path / "run")
     cluster.command("scontrol", "release", job)
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert facts["ExitCode"] == "75:0"
     assert events(tmp_path) == []
     assert not (tmp_path / "run/stop").exists()
@@ -181,8 +181,8 @@ def test_a_preempted_run_saves_and_comes_back(
     submit(options=("--partition=low",))
     wait_for_step(tmp_path, 5)
     urgent = cluster.submit("--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
-    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=60)
-    cluster.wait_for(urgent, ["COMPLETED"], timeout_s=30)
+    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=120)
+    cluster.wait_for(urgent, ["COMPLETED"], timeout_s=120)
     ended, again = events(tmp_path)[1:3]
     assert (ended["cause"], ended["code"], again["step"]) == ("preempted", 75, ended["step"])
 
@@ -193,7 +193,7 @@ def test_an_operators_requeue_comes_back_once(
     job = submit()
     wait_for_step(tmp_path, 5)
     cluster.command("scontrol", "requeue", job)
-    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=60)
+    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=120)
     ended, again = events(tmp_path)[1:3]
     assert (ended["cause"], ended["code"]) == ("queued again by Slurm", 75)
     assert (again["job"], again["restart"], again["step"]) == (job, 1, ended["step"])
@@ -203,8 +203,8 @@ def test_a_successor_where_requeueing_is_not_allowed(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
     job = submit("fails=70@5", "steps=8", options=("--no-requeue",), METALM_COME_BACK="submit")
-    assert cluster.wait_for(job, ENDED, timeout_s=60)["JobState"] == "FAILED"
-    wait_until(lambda: causes(tmp_path)[1:] == ["done"], "the successor is done", timeout_s=60)
+    assert cluster.wait_for(job, ENDED, timeout_s=120)["JobState"] == "FAILED"
+    wait_until(lambda: causes(tmp_path)[1:] == ["done"], "the successor is done", timeout_s=120)
     first, _, second, _ = events(tmp_path)
     assert second["job"] != job
     assert second["chain"] == first["chain"] == job
@@ -217,7 +217,7 @@ def test_a_lost_node_is_left_behind(cluster: VirtualCluster, submit: Submit, tmp
     assert events(tmp_path)[0]["nodes"] == "node[1-2]"
     cluster.cut_power(lost)
     try:
-        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=90)
+        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=150)
         ended, again = events(tmp_path)[1:3]
         assert ended["cause"] == "queued again by Slurm: lost node2"
         assert again["nodes"] == "node[1,3]"
@@ -230,7 +230,7 @@ def test_a_run_that_hangs_is_ended_and_comes_back(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
     submit("hangs=5", METALM_HANG_MINUTES="0.2")
-    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=90)
+    wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=150)
     ended, again = events(tmp_path)[1:3]
     assert (ended["cause"], again["restart"], again["step"]) == ("no step for 0.2 minutes", 1, 5)
 
@@ -240,7 +240,7 @@ def test_a_cut_network_is_left_behind(cluster: VirtualCluster, submit: Submit, t
     wait_for_step(tmp_path, 5)
     cluster.cut_network("node2")
     try:
-        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=90)
+        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=150)
         ended, again = events(tmp_path)[1:3]
         assert ended["cause"] == "queued again by Slurm: lost node2"
         assert again["nodes"] == "node[1,3]"
@@ -256,7 +256,7 @@ def test_jobs_of_one_name_run_one_after_another(
     first = submit("steps=20", options=chain)
     second = submit("steps=30", options=chain)
     assert cluster.facts(second)["JobState"] == "PENDING"
-    cluster.wait_for(second, ["COMPLETED"], timeout_s=60)
+    cluster.wait_for(second, ["COMPLETED"], timeout_s=120)
     assert [(event["job"], event["step"]) for event in events(tmp_path)] == [
         *((first, 0), (first, 20)),
         *((second, 20), (second, 30)),
@@ -301,6 +301,6 @@ def test_a_job_without_a_fit_node_ends(cluster: VirtualCluster, submit: Submit, 
         METALM_PREFLIGHT="--write-mib-s 0",
         REAL_PYTHON=sys.executable,
     )
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "69:0", "0")
     assert causes(tmp_path) == ["failed the preflight: node1: 0 GPUs, expected 2 (no node is left)"]

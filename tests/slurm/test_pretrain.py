@@ -95,7 +95,7 @@ def test_a_bad_config_starts_nothing(cluster: VirtualCluster, pipeline: Path, tm
     log = tmp_path / "job.log"
     words = (*OPTIONS, f"--output={log}", "slurm/pretrain.sbatch", str(pipeline), "training.step=3")
     job = cluster.submit(*words, environment=settings("torchrun"))
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "64:0", "0")
     assert "training.step: unknown key; did you mean 'steps'?" in log.read_text()
 

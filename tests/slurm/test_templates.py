@@ -43,9 +43,9 @@ def test_an_array_prepares_what_one_process_does(
     log = f"--output={tmp_path}/%a.log"
     cluster.submit("--array=0-2", log, "slurm/prepare.sbatch", *words, environment=SETTINGS)
     command = [sys.executable, "tools/prepare_text.py", *map(str, inputs), *tokenizer]
-    code, output = run_command([*command, "--out", str(tmp_path / "one")], timeout_s=100)
+    code, output = run_command([*command, "--out", str(tmp_path / "one")], timeout_s=150)
     assert code == 0, output
-    wait_until(lambda: not cluster.command("squeue", "--noheader"), "the tasks have ended", timeout_s=100)
+    wait_until(lambda: not cluster.command("squeue", "--noheader"), "the tasks have ended", timeout_s=150)
     one, many = contents(tmp_path / "one"), contents(tmp_path / "many")
     assert len(one) >= 4 + 2
     assert many == one
@@ -56,7 +56,7 @@ def test_evaluate_says_its_ranks_code(cluster: VirtualCluster, pipeline: Path, t
     words = (f"--output={log}", "slurm/evaluate.sbatch", str(pipeline), "training.step=3")
     settings = {**SETTINGS, "METALM_RANKS_PER_NODE": "1"}
     job = cluster.submit("--nodes=2", *words, environment=settings)
-    facts = cluster.wait_for(job, ENDED, timeout_s=100)
+    facts = cluster.wait_for(job, ENDED, timeout_s=150)
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "64:0")
     assert "did you mean 'steps'?" in log.read_text()
     assert not list(REPOSITORY.glob(".exit_codes.*"))
@@ -97,7 +97,7 @@ def test_convert_says_what_is_missing(cluster: VirtualCluster, tmp_path: Path) -
     log = tmp_path / "job.log"
     words = (f"--output={log}", "slurm/convert.sbatch", str(tmp_path), str(tmp_path / "out"))
     job = cluster.submit(*words, environment=SETTINGS)
-    facts = cluster.wait_for(job, ENDED, timeout_s=60)
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "65:0")
     assert "neither a checkpoint nor a run folder" in log.read_text()
 
@@ -106,7 +106,7 @@ def test_tensorboard_is_reached_on_its_node_alone(cluster: VirtualCluster, tmp_p
     log = tmp_path / "job.log"
     words = (f"--output={log}", "slurm/tensorboard.sbatch", str(tmp_path))
     job = cluster.submit(*words, environment=SETTINGS)
-    wait_until(lambda: log.exists() and "Press CTRL+C" in log.read_text(), "it listens", timeout_s=60)
+    wait_until(lambda: log.exists() and "Press CTRL+C" in log.read_text(), "it listens", timeout_s=120)
     (port,) = re.findall(r"ssh -N -L 6006:localhost:(\d+)", log.read_text())
     program = (
         "import sys, urllib.request as r; print(r.urlopen(sys.argv[1] + '/data/logdir').read().decode())"

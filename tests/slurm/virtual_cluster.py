@@ -132,7 +132,7 @@ class VirtualCluster:
         self._write_config()
         self._first = self._start(_CONTROLLER, str(folder))
         self._first_pid = _first_child(self._first.pid)
-        wait_until((folder / "munge/socket").exists, "munged listens", timeout_s=20)
+        wait_until((folder / "munge/socket").exists, "munged listens", timeout_s=60)
         for number in range(1, NUM_NODES + 1):
             self.boot(f"node{number}")
         self.wait_for_idle()
@@ -151,7 +151,7 @@ class VirtualCluster:
 
     def wait_for_idle(self) -> None:
         """Wait until every node is up and free."""
-        wait_until(lambda: len(self._idle_nodes()) == NUM_NODES, "all nodes are idle", timeout_s=60)
+        wait_until(lambda: len(self._idle_nodes()) == NUM_NODES, "all nodes are idle", timeout_s=120)
 
     def cut_power(self, node: str) -> None:
         """End all processes of a node at once."""
@@ -196,7 +196,7 @@ class VirtualCluster:
         """Cancel all jobs and wait until every node is up and free."""
         self.command("scancel", "--user=root", check=False)
         self.command("scancel", "--full", "--signal=KILL", "--user=root", check=False)
-        wait_until(lambda: not self.command("squeue", "--noheader"), "no job is left", timeout_s=60)
+        wait_until(lambda: not self.command("squeue", "--noheader"), "no job is left", timeout_s=120)
         self.wait_for_idle()
 
     def close(self) -> None:
@@ -261,5 +261,5 @@ class VirtualCluster:
 def _first_child(pid: int) -> int:
     """The child of a process that starts one program, once it is there."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    wait_until(lambda: children.read_text().split(), f"process {pid} has a child", timeout_s=20)
+    wait_until(lambda: children.read_text().split(), f"process {pid} has a child", timeout_s=60)
     return int(children.read_text().split()[0])
