@@ -210,22 +210,6 @@ def test_a_successor_where_requeueing_is_not_allowed(
     assert second["chain"] == first["chain"] == job
 
 
-def test_a_lost_node_is_left_behind(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
-    submit()
-    wait_for_step(tmp_path, 5)
-    lost = "node2"
-    assert events(tmp_path)[0]["nodes"] == "node[1-2]"
-    cluster.cut_power(lost)
-    try:
-        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=150)
-        ended, again = events(tmp_path)[1:3]
-        assert ended["cause"] == "queued again by Slurm: lost node2"
-        assert again["nodes"] == "node[1,3]"
-        assert again["step"] >= 5
-    finally:
-        cluster.boot(lost)
-
-
 def test_a_run_that_hangs_is_ended_and_comes_back(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:
@@ -233,20 +217,6 @@ def test_a_run_that_hangs_is_ended_and_comes_back(
     wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=150)
     ended, again = events(tmp_path)[1:3]
     assert (ended["cause"], again["restart"], again["step"]) == ("no step for 0.2 minutes", 1, 5)
-
-
-def test_a_cut_network_is_left_behind(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
-    submit()
-    wait_for_step(tmp_path, 5)
-    cluster.cut_network("node2")
-    try:
-        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=150)
-        ended, again = events(tmp_path)[1:3]
-        assert ended["cause"] == "queued again by Slurm: lost node2"
-        assert again["nodes"] == "node[1,3]"
-        assert again["step"] >= 5
-    finally:
-        cluster.mend_network("node2")
 
 
 def test_jobs_of_one_name_run_one_after_another(

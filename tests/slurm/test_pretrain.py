@@ -100,27 +100,27 @@ def test_a_bad_config_starts_nothing(cluster: VirtualCluster, pipeline: Path, tm
     assert "training.step: unknown key; did you mean 'steps'?" in log.read_text()
 
 
-def test_a_cut_network_in_mid_step_loses_nothing(
-    cluster: VirtualCluster, pipeline: Path, reference: dict[int, float], tmp_path: Path
+@pytest.mark.parametrize("what", ["power", "network"])
+def test_a_node_lost_in_mid_step_is_left_behind_and_nothing_is_lost(
+    cluster: VirtualCluster, pipeline: Path, reference: dict[int, float], tmp_path: Path, what: str
 ) -> None:
-    log, run = tmp_path / "job.log", pipeline.parent / "runs/cut"
-    words = (
-        "--nodes=2",
-        "--time=60",
-        f"--output={log}",
-        "slurm/pretrain.sbatch",
-        str(pipeline),
-        "run.name=cut",
-    )
-    job = cluster.submit(*words, environment=settings("srun") | {"METALM_RANKS_PER_NODE": "1"})
+    name = f"lost_{what}"
+    log, run = tmp_path / "job.log", pipeline.parent / "runs" / name
+    words = ("--nodes=2", "--time=60", f"--output={log}", "slurm/pretrain.sbatch", str(pipeline))
+    environment = settings("srun") | {"METALM_RANKS_PER_NODE": "1"}
+    job = cluster.submit(*words, f"run.name={name}", environment=environment)
     wait_until(
         lambda: run.exists() and max(losses(run), default=0) > 8, "steps after a checkpoint", timeout_s=120
     )
-    cluster.cut_network("node2")
+    cut, mend = {
+        "power": (cluster.cut_power, cluster.boot),
+        "network": (cluster.cut_network, cluster.mend_network),
+    }[what]
+    cut("node2")
     try:
         facts = cluster.wait_for(job, ENDED, timeout_s=240)
     finally:
-        cluster.mend_network("node2")
+        mend("node2")
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     first, last = read_attempts(run)
     assert first.cause == "queued again by Slurm: lost node2"
