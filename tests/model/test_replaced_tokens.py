@@ -149,7 +149,7 @@ def test_losses_equal_those_of_each_document_by_itself(engines: Engines, topolog
     num_tokens = sum(len(own.tokens) for own in rows)
     assert found.parts["replaced_share"].tolist() == [num_replaced, num_tokens]
     assert found.parts["detection_accuracy"].tolist() == [num_correct, num_tokens]
-    assert found.parts["found_of_replaced"][1] == num_replaced
+    assert found.parts["detection_recall"][1] == num_replaced
     total = found.parts["masked_token_loss"][0] + 2.1 * found.parts["detection_loss"][0]
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-6)
 

@@ -95,7 +95,7 @@ def _text_rows(config: RunConfig, source: Source, num_rows: int) -> Iterator[Row
         row = packer.next_row()
         if row is None:
             return
-        yield replace(row, dropout_seed=number)
+        yield replace(row, dropout_seed=number)  # of what replaced-token detection masks
 
 
 def _pair_rows(

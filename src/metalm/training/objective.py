@@ -83,7 +83,7 @@ def replaced_token_losses(
             "masked_token_loss": _sum_and_count(masked, batch.masked_positions),
             "detection_loss": _sum_and_count(detection, detection),
             "detection_accuracy": _sum_and_count(correct, correct),
-            "found_of_replaced": torch.stack([found.sum(), is_replaced.sum()]).double(),
+            "detection_recall": torch.stack([found.sum(), is_replaced.sum()]).double(),
             "replaced_share": _sum_and_count(is_replaced, is_replaced),
         },
     )
