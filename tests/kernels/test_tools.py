@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from metalm.kernels import IntervalMask
+from metalm.kernels import IntervalMask, benchmark
 from metalm.kernels.picture import FULL, PARTIAL_HIDDEN, PARTIAL_VISIBLE, SKIPPED, mask_image
 
 ROOT = Path(__file__).parents[2]
@@ -50,3 +52,31 @@ def test_bench_attention_writes_json(tmp_path: Path) -> None:
     assert {record["peer"] for record in results} == set(peers)
     assert all(record["ms"] > 0 and record["times_ours"] > 0 for record in results)
     assert "semi-causal packed" in out
+
+
+def test_a_peer_that_cannot_run_is_told_and_our_own_failure_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = benchmark.Case(kind="causal", length=64, batch_size=1, num_heads=1, head_size=32, num_documents=1)
+
+    def measured(*peers: str, max_dense_length: int = 64) -> list[dict[str, Any]]:
+        return benchmark.measure(
+            case,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            backward=False,
+            peers=peers,
+            repetitions=1,
+            max_dense_length=max_dense_length,
+        )
+
+    ours, dense = measured("interval", "sdpa dense", max_dense_length=32)
+    assert ours["ms"] > 0
+    assert dense["not_run"] == "dense masks are measured up to length 32"
+    with pytest.raises(ValueError, match="unknown peer 'other'"):
+        measured("other")
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(benchmark, "interval_attention", broken)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        measured("interval", "sdpa dense")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,8 +35,7 @@ def build_objective(replaced_tokens: ReplacedTokensConfig | None) -> Objective:
     """The objective of a run, by its `training.replaced_tokens`."""
     if replaced_tokens is None:
         return semi_causal_losses
-    settings = replaced_tokens
-    return lambda engines, batch, topology: replaced_token_losses(engines, batch, topology, settings)
+    return partial(replaced_token_losses, settings=replaced_tokens)
 
 
 def encode(engines: Engines, batch: SemiCausalBatch, topology: Topology) -> dict[str, Tensor]:
@@ -95,8 +95,10 @@ def take_by_probability(logits: Tensor, draws: Tensor) -> Tensor:
     Returns:
         [M] int64.
     """
-    cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    wanted = (draws * cumulated[:, -1])[:, None]
+    cumulated = logits.softmax(dim=-1, dtype=torch.float32).cumsum(
+        dim=-1
+    )  # in double, gigabytes at 64k tokens
+    wanted = (draws * cumulated[:, -1])[:, None].float()
     return torch.searchsorted(cumulated, wanted, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
