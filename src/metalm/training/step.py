@@ -84,8 +84,11 @@ class TrainStep:
                 self._forward_backward(batch, scale, sums, parts)
         with self.timer.part("optimizer"):
             norms = self._joint_norm.measure()
-            for measured in (sums, *parts.values()):
-                dist.all_reduce(measured, group=topology.data_group)
+            dist.all_reduce(sums, group=topology.data_group)
+            if parts:
+                together = torch.stack(list(parts.values()))
+                dist.all_reduce(together, group=topology.data_group)
+                parts = dict(zip(parts, together, strict=True))
             verdict = self._guard.judge(sums.sum() / counts.sum().clamp(min=1.0), norms.joint)
             self._joint_norm.refuse(verdict != FINE)
             for engine in self._all:
