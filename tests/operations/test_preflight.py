@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,31 @@ from metalm.operations.node_report import Gpu, NodeReport
 from metalm.operations.preflight_limits import Limits, find_problems
 
 RANK = [sys.executable, "-m", "metalm", "preflight"]
-QUICK = ("--mebibytes", "4", "--deadline-s", "40", "--write-mib-s", "0")
+QUICK = ("--mebibytes", "4", "--deadline-s", "120", "--write-mib-s", "0")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Not one that Linux gives to outgoing connections: it would be taken before rank 0 listens there."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def environment_of(rank: int, nodes: Sequence[str], port: int) -> dict[str, str]:
+    """One rank per node."""
+    return {
+        **os.environ,
+        "SLURM_PROCID": str(rank),
+        "SLURM_NTASKS": str(len(nodes)),
+        "SLURM_LOCALID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "SLURMD_NODENAME": nodes[rank],
+        "METALM_NODES": " ".join(nodes),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def run_nodes(
@@ -34,26 +54,16 @@ def run_nodes(
     for rank, (node, own) in enumerate(nodes.items()):
         if node == absent:
             continue
-        environment = {
-            "SLURM_PROCID": str(rank),
-            "SLURM_NTASKS": str(len(nodes)),
-            "SLURM_LOCALID": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "SLURMD_NODENAME": node,
-            "METALM_NODES": " ".join(nodes),
-            "OMP_NUM_THREADS": "1",
-        }
         processes.append(
             subprocess.Popen(
                 [*RANK, str(run_folder), *QUICK, "--bad-nodes", str(run_folder.parent / "bad"), *options],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**os.environ, **environment, **own},
+                env={**environment_of(rank, list(nodes), port), **own},
             )
         )
-    outputs = [process.communicate(timeout=150)[0] for process in processes]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
     return {process.returncode for process in processes}, outputs[0]
 
 
@@ -104,6 +114,21 @@ def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
     codes, output = run_nodes(tmp_path / "run", "--deadline-s", "12", nodes={"a": {}, "b": {}}, absent="b")
     assert codes == {EXIT_NODE}, output
     assert bad_nodes(tmp_path / "run") == {"b": "1 of its ranks do not report"}
+
+
+def test_a_rank_whose_first_node_goes_away_ends(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", free_port())) as first_node:
+        _, port = first_node.getsockname()
+        rank = subprocess.Popen(
+            [*RANK, str(tmp_path / "run"), *QUICK, "--deadline-s", "5"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment_of(1, ["a", "b"], port),
+        )
+        first_node.accept()[0].close()
+    _, output = rank.communicate(timeout=60)
+    assert rank.returncode == EXIT_NODE
+    assert "preflight: b does not reach the first node" in output
 
 
 @pytest.fixture

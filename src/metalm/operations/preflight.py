@@ -50,11 +50,13 @@ def preflight(
     """
     launch = find_launch(os.environ)
     own = NodeReport(node_name()) if launch.local_rank else _add_what_torch_knows(report_node(run_folder))
+    links: threading.Thread | None = None
     try:
         meeting = _Meeting(launch, deadline_s)
         meeting.tell("report", own.to_json())
         if launch.rank:
-            links = _measure(meeting, mebibytes) if meeting.hear("links are measured") == "yes" else None
+            if meeting.hear("links are measured") == "yes":
+                links = _measure(meeting, mebibytes)
             code = int(meeting.hear("code"))
         else:
             reports, problems, links = _judge(meeting, limits, mebibytes)
@@ -68,8 +70,8 @@ def preflight(
         if launch.rank == 0:
             meeting.collect("farewell", _FAREWELL_S)  # the store goes with this process
     except dist.DistError as error:
-        print(f"preflight: {own.node} lost the first node: {error}", file=sys.stderr, flush=True)
-        return EXIT_NODE
+        print(f"preflight: {own.node} does not reach the first node: {error}", file=sys.stderr, flush=True)
+        code = EXIT_NODE
     if links is not None and links.is_alive():
         sys.stdout.flush()
         os._exit(code)  # a collective that hangs cannot be ended otherwise
@@ -107,13 +109,15 @@ class _Meeting:
         return self._connect(hosts=False)
 
     def _connect(self, *, hosts: bool) -> dist.TCPStore:
-        return dist.TCPStore(
+        store = dist.TCPStore(
             self.launch.master_address,
             self.launch.master_port,
             is_master=hosts,
-            timeout=timedelta(seconds=3 * self.deadline_s),
+            timeout=timedelta(seconds=self.deadline_s),
             wait_for_workers=False,
         )
+        store.set_timeout(timedelta(seconds=3 * self.deadline_s))  # rank 0 may wait for reports, and links
+        return store
 
     def say(self, name: str, value: str) -> None:
         """Rank 0 to all."""

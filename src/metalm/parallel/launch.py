@@ -50,7 +50,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
             first = first_host(
                 environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
             )
-            port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000
+            port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 12000
             environment = {**environment, "MASTER_ADDR": first, "MASTER_PORT": str(port)}
         return _from(environment, "slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     with socket.socket() as probe:
