@@ -4,7 +4,7 @@ Every index that the step needs (positions, intervals, dock indices, the shares 
 computed in the collator, on the CPU, so that the step itself never waits for the device.
 
 Shape letters: B rows, S decoder positions, T tensor-parallel ranks, L encoder elements of one share,
-P image patches of one share, N docked vectors.
+P patches of one share (of images, or vectors of clips), N docked vectors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 class EncoderShare:
     """The spans of one micro-batch that one TP rank encodes with one encoder, packed end to end.
 
-    A span is a run of elements: first the patches of its image, if it has one, then its text tokens. In
+    A span is a run of elements: first the patches of its image or clip, if any, then its text tokens. In
     an encoder with dropout every span begins at a multiple of 4, because its attention draws four words
     at once; what pads a span to that sees nothing.
     A rank without a span holds one dummy element whose vector is docked nowhere; the padding up to
@@ -29,11 +29,12 @@ class EncoderShare:
     """
 
     token_ids: Tensor  # [L] int64; the padding id where a patch stands and in the padding
-    positions: Tensor  # [L] int64; index in the span's text, or of the patch in its image
+    positions: Tensor  # [L] int64; index in the span's text, or of the patch in its image or clip
     attention_start: Tensor  # [L] int32; first element of the span
     attention_end: Tensor  # [L] int32; end of the span, exclusive
-    patches: Tensor  # [P, patch_size * patch_size * 3] uint8; P may be 0
-    patch_slots: Tensor  # [P] int64; which of the L elements each patch is
+    media: Tensor
+    """Of images uint8 [P, patch_size * patch_size * 3]; of audio float32, a row of features for each clip."""
+    patch_slots: Tensor  # [P] int64, P may be 0; which of the L elements each patch is
     dropout_seeds: Tensor  # [L] int64; of the span
     dropout_positions: Tensor  # [L] int32; index in the span
     routes: dict[str, dict[str, Tensor]]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metalm.config import RunConfig
-from metalm.data.images import cut_patches, fit_image
+from metalm.data.images import fit_patches
 from metalm.data.rows import Row, RowSpans
 from metalm.data.tokenizer import Tokenizer
 
@@ -157,7 +157,7 @@ def prompt_row(parts: tuple[Part, ...], tokenizer: Tokenizer, config: RunConfig)
         start, patches = len(tokens), None
         if part.image is not None:
             image = config.model.encoders[part.encoder].image
-            patches = cut_patches(fit_image(pictures()[part.image], image.image_size), image)
+            patches = fit_patches(pictures()[part.image], image)
             tokens += [tokenizer.paragraph_id] * len(patches)
         tokens += tokenizer.encode([part.text])[0].tolist()
         if part.encoder is not None:
@@ -168,6 +168,6 @@ def prompt_row(parts: tuple[Part, ...], tokenizer: Tokenizer, config: RunConfig)
         spans[encoder] = RowSpans(
             bounds=np.array([[start, end] for start, end, _ in members]),
             num_patches=np.array([0 if patches is None else len(patches) for *_, patches in members]),
-            patches=np.concatenate(images) if images else None,
+            media=np.concatenate(images) if images else None,
         )
     return Row(np.array(tokens, np.int32), np.array([len(tokens)]), spans=spans)

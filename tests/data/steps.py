@@ -52,7 +52,7 @@ def row_digests(batches: list[SemiCausalBatch]) -> list[str]:
                     digest.update(f"{position % length} {share.token_ids[element]}".encode())
                     digest.update(f"{share.positions[element]}".encode())
                     for slot in np.flatnonzero(share.patch_slots.numpy() == element):
-                        digest.update(share.patches[slot].numpy().tobytes())
+                        digest.update(share.media[slot].numpy().tobytes())
             digests.append(digest.hexdigest())
     return digests
 

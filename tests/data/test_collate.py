@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import ModelConfig
 from metalm.data.collate import collate
-from metalm.data.rows import Row, RowSpans, empty_row, image_prompt, text_prompt
+from metalm.data.images import fit_patches
+from metalm.data.rows import Row, RowSpans, empty_row, media_prompt, text_prompt
 from metalm.kernels import IntervalMask
 
 PAD, PATCHES, PATCH_BYTES = 4, 4, 192
@@ -89,7 +90,7 @@ def test_an_encoder_without_spans_gets_one_dummy_element_that_is_docked_nowhere(
     assert len(encoder.dock_vectors) == len(encoder.dock_positions) == 0
     for share in encoder.shares:
         assert share.attention_end.tolist() == [1] + [0] * 15
-        assert share.patches.shape == (0, PATCH_BYTES)
+        assert share.media.shape == (0, PATCH_BYTES)
 
 
 def test_elements_are_routed_by_the_modality_of_their_span() -> None:
@@ -211,8 +212,8 @@ def check_encoder(batch: SemiCausalBatch, rows: list[Row], name: str, length: in
                 if offset < num_patches:
                     assert share.token_ids[element] == PAD
                     assert share.positions[element] == offset
-                    expected = spans.patches[next_patch + offset]
-                    np.testing.assert_array_equal(share.patches[slots.index(element)], expected)
+                    expected = spans.media[next_patch + offset]
+                    np.testing.assert_array_equal(share.media[slots.index(element)], expected)
                 else:
                     assert element not in slots
                     assert share.token_ids[element] == row.tokens[start + offset]
@@ -224,14 +225,15 @@ def check_encoder(batch: SemiCausalBatch, rows: list[Row], name: str, length: in
         dummy = 1 if docked == 0 else 0
         assert (share.attention_end > 0).sum() == docked + dummy
         assert torch.all(share.token_ids[docked:] == PAD)
-        assert len(share.patches) == len(share.patch_slots)
+        assert len(share.media) == len(share.patch_slots)
 
 
 def test_prompts_are_left_open_and_dock_what_they_encode(pixels: np.ndarray) -> None:
     image = MODEL.encoders["vision"].image
     assert image is not None
-    row = image_prompt(
-        pixels, encoder="vision", image=image, start_id=0, paragraph_id=1, prefix_ids=[7, 8], ids=[9]
+    patches = fit_patches(pixels, image)
+    row = media_prompt(
+        patches, len(patches), encoder="vision", start_id=0, paragraph_id=1, prefix_ids=[7, 8], ids=[9]
     )
     assert row.tokens.tolist() == [0, 1, 1, 1, 1, 7, 8, 9]
     batch = collated([row, text_prompt(np.array([5, 6, 7]), start_id=0, encoder="text", span=(1, 3))], 8)

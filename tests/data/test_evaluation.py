@@ -30,7 +30,7 @@ def batches_of(
     config: RunConfig, name: str, num_rows: int, rank: int = 0, size: int = 1, *, wrong: bool = False
 ) -> list[SemiCausalBatch]:
     found = evaluation_batches(
-        config, name, num_rows=num_rows, dp_rank=rank, dp_size=size, tp_size=1, wrong_images=wrong
+        config, name, num_rows=num_rows, dp_rank=rank, dp_size=size, tp_size=1, wrong_media=wrong
     )
     return list(found)
 
@@ -62,7 +62,7 @@ def test_rows_depend_neither_on_the_seed_nor_on_the_call(config: RunConfig, name
 def test_the_whole_caption_is_predicted_from_the_image(config: RunConfig) -> None:
     for batch in batches_of(config, "pairs", 3):
         encoder = batch.encoders["vision"]
-        assert len(encoder.dock_positions) == len(encoder.shares[0].patches)
+        assert len(encoder.dock_positions) == len(encoder.shares[0].media)
         # Of each pair of 4 patches and n tokens all but 3 patches and </d> are trained.
         real = (batch.attention_end > 0).sum()
         pairs = len(encoder.dock_positions) // 4
@@ -72,7 +72,7 @@ def test_the_whole_caption_is_predicted_from_the_image(config: RunConfig) -> Non
 def test_wrong_images_are_those_of_other_pairs_under_the_same_captions(config: RunConfig) -> None:
     right, wrong = (batches_of(config, "pairs", 4, wrong=flag) for flag in (False, True))
     images = [
-        torch.cat([batch.encoders["vision"].shares[0].patches.reshape(-1, 4 * 192) for batch in batches])
+        torch.cat([batch.encoders["vision"].shares[0].media.reshape(-1, 4 * 192) for batch in batches])
         for batches in (right, wrong)
     ]
     for first, second in zip(right, wrong, strict=True):
@@ -87,7 +87,7 @@ def test_wrong_images_are_those_of_other_pairs_under_the_same_captions(config: R
 def test_what_cannot_be_evaluated_is_refused(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="no source 'poems', only text, pairs, one"):
         batches_of(config, "poems", 1)
-    with pytest.raises(ConfigError, match="no images to exchange"):
+    with pytest.raises(ConfigError, match="no images or clips to exchange"):
         batches_of(config, "text", 1, wrong=True)
     with pytest.raises(DataError, match="cannot be exchanged"):
         batches_of(config, "one", 1, wrong=True)

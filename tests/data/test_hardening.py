@@ -173,7 +173,7 @@ def test_evaluation_and_samples_leave_bad_pairs_out(
     source = {"path": tmp_path, "kind": "image_text", "encoder": "vision"}
     config = make_config({"source": source}, evaluation={"source": source})
     batches = list(evaluation_batches(config, "source", num_rows=2, dp_rank=0, dp_size=1, tp_size=1))
-    assert sum(len(batch.encoders["vision"].shares[0].patches) for batch in batches) == 2 * 4
+    assert sum(len(batch.encoders["vision"].shares[0].media) for batch in batches) == 2 * 4
     samples = read_samples(SourceConfig.model_validate(source), 9, tokenizer)
     assert [sample.captions for sample in samples] == [("fox",), ("dog", "a dog")]
     assert all(sample.image is not None and sample.image.shape == (20, 24, 3) for sample in samples)

@@ -13,6 +13,7 @@ import pytest
 from metalm.config.schema import ImageConfig, RunConfig, SourceConfig
 from metalm.data.index import build_index
 from metalm.data.lanes import Lane, Mixture
+from metalm.data.media import ImageReader
 from metalm.data.order import SampleOrder
 from metalm.data.pair_rows import PairPacker
 from metalm.data.rows import Row
@@ -37,7 +38,7 @@ def packer_of(
         source,
         order_of(source),
         0,
-        image=image,
+        reader=ImageReader(image),
         max_text_positions=6,
         sequence_length=length,
         draws=Stream(1, "draws"),
@@ -56,7 +57,7 @@ def pairs_of(row: Row, tokenizer: Tokenizer) -> list[tuple[str, int, np.ndarray]
     """Caption, prefix length and patches of each pair, checked for their frame."""
     found = []
     spans = row.spans["vision"]
-    patches = spans.patches.reshape(len(spans.bounds), IMAGE.num_patches, -1)
+    patches = spans.media.reshape(len(spans.bounds), IMAGE.num_patches, -1)
     starts = [0, *row.document_ends[:-1]]
     for start, end, (first, last), pixels in zip(
         starts, row.document_ends, spans.bounds, patches, strict=True
@@ -152,7 +153,7 @@ def test_a_packer_goes_on_from_its_state_after_any_row(source: Source) -> None:
         expected, row = whole.next_row(), resumed.next_row()
         np.testing.assert_array_equal(row.tokens, expected.tokens)
         np.testing.assert_array_equal(row.spans["vision"].bounds, expected.spans["vision"].bounds)
-        np.testing.assert_array_equal(row.spans["vision"].patches, expected.spans["vision"].patches)
+        np.testing.assert_array_equal(row.spans["vision"].media, expected.spans["vision"].media)
         assert resumed.state() == whole.state()
 
 
@@ -182,5 +183,5 @@ def test_pairs_need_an_encoder_with_an_image(source: Source, make_config: Callab
     path = source.config.path
     config = make_config({"scenes": {"path": path, "kind": "image_text", "encoder": "text"}})
     opened = open_sources(config.data.sources, source.tokenizer)
-    with pytest.raises(ConfigError, match="source scenes holds pairs"):
+    with pytest.raises(ConfigError, match="source scenes is image_text: its encoder must"):
         Lane(Mixture(config, opened), 0)

@@ -159,7 +159,7 @@ def to_row(plain: PlainRow) -> Row:
         encoder: RowSpans(
             bounds=np.array([[offset + span.start, offset + span.end] for offset, span in members]),
             num_patches=np.array([0 if s.patches is None else len(s.patches) for _, s in members]),
-            patches=None
+            media=None
             if members[0][1].patches is None
             else np.concatenate([span.patches for _, span in members]),
         )

@@ -1,14 +1,19 @@
-"""Runs with three encoders docked at once, two of transformers, on several layouts and after a resume."""
+"""Runs with five encoders docked at once, of text, images and audio, four of them of transformers, on several
+layouts and after a resume."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distributed.ranks import run_command
 from metalm.checkpoint.reader import CheckpointReader
@@ -17,6 +22,9 @@ from reference.encoder_tokenizer import save_tokenizer
 from reference.pretrained import save_pretrained, vision_model
 
 REPOSITORY = Path(__file__).parents[2]
+PRETRAINED = ("roberta", "vit", "ast", "wav2vec2-masked")
+ENCODERS = {"wav2vec2-masked": "ear"}
+"""Names in the pipeline, where they are others."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +34,16 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run with a frozen RoBERTa for text, a ViT whose last layer is trained, and our own encoder."""
+    """The tiny run with our own encoder of images, a frozen RoBERTa and AST, a ViT whose last layer is
+    trained, and a Wav2Vec2 that is trained as a whole."""
     folder = tmp_path_factory.mktemp("pretrained")
-    save_pretrained("roberta", folder / "roberta")
+    for name in PRETRAINED:
+        save_pretrained(name, folder / name)
     save_tokenizer(folder / "roberta")
-    save_pretrained("vit", folder / "vit")
+    prepare_tones(folder)
+    ear = {"path": str(folder / "wav2vec2-masked"), "clip_seconds": 0.05}
+    tones = {"path": str(folder / "shards"), "kind": "audio_text"}
+    heard = {"mel": {**tones, "encoder": "ast"}, "tones": {**tones, "encoder": "ear"}}
     data = yaml.safe_load((tiny_data / "tiny.yaml").read_text())["data"]["sources"]
     content = {
         "extends": str(tiny_data / "tiny.yaml"),
@@ -39,18 +52,48 @@ def pipeline(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "text": None,
                 "roberta": {"pretrained": {"path": str(folder / "roberta")}, "trained_layers": "none"},
                 "vit": {"pretrained": {"path": str(folder / "vit")}, "trained_layers": 1},
+                "ast": {"pretrained": {"path": str(folder / "ast")}, "trained_layers": "none"},
+                "ear": {"pretrained": ear, "connector": "feed_forward"},
             }
         },
         "data": {
-            "sources": {"text": {"encoder": "roberta"}, "more": {**data["scenes"], "encoder": "vit"}},
-            "evaluation": {"text": {"encoder": "roberta"}, "more": {**data["scenes"], "encoder": "vit"}},
+            "sources": {
+                "text": {"encoder": "roberta"},
+                "more": {**data["scenes"], "encoder": "vit"},
+                **heard,
+            },
+            "evaluation": {"text": {"encoder": "roberta"}, **heard},
         },
         "training": {"steps": 6},
+        "monitor": {"evaluate_every_steps": 6, "sample_every_steps": 6},
         "checkpoint": {"every_steps": 3, "keep_every_steps": 3},
     }
     path = folder / "pipeline.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def prepare_tones(folder: Path) -> None:
+    """Forty clips of several lengths and rates, prepared by the tool from a table."""
+    (folder / "clips").mkdir()
+    lines = ["path,caption"]
+    for number in range(40):
+        rate, seconds = (16_000, 44_100)[number % 2], (0.05, 0.02, 0.3)[number % 3]
+        samples = 0.4 * np.sin(np.arange(round(rate * seconds)) * (100 + 40 * number) * 2 * np.pi / rate)
+        soundfile.write(folder / "clips" / f"{number}.wav", samples, rate)
+        lines.append(f"{number}.wav,a tone of {100 + 40 * number} hertz")
+    table = folder / "tones.csv"
+    table.write_text("\n".join(lines) + "\n")
+    tool = [
+        sys.executable,
+        "tools/prepare_audio_text.py",
+        str(table),
+        "--audio-folder",
+        str(folder / "clips"),
+    ]
+    code, output = run_command([*tool, "--resample", "16000", "--out", str(folder / "shards")], timeout_s=60)
+    assert code == 0, output
+    assert "40" in output
 
 
 def train(pipeline: Path, runs: Path, name: str, num_ranks: int = 1, *overrides: str) -> dict[int, float]:
@@ -92,23 +135,26 @@ def test_two_ranks_give_the_same_losses(pipeline: Path, alone: Path, tmp_path: P
     assert train(pipeline, tmp_path, "two", 2, *overrides) == pytest.approx(losses(alone), abs=1e-5)
 
 
-def test_frozen_weights_are_the_folders_and_the_last_layer_alone_has_moved(
-    pipeline: Path, alone: Path
-) -> None:
+def test_what_is_trained_has_moved_and_nothing_else(pipeline: Path, alone: Path) -> None:
     found = weights(alone, 6)
-    models = {name: save_pretrained(name, pipeline.parent / "again" / name) for name in ("roberta", "vit")}
+    models = {
+        ENCODERS.get(name, name): save_pretrained(name, pipeline.parent / "again" / name)
+        for name in PRETRAINED
+    }
     moved = set()
     for name, model in models.items():
         for parameter, value in vision_model(model).named_parameters():
             mine = found.get(f"encoders.{name}.model.{parameter}")
             if mine is None:
-                assert parameter.startswith("pooler.")
+                assert parameter.startswith(("pooler.", "masked_spec_embed"))
             elif not torch.equal(mine, value.detach()):
                 moved.add(f"{name}.{parameter}")
     last = [n for n, _ in models["vit"].named_parameters() if n.startswith(("layers.2.", "layernorm."))]
     # The bias of the keys shifts all scores of a query alike: its gradient is nothing.
-    assert {f"vit.{n}" for n in last} - {"vit.layers.2.attention.k_proj.bias"} <= moved
-    assert moved <= {f"vit.{n}" for n in last}
+    trained = {f"vit.{n}" for n in last}
+    trained |= {f"ear.{n}" for n, _ in models["ear"].named_parameters() if n != "masked_spec_embed"}
+    without_gradient = {n for n in trained if n.endswith("attention.k_proj.bias")}
+    assert trained - without_gradient <= moved <= trained
 
 
 def test_a_run_goes_on_without_the_folders(pipeline: Path, alone: Path, tmp_path: Path) -> None:
@@ -120,8 +166,20 @@ def test_a_run_goes_on_without_the_folders(pipeline: Path, alone: Path, tmp_path
     resolved.pop("provenance")
     folders = tmp_path / "elsewhere"
     save_tokenizer(folders / "roberta")
-    for name in ("roberta", "vit"):
-        resolved["model"]["encoders"][name]["pretrained"]["path"] = str(folders / name)
+    for name in PRETRAINED:
+        encoder = ENCODERS.get(name, name)
+        resolved["model"]["encoders"][encoder]["pretrained"]["path"] = str(folders / name)
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     found = train(tmp_path / "resolved.yaml", tmp_path, "resumed", 2, "parallel.tensor=2")
     assert found == pytest.approx({step: losses(alone)[step] for step in (4, 5, 6)}, abs=1e-5)
+
+
+def test_clips_are_evaluated_and_can_be_listened_to(alone: Path) -> None:
+    *_, entry = [entry for entry in read_metrics(alone) if "held_out/tones" in entry]
+    for name in ("tones", "mel"):
+        assert 0 < entry[f"held_out/{name}"] != entry[f"held_out/{name}/wrong_audio"] > 0
+    events = EventAccumulator(str(alone / "tensorboard"), size_guidance={"audio": 0}).Reload()
+    assert events.Tags()["audio"] == ["mel/0", "tones/0", "tones/1"]  # one is too short for mel frames
+    *_, clip = events.Audio("tones/0")
+    samples, rate = soundfile.read(io.BytesIO(clip.encoded_audio_string))
+    assert (rate, len(samples)) == (16_000, 800)

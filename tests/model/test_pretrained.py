@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from metalm.batch import EncoderShare
 from metalm.config.pretrained import fill_in_pretrained
 from metalm.config.schema import EncoderConfig
+from metalm.data.audio import Clip, ClipReader
 from metalm.data.images import cut_patches
 from metalm.errors import ConfigError
 from metalm.kernels.attention import backend_counts, reset_backend_counts
 from metalm.model.pretrained import PretrainedEncoder, count_parameters, load_weights, trained_names
-from reference.pretrained import MEAN, STD, save_pretrained, vision_model
+from reference.pretrained import AUDIO, MEAN, STD, VISION, save_pretrained, vision_model
 
-IMAGES, TEXTS = ("vit", "beit", "clip", "siglip"), ("bert", "roberta", "xlm-roberta", "electra")
+TEXTS = ("bert", "roberta", "xlm-roberta", "electra")
+CLIP_SECONDS = 0.05
 LAST_LAYER = {
     "vit": "layers.2.",
     "beit": "layers.2.",
     "clip": "encoder.layers.2.",
     "siglip": "encoder.layers.2.",
 }
-LAST_LAYER |= dict.fromkeys(TEXTS, "encoder.layer.2.")
-BEHIND_LAYERS = {"vit": "layernorm.", "beit": "layernorm.", "siglip": "post_layernorm."}
+LAST_LAYER |= dict.fromkeys(TEXTS, "encoder.layer.2.") | dict.fromkeys(AUDIO, "encoder.layers.2.")
+LAST_LAYER["ast"] = "layers.2."
+BEHIND_LAYERS = {"vit": "layernorm.", "beit": "layernorm.", "siglip": "post_layernorm.", "ast": "layernorm."}
 
 
 def config_of(folder: Path, **keys: Any) -> EncoderConfig:
-    content = {"model": {"encoders": {"it": {"pretrained": {"path": str(folder)}, **keys}}}}
+    content: dict[str, Any] = {"model": {"encoders": {"it": {"pretrained": {"path": str(folder)}, **keys}}}}
     fill_in_pretrained(content)
     return EncoderConfig.model_validate(content["model"]["encoders"]["it"])
+
+
+def audio_config_of(kind: str, folder: Path, **keys: Any) -> EncoderConfig:
+    """Of clips of 20 or of 39 vectors, whole ones."""
+    pretrained = {"path": str(folder)} | ({} if kind == "ast" else {"clip_seconds": CLIP_SECONDS})
+    return config_of(folder, **keys, pretrained=pretrained)
 
 
 def loaded(config: EncoderConfig) -> PretrainedEncoder:
@@ -53,7 +64,7 @@ def share_of(
     positions: torch.Tensor,
     start: torch.Tensor,
     end: torch.Tensor,
-    patches: torch.Tensor | None = None,
+    media: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
 ) -> EncoderShare:
     return EncoderShare(
@@ -61,7 +72,7 @@ def share_of(
         positions=positions.long(),
         attention_start=start,
         attention_end=end,
-        patches=torch.empty(0, dtype=torch.uint8) if patches is None else patches,
+        media=torch.empty(0, dtype=torch.uint8) if media is None else media,
         patch_slots=torch.empty(0, dtype=torch.long) if slots is None else slots,
         dropout_seeds=torch.zeros_like(ids),
         dropout_positions=torch.zeros_like(start),
@@ -81,7 +92,7 @@ def image_share(pixels: np.ndarray, config: EncoderConfig, *, empty: bool = Fals
     return share_of(zeros.long(), zeros, zeros, zeros, patches, slots)
 
 
-@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("kind", VISION)
 def test_patch_vectors_equal_those_of_transformers_alone(kind: str, tmp_path: Path) -> None:
     model = vision_model(save_pretrained(kind, tmp_path))
     config = config_of(tmp_path, trained_layers="none")
@@ -96,6 +107,84 @@ def test_patch_vectors_equal_those_of_transformers_alone(kind: str, tmp_path: Pa
     assert not found[:3].any()
     # BEiT adds a dense bias to its scores, which the interval kernel has not.
     assert bool(backend_counts()) == (kind != "beit")
+
+
+@pytest.mark.parametrize("kind", AUDIO)
+def test_vectors_of_clips_equal_those_of_transformers_alone(kind: str, tmp_path: Path) -> None:
+    """Clips of several lengths, with silence behind; where the model masks it, each clip without it."""
+    model = save_pretrained(kind, tmp_path)
+    config = audio_config_of(kind, tmp_path, trained_layers="none")
+    assert config.audio is not None and config.pretrained is not None
+    reader = ClipReader(config.audio, config.pretrained.processor)
+    noise = np.random.default_rng(3).normal(0, 0.1, 800).astype(np.float32)
+    clips = [Clip(noise[:length], 16_000) for length in (800, 400, 613)]
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path)
+    features, places, expected = [], [], []
+    with torch.no_grad():
+        for clip in clips:
+            content, count = reader.features(clip)
+            features.append(content)
+            places += range(count)
+            padding = (
+                {"padding": "max_length", "max_length": 800} if kind not in ("ast", "wav2vec2-masked") else {}
+            )
+            inputs = extractor(clip.samples, sampling_rate=16_000, return_tensors="pt", **padding)
+            found = model(**inputs).last_hidden_state[0]
+            expected.append(found[-count:] if kind == "ast" else found[:count])
+            if kind == "wav2vec2-masked":
+                assert len(found) == count
+        slots = torch.arange(3, 3 + len(places))
+        positions = torch.tensor([0, 0, 0, *places])
+        nothing = torch.zeros(len(positions), dtype=torch.int32)
+        media = torch.from_numpy(np.concatenate(features))
+        encoder = without_connector(loaded(config))
+        reset_backend_counts()
+        vectors = encoder(share_of(nothing.long(), positions, nothing, nothing, media, slots))
+    torch.testing.assert_close(vectors[3:], torch.cat(expected), atol=1e-5, rtol=0)
+    assert not vectors[:3].any()
+    # WavLM adds a dense bias to its scores.
+    assert bool(backend_counts()) == (kind != "wavlm")
+
+
+@pytest.mark.parametrize("kind", ("ast", "wav2vec2-masked"))
+def test_a_share_without_clips_still_reaches_every_parameter(kind: str, tmp_path: Path) -> None:
+    save_pretrained(kind, tmp_path)
+    config = audio_config_of(kind, tmp_path)
+    assert config.audio is not None
+    encoder = loaded(config)
+    nothing = torch.zeros(5, dtype=torch.int32)
+    vectors = encoder(
+        share_of(nothing.long(), nothing, nothing, nothing, torch.empty(0, *config.audio.features))
+    )
+    assert vectors.shape == (5, 40)
+    (vectors[:0].sum() + 0 * vectors.sum()).backward()
+    trained = trained_names(encoder.model, config)
+    assert all(p.grad is not None for n, p in encoder.model.named_parameters() if n in trained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "change", "message"),
+    [
+        ("ast", {"clip_seconds": 1.0}, {}, "clip_seconds follows from the model"),
+        ("ast", {}, {"max_length": 30}, "max_length is 40 in config.json, 30"),
+        (
+            "ast",
+            {},
+            {"feature_extractor_type": "os.system"},
+            "is of a os.system, expected ASTFeatureExtractor",
+        ),
+        ("wav2vec2", {}, {}, "clip_seconds is not given"),
+        ("wav2vec2", {"clip_seconds": 0.001}, {}, "too short for one vector"),
+    ],
+)
+def test_clips_that_do_not_fit_the_model_are_refused(
+    kind: str, keys: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_pretrained(kind, tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        config_of(tmp_path, pretrained={"path": str(tmp_path), **keys})
 
 
 @pytest.mark.parametrize("kind", TEXTS)
@@ -121,10 +210,11 @@ def test_packed_spans_equal_each_span_alone_in_transformers(kind: str, tmp_path:
     assert backend_counts() == {"tiled": 3}
 
 
-@pytest.mark.parametrize("kind", (*IMAGES, *TEXTS))
+@pytest.mark.parametrize("kind", (*VISION, *TEXTS, *AUDIO))
 def test_the_last_layers_are_trained_and_no_others(kind: str, tmp_path: Path) -> None:
     save_pretrained(kind, tmp_path)
-    encoder = PretrainedEncoder(config_of(tmp_path, trained_layers=1), 40)
+    of = audio_config_of if kind in AUDIO else (lambda _, folder, **keys: config_of(folder, **keys))
+    encoder = PretrainedEncoder(of(kind, tmp_path, trained_layers=1), 40)
     trained = {name for name, p in encoder.model.named_parameters() if p.requires_grad}
     behind = BEHIND_LAYERS.get(kind)
     names = [name for name, _ in encoder.model.named_parameters()]
@@ -203,8 +293,6 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_used_is_refused(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    import json
-
     save_pretrained("vit", tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

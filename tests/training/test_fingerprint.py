@@ -35,7 +35,7 @@ def test_any_change_of_a_row_shows(field: str) -> None:
 def test_a_change_of_one_pixel_shows() -> None:
     (batch,) = micro_batches(global_batch(0), tiny_config("unused", micro_batch_size=8), 0, 1)
     before = fingerprint([batch])
-    batch.encoders["image"].shares[0].patches[3, 7] ^= 1
+    batch.encoders["image"].shares[0].media[3, 7] ^= 1
     assert fingerprint([batch]) != before
 
 

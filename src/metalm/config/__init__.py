@@ -2,6 +2,7 @@
 
 from metalm.config.load import load_config, write_config
 from metalm.config.schema import (
+    AudioConfig,
     CheckpointConfig,
     DataConfig,
     DecoderConfig,
@@ -24,6 +25,7 @@ from metalm.config.schema import (
 )
 
 __all__ = [
+    "AudioConfig",
     "CheckpointConfig",
     "DataConfig",
     "DecoderConfig",

@@ -1,4 +1,4 @@
-"""What a folder of transformers says about an encoder: its sizes, and how its images are prepared.
+"""What a folder of transformers says about an encoder: its sizes, and how its images or clips are prepared.
 
 Read once, when a pipeline is, and kept in the run's config: later only the weights are read from the folder.
 """
@@ -9,9 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from metalm.config.pretrained_audio import read_audio, reads_audio
 from metalm.errors import ConfigError
 
-DERIVED = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "max_text_positions", "image")
+DERIVED = (
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "ffn_hidden_size",
+    "max_text_positions",
+    "image",
+    "audio",
+)
 """Keys of an encoder that follow from the folder."""
 
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
@@ -36,8 +45,12 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
             )
         folder = Path(pretrained["path"])
         try:
-            encoder.update(_sizes(definition := _read_definition(folder)))
-            if encoder["image"]:
+            definition = _read_definition(folder)
+            encoder.update(_sizes(definition))
+            if reads_audio(definition):
+                encoder["audio"] = read_audio(definition, folder, pretrained.get("clip_seconds"))
+                pretrained["processor"] = encoder["audio"].pop("processor")
+            elif encoder["image"]:
                 pretrained.update(_pixels(folder))
         except ConfigError as error:
             raise ConfigError(f"model.encoders.{name}.pretrained: {error}") from None
@@ -83,17 +96,21 @@ def _sizes(definition: dict[str, Any]) -> dict[str, Any]:
             "hidden_size": definition["hidden_size"],
             "num_heads": definition["num_attention_heads"],
             "ffn_hidden_size": definition["intermediate_size"],
+            "max_text_positions": 0,
+            "image": None,
+            "audio": None,
         }
-        if "patch_size" in definition:
-            image = {key: _side(definition, key) for key in ("image_size", "patch_size")}
-            return {**sizes, "max_text_positions": 0, "image": image}
+        if "image_size" in definition:
+            return {**sizes, "image": {key: _side(definition, key) for key in ("image_size", "patch_size")}}
+        if reads_audio(definition):
+            return sizes
         longest = definition["max_position_embeddings"] - positions_before_text(definition)
+        return {**sizes, "max_text_positions": longest}
     except KeyError as error:
         raise ConfigError(
             f"a model of type {definition.get('model_type')!r} has no {error.args[0]}: expected an encoder "
-            "of text or of images"
+            "of text, images or audio"
         ) from None
-    return {**sizes, "max_text_positions": longest, "image": None}
 
 
 def _side(definition: dict[str, Any], key: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig
+from metalm.config.schema import MEDIA_OF_KIND, EncoderConfig, RunConfig, SourceConfig
 from metalm.errors import ConfigError, TopologyError
 
 PIPELINE_OWNED_KEYS = (
@@ -121,6 +121,10 @@ def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
         defaults = type(encoder).model_fields
         if given := [key for key in _OF_OUR_ENCODERS if getattr(encoder, key) != defaults[key].default]:
             yield f"{where}: {', '.join(given)} cannot be given for an encoder of transformers"
+        if encoder.pretrained.clip_seconds is not None and encoder.audio is None:
+            yield f"{where}.pretrained.clip_seconds is given, but the encoder reads no audio"
+    elif encoder.audio is not None:
+        yield f"{where}.audio is given, but only encoders of transformers (`pretrained`) read audio"
     if encoder.image and encoder.relative_bias:
         yield f"{where}: relative_bias is of tokens in a line; an encoder with `image` has patches in a grid"
     bias = encoder.relative_bias
@@ -202,15 +206,15 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Iterator[str]:
     encoders, sequence_length = config.model.encoders, config.data.sequence_length
     if source.encoder is None:
-        if source.kind == "image_text":
-            yield f"{where}.encoder is not given, but pairs need an encoder with images"
+        if source.kind != "text":
+            yield f"{where}.encoder is not given, but pairs need an encoder of images or audio"
         return
     encoder = encoders.get(source.encoder)
     if encoder is None:
         known = ", ".join(encoders) or "none"
         yield f"{where}.encoder = {source.encoder!r} is not in model.encoders ({known})"
-    elif source.kind == "image_text":
-        yield from _pair_problems(where, source.encoder, encoder, sequence_length)
+    elif source.kind != "text":
+        yield from _pair_problems(where, source, encoder, sequence_length)
     else:
         longest = config.data.spans.max_length
         if longest > encoder.max_text_positions:
@@ -225,12 +229,16 @@ def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Ite
             )
 
 
-def _pair_problems(where: str, name: str, encoder: EncoderConfig, sequence_length: int) -> Iterator[str]:
-    if encoder.image is None:
-        yield f"{where}.encoder = {name!r} has no `image` section, but the source holds pairs"
-    elif encoder.image.num_patches + 3 > sequence_length:
+def _pair_problems(
+    where: str, source: SourceConfig, encoder: EncoderConfig, sequence_length: int
+) -> Iterator[str]:
+    wanted = MEDIA_OF_KIND[source.kind]
+    media = getattr(encoder, wanted)
+    if media is None:
+        yield f"{where} is {source.kind}, but its encoder {source.encoder!r} has no `{wanted}` section"
+    elif media.num_patches + 3 > sequence_length:
         yield (
-            f"{where}: {encoder.image.num_patches} patches, start, one caption token and end do not fit in "
+            f"{where}: {media.num_patches} patches, start, one caption token and end do not fit in "
             f"data.sequence_length = {sequence_length}"
         )
 

@@ -24,7 +24,9 @@ Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 """Of the feed-forward layers; `swiglu` has a gate, so its first layer is twice as wide."""
 Positions = Literal["sinusoidal", "learned", "rope"]
 SpanAttention = Literal["causal", "bidirectional"]
-SourceKind = Literal["text", "image_text"]
+SourceKind = Literal["text", "image_text", "audio_text"]
+MEDIA_OF_KIND: dict[SourceKind, Literal["image", "audio"]] = {"image_text": "image", "audio_text": "audio"}
+"""What the pairs of a source hold beside their text: a section of `EncoderConfig`."""
 
 
 class Section(BaseModel):
@@ -139,17 +141,54 @@ class ImageConfig(Section):
         return (self.image_size // self.patch_size) ** 2
 
 
+class AudioConfig(Section):
+    """Clips of one channel. What a model reads of one, mel frames or samples, is padded to one shape."""
+
+    sampling_rate: PositiveInt
+    """In hertz; clips of other rates are resampled."""
+    min_samples: PositiveInt
+    """Shorter clips have no vector."""
+    max_samples: PositiveInt
+    """Longer clips are cut here."""
+    num_patches: PositiveInt
+    """Vectors of a whole clip."""
+    features: tuple[PositiveInt, ...]
+    """Shape of what the model reads of a clip: frames and mel bins, or samples."""
+    convolutions: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    """Kernel and stride of each layer that turns samples into vectors; a shorter clip then has fewer of them.
+    Without any, every clip has `num_patches`."""
+    masks_padding: bool = False
+    """Whether the model attends to real vectors alone; else to silence, too, as it was pretrained."""
+    weights_per_patch: PositiveInt
+    """Multiplications that make one vector, before the layers."""
+
+    def count_patches(self, num_samples: int) -> int:
+        """Vectors of a clip of so many samples."""
+        if num_samples < self.min_samples:
+            return 0
+        if not self.convolutions:
+            return self.num_patches
+        length = min(num_samples, self.max_samples)
+        for kernel, stride in self.convolutions:
+            length = (length - kernel) // stride + 1
+        return length
+
+
 class PretrainedConfig(Section):
     """An encoder of transformers, from a local folder. Its sizes and input follow from the folder."""
 
     path: Path
-    """Holds config.json, model.safetensors and, for images preprocessor_config.json, for text
+    """Holds config.json, model.safetensors and, for images and audio preprocessor_config.json, for text
     tokenizer.json."""
+    clip_seconds: PositiveFloat | None = None
+    """Longest clip of a model that reads samples, such as Wav2Vec2; one of mel frames has its own."""
     definition: dict[str, Any] = {}
     """The model's config, filled in when a pipeline is read: a run goes on without the folder."""
     image_mean: tuple[float, float, float] | None = None
     """Of the pixels in 0..1, by channel; filled in, as is `image_std`."""
     image_std: tuple[float, float, float] | None = None
+    processor: dict[str, Any] = {}
+    """How features are made of clips: the settings of transformers' feature extractor, filled in."""
 
     @property
     def model_type(self) -> str:
@@ -169,7 +208,8 @@ class RelativeBiasConfig(Section):
 class EncoderConfig(Section):
     """A bidirectional encoder. With `image` its spans are an image followed by a text prefix.
 
-    With `pretrained` all sizes follow from the folder and are not given; an image then has no text prefix.
+    With `pretrained` all sizes follow from the folder and are not given; an image or a clip then has no text
+    prefix.
     """
 
     num_layers: PositiveInt
@@ -193,6 +233,8 @@ class EncoderConfig(Section):
     relative_bias: RelativeBiasConfig | None = None
     """Added to the learned positions, in encoders of text."""
     image: ImageConfig | None = None
+    audio: AudioConfig | None = None
+    """Of an encoder from transformers, filled in."""
     joint_layers: PositiveInt | None = None
     """VLMo's feed-forwards: one for patches and one for text in every layer; in so many last layers also
     a joint one, that spans of an image with text go through. Default: one feed-forward for all elements."""
@@ -222,6 +264,11 @@ class EncoderConfig(Section):
     def key_value_heads(self) -> int:
         """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def media(self) -> ImageConfig | AudioConfig | None:
+        """What its spans begin with; None: text alone."""
+        return self.image or self.audio
 
     @property
     def num_frozen_layers(self) -> int:
@@ -275,7 +322,7 @@ class SourceConfig(Section):
     """Where the shards are, if `path` holds their index alone: `https://host/pile/{shard}`, or a shell
     command that writes a shard, `pipe:aws s3 cp s3://bucket/pile/{shard} -`. Each is read from its front."""
     encoder: str | None = None
-    """The encoder of this source's spans. Text without one is plain causal; pairs need one with `image`."""
+    """The encoder of this source's spans. Text without one is plain causal; pairs need one of their kind."""
     weight: PositiveFloat = 1.0
     """Share of the rows, relative to the other sources."""
 

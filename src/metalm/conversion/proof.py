@@ -24,7 +24,8 @@ from metalm.conversion import plain_transformers
 from metalm.conversion.checkpoint_source import CheckpointSource
 from metalm.conversion.reference import reference_logits
 from metalm.data.collate import collate
-from metalm.data.rows import Row, image_prompt, text_prompt
+from metalm.data.images import fit_patches
+from metalm.data.rows import Row, media_prompt, text_prompt
 from metalm.errors import CheckpointError
 
 TOLERANCE = 1e-4
@@ -122,10 +123,10 @@ def _image_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> 
     words = _fitting(source, "Summarize this image:", encoder.max_text_positions)
     prefix, caption = source.tokenizer.encode([words, _CAPTION])
     pixels = proof_image()
-    row = image_prompt(
-        pixels,
+    row = media_prompt(
+        fit_patches(pixels, encoder.image),
+        encoder.image.num_patches,
         encoder=name,
-        image=encoder.image,
         start_id=source.tokenizer.start_id,
         paragraph_id=source.tokenizer.paragraph_id,
         prefix_ids=prefix,

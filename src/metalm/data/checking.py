@@ -90,7 +90,7 @@ def _check_shard(argument: tuple[Path, str | None, Path, int, int]) -> ShardChec
                     source.document(location)
                 else:
                     source.captions(location)
-                    source.pixels(location)
+                    source.look(location)
                 decoded += 1
             except BadSample as failure:
                 problems.append(f"sample {location.sample - first}: {failure.cause}")

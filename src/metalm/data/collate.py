@@ -91,7 +91,7 @@ class _RowsSpans:
         ]
         self.bounds = _concatenated([spans.bounds + b * length for b, spans in found], (0, 2))
         self.num_patches = _concatenated([spans.num_patches for _, spans in found], (0,))
-        self.patches = [spans.patches for _, spans in found if spans.patches is not None]
+        self.media = [spans.media for _, spans in found if spans.media is not None]
         self.lengths = self.bounds[:, 1] - self.bounds[:, 0]
         self.seeds = _concatenated(
             [span_seeds(rows[b].dropout_seed, spans.bounds[:, 0]) for b, spans in found], (0,)
@@ -145,8 +145,9 @@ def _encoder_batch(
     taken = -(-spans.lengths // multiple) * multiple
     totals = [int(taken[chosen].sum()) for chosen in members]
     length = max(SHARE_MULTIPLE, -(-max(totals) // SHARE_MULTIPLE) * SHARE_MULTIPLE)
-    patch_bytes = 3 * config.image.patch_size**2 if config.image else 0
-    patches = np.concatenate(spans.patches) if spans.patches else np.empty((0, patch_bytes), np.uint8)
+    media = np.concatenate(spans.media) if spans.media else _no_media(config)
+    rows_of_media = spans.num_patches if config.audio is None else np.minimum(spans.num_patches, 1)
+    first_rows = np.cumsum(rows_of_media) - rows_of_media
     shares, vectors, positions = [], [], []
     first_elements = np.cumsum(spans.lengths) - spans.lengths
     if config.pretrained is not None:
@@ -160,12 +161,19 @@ def _encoder_batch(
         vectors.append(rank * length + layout.elements)
         positions.append(docked)
         routed = config.joint_layers is not None
-        shares.append(_share(spans, chosen, layout, span_tokens, patches, pad_id, routed))
+        own_media = media[_ranges(first_rows[chosen], rows_of_media[chosen])]
+        shares.append(_share(spans, chosen, layout, span_tokens, own_media, pad_id, routed))
     return EncoderBatch(
         shares=tuple(shares),
         dock_vectors=torch.from_numpy(np.concatenate(vectors)),
         dock_positions=torch.from_numpy(np.concatenate(positions)),
     )
+
+
+def _no_media(config: EncoderConfig) -> np.ndarray:
+    if config.audio is not None:
+        return np.empty((0, *config.audio.features), np.float32)
+    return np.empty((0, 3 * config.image.patch_size**2 if config.image else 0), np.uint8)
 
 
 class _ShareLayout:
@@ -190,7 +198,7 @@ def _share(
     chosen: np.ndarray,
     layout: _ShareLayout,
     span_tokens: np.ndarray,
-    patches: np.ndarray,
+    media: np.ndarray,
     pad_id: int,
     routed: bool,
 ) -> EncoderShare:
@@ -203,7 +211,6 @@ def _share(
     positions[layout.elements] = index - np.repeat(num_patches, layout.lengths)
     token_ids[slots] = pad_id
     positions[slots] = _ranges(np.zeros_like(num_patches), num_patches)
-    first_patches = np.cumsum(spans.num_patches) - spans.num_patches
     attention_end = layout.spread(layout.starts + layout.lengths, np.int32)
     if not len(chosen):
         attention_end[0] = 1  # the dummy element sees itself
@@ -212,7 +219,7 @@ def _share(
         positions=_tensor(positions),
         attention_start=_tensor(layout.spread(layout.starts, np.int32)),
         attention_end=_tensor(attention_end),
-        patches=_tensor(patches[_ranges(first_patches[chosen], num_patches)]),
+        media=_tensor(media),
         patch_slots=_tensor(slots),
         dropout_seeds=_tensor(layout.spread(spans.seeds[chosen], np.int64)),
         dropout_positions=_tensor(span_positions),

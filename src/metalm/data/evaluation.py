@@ -13,10 +13,9 @@ from itertools import accumulate, chain, islice
 import numpy as np
 
 from metalm.batch import SemiCausalBatch
-from metalm.config.schema import ImageConfig, RunConfig
+from metalm.config.schema import MEDIA_OF_KIND, RunConfig
 from metalm.data.failures import BadSample
-from metalm.data.images import cut_patches
-from metalm.data.lanes import image_encoder
+from metalm.data.media import MediaReader, media_reader, pair_encoder
 from metalm.data.micro_batch import make_micro_batch, with_spans
 from metalm.data.order import SequentialOrder
 from metalm.data.pair_rows import Pair, longest_caption, pair_row
@@ -41,7 +40,7 @@ def evaluation_batches(
     dp_rank: int,
     dp_size: int,
     tp_size: int,
-    wrong_images: bool = False,
+    wrong_media: bool = False,
 ) -> Iterator[SemiCausalBatch]:
     """Micro-batches of the first `num_rows` rows of a source of data.evaluation, for one rank.
 
@@ -49,25 +48,25 @@ def evaluation_batches(
     padding stand in where there is none, as they do when the source has fewer rows.
 
     Args:
-        wrong_images: give each pair the image of another pair among these rows, half of them away.
+        wrong_media: give each pair the image or clip of another pair among these rows, half of them away.
 
     Raises:
-        ConfigError: there is no such source, or `wrong_images` for a source of text.
-        DataError: as `open_sources`; fewer than two pairs with `wrong_images`.
+        ConfigError: there is no such source, or `wrong_media` for a source of text.
+        DataError: as `open_sources`; fewer than two pairs with `wrong_media`.
     """
     source_config = config.data.evaluation.get(source_name)
     if source_config is None:
         raise ConfigError(
             f"data.evaluation has no source {source_name!r}, only {', '.join(config.data.evaluation)}"
         )
-    if wrong_images and source_config.kind != "image_text":
-        raise ConfigError(f"evaluation source {source_name} has no images to exchange")
+    if wrong_media and source_config.kind == "text":
+        raise ConfigError(f"evaluation source {source_name} has no images or clips to exchange")
     tokenizer = load_tokenizer(config.data.tokenizer)
     (source,) = open_sources({source_name: source_config}, tokenizer)
     if source_config.kind == "text":
         rows: Iterator[Row] = islice(_text_rows(config, source, num_rows), dp_rank, None, dp_size)
     else:
-        rows = _pair_rows(config, source, num_rows, slice(dp_rank, None, dp_size), wrong_images)
+        rows = _pair_rows(config, source, num_rows, slice(dp_rank, None, dp_size), wrong_media)
     micro_batch_size = config.training.micro_batch_size
     num_batches = -(-num_rows // (dp_size * micro_batch_size))
     for _ in range(num_batches):
@@ -99,50 +98,53 @@ def _text_rows(config: RunConfig, source: Source, num_rows: int) -> Iterator[Row
 
 
 def _pair_rows(
-    config: RunConfig, source: Source, num_rows: int, own: slice, wrong_images: bool
+    config: RunConfig, source: Source, num_rows: int, own: slice, wrong_media: bool
 ) -> Iterator[Row]:
-    _, image = image_encoder(config, source.name, source.config)
-    pairs_of_rows = _pack_in_order(source, num_rows, image, config.data.sequence_length)
+    reader = media_reader(pair_encoder(config, source.name, source.config))
+    pairs_of_rows = _pack_in_order(source, num_rows, reader, config.data.sequence_length)
     pairs = list(chain.from_iterable(pairs_of_rows))
-    if wrong_images and len(pairs) < 2:
-        raise DataError(f"evaluation source {source.name} has one pair: its image cannot be exchanged")
-    shift = len(pairs) // 2 if wrong_images else 0
+    if wrong_media and len(pairs) < 2:
+        name = MEDIA_OF_KIND[source.config.kind]
+        raise DataError(f"evaluation source {source.name} has one pair: its {name} cannot be exchanged")
+    shift = len(pairs) // 2 if wrong_media else 0
     first_pairs = list(accumulate((len(row) for row in pairs_of_rows), initial=0))
     for first, row in list(zip(first_pairs, pairs_of_rows, strict=False))[own]:
         shown: list[Pair] = []
-        patches: list[np.ndarray] = []
+        media: list[np.ndarray] = []
         for number, pair in enumerate(row, start=first):
-            location = pairs[(number + shift) % len(pairs)].location
+            other = pairs[(number + shift) % len(pairs)]
             try:
-                pixels = source.pixels(location, image_size=image.image_size)
+                media.append(reader.read(source.media(other.location)))
             except BadSample:
                 continue
-            shown.append(pair)
-            patches.append(cut_patches(pixels, image))
-        yield pair_row(shown, patches, source, image) if shown else empty_row()
+            shown.append(pair._replace(num_patches=other.num_patches))
+        yield pair_row(shown, media, source) if shown else empty_row()
 
 
 def _pack_in_order(
-    source: Source, num_rows: int, image: ImageConfig, sequence_length: int
+    source: Source, num_rows: int, reader: MediaReader, sequence_length: int
 ) -> list[list[Pair]]:
-    """The pairs of the first rows, each row filled in the order of the index. Bad samples are left out."""
-    longest = longest_caption(image, sequence_length)
+    """The pairs of the first rows, each row filled in the order of the index. Bad samples are left out.
+
+    There is room for the largest member in each pair's place, so members can be exchanged.
+    """
+    longest = longest_caption(reader.max_patches, sequence_length)
     rows: list[list[Pair]] = []
     room = 0
     for sample in range(source.index.num_samples):
         (location,) = source.index.locate(np.array([sample]))
         try:
             caption = source.captions(location)[0]
+            num_patches = reader.count_patches(source.media(location))
         except BadSample:
             continue
-        ids = source.tokenizer.encode([caption])[0]
-        kept = ids[:longest]
-        size = image.num_patches + len(kept) + 2
-        if size > room:
+        kept = source.tokenizer.encode([caption])[0][:longest]
+        largest = Pair(location, reader.max_patches, kept, 0)
+        if largest.size > room:
             if len(rows) == num_rows:
                 break
             rows.append([])
             room = sequence_length
-        rows[-1].append(Pair(location, kept, 0))
-        room -= size
+        rows[-1].append(largest._replace(num_patches=num_patches))
+        room -= largest.size
     return rows

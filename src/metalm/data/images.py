@@ -42,9 +42,9 @@ def decode_image(data: bytes | memoryview, *, image_size: int | None = None) -> 
         raise BadSample("undecodable_image") from None
 
 
-def fit_image(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """Resizes [height, width, 3] uint8 to [image_size, image_size, 3] as `decode_image` does."""
-    return _resized(Image.fromarray(pixels), image_size)
+def fit_patches(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """Patches of an image [height, width, 3] uint8 of any size, resized as by `decode_image`."""
+    return cut_patches(_resized(Image.fromarray(pixels), config.image_size), config)
 
 
 def cut_patches(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:

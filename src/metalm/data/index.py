@@ -139,7 +139,8 @@ def build_index(
     """Reads every `*.tar` of `folder` once, writes the index beside them and opens it.
 
     Args:
-        kind: `text` (members .u16 or .u32, or .txt) or `image_text` (an image, and .txt or .json).
+        kind: `text` (members .u16 or .u32, or .txt), `image_text` or `audio_text` (an image or a clip, and
+            .txt or .json).
         url: read the shards of `shard_names` from here instead (see `SourceConfig.url`), each as a stream;
             `folder`, which is made if need be, holds their index alone.
         tokenizer_fingerprint: of the tokenizer that wrote the token members; needed if there are any.

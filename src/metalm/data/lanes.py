@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig, SourceConfig
+from metalm.config.schema import RunConfig
+from metalm.data.media import media_reader, pair_encoder
 from metalm.data.order import SampleOrder, ShardOrder
 from metalm.data.pair_rows import PairPacker
 from metalm.data.retokenize import load_retokenizer
@@ -55,6 +56,11 @@ class Mixture:
             )
             for source in sources
             if source.config.kind == "text" and source.config.encoder is not None
+        }
+        self.media_readers = {
+            source.config.encoder: media_reader(pair_encoder(config, source.name, source.config))
+            for source in sources
+            if source.config.kind != "text"
         }
 
     def check_state(self, state: LaneState) -> None:
@@ -160,13 +166,12 @@ class Lane:
                 retokenizer=self._mixture.retokenizers.get(source.config.encoder or ""),
                 state=state,
             )
-        encoder, image = image_encoder(config, source.name, source.config)
         return PairPacker(
             source,
             order,
             self._lane,
-            image=image,
-            max_text_positions=encoder.max_text_positions,
+            reader=self._mixture.media_readers[source.config.encoder],
+            max_text_positions=pair_encoder(config, source.name, source.config).max_text_positions,
             sequence_length=length,
             draws=Stream(seed, f"captions and prefixes of {source.name}", self._lane),
             max_consecutive_failures=failures,
@@ -205,20 +210,3 @@ def saved_state(states: dict[int, LaneState], lane: int) -> LaneState:
             f"the saved data state holds {len(states)} lanes, but not lane {lane}: keep data.lanes as it was"
         )
     return states[lane]
-
-
-def image_encoder(
-    config: RunConfig, source_name: str, source: SourceConfig
-) -> tuple[EncoderConfig, ImageConfig]:
-    """The encoder of a source of pairs, and its image.
-
-    Raises:
-        ConfigError: the source names no encoder with an image.
-    """
-    encoder = config.model.encoders.get(source.encoder or "")
-    if encoder is None or encoder.image is None:
-        raise ConfigError(
-            f"source {source_name} holds pairs: its encoder must be one of the model's with an image, "
-            f"not {source.encoder!r}"
-        )
-    return encoder, encoder.image

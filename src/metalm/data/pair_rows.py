@@ -1,4 +1,4 @@
-"""Image-text pairs of one source, in one lane, to packed rows.
+"""Pairs of an image or a clip with text, of one source, in one lane, to packed rows.
 
 Pairs are not cut, so rows have padding; the packer looks some pairs ahead and takes those that fill a row
 best. The state is a place in the order and the places of the pairs that wait.
@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalm.config.schema import ImageConfig
 from metalm.data.failures import BadSample, FailureGuard
-from metalm.data.images import cut_patches, decode_image
 from metalm.data.index import SampleLocation
+from metalm.data.media import MediaReader
 from metalm.data.rows import Row, RowSpans
 from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream
 from metalm.data.sources import Source
@@ -25,25 +24,39 @@ PAIRS_AHEAD = 16
 
 
 class Pair(NamedTuple):
-    """A pair of a row: everything but its image."""
+    """A pair of a row: everything but its image or clip."""
 
     location: SampleLocation
+    num_patches: int
     ids: np.ndarray  # [n] the caption's tokens
     prefix_length: int
-    """Leading caption tokens that are encoded together with the image."""
+    """Leading caption tokens that are encoded together with the patches."""
+
+    @property
+    def size(self) -> int:
+        """Positions that it takes in a row."""
+        return self.num_patches + len(self.ids) + 2
+
+
+class _Seen(NamedTuple):
+    """What is read of a pair before it waits."""
+
+    captions: list[str]
+    media: memoryview
+    num_patches: int
 
 
 class _Waiting(NamedTuple):
-    """A pair that waits for its row. Its image is decoded when it gets there."""
+    """A pair that waits for its row. Its image or clip is decoded when it gets there."""
 
     place: Place
     pair: Pair
-    image: memoryview
+    media: memoryview
     truncated: bool
 
 
 class PairPacker:
-    """Packs pairs `<s> [image + prefix] rest </d>` whole into rows."""
+    """Packs pairs `<s> [image or clip + prefix] rest </d>` whole into rows."""
 
     def __init__(
         self,
@@ -51,7 +64,7 @@ class PairPacker:
         order: Order,
         lane: int,
         *,
-        image: ImageConfig,
+        reader: MediaReader,
         max_text_positions: int,
         sequence_length: int,
         draws: Stream,
@@ -59,13 +72,13 @@ class PairPacker:
         state: dict[str, Any] | None = None,
     ) -> None:
         self.counters = RowCounters.from_state(state["counters"]) if state else RowCounters()
-        self._source, self._image, self._length, self._draws = source, image, sequence_length, draws
+        self._source, self._reader, self._length, self._draws = source, reader, sequence_length, draws
         self._max_text_positions = max_text_positions
-        self._max_caption = longest_caption(image, sequence_length)
+        self._max_caption = longest_caption(reader.max_patches, sequence_length)
         guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
         place = Place(*state["place"]) if state else Place(0, 0)
-        self._stream = SampleStream(source, order, lane, source.captions, guard, place)
-        self._image_guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
+        self._stream = SampleStream(source, order, lane, self._look, guard, place)
+        self._media_guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
         self._waiting: list[_Waiting] = []
         for place in [Place(*waiting) for waiting in state["waiting"]] if state else []:
             self._waiting.append(self._wait(place, *self._stream.read_again(place)))
@@ -81,7 +94,7 @@ class PairPacker:
     def next_row(self) -> Row:
         """The next row: the pair that waits longest, then each time the largest that still fits."""
         taken: list[_Waiting] = []
-        patches: list[np.ndarray] = []
+        media: list[np.ndarray] = []
         room = self._length
         while True:
             self._look_ahead()
@@ -89,22 +102,21 @@ class PairPacker:
             if waiting is None:
                 break
             try:
-                pixels = decode_image(waiting.image, image_size=self._image.image_size)
+                media.append(self._reader.read(waiting.media))
             except BadSample as failure:
                 location = waiting.pair.location
                 shard = self._source.reader.path_of(location.shard)
-                self._image_guard.failed(failure.cause, shard, location.sample)
+                self._media_guard.failed(failure.cause, shard, location.sample)
                 continue
-            self._image_guard.passed()
+            self._media_guard.passed()
             taken.append(waiting)
-            patches.append(cut_patches(pixels, self._image))
-            room -= self._size(waiting.pair)
+            room -= waiting.pair.size
         self.counters.rows += 1
         self.counters.samples += len(taken)
         self.counters.tokens += self._length - room
         self.counters.padding_tokens += room
         self.counters.truncated_captions += sum(waiting.truncated for waiting in taken)
-        row = pair_row([waiting.pair for waiting in taken], patches, self._source, self._image)
+        row = pair_row([waiting.pair for waiting in taken], media, self._source)
         (spans,) = row.spans.values()
         self.counters.span_tokens += int((spans.bounds[:, 1] - spans.bounds[:, 0]).sum())
         return row
@@ -116,53 +128,56 @@ class PairPacker:
             self._waiting.append(self._wait(*read))
 
     def _take_best(self, room: int) -> _Waiting | None:
-        fitting = [n for n, waiting in enumerate(self._waiting) if self._size(waiting.pair) <= room]
+        fitting = [n for n, waiting in enumerate(self._waiting) if waiting.pair.size <= room]
         if not fitting:
             return None
-        return self._waiting.pop(max(fitting, key=lambda n: len(self._waiting[n].pair.ids)))
+        return self._waiting.pop(max(fitting, key=lambda n: self._waiting[n].pair.size))
 
-    def _size(self, pair: Pair) -> int:
-        return self._image.num_patches + len(pair.ids) + 2
+    def _look(self, location: SampleLocation) -> _Seen:
+        media = self._source.media(location)
+        return _Seen(self._source.captions(location), media, self._reader.count_patches(media))
 
-    def _wait(self, place: Place, location: SampleLocation, captions: list[str]) -> _Waiting:
+    def _wait(self, place: Place, location: SampleLocation, seen: _Seen) -> _Waiting:
         which, prefix = self._draws.uniforms(place.ordinal, 2)
-        ids = self._source.tokenizer.encode([captions[int(which * len(captions))]])[0]
+        caption = seen.captions[int(which * len(seen.captions))]
+        ids = self._source.tokenizer.encode([caption])[0]
         kept = ids[: self._max_caption]
         prefix_length = int(prefix * min(len(kept), self._max_text_positions + 1))
-        pair = Pair(location, kept, prefix_length)
-        return _Waiting(place, pair, self._source.image(location), truncated=len(kept) < len(ids))
+        pair = Pair(location, seen.num_patches, kept, prefix_length)
+        return _Waiting(place, pair, seen.media, truncated=len(kept) < len(ids))
 
 
-def longest_caption(image: ImageConfig, sequence_length: int) -> int:
-    """Caption tokens that fit in a row beside one image, `<s>` and `</d>`.
+def longest_caption(max_patches: int, sequence_length: int) -> int:
+    """Caption tokens that fit in a row beside an image or clip of so many patches, `<s>` and `</d>`.
 
     Raises:
         ConfigError: there is no room for a caption.
     """
-    longest = sequence_length - image.num_patches - 2
+    longest = sequence_length - max_patches - 2
     if longest < 1:
         raise ConfigError(
-            f"data.sequence_length is {sequence_length}: an image of {image.num_patches} patches, <s> and "
-            "</d> leave no room for a caption"
+            f"data.sequence_length is {sequence_length}: {max_patches} patches, <s> and </d> leave no room "
+            "for a caption"
         )
     return longest
 
 
-def pair_row(pairs: list[Pair], patches: list[np.ndarray], source: Source, image: ImageConfig) -> Row:
-    """The row [sum of the pairs' sizes] of pairs with their patches [num_patches, ...], one after another."""
+def pair_row(pairs: list[Pair], media: list[np.ndarray], source: Source) -> Row:
+    """The row [sum of the pairs' sizes] of pairs with what `MediaReader.read` gives, one after another."""
     tokenizer = source.tokenizer
     assert source.config.encoder is not None
-    placeholders = np.full(image.num_patches, tokenizer.paragraph_id)
     parts: list[Any] = []
     for pair in pairs:
+        placeholders = np.full(pair.num_patches, tokenizer.paragraph_id)
         parts += [[tokenizer.start_id], placeholders, pair.ids, [tokenizer.document_id]]
-    ends = np.cumsum([image.num_patches + len(pair.ids) + 2 for pair in pairs])
+    ends = np.cumsum([pair.size for pair in pairs])
     first = np.concatenate(([0], ends[:-1])) + 1
-    lengths = np.array([image.num_patches + pair.prefix_length for pair in pairs])
+    num_patches = np.array([pair.num_patches for pair in pairs])
+    lengths = num_patches + [pair.prefix_length for pair in pairs]
     spans = RowSpans(
         bounds=np.stack([first, first + lengths], axis=1),
-        num_patches=np.full(len(pairs), image.num_patches),
-        patches=np.concatenate(patches),
+        num_patches=num_patches,
+        media=np.concatenate(media),
     )
     tokens = np.concatenate(parts).astype(np.int32)
     return Row(tokens, ends.tolist(), spans={source.config.encoder: spans}, source_id=source.source_id)

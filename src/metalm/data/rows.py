@@ -10,19 +10,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from metalm.config.schema import ImageConfig
-from metalm.data.images import cut_patches, fit_image
-
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class RowSpans:
-    """The spans of a row that go through one encoder. K spans, P patches in all of them."""
+    """The K spans of a row that go through one encoder."""
 
     bounds: np.ndarray  # [K, 2] int; start and end (exclusive) in the row
-    num_patches: np.ndarray  # [K] int; leading positions of the span that are patches of its image
-    patches: np.ndarray | None = None  # [P, patch_size * patch_size * 3] uint8, of all spans end to end
+    num_patches: np.ndarray  # [K] int; leading positions of the span that are patches of its image or clip
+    media: np.ndarray | None = None
+    """Of all spans end to end: uint8 [patches, patch_size * patch_size * 3], or a float32 row per clip."""
     ids: np.ndarray | None = None  # [sum of lengths] int64, of an encoder with a tokenizer of its own
 
 
@@ -66,30 +64,31 @@ def text_prompt(
     return Row(tokens, [len(tokens)], spans=spans)
 
 
-def image_prompt(
-    pixels: np.ndarray,
+def media_prompt(
+    media: np.ndarray,
+    num_patches: int,
     *,
     encoder: str,
-    image: ImageConfig,
     start_id: int,
     paragraph_id: int,
     prefix_ids: np.ndarray | None = None,
     ids: np.ndarray | None = None,
 ) -> Row:
-    """`<s> [image + prefix] ids`, left open for the decoder to go on.
+    """`<s> [image or clip + prefix] ids`, left open for the decoder to go on.
 
     Args:
-        pixels: [height, width, 3] uint8 of any size.
-        prefix_ids: text that is encoded together with the image.
+        media: as in `RowSpans`, of one image or clip.
+        num_patches: its vectors.
+        prefix_ids: text that is encoded together with it.
         ids: tokens after the span, that the decoder embeds itself.
     """
     none = np.empty(0, np.int32)
     prefix_ids, ids = (none if part is None else np.asarray(part) for part in (prefix_ids, ids))
-    placeholders = np.full(image.num_patches, paragraph_id)
+    placeholders = np.full(num_patches, paragraph_id)
     tokens = np.concatenate(([start_id], placeholders, prefix_ids, ids)).astype(np.int32)
     spans = RowSpans(
-        bounds=np.array([[1, 1 + image.num_patches + len(prefix_ids)]]),
-        num_patches=np.array([image.num_patches]),
-        patches=cut_patches(fit_image(pixels, image.image_size), image),
+        bounds=np.array([[1, 1 + num_patches + len(prefix_ids)]]),
+        num_patches=np.array([num_patches]),
+        media=media,
     )
     return Row(tokens, [len(tokens)], spans={encoder: spans})

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from metalm.config.schema import SourceKind
+from metalm.config.schema import MEDIA_OF_KIND, SourceKind
 from metalm.data.tar import HashedStream, Member, Readable, TarEnd, scan_members
 
 MAX_MEMBER_BYTES = 256 << 20
 """A larger member makes its sample unusable: it would be read into memory whole."""
 
-FORMATS = ("u16", "u32", "txt", "jpg", "png", "webp")
+FORMATS = ("u16", "u32", "txt", "jpg", "png", "webp", "wav", "flac", "ogg")
 """Formats of a main member, in the order of their codes in the index."""
 TOKEN_DTYPES: dict[str, np.dtype] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 
@@ -27,7 +27,7 @@ RECORD = np.dtype(
     [
         ("offset", "<u8"),  # of the sample's first header in the shard
         ("size", "<u4"),  # from there to the end of the last member, padded to the block
-        ("main_offset", "<u4"),  # token, text or image member, from `offset`
+        ("main_offset", "<u4"),  # token, text, image or audio member, from `offset`
         ("main_size", "<u4"),
         ("caption_offset", "<u4"),  # .txt of a pair, from `offset`; size 0: there is none
         ("caption_size", "<u4"),
@@ -38,7 +38,11 @@ RECORD = np.dtype(
     align=True,
 )
 
-_IMAGE_SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
+MEDIA_SUFFIXES: dict[SourceKind, dict[str, str]] = {
+    "image_text": {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"},
+    "audio_text": {"wav": "wav", "flac": "flac", "ogg": "ogg"},
+}
+"""Suffixes of the main members of pairs, and their formats."""
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 
@@ -124,10 +128,11 @@ def _record(members: dict[str, Member], kind: SourceKind) -> tuple[int, ...] | s
         if members[suffix].size == 0:
             return "empty_text"
     else:
-        images = [suffix for suffix in members if suffix in _IMAGE_SUFFIXES]
-        if len(images) != 1:
-            return "several_images" if images else "missing_image"
-        suffix = images[0]
+        media = [suffix for suffix in members if suffix in MEDIA_SUFFIXES[kind]]
+        if len(media) != 1:
+            name = MEDIA_OF_KIND[kind]
+            return f"several_{name}s" if media else f"missing_{name}"
+        suffix = media[0]
         caption, description = members.get("txt"), members.get("json")
         if not ((caption and caption.size) or (description and description.size)):
             return "missing_caption"
@@ -135,4 +140,4 @@ def _record(members: dict[str, Member], kind: SourceKind) -> tuple[int, ...] | s
     fields = [start, end - start, main.offset - start, main.size]
     for member in (caption, description):
         fields += [member.offset - start, member.size] if member else [0, 0]
-    return (*fields, FORMATS.index(_IMAGE_SUFFIXES.get(suffix, suffix)))
+    return (*fields, FORMATS.index(MEDIA_SUFFIXES.get(kind, {}).get(suffix, suffix)))

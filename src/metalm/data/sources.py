@@ -1,4 +1,4 @@
-"""An opened source: its index, its shards, and how its samples become token ids, captions and pixels."""
+"""An opened source: its index, its shards, and how its samples become token ids, captions, pixels, clips."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from metalm.config.schema import SourceConfig
+from metalm.data.audio import LISTENED_SECONDS, Clip, decode_clip
 from metalm.data.failures import BadSample
 from metalm.data.images import decode_image
 from metalm.data.index import SampleLocation, ShardIndex, open_index
@@ -90,10 +91,26 @@ class Source:
         Raises:
             BadSample: `image_bomb` or `undecodable_image`.
         """
-        return decode_image(self.image(location), image_size=image_size)
+        return decode_image(self.media(location), image_size=image_size)
 
-    def image(self, location: SampleLocation) -> memoryview:
-        """The bytes of a pair's image."""
+    def clip(self, location: SampleLocation) -> Clip:
+        """The beginning of a pair's clip, for listening.
+
+        Raises:
+            BadSample: `undecodable_audio` or `audio_bomb`.
+        """
+        return decode_clip(self.media(location), max_seconds=LISTENED_SECONDS)
+
+    def look(self, location: SampleLocation) -> np.ndarray | Clip:
+        """A pair's image or clip, decoded.
+
+        Raises:
+            BadSample: as `pixels` and `clip`.
+        """
+        return self.pixels(location) if self.config.kind == "image_text" else self.clip(location)
+
+    def media(self, location: SampleLocation) -> memoryview:
+        """The bytes of a pair's image or clip."""
         return self.reader.read(location.shard, location.offset, location.size)
 
 
@@ -135,9 +152,10 @@ def _utf8(data: memoryview) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as people look at it."""
+    """A sample as people look at it, or listen to it."""
 
-    image: np.ndarray | None  # [height, width, 3] uint8, its own size
+    media: np.ndarray | Clip | None
+    """Pixels [height, width, 3] uint8 of an image in its own size, or a clip; None: text."""
     captions: tuple[str, ...]
     text: str | None
     """The raw text of a text sample with a .txt member, or its decoded tokens."""
@@ -160,7 +178,7 @@ def read_samples(source: SourceConfig, count: int, tokenizer: Tokenizer) -> list
                 samples.append(Sample(None, (), tokenizer.decode(opened.document(location))))
             else:
                 captions = tuple(opened.captions(location))
-                samples.append(Sample(opened.pixels(location), captions, None))
+                samples.append(Sample(opened.look(location), captions, None))
         except BadSample:
             continue
     opened.reader.close()

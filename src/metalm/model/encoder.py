@@ -109,7 +109,7 @@ class Encoder(nn.Module):
             )  # patches are replaced below
         if self.config.image is None:
             return hidden
-        pixels = share.patches.to(hidden.dtype) / 127.5 - 1.0
+        pixels = share.media.to(hidden.dtype) / 127.5 - 1.0
         grid_positions = share.positions.index_select(0, share.patch_slots)
         patches = self.patch_embedding(pixels) + self.image_positions(grid_positions)
         return hidden.index_copy(0, share.patch_slots, patches)

@@ -58,7 +58,7 @@ def work_of(batch: SemiCausalBatch) -> Work:
             name: EncoderWork(
                 elements=sum(int((s.attention_end > s.attention_start).sum()) for s in spans.shares),
                 pairs=sum(int((s.attention_end - s.attention_start).sum()) for s in spans.shares),
-                patches=sum(share.patches.shape[0] for share in spans.shares),
+                patches=sum(share.patch_slots.shape[0] for share in spans.shares),
             )
             for name, spans in batch.encoders.items()
         },
@@ -102,6 +102,8 @@ def frozen_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
 
 
 def _patch_flops(work: EncoderWork, encoder: EncoderConfig) -> float:
+    if encoder.audio is not None:
+        return work.patches * 2 * encoder.audio.weights_per_patch
     if encoder.image is None:
         return 0.0
     return work.patches * 2 * 3 * encoder.image.patch_size**2 * encoder.hidden_size

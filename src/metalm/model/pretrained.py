@@ -1,7 +1,8 @@
-"""Encoders from transformers: text over packed spans, and images, docked through a connector of ours.
+"""Encoders from transformers: text over packed spans, images, and audio, docked through a connector of ours.
 
 The model's code is transformers' own; what it says and its weights come from a local folder, as safetensors
-and JSON alone. Every vector of a span docks, except those that an image model puts before its patches.
+and JSON alone. Every vector of a span docks, except those that a model puts before the patches of an image or
+clip, and those of silence behind a clip that is shorter than others.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from metalm.batch import EncoderShare
-from metalm.config import EncoderConfig, ImageConfig
+from metalm.config import AudioConfig, EncoderConfig, ImageConfig
 from metalm.config.pretrained import positions_before_text
 from metalm.errors import ConfigError
 from metalm.kernels import IntervalMask
 from metalm.kernels.adapters import register_interval_attention
 from metalm.model.connector import build_connector
 
-OTHER_ATTENTION = "sdpa"
-"""For models whose attention the interval kernel has not, such as BEiT's with its dense bias."""
 CHECK_LENGTHS = (5, 160)
 """Of the two spans on which packing is tried."""
 CHECK_TOLERANCE = 1e-4
@@ -37,7 +36,7 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, decoder_hidden_size: int) -> None:
         super().__init__()
         assert config.pretrained is not None
-        self.image = config.image
+        self.image, self.audio = config.image, config.audio
         self.image_mean, self.image_std = config.pretrained.image_mean, config.pretrained.image_std
         self.first_position = positions_before_text(config.pretrained.definition)
         self.model = build_skeleton(config)
@@ -50,10 +49,10 @@ class PretrainedEncoder(nn.Module):
 
     def forward(self, share: EncoderShare) -> Tensor:
         """Encode one share: [L, decoder hidden size]. See `Encoder.forward`."""
-        if self.image is None:
+        if self.image is None and self.audio is None:
             return self.connector(self._encode_text(share))
-        slots, pixels = share.patch_slots, self._pixels(share.patches, self.image)
-        patches = self._encode_images(pixels, self.image)
+        slots = share.patch_slots
+        patches = self._encode_clips(share) if self.image is None else self._encode_images(share, self.image)
         if not slots.numel():  # the dummy element
             slots, patches = slots.new_zeros(1), patches[:1]
         length = share.token_ids.shape[0]
@@ -64,10 +63,24 @@ class PretrainedEncoder(nn.Module):
         mask = IntervalMask(share.attention_start[None], share.attention_end[None], len(share.token_ids))
         return encode_packed(self.model, share.token_ids, share.positions + self.first_position, mask)
 
-    def _encode_images(self, pixels: Tensor, image: ImageConfig) -> Tensor:
-        """[I, 3, H, W] to [I * patches, D]."""
-        vectors = self.model(pixel_values=pixels).last_hidden_state
+    def _encode_images(self, share: EncoderShare, image: ImageConfig) -> Tensor:
+        """Vectors of patches [P, D]; where P is 0, of one image of zeros."""
+        vectors = self.model(pixel_values=self._pixels(share.media, image)).last_hidden_state
         return vectors[:, -image.num_patches :].flatten(0, 1)
+
+    def _encode_clips(self, share: EncoderShare) -> Tensor:
+        """Vectors of clips [P, D]; where P is 0, of one clip of zeros."""
+        assert self.audio is not None
+        clips, places = share.media, share.positions[share.patch_slots]
+        if not len(clips):
+            clips, places = clips.new_zeros(1, *self.audio.features), places.new_zeros(1)
+        clip_of_patch = (places == 0).cumsum(0) - 1
+        lengths = torch.zeros(len(clips), dtype=torch.int64, device=places.device)
+        lengths = lengths.index_add(0, clip_of_patch, torch.ones_like(places))
+        vectors = encode_clips(
+            self.model, clips.to(next(self.connector.parameters()).dtype), lengths, self.audio
+        )
+        return vectors.flatten(0, 1)[clip_of_patch * self.audio.num_patches + places]
 
     def _pixels(self, patches: Tensor, image: ImageConfig) -> Tensor:
         """[P, patch * patch * 3] uint8 to the normalised images [I, 3, H, W]; one of zeros where P is 0."""
@@ -97,13 +110,28 @@ def encode_packed(model: nn.Module, token_ids: Tensor, positions: Tensor, mask: 
     return found.last_hidden_state[0]
 
 
+def encode_clips(model: nn.Module, features: Tensor, lengths: Tensor, audio: AudioConfig) -> Tensor:
+    """Vectors [C, num_patches, D] of clips [C, ...], of which the first `lengths` [C] are real."""
+    mask = {}
+    if audio.masks_padding:
+        # The model takes a mask over samples and derives that of vectors: any length with as many will do.
+        samples = lengths
+        for kernel, stride in reversed(audio.convolutions):
+            samples = (samples - 1) * stride + kernel
+        mask["attention_mask"] = (
+            torch.arange(audio.max_samples, device=features.device) < samples[:, None]
+        ).long()
+    found = model(input_values=features, **mask)
+    return found.last_hidden_state[:, -audio.num_patches :]
+
+
 def build_skeleton(config: EncoderConfig) -> Any:
     """The model with random weights, its parts for other tasks left out, and the attention that it can use.
 
     Raises:
         ConfigError: transformers cannot build it, or it cannot read packed spans.
     """
-    model = _build(config, OTHER_ATTENTION)
+    model = _build(config)
     if any(parameter.is_meta for parameter in model.parameters()):
         return model
     return _with_interval_attention(model, config)
@@ -180,14 +208,12 @@ def _quietly() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _build(config: EncoderConfig, attention: str) -> Any:
+def _build(config: EncoderConfig) -> Any:
     assert config.pretrained is not None
     definition = dict(config.pretrained.definition)
     try:
         settings = AutoConfig.for_model(definition.pop("model_type"), **definition)
-        model = AutoModel.from_config(
-            settings, attn_implementation=attention, trust_remote_code=False, dtype=torch.float32
-        )
+        model = AutoModel.from_config(settings, trust_remote_code=False, dtype=torch.float32)
     except (ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{config.pretrained.path}: transformers cannot build it: {error}") from None
     if getattr(model, "pooler", None) is not None:
@@ -196,8 +222,8 @@ def _build(config: EncoderConfig, attention: str) -> Any:
 
 
 def _with_interval_attention(model: Any, config: EncoderConfig) -> Any:
-    """The model through the interval kernel if it then gives what it gave; images have another way."""
-    expected = _try(model, config, alone=True)
+    """The model through the interval kernel if it then gives what it gave; images and clips have others."""
+    expected, own_attention = _try(model, config, alone=True), model.config._attn_implementation
     model.set_attn_implementation(register_interval_attention())
     try:
         found = _try(model, config, alone=False)
@@ -206,24 +232,29 @@ def _with_interval_attention(model: Any, config: EncoderConfig) -> Any:
         fits = False
     if fits:
         return model
-    if config.image is None:
+    if config.media is None:
         assert config.pretrained is not None
         raise ConfigError(
             f"{config.pretrained.path}: a model of type {config.pretrained.model_type!r} does not read "
             "packed spans as it reads them alone; expected one such as BERT, RoBERTa, XLM-R or ELECTRA"
         )
-    model.set_attn_implementation(OTHER_ATTENTION)
+    model.set_attn_implementation(own_attention)  # such as BEiT's with its dense bias
     return model
 
 
 def _try(model: Any, config: EncoderConfig, *, alone: bool) -> Tensor:
-    """Vectors of one image, or of two spans: each by itself, or packed."""
+    """Vectors of one image, of a whole and a half clip, or of two spans: each by itself, or packed."""
     generator = torch.Generator().manual_seed(0)
     model.eval()
     with torch.no_grad():
         if config.image is not None:
             size = config.image.image_size
             return model(pixel_values=torch.rand(1, 3, size, size, generator=generator)).last_hidden_state
+        if (audio := config.audio) is not None:
+            counts = torch.tensor([audio.num_patches, (audio.num_patches + 1) // 2])
+            clips = torch.randn(2, *audio.features, generator=generator)
+            vectors = encode_clips(model, clips, counts, audio)
+            return torch.cat([one[:count] for one, count in zip(vectors, counts, strict=True)])
         lengths = [min(length, config.max_text_positions) for length in CHECK_LENGTHS]
         spans = [torch.randint(4, model.config.vocab_size, (n,), generator=generator) for n in lengths]
         if alone:
@@ -238,9 +269,14 @@ def _try(model: Any, config: EncoderConfig, *, alone: bool) -> Tensor:
 
 
 def _layers_prefix(model: Any, num_layers: int) -> str:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return name + "."
+    """The last list of so many modules: those of convolutions come first."""
+    found = [
+        name + "."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if found:
+        return found[-1]
     raise ConfigError(f"{type(model).__name__} has no list of {num_layers} layers")
 
 
@@ -254,11 +290,14 @@ def _find_unused(encoder: str) -> frozenset[str]:
     """Parameters that no gradient of the vectors reaches, found on the meta device."""
     config = EncoderConfig.model_validate_json(encoder)
     with torch.device("meta"), torch.enable_grad():
-        model = _build(config, OTHER_ATTENTION)
+        model = _build(config)
         if config.image is not None:
             size = config.image.image_size
             vectors = model(pixel_values=torch.zeros(1, 3, size, size)).last_hidden_state
             vectors = vectors[:, -config.image.num_patches :]
+        elif config.audio is not None:
+            clip = torch.zeros(1, *config.audio.features)
+            vectors = model(input_values=clip).last_hidden_state[:, -config.audio.num_patches :]
         else:
             vectors = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).last_hidden_state
         vectors.sum().backward()

@@ -122,4 +122,4 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def _has_pairs(config: RunConfig) -> bool:
-    return any(source.kind == "image_text" for source in config.data.sources.values())
+    return any(source.kind != "text" for source in config.data.sources.values())

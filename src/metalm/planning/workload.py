@@ -67,8 +67,8 @@ def _text_spans(config: RunConfig) -> EncoderWork:
 def _row_of_pairs(
     encoder: EncoderConfig, name: str, length: int, caption_tokens: int, idle: dict[str, EncoderWork]
 ) -> Work:
-    assert encoder.image is not None
-    patches = encoder.image.num_patches
+    assert encoder.media is not None
+    patches = encoder.media.num_patches
     size = min(patches + caption_tokens + 2, length)
     count = length // size
     span = patches + min((caption_tokens - 1) / 2, encoder.max_text_positions)

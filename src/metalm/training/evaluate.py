@@ -11,8 +11,13 @@ import torch
 import torch.distributed as dist
 
 from metalm.config import RunConfig, SourceConfig
+from metalm.config.schema import MEDIA_OF_KIND
+from metalm.data.audio import Clip
 from metalm.data.evaluation import evaluation_batches
-from metalm.data.rows import Row, image_prompt, text_prompt
+from metalm.data.failures import BadSample
+from metalm.data.images import fit_patches
+from metalm.data.media import clip_reader
+from metalm.data.rows import Row, media_prompt, text_prompt
 from metalm.data.sources import read_samples
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError
@@ -32,32 +37,34 @@ class Sample:
     """What the model made of one held-out sample."""
 
     source: str
-    image: np.ndarray | None  # [height, width, 3] uint8
+    media: np.ndarray | Clip | None
+    """Pixels [height, width, 3] uint8 of an image, or a clip; None: text."""
     reference: str
     """The caption, or the text that the prompt begins."""
     generated: str
 
 
 def held_out_losses(engines: Engines, topology: Topology, config: RunConfig) -> dict[str, float]:
-    """Nats per trained token of each held-out source; of pairs also with the images exchanged.
+    """Nats per trained token of each held-out source; of pairs also with the images or clips exchanged.
 
-    Keys: `SOURCE` and, for pairs, `SOURCE/wrong_image`; with replaced-token detection, whose loss is of
-    both models, also `SOURCE/PART`. The rows are the same on every topology.
+    Keys: `SOURCE` and, for pairs, `SOURCE/wrong_image` or `SOURCE/wrong_audio`; with replaced-token
+    detection, whose loss is of both models, also `SOURCE/PART`. The rows are the same on every topology.
 
     Collective: all ranks.
     """
     losses: dict[str, float] = {}
     for name, source in config.data.evaluation.items():
-        losses |= _measure(engines, topology, config, name, name, wrong_images=False)
-        if source.kind == "image_text":
-            losses |= _measure(engines, topology, config, name, f"{name}/wrong_image", wrong_images=True)
+        losses |= _measure(engines, topology, config, name, name, wrong_media=False)
+        if source.kind != "text":
+            key = f"{name}/wrong_{MEDIA_OF_KIND[source.kind]}"
+            losses |= _measure(engines, topology, config, name, key, wrong_media=True)
     return losses
 
 
 def generate_samples(
     engines: Engines, topology: Topology, config: RunConfig, name: str, num_samples: int, max_new_tokens: int
 ) -> list[Sample]:
-    """Captions of the first images of a held-out source, or continuations of its first texts.
+    """Captions of the first images or clips of a held-out source, or continuations of its first texts.
 
     None with an objective that does not learn to generate.
 
@@ -67,25 +74,29 @@ def generate_samples(
         return []
     source = config.data.evaluation[name]
     tokenizer = load_tokenizer(config.data.tokenizer)
-    found = read_samples(source, num_samples, tokenizer)
     prompts: list[Row] = []
+    media: list[np.ndarray | Clip | None] = []
     references: list[str] = []
-    for sample in found:
-        if sample.image is not None:
-            prompts.append(_caption_prompt(config, source, sample.image, tokenizer))
+    for sample in read_samples(source, num_samples, tokenizer):
+        if sample.media is not None:
+            try:
+                prompts.append(_caption_prompt(config, source, sample.media, tokenizer))
+            except BadSample:  # a clip that is too short for the encoder
+                continue
             references.append(sample.captions[0])
         else:
             ids = tokenizer.encode([sample.text or ""])[0]
             prompts.append(text_prompt(ids[:TEXT_PROMPT_TOKENS], start_id=tokenizer.start_id))
             references.append(tokenizer.decode(ids[: TEXT_PROMPT_TOKENS + max_new_tokens]))
+        media.append(sample.media)
     generated: list[str] = []
     for first in range(0, len(prompts), GENERATION_BATCH):
         part = prompts[first : first + GENERATION_BATCH]
         tokens = generate_greedily(engines, topology, config, tokenizer, part, max_new_tokens)
         generated += [tokenizer.decode(ids) for ids in tokens]
     return [
-        Sample(name, sample.image, reference, text)
-        for sample, reference, text in zip(found, references, generated, strict=True)
+        Sample(name, seen, reference, text)
+        for seen, reference, text in zip(media, references, generated, strict=True)
     ]
 
 
@@ -124,7 +135,7 @@ def evaluate(config: RunConfig, num_samples: int) -> int:
 
 
 def _measure(
-    engines: Engines, topology: Topology, config: RunConfig, name: str, key: str, *, wrong_images: bool
+    engines: Engines, topology: Topology, config: RunConfig, name: str, key: str, *, wrong_media: bool
 ) -> dict[str, float]:
     """Means over a held-out source: the loss as `key`, and its parts as `key/PART`."""
     objective = build_objective(config.training.replaced_tokens)
@@ -137,7 +148,7 @@ def _measure(
             dp_rank=topology.data_rank,
             dp_size=topology.data_size,
             tp_size=topology.tensor_size,
-            wrong_images=wrong_images,
+            wrong_media=wrong_media,
         ):
             batch = batch.to(topology.device)
             losses = objective(engines, batch, topology)
@@ -149,14 +160,20 @@ def _measure(
     return {name: float(total[0] / total[1].clamp(min=1)) for name, total in totals.items()}
 
 
-def _caption_prompt(config: RunConfig, source: SourceConfig, pixels: np.ndarray, tokenizer: Tokenizer) -> Row:
+def _caption_prompt(
+    config: RunConfig, source: SourceConfig, media: np.ndarray | Clip, tokenizer: Tokenizer
+) -> Row:
     assert source.encoder is not None
-    image = config.model.encoders[source.encoder].image
-    assert image is not None
-    return image_prompt(
-        pixels,
+    encoder = config.model.encoders[source.encoder]
+    if isinstance(media, Clip):
+        content, num_patches = clip_reader(encoder).features(media)
+    else:
+        assert encoder.image is not None
+        content, num_patches = fit_patches(media, encoder.image), encoder.image.num_patches
+    return media_prompt(
+        content,
+        num_patches,
         encoder=source.encoder,
-        image=image,
         start_id=tokenizer.start_id,
         paragraph_id=tokenizer.paragraph_id,
     )

@@ -33,9 +33,8 @@ def _encoder_hash(encoder: EncoderBatch, salt: int) -> int:
         docked = torch.zeros(length, dtype=torch.bool)
         docked[encoder.dock_vectors[encoder.dock_vectors // length == number] % length] = True
         elements = torch.stack([share.token_ids, share.positions], dim=1)[docked]
-        total += _sum_of_hashes(elements, salt) + _sum_of_hashes(
-            share.patches[docked[share.patch_slots]], salt + 1
-        )
+        media = share.media.view(torch.int32) if share.media.is_floating_point() else share.media
+        total += _sum_of_hashes(elements, salt) + _sum_of_hashes(media.flatten(1), salt + 1)
     return total
 
 

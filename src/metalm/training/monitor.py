@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
+from metalm.data.audio import Clip
 from metalm.data.balance import imbalance_over_ranks
 from metalm.data.loader import TrainingData
 from metalm.data.pictures import caption_picture
@@ -190,21 +191,28 @@ class Monitor:
 
     @_despite_a_full_disk
     def write_samples(self, step: int, samples: list[Sample]) -> None:
-        """Show captions under their images, and continuations as text. Rank 0 calls it."""
+        """Show captions under their images or beside their clips, and continuations as text.
+
+        Rank 0 calls it.
+        """
         assert self._writer is not None
         captions: dict[str, list[str]] = {}
         for number, sample in enumerate(samples):
             tag = f"{sample.source}/{number}"
-            if sample.image is None:
+            if sample.media is None:
                 text = (
                     f"**text**\n\n{_quoted(sample.reference)}\n\n**continued**\n\n{_quoted(sample.generated)}"
                 )
                 self._writer.add_text(tag, text, step)
+                continue
+            lines = [f"generated: {sample.generated}", f"reference: {sample.reference}"]
+            if isinstance(sample.media, Clip):
+                samples_of_clip = torch.from_numpy(sample.media.samples)
+                self._writer.add_audio(tag, samples_of_clip, step, sample.media.sampling_rate)
             else:
-                lines = [f"generated: {sample.generated}", f"reference: {sample.reference}"]
-                picture = caption_picture(sample.image, lines)
+                picture = caption_picture(sample.media, lines)
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
-                captions.setdefault(sample.source, []).append("\n".join([f"image {number}", *lines]))
+            captions.setdefault(sample.source, []).append("\n".join([f"number {number}", *lines]))
         for source, entries in captions.items():
             self._writer.add_text(f"captions/{source}", _quoted("\n\n".join(entries)), step)
         self._writer.flush()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
 from PIL import Image
 
 from metalm.data.index import open_index
-from metalm.data.preparation.image_text import prepare_image_text
+from metalm.data.preparation.images import prepare_image
+from metalm.data.preparation.pairs import prepare_pairs
 from metalm.errors import ConfigError, DataError
 
 ImageBytes = Callable[..., bytes]
@@ -32,6 +35,14 @@ def images(tmp_path: Path, image_bytes: ImageBytes) -> Path:
     (folder / "one.jpg").write_bytes(image_bytes("JPEG"))
     (folder / "two.png").write_bytes(image_bytes("PNG", color="blue"))
     return folder
+
+
+def prepare_image_text(
+    inputs: list[Path], out: Path, *, shorter_side: int | None = None, **options: Any
+) -> dict[str, Any]:
+    convert = functools.partial(prepare_image, shorter_side=shorter_side)
+    settings = {"shorter_side": shorter_side}
+    return prepare_pairs(inputs, out, kind="image_text", convert=convert, settings=settings, **options)
 
 
 def captions_of(sample: dict[str, bytes]) -> list[str]:
@@ -106,7 +117,7 @@ def test_every_form_of_input_gives_the_same_pairs(
     write: Callable[[Path, Path], Path], images: Path, read_samples: ReadSamples, tmp_path: Path
 ) -> None:
     source = write(tmp_path, images)
-    report = prepare_image_text([source], tmp_path / "out", image_folder=images)
+    report = prepare_image_text([source], tmp_path / "out", media_folder=images)
     samples = read_samples(tmp_path / "out")
     assert pairs(samples) == EXPECTED
     stored = [sample.get("jpg") or sample.get("png") for sample in samples.values()]
@@ -211,13 +222,13 @@ def test_output_depends_on_neither_processes_nor_losses_on_the_way(
     table: Path, contents: Contents, read_samples: ReadSamples, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    prepare_image_text([table], one, images_per_unit=8)
-    prepare_image_text([table], two, images_per_unit=8, processes=2)
+    prepare_image_text([table], one, pairs_per_unit=8)
+    prepare_image_text([table], two, pairs_per_unit=8, processes=2)
     assert contents(one) == contents(two)
     assert [captions for _, captions in pairs(read_samples(two))] == [[f"number {n}"] for n in range(50)]
     kept = {shard: shard.stat().st_mtime_ns for shard in sorted(two.glob("*.tar"))[1:]}
     sorted(two.glob("*.tar"))[0].unlink()
-    prepare_image_text([table], two, images_per_unit=8)
+    prepare_image_text([table], two, pairs_per_unit=8)
     assert contents(one) == contents(two)
     assert kept == {shard: shard.stat().st_mtime_ns for shard in kept}
 

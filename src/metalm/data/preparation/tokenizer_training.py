@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from metalm.data.preparation.image_sources import list_records
 from metalm.data.preparation.jsonl import documents
+from metalm.data.preparation.pair_sources import list_records
 from metalm.errors import DataError
 
 
@@ -26,5 +26,5 @@ def training_texts(inputs: Sequence[Path], caption_tables: Sequence[Path], max_b
             size += document.num_bytes
             yield document.text
     for table in caption_tables:
-        for record in list_records(table, image_folder=None, path_column="path", caption_column="caption"):
+        for record in list_records(table, kind="image_text", path_column="path", caption_column="caption"):
             yield from record.captions or ()

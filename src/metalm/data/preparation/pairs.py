@@ -1,73 +1,81 @@
-"""Images and captions to shards. The unit of work is some thousand images, or one tar of the input."""
+"""Pairs to shards. The unit of work is some thousand files with captions, or one tar of the input."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metalm.config.schema import SourceKind
 from metalm.data.failures import BadSample
 from metalm.data.preparation.folder import PreparationFolder
-from metalm.data.preparation.image_sources import (
+from metalm.data.preparation.pair_sources import (
     TABLE_SUFFIXES,
-    ImageRecord,
     Pair,
+    PairRecord,
     list_records,
     read_record,
     read_tar,
 )
-from metalm.data.preparation.images import prepare_image
 from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.report import Tally
 from metalm.data.preparation.shards import ShardWriter
 from metalm.data.preparation.workers import Advance, run_tasks
 from metalm.errors import ConfigError, DataError
 
-IMAGES_PER_MESSAGE = 64
+PAIRS_PER_MESSAGE = 64
+UNITS: dict[SourceKind, str] = {"image_text": "images", "audio_text": "clips"}
+"""What is counted in reports."""
+
+Convert = Callable[[bytes], tuple[str, bytes]]
+"""The bytes of a file to the suffix and the content of its member, or BadSample; it travels to processes."""
 
 
 @dataclass(frozen=True)
-class ListedImages:
-    """A task: some image files."""
+class ListedPairs:
+    """A task: some files."""
 
     unit: str
     source: str
-    records: tuple[ImageRecord, ...]
+    kind: SourceKind
+    records: tuple[PairRecord, ...]
 
     def pairs(self) -> Iterator[tuple[float, Pair | str]]:
         """Each pair or its cause of absence, with the share of the task that is done."""
         for number, record in enumerate(self.records, start=1):
-            yield number / len(self.records), read_record(record)
+            yield number / len(self.records), read_record(record, self.kind)
 
 
 @dataclass(frozen=True)
-class TarredImages:
-    """A task: one tar of images and captions."""
+class TarredPairs:
+    """A task: one tar of files and captions."""
 
     unit: str
     source: str
+    kind: SourceKind
     tar: Path
 
     def pairs(self) -> Iterator[tuple[float, Pair | str]]:
         """Each pair or its cause of absence, with the share of the task that is done."""
-        return read_tar(self.tar)
+        return read_tar(self.tar, self.kind)
 
 
-ImageTask = ListedImages | TarredImages
+PairTask = ListedPairs | TarredPairs
 
 
 @dataclass(frozen=True)
-class ImagePreparation:
+class PairPreparation:
     """What every worker process needs to know."""
 
     folder: PreparationFolder
     shard_bytes: int
-    shorter_side: int | None
+    convert: Convert
+    unit_of_count: str
 
-    def __call__(self, task: ImageTask, advance: Advance) -> None:
+    def __call__(self, task: PairTask, advance: Advance) -> None:
         """Writes the shards and the receipt of one task."""
         tally = Tally()
         told = 0.0
@@ -77,7 +85,7 @@ class ImagePreparation:
                     writer.write(f"{task.unit}-{number:06d}", self._members(pair, task.source, tally))
                 except BadSample as bad:
                     tally.drop(bad.cause)
-                if number % IMAGES_PER_MESSAGE == 0:
+                if number % PAIRS_PER_MESSAGE == 0:
                     advance(share - told)
                     told = share
         self.folder.record(task.unit, writer.shards, tally)
@@ -89,41 +97,45 @@ class ImagePreparation:
         captions = [text for caption in pair.captions if (text := _one_line(caption))]
         if not captions:
             raise BadSample("missing_caption")
-        suffix, image = prepare_image(pair.image, self.shorter_side)
-        tally.keep(source, images=1, captions=len(captions), bytes=len(image))
+        suffix, media = self.convert(pair.media)
+        tally.keep(source, **{self.unit_of_count: 1}, captions=len(captions), bytes=len(media))
         if len(captions) == 1:
-            return {suffix: image, "txt": captions[0].encode()}
-        return {suffix: image, "json": json.dumps({"captions": captions}).encode()}
+            return {suffix: media, "txt": captions[0].encode()}
+        return {suffix: media, "json": json.dumps({"captions": captions}).encode()}
 
 
-def prepare_image_text(
+def prepare_pairs(
     inputs: Sequence[Path],
     out: Path,
     *,
-    image_folder: Path | None = None,
+    kind: SourceKind,
+    convert: Convert,
+    settings: Mapping[str, Any],
+    media_folder: Path | None = None,
     path_column: str = "path",
     caption_column: str = "caption",
-    shorter_side: int | None = None,
-    images_per_unit: int = 4096,
+    pairs_per_unit: int = 4096,
     shard_bytes: int = 512 << 20,
     first_number: int = 0,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Writes image-text shards, their index and a report.
+    """Writes shards of pairs, their index and a report.
 
     Args:
-        inputs: see `image_sources`.
+        inputs: see `pair_sources`.
         out: folder of the shards. If an earlier call was interrupted, the same call goes on.
-        image_folder: what image paths of COCO files and tables are relative to; default: their folder.
+        convert: checks a file, and makes its member of it.
+        settings: those of `convert`; with others, an interrupted call does not go on.
+        media_folder: what paths of COCO files and tables are relative to; default: their folder.
         path_column, caption_column: of tables.
-        shorter_side: shrink larger images to this many pixels on their shorter side.
-        images_per_unit: most images per shard, except that a tar of the input is kept together.
+        pairs_per_unit: most files per shard, except that a tar of the input is kept together.
         shard_bytes: largest size of a shard.
         first_number: of the first input, in names of shards and keys of samples, as in `prepare_text`.
         processes: how many work at once; the output does not depend on it.
 
     Returns:
-        The content of report.json: images, captions and bytes, all that was dropped by cause, per input.
+        The content of report.json: images or clips, captions and bytes, all that was dropped by cause, per
+        input.
 
     Raises:
         ConfigError: options that contradict the folder.
@@ -131,16 +143,17 @@ def prepare_image_text(
     """
     if not inputs:
         raise ConfigError("no input was given")
-    tasks: list[ImageTask] = []
+    columns = {"path_column": path_column, "caption_column": caption_column}
+    tasks: list[PairTask] = []
     for number, source in enumerate(inputs, start=first_number):
-        tasks += _tasks(number, source, images_per_unit, image_folder, path_column, caption_column)
+        tasks += _tasks(number, source, kind, pairs_per_unit, media_folder=media_folder, **columns)
     folder = PreparationFolder(out)
     plan = {
-        "kind": "image_text",
+        "kind": kind,
         "inputs": [source.name for source in inputs],
         "listing": _digest(tasks),
-        "shorter_side": shorter_side,
-        "images_per_unit": images_per_unit,
+        **settings,
+        f"{UNITS[kind]}_per_unit": pairs_per_unit,
         "shard_bytes": shard_bytes,
         "first_number": first_number,
     }
@@ -151,46 +164,41 @@ def prepare_image_text(
             progress = ProgressLine(len(tasks), "batches")
             run_tasks(
                 tasks,
-                ImagePreparation(folder, shard_bytes, shorter_side),
+                PairPreparation(folder, shard_bytes, convert, UNITS[kind]),
                 processes=processes,
                 advance=progress.advance,
                 preload=__name__,
             )
             progress.close()
-        return folder.finish(kind="image_text", tokenizer_fingerprint=None, processes=processes)
+        return folder.finish(kind=kind, tokenizer_fingerprint=None, processes=processes)
 
 
 def _tasks(
-    number: int,
-    source: Path,
-    images_per_unit: int,
-    image_folder: Path | None,
-    path_column: str,
-    caption_column: str,
-) -> Iterator[ImageTask]:
-    if not source.is_dir() and source.suffix not in (".json", *TABLE_SUFFIXES):
-        raise DataError(f"{source}: expected a folder, a COCO .json, or one of {', '.join(TABLE_SUFFIXES)}")
+    number: int, source: Path, kind: SourceKind, pairs_per_unit: int, **listing: Any
+) -> Iterator[PairTask]:
+    forms = (".json", *TABLE_SUFFIXES) if kind == "image_text" else TABLE_SUFFIXES
+    if not source.is_dir() and source.suffix not in forms:
+        coco = "a COCO .json, " if kind == "image_text" else ""
+        raise DataError(f"{source}: expected a folder, {coco}or one of {', '.join(TABLE_SUFFIXES)}")
     if source.is_dir() and (tars := sorted(source.glob("*.tar"))):
         for position, tar in enumerate(tars):
-            yield TarredImages(f"{number:04d}-{position:05d}", source.name, tar)
+            yield TarredPairs(f"{number:04d}-{position:05d}", source.name, kind, tar)
         return
-    records = list_records(
-        source, image_folder=image_folder, path_column=path_column, caption_column=caption_column
-    )
-    for position, start in enumerate(range(0, len(records), images_per_unit)):
-        chunk = tuple(records[start : start + images_per_unit])
-        yield ListedImages(f"{number:04d}-{position:05d}", source.name, chunk)
+    records = list_records(source, kind=kind, **listing)
+    for position, start in enumerate(range(0, len(records), pairs_per_unit)):
+        chunk = tuple(records[start : start + pairs_per_unit])
+        yield ListedPairs(f"{number:04d}-{position:05d}", source.name, kind, chunk)
 
 
-def _digest(tasks: Sequence[ImageTask]) -> str:
-    """Tells one list of images and captions from another."""
+def _digest(tasks: Sequence[PairTask]) -> str:
+    """Tells one list of files and captions from another."""
     digest = hashlib.sha256()
     for task in tasks:
-        if isinstance(task, TarredImages):
+        if isinstance(task, TarredPairs):
             digest.update(f"{task.tar.name} {task.tar.stat().st_size}\n".encode())
         else:
             for record in task.records:
-                digest.update(f"{record.image}\0{record.captions}\n".encode())
+                digest.update(f"{record.media}\0{record.captions}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,11 +1,11 @@
-"""Images with their captions, from the forms in which such data sets come.
+"""Images or clips with their captions, from the forms in which such data sets come.
 
-    folder of tars        img2dataset's `webdataset` output: image, .txt or .json per sample
-    folder of images      img2dataset's `files` output, and the like: image with .txt or .json beside it
-    .json                 COCO captions
-    .csv .tsv .jsonl      one image path and caption per row, or "captions" with a list (.jsonl)
+    folder of tars        img2dataset's or audio2dataset's `webdataset` output: file, .txt or .json per sample
+    folder of files       their `files` output, and the like: file with .txt or .json beside it
+    .json                 COCO captions, of images
+    .csv .tsv .jsonl      one path and caption per row, or "captions" with a list (.jsonl)
 
-Rows about the same image become one sample with several captions.
+Rows about the same file become one sample with several captions.
 """
 
 from __future__ import annotations
@@ -18,56 +18,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metalm.data.index import MAX_MEMBER_BYTES, scan_shard
+from metalm.config.schema import MEDIA_OF_KIND, SourceKind
+from metalm.data.shards import MAX_MEMBER_BYTES, MEDIA_SUFFIXES, scan_shard
 from metalm.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
 @dataclass(frozen=True)
-class ImageRecord:
-    """An image file and its captions; None: they are in a .txt or .json file beside it."""
+class PairRecord:
+    """An image or audio file and its captions; None: they are in a .txt or .json file beside it."""
 
-    image: Path
+    media: Path
     captions: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The bytes of an image file, and what was said about it."""
+    """The bytes of an image or audio file, and what was said about it."""
 
-    image: bytes
+    media: bytes
     captions: tuple[str, ...]
 
 
-def read_record(record: ImageRecord) -> Pair | str:
+def read_record(record: PairRecord, kind: SourceKind) -> Pair | str:
     """The pair of a record, or the cause of its absence."""
+    name = MEDIA_OF_KIND[kind]
     try:
-        if record.image.stat().st_size > MAX_MEMBER_BYTES:
-            return "oversize_image"
+        if record.media.stat().st_size > MAX_MEMBER_BYTES:
+            return f"oversize_{name}"
         captions = record.captions
         if captions is None:
-            text, description = record.image.with_suffix(".txt"), record.image.with_suffix(".json")
+            text, description = record.media.with_suffix(".txt"), record.media.with_suffix(".json")
             captions = _captions(
                 text.read_bytes() if text.is_file() else b"",
                 description.read_bytes() if description.is_file() else b"",
             )
-        return Pair(record.image.read_bytes(), captions)
+        return Pair(record.media.read_bytes(), captions)
     except FileNotFoundError:
-        return "missing_image"
+        return f"missing_{name}"
     except OSError:
-        return "unreadable_image"
+        return f"unreadable_{name}"
 
 
-def read_tar(path: Path) -> Iterator[tuple[float, Pair | str]]:
+def read_tar(path: Path, kind: SourceKind) -> Iterator[tuple[float, Pair | str]]:
     """The pairs of a shard in order, or causes of absence, each with the share of the file so far.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        shard, records = scan_shard(path, "image_text")
+        shard, records = scan_shard(path, kind)
         with path.open("rb") as file:
             for cause, count in shard.skipped.items():
                 for _ in range(count):
@@ -77,29 +78,34 @@ def read_tar(path: Path) -> Iterator[tuple[float, Pair | str]]:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 for record in records:
                     start = int(record["offset"])
-                    image, text, description = (
+                    media, text, description = (
                         data[start + int(record[f"{name}_offset"]) :][: int(record[f"{name}_size"])]
                         for name in ("main", "caption", "json")
                     )
-                    yield (start + int(record["size"])) / len(data), Pair(image, _captions(text, description))
+                    yield (start + int(record["size"])) / len(data), Pair(media, _captions(text, description))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def list_records(
-    source: Path, *, image_folder: Path | None, path_column: str, caption_column: str
-) -> list[ImageRecord]:
-    """The images of a folder, a COCO file or a table. Image paths are relative to `image_folder`; without
-    one, to the folder of the file.
+    source: Path,
+    *,
+    kind: SourceKind,
+    path_column: str,
+    caption_column: str,
+    media_folder: Path | None = None,
+) -> list[PairRecord]:
+    """The files of a folder, a COCO file or a table. Their paths are relative to `media_folder`; without one,
+    to the folder of the list.
 
     Raises:
-        DataError: the source cannot be read, has another form, or lists no image.
+        DataError: the source cannot be read, has another form, or lists nothing.
     """
-    root = image_folder or source.parent
+    root = media_folder or source.parent
     try:
         if source.is_dir():
-            files = (file for file in source.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            records = [ImageRecord(file, None) for file in sorted(files)]
+            files = (file for file in source.rglob("*") if file.suffix[1:].lower() in MEDIA_SUFFIXES[kind])
+            records = [PairRecord(file, None) for file in sorted(files)]
         elif source.suffix == ".json":
             records = _coco_records(source, root)
         else:
@@ -109,19 +115,18 @@ def list_records(
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8: {error}") from error
     if not records:
-        raise DataError(f"{source} lists no image")
+        raise DataError(f"{source} lists no {MEDIA_OF_KIND[kind]}")
     return records
 
 
-def _coco_records(source: Path, root: Path) -> list[ImageRecord]:
+def _coco_records(source: Path, root: Path) -> list[PairRecord]:
     try:
         content = json.loads(source.read_bytes())
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(str(annotation["caption"]))
         return [
-            ImageRecord(root / image["file_name"], tuple(captions[image["id"]]))
-            for image in content["images"]
+            PairRecord(root / image["file_name"], tuple(captions[image["id"]])) for image in content["images"]
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -130,7 +135,7 @@ def _coco_records(source: Path, root: Path) -> list[ImageRecord]:
         ) from error
 
 
-def _table_records(source: Path, root: Path, path_column: str, caption_column: str) -> list[ImageRecord]:
+def _table_records(source: Path, root: Path, path_column: str, caption_column: str) -> list[PairRecord]:
     captions: dict[str, list[str]] = {}
     for line, row in _rows(source):
         try:
@@ -141,7 +146,7 @@ def _table_records(source: Path, root: Path, path_column: str, caption_column: s
                 f"{source}, line {line}: there is no {error}; it has {', '.join(map(str, row))}. Name the "
                 "columns with --path-column and --caption-column."
             ) from error
-    return [ImageRecord(root / path, tuple(texts)) for path, texts in captions.items()]
+    return [PairRecord(root / path, tuple(texts)) for path, texts in captions.items()]
 
 
 def _rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -1,0 +1,102 @@
+"""What a folder of transformers says about the clips of an audio encoder.
+
+Two families are known: those that read mel frames in overlapping patches (AST), whose clips have one length;
+and those that read samples through convolutions (Wav2Vec2, HuBERT, WavLM and others), where the pipeline says
+how long a clip may be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from metalm.errors import ConfigError
+
+EXTRACTORS = ("ASTFeatureExtractor", "Wav2Vec2FeatureExtractor")
+"""Classes of transformers that are ever made from a folder's preprocessor_config.json, each of one family."""
+MEL_WINDOW_S, MEL_HOP_S = 0.025, 0.010
+"""Length and distance of the mel frames."""
+
+
+def reads_audio(definition: dict[str, Any]) -> bool:
+    """Whether a model's config is that of an audio encoder."""
+    return "conv_stride" in definition or "time_stride" in definition
+
+
+def read_audio(definition: dict[str, Any], folder: Path, clip_seconds: float | None) -> dict[str, Any]:
+    """The keys of `EncoderConfig.audio`, and under `processor` the settings of the feature extractor.
+
+    Raises:
+        ConfigError: the folder's feature extractor is of another model, or `clip_seconds` does not fit.
+    """
+    path = folder / "preprocessor_config.json"
+    try:
+        processor = json.loads(path.read_text())
+        rate = int(processor["sampling_rate"])
+        kind = processor["feature_extractor_type"]
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: save the model's feature extractor there") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error!r}") from None
+    mel = "time_stride" in definition
+    if kind != EXTRACTORS[0 if mel else 1]:
+        raise ConfigError(f"{path} is of a {kind}, expected {EXTRACTORS[0 if mel else 1]}")
+    audio = (
+        _of_mel_frames(definition, processor, rate, clip_seconds)
+        if mel
+        else _of_samples(definition, processor, rate, clip_seconds)
+    )
+    return {"sampling_rate": rate, **audio, "processor": processor}
+
+
+def _of_mel_frames(
+    definition: dict[str, Any], processor: dict[str, Any], rate: int, clip_seconds: float | None
+) -> dict[str, Any]:
+    if clip_seconds is not None:
+        raise ConfigError("clip_seconds follows from the model, leave it out")
+    frames, bins = definition["max_length"], definition["num_mel_bins"]
+    for key, value in (("max_length", frames), ("num_mel_bins", bins)):
+        if processor.get(key) != value:
+            raise ConfigError(f"{key} is {value} in config.json, {processor.get(key)} in the preprocessor's")
+    side = definition["patch_size"]
+    across, along = definition["frequency_stride"], definition["time_stride"]
+    return {
+        "min_samples": int(MEL_WINDOW_S * rate),
+        "max_samples": int(((frames - 1) * MEL_HOP_S + MEL_WINDOW_S) * rate),
+        "num_patches": ((bins - side) // across + 1) * ((frames - side) // along + 1),
+        "features": (frames, bins),
+        "weights_per_patch": side * side * definition["hidden_size"],
+    }
+
+
+def _of_samples(
+    definition: dict[str, Any], processor: dict[str, Any], rate: int, clip_seconds: float | None
+) -> dict[str, Any]:
+    if clip_seconds is None:
+        raise ConfigError("clip_seconds is not given: the model reads samples, in clips of any length")
+    if definition.get("add_adapter"):
+        raise ConfigError("the model has an adapter behind its layers (add_adapter), which is not supported")
+    kernels, strides, widths = (definition[f"conv_{key}"] for key in ("kernel", "stride", "dim"))
+    min_samples = 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        min_samples = (min_samples - 1) * stride + kernel
+    length = max_samples = int(clip_seconds * rate)
+    if max_samples < min_samples:
+        raise ConfigError(f"clip_seconds = {clip_seconds} is too short for one vector")
+    for kernel, stride in zip(kernels, strides, strict=True):
+        length = (length - kernel) // stride + 1
+    weights = widths[-1] * definition["hidden_size"]
+    for layer, (kernel, width) in enumerate(zip(kernels, widths, strict=True)):
+        outputs = math.prod(strides[layer + 1 :])  # of this layer, for one vector
+        weights += outputs * kernel * width * (widths[layer - 1] if layer else 1)
+    return {
+        "min_samples": min_samples,
+        "max_samples": max_samples,
+        "num_patches": length,
+        "features": (max_samples,),
+        "convolutions": tuple(zip(kernels, strides, strict=True)),
+        "masks_padding": bool(processor.get("return_attention_mask", False)),
+        "weights_per_patch": weights,
+    }

@@ -1,0 +1,191 @@
+"""Audio bytes to clips to features, with caps that hold before anything is decoded.
+
+A clip is the mean of its channels. Its features are those of the encoder's own feature extractor, padded to
+one shape, so that clips make batches.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from metalm.config.pretrained_audio import EXTRACTORS
+from metalm.config.schema import AudioConfig
+from metalm.data.failures import BadSample
+from metalm.errors import ConfigError
+
+FORMATS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}
+"""First bytes of the only formats that are ever tried, whatever a member is called."""
+MAX_VALUES = 400_000_000
+"""Decoded at once, of all channels: 75 minutes of a compact disc."""
+SAMPLING_RATES = range(1_000, 400_001)
+LISTENED_SECONDS = 30.0
+"""What people are given to hear of a clip."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One channel of sound."""
+
+    samples: np.ndarray  # [n] float32 in -1..1
+    sampling_rate: int
+    """In hertz."""
+
+
+def decode_clip(data: bytes | memoryview, *, max_seconds: float = math.inf) -> Clip:
+    """The clip in the bytes of a file, at its own sampling rate.
+
+    Args:
+        max_seconds: decode no more than this.
+
+    Raises:
+        BadSample: `undecodable_audio`, or `audio_bomb` (too much to decode, by its header).
+    """
+    with _opened(data) as file:
+        frames = min(file.frames, _longest(max_seconds, file.samplerate))
+        if frames * file.channels > MAX_VALUES:
+            raise BadSample("audio_bomb")
+        samples = file.read(frames, dtype="float32", always_2d=True)
+        if len(samples) < frames or not np.isfinite(samples).all():
+            raise BadSample("undecodable_audio")
+        return Clip(samples.mean(axis=1, dtype=np.float32), file.samplerate)
+
+
+def resample(clip: Clip, sampling_rate: int) -> Clip:
+    """The clip at another rate, of floor(n * rate / own rate) samples."""
+    if clip.sampling_rate == sampling_rate:
+        return clip
+    import soxr
+
+    length = len(clip.samples) * sampling_rate // clip.sampling_rate
+    found = soxr.resample(clip.samples, clip.sampling_rate, sampling_rate)[:length]
+    return Clip(np.pad(found, (0, length - len(found))), sampling_rate)
+
+
+class ClipReader:
+    """What an audio encoder reads of the bytes of a pair's audio member."""
+
+    def __init__(self, audio: AudioConfig, processor: dict[str, Any]) -> None:
+        """
+        Args:
+            processor: the settings of transformers' feature extractor.
+
+        Raises:
+            ConfigError: it cannot be made of them, or a library for audio is not installed.
+        """
+        self._audio, self._seconds = audio, audio.max_samples / audio.sampling_rate
+        self.max_patches = audio.num_patches
+        self._extractor = _feature_extractor(processor)
+        _libraries()
+
+    def count_patches(self, data: bytes | memoryview) -> int:
+        """Vectors of the clip in the bytes of a file, by its header.
+
+        Raises:
+            BadSample: `undecodable_audio`, or `short_audio` without a vector.
+        """
+        with _opened(data) as file:
+            return self._count(file.frames, file.samplerate)
+
+    def read(self, data: bytes | memoryview) -> np.ndarray:
+        """Features [1, ...] float32.
+
+        Raises:
+            BadSample: as `decode_clip` and `count_patches`.
+        """
+        return self.features(decode_clip(data, max_seconds=self._seconds))[0]
+
+    def features(self, clip: Clip) -> tuple[np.ndarray, int]:
+        """Features [1, ...] float32 of the leading part of a clip, and how many vectors it has.
+
+        Raises:
+            BadSample: `short_audio`.
+        """
+        count = self._count(len(clip.samples), clip.sampling_rate)
+        leading = clip.samples[: _longest(self._seconds, clip.sampling_rate)]
+        samples = resample(Clip(leading, clip.sampling_rate), self._audio.sampling_rate).samples
+        # Padding is for the extractors that have no shape of their own.
+        padding: dict[str, Any] = {}
+        if self._audio.convolutions:
+            padding = {"padding": "max_length", "max_length": self._audio.max_samples}
+        found = self._extractor(
+            samples[: self._audio.max_samples],
+            sampling_rate=self._audio.sampling_rate,
+            return_tensors="np",
+            **padding,
+        )
+        return np.asarray(found["input_values"], np.float32).reshape(1, *self._audio.features), count
+
+    def _count(self, num_samples: int, sampling_rate: int) -> int:
+        count = self._audio.count_patches(num_samples * self._audio.sampling_rate // sampling_rate)
+        if not count:
+            raise BadSample("short_audio")
+        return count
+
+
+def audio_format(data: bytes | memoryview) -> str:
+    """One of FORMATS, by its first bytes.
+
+    Raises:
+        BadSample: `undecodable_audio`.
+    """
+    try:
+        return FORMATS[bytes(data[:4])]
+    except KeyError:
+        raise BadSample("undecodable_audio") from None
+
+
+def encode_flac(clip: Clip) -> bytes:
+    """The clip as 16-bit FLAC."""
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, clip.samples, clip.sampling_rate, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+@contextmanager
+def _opened(data: bytes | memoryview) -> Iterator[Any]:
+    """A file whose header is sound."""
+    soundfile, _ = _libraries()
+    audio_format(data)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.samplerate not in SAMPLING_RATES:
+                raise BadSample("undecodable_audio")
+            yield file
+    except soundfile.LibsndfileError:
+        raise BadSample("undecodable_audio") from None
+
+
+def _longest(seconds: float, sampling_rate: int) -> int:
+    """Samples of so many seconds."""
+    return math.ceil(min(seconds * sampling_rate, sys.maxsize))
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise ConfigError(f"audio needs {error.name}: pip install 'metalm[audio]'") from None
+    return soundfile, soxr
+
+
+def _feature_extractor(processor: dict[str, Any]) -> Any:
+    kind = processor["feature_extractor_type"]
+    if kind not in EXTRACTORS:
+        raise ConfigError(f"pretrained.processor is of a {kind}, expected one of {', '.join(EXTRACTORS)}")
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_dict(processor)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"pretrained.processor cannot be used: {error}") from None

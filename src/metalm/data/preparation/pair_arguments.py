@@ -1,0 +1,75 @@
+"""What the command lines of the tools that prepare pairs have in common."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from metalm.config.schema import SourceKind
+from metalm.data.preparation.pairs import UNITS, Convert, prepare_pairs
+from metalm.data.preparation.report import format_table
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser, kind: SourceKind) -> None:
+    """Where pairs are listed, and into how many shards they go."""
+    units = UNITS[kind]
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--path-column", default="path", help="of a table (default: path)")
+    parser.add_argument("--caption-column", default="caption", help="of a table (default: caption)")
+    parser.add_argument(
+        f"--shard-{units}",
+        dest="pairs_per_unit",
+        type=int,
+        default=4096,
+        help=f"most {units} per shard (default: 4096)",
+    )
+    parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
+    parser.add_argument(
+        "--first-number",
+        type=int,
+        default=0,
+        help="number of the first input, when inputs are prepared apart (default: 0)",
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+
+
+def run_preparation(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    kind: SourceKind,
+    *,
+    convert: Convert,
+    settings: Mapping[str, int | float | None],
+    media_folder: Path | None,
+) -> None:
+    """Prepare pairs as the options say, and print the report.
+
+    Args:
+        settings: of `convert`, each positive where it is given.
+    """
+    positive: list[Any] = [options.processes, options.shard_mib, options.pairs_per_unit, *settings.values()]
+    if any(value is not None and value <= 0 for value in positive) or options.first_number < 0:
+        parser.error("all numbers must be positive; --first-number may be 0")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    started = time.monotonic()
+    report = prepare_pairs(
+        options.inputs,
+        options.out,
+        kind=kind,
+        convert=convert,
+        settings=settings,
+        media_folder=media_folder,
+        path_column=options.path_column,
+        caption_column=options.caption_column,
+        pairs_per_unit=options.pairs_per_unit,
+        shard_bytes=int(options.shard_mib * 2**20),
+        first_number=options.first_number,
+        processes=options.processes,
+    )
+    print(format_table(report, (UNITS[kind], "captions", "bytes")))
+    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
