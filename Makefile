@@ -52,7 +52,7 @@ test: setup
 test-slurm: setup
 	$(BIN)/python -m pytest tests/slurm
 
-# 20 runs that are killed 10 times each; `make test` has 4, killed once.
+# 20 runs that are killed 10 times each; `make test` has 2, killed once.
 soak: setup
 	KILLED_RUNS=20 KILLS_PER_RUN=10 $(BIN)/python -m pytest tests/faults/test_kills.py
 
