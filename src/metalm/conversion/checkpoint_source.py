@@ -60,7 +60,7 @@ def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> Checkpoin
 
     Raises:
         CheckpointError: damaged, partial, or not of the model that its config describes.
-        ConfigError: the model has an encoder of transformers, which the exported code does not hold.
+        ConfigError: the model has an encoder of audio, or is not one to export.
         DataError: there is no tokenizer, or it is not the run's.
     """
     folder = find_checkpoint(path)
@@ -73,10 +73,9 @@ def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> Checkpoin
                 f"{folder} is of replaced-token detection: its encoder is for another run to start from, "
                 "by initialize.encoders, and no model to export"
             )
-        if encoder.pretrained is not None:
+        if encoder.audio is not None:
             raise ConfigError(
-                f"{folder}: encoder {name} is a {encoder.pretrained.model_type} model of transformers; "
-                "a model with such an encoder cannot be exported"
+                f"{folder}: encoder {name} reads audio, which the exported processor cannot prepare"
             )
     rules = conversion_rules(config.model)
     _check_parameters(reader, rules)

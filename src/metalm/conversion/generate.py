@@ -168,4 +168,6 @@ def _load_processor(folder: Path) -> Any:
     """AutoTokenizer would ask to run the folder's code, whatever class the tokenizer is of."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     content, _ = MetaLMProcessor.get_processor_dict(folder, local_files_only=True)
-    return MetaLMProcessor.from_args_and_dict([tokenizer], content)
+    processor = MetaLMProcessor.from_args_and_dict([tokenizer], content)
+    processor.load_own_tokenizers(lambda file: folder / file)
+    return processor

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from metalm.config import DecoderConfig, EncoderConfig, RunConfig
+from metalm.config import DecoderConfig, EncoderConfig, PretrainedConfig, RunConfig
+from metalm.config.pretrained import positions_before_text
+from metalm.data.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
 
@@ -51,10 +55,11 @@ def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, f
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": tokenizer.document_id,
         "pad_token_id": tokenizer.pad_id,
-        "transformers_version": SMALLEST_TRANSFORMERS,
+        "transformers_version": _transformers_version(config),
     }
     _write(folder / "generation_config.json", generation)
     _write(folder / "processor_config.json", processor_config(config))
+    write_own_tokenizers(config, tokenizer, folder)
     if config.model.encoders:
         (folder / CHAT_TEMPLATE_NAME).write_text(SPAN_TEMPLATE)
 
@@ -72,7 +77,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
             "AutoModelForImageTextToText": "modeling_metalm.MetaLMForConditionalGeneration",
         },
         FORMAT_NAME: FORMAT_VERSION,
-        "transformers_version": SMALLEST_TRANSFORMERS,
+        "transformers_version": _transformers_version(config),
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": model.vocab_size,
         "hidden_size": decoder.hidden_size,
@@ -102,6 +107,12 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
     }
 
 
+def _transformers_version(config: RunConfig) -> str:
+    """Of the code that the model needs: the smallest, or with encoders of transformers the one at hand."""
+    own = all(encoder.pretrained is None for encoder in config.model.encoders.values())
+    return SMALLEST_TRANSFORMERS if own else transformers.__version__
+
+
 def processor_config(config: RunConfig) -> dict[str, Any]:
     """The content of processor_config.json."""
     encoders = config.model.encoders
@@ -115,6 +126,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
             name: {
                 "max_text_positions": encoder.max_text_positions,
                 "num_patches": encoder.image.num_patches if encoder.image else 0,
+                **({"vocab_size": config.model.vocab_size} if _has_own_tokenizer(encoder) else {}),
             }
             for name, encoder in sorted(encoders.items())
         },
@@ -131,7 +143,23 @@ def image_encoder(config: RunConfig) -> str | None:
 
 def text_encoder(config: RunConfig) -> str | None:
     """The encoder that text spans go to: the one that text was trained with, else the first for text."""
-    return _trained_encoder(config, "text", lambda encoder: encoder.image is None)
+    return _trained_encoder(config, "text", lambda encoder: encoder.media is None)
+
+
+def _has_own_tokenizer(encoder: EncoderConfig) -> bool:
+    return encoder.pretrained is not None and encoder.media is None
+
+
+def write_own_tokenizers(config: RunConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy the tokenizers of encoders of transformers that read text.
+
+    Raises:
+        DataError: as `load_retokenizer`.
+    """
+    for name, encoder in config.model.encoders.items():
+        if encoder.pretrained is not None and _has_own_tokenizer(encoder):
+            load_retokenizer(encoder, tokenizer)
+            shutil.copyfile(encoder.pretrained.path / "tokenizer.json", folder / f"tokenizer_of_{name}.json")
 
 
 def _trained_encoder(config: RunConfig, kind: str, fits: Callable[[EncoderConfig], bool]) -> str | None:
@@ -175,6 +203,16 @@ def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
         "connector": encoder.connector,
         "image_size": encoder.image.image_size if encoder.image else None,
         "patch_size": encoder.image.patch_size if encoder.image else None,
+        **(_pretrained(encoder.pretrained) if encoder.pretrained else {}),
+    }
+
+
+def _pretrained(pretrained: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "pretrained": pretrained.definition,
+        "image_mean": pretrained.image_mean and list(pretrained.image_mean),
+        "image_std": pretrained.image_std and list(pretrained.image_std),
+        "first_position": positions_before_text(pretrained.definition),
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.model.pretrained import parameter_shapes
 
 Shape = tuple[int, ...]
 
@@ -85,36 +86,41 @@ def _decoder_layer(decoder: DecoderConfig, source: str, target: str) -> Iterator
 def _encoder_rules(config: ModelConfig) -> Iterator[Rule]:
     decoder_hidden = config.decoder.hidden_size
     for name, encoder in config.encoders.items():
-        hidden = encoder.hidden_size
         source, target = f"encoders.{name}", f"model.encoders.{name}"
-        yield _embedding(
-            "encoders", f"{source}.token_embedding.weight", f"{target}.token_embedding", config, hidden
-        )
-        if encoder.positions == "learned":
-            table = (encoder.max_text_positions, hidden)
-            yield _same("encoders", source, target, "text_positions.weight", table)
-        if encoder.image:
-            patch = (hidden, 3 * encoder.image.patch_size**2)
-            yield from _renamed("encoders", f"{source}.patch_embedding", f"{target}.patch_embedding", patch)
-            grid = (encoder.image.num_patches, hidden)
-            yield _same("encoders", source, target, "image_positions.weight", grid)
-        if encoder.relative_bias:
-            name_of_bias = f"{target}.relative_bias.weight"
-            table = (encoder.relative_bias.num_buckets, encoder.num_heads)
-            yield _one("encoders", f"{source}.relative_bias.table.weight", name_of_bias, table)
-        for layer in range(encoder.num_layers):
-            yield from _encoder_layer(encoder, layer, f"{source}.layers.{layer}", f"{target}.layers.{layer}")
-        if encoder.normalization == "pre_ln":
-            has_bias = encoder.norm == "layer_norm"
-            yield from _renamed(
-                "encoders", f"{source}.final_norm", f"{target}.final_norm", (hidden,), has_bias
-            )
+        if encoder.pretrained is None:
+            yield from _own_encoder(config, encoder, source, target)
+        else:
+            for parameter, shape in parameter_shapes(encoder).items():
+                yield _same("encoders", source, target, f"model.{parameter}", shape)
         depths = (0,) if encoder.connector == "linear" else (0, 2, 4)
         for depth in depths:
-            shape = (decoder_hidden, decoder_hidden if depth else hidden)
+            shape = (decoder_hidden, decoder_hidden if depth else encoder.hidden_size)
             yield from _renamed(
                 "encoders", f"{source}.connector.{depth}", f"{target}.connector.{depth}", shape
             )
+
+
+def _own_encoder(config: ModelConfig, encoder: EncoderConfig, source: str, target: str) -> Iterator[Rule]:
+    hidden = encoder.hidden_size
+    yield _embedding(
+        "encoders", f"{source}.token_embedding.weight", f"{target}.token_embedding", config, hidden
+    )
+    if encoder.positions == "learned":
+        yield _same("encoders", source, target, "text_positions.weight", (encoder.max_text_positions, hidden))
+    if encoder.image:
+        patch = (hidden, 3 * encoder.image.patch_size**2)
+        yield from _renamed("encoders", f"{source}.patch_embedding", f"{target}.patch_embedding", patch)
+        grid = (encoder.image.num_patches, hidden)
+        yield _same("encoders", source, target, "image_positions.weight", grid)
+    if encoder.relative_bias:
+        name_of_bias = f"{target}.relative_bias.weight"
+        table = (encoder.relative_bias.num_buckets, encoder.num_heads)
+        yield _one("encoders", f"{source}.relative_bias.table.weight", name_of_bias, table)
+    for layer in range(encoder.num_layers):
+        yield from _encoder_layer(encoder, layer, f"{source}.layers.{layer}", f"{target}.layers.{layer}")
+    if encoder.normalization == "pre_ln":
+        has_bias = encoder.norm == "layer_norm"
+        yield from _renamed("encoders", f"{source}.final_norm", f"{target}.final_norm", (hidden,), has_bias)
 
 
 def _encoder_layer(encoder: EncoderConfig, layer: int, source: str, target: str) -> Iterator[Rule]:

@@ -147,13 +147,15 @@ def _table(rows: Iterator[tuple[str, str]]) -> str:
 def _encoder_table(source: CheckpointSource) -> str:
     lines = ["| encoder | layers | wide | heads | connector | reads |", "|---|---|---|---|---|---|"]
     for name, encoder in source.config.model.encoders.items():
-        reads = f"up to {encoder.max_text_positions} tokens"
+        reads = [f"up to {encoder.max_text_positions} tokens"] if encoder.max_text_positions else []
         if encoder.image:
             side = encoder.image.image_size
-            reads = f"images of {side} x {side} in {encoder.image.num_patches} patches, {reads}"
+            reads = [f"images of {side} x {side} in {encoder.image.num_patches} patches", *reads]
+        if encoder.pretrained:
+            reads.append(f"as {encoder.pretrained.model_type} of transformers does")
         lines.append(
             f"| {name} | {encoder.num_layers} | {encoder.hidden_size} | {encoder.num_heads} "
-            f"| {encoder.connector} | {reads} |"
+            f"| {encoder.connector} | {', '.join(reads)} |"
         )
     return "\n".join(lines) + "\n"
 

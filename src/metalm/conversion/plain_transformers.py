@@ -42,8 +42,11 @@ def main(folder: Path, prompts_path: Path, out: Path) -> None:
     save_file({str(row): logits[row, own[row]].float().contiguous() for row in range(len(prompts))}, out)
 
 
-def compute_in_float32(model: nn.Module) -> None:
-    """Widen each module's weights for its own forward only, which is exact and needs no second copy."""
+def compute_in_float32(model: Any) -> None:
+    """Widen each module's weights for its own forward only, which is exact and needs no second copy.
+
+    A model of transformers inside is widened as a whole: its modules look at each other's dtypes.
+    """
     stored = next(model.parameters()).dtype
 
     def widen(module: nn.Module, inputs: Any) -> None:
@@ -52,10 +55,15 @@ def compute_in_float32(model: nn.Module) -> None:
     def narrow(module: nn.Module, inputs: Any, output: Any) -> None:
         module.to(stored)
 
+    inside: set[int] = set()
     for module in model.modules():
-        if next(module.parameters(recurse=False), None) is not None:
+        is_model = getattr(module, "config", model.config) is not model.config
+        has_weights = next(module.parameters(recurse=False), None) is not None
+        if id(module) not in inside and (is_model or has_weights):
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(narrow)
+        if is_model:
+            inside |= {id(part) for part in module.modules()}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from metalm.conversion.checkpoint_source import CheckpointSource
 from metalm.conversion.reference import reference_logits
 from metalm.data.collate import collate
 from metalm.data.images import fit_patches
+from metalm.data.retokenize import load_retokenizer
 from metalm.data.rows import Row, media_prompt, text_prompt
 from metalm.errors import CheckpointError
 
@@ -34,6 +35,7 @@ TOLERANCE = 1e-4
 _BEFORE = "A language model reads what stands before.\n\nThen it comes to"
 _SPAN = " a few words that are encoded as a whole,"
 _AFTER = " and it writes what follows them."
+_LONGEST_ROW = 1024
 _CAPTION = "a picture of a red square above a blue circle"
 
 
@@ -113,6 +115,10 @@ def _text_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> P
         encoder=name,
         span=(len(before), len(before) + len(span)),
     )
+    if (retokenizer := load_retokenizer(encoder, source.tokenizer)) is not None:
+        refitted = retokenizer.refit(row.tokens, row.document_ends, row.spans[name].bounds, _LONGEST_ROW)
+        spans = replace(row.spans[name], bounds=refitted.bounds, ids=refitted.ids)
+        row = replace(row, tokens=refitted.tokens, document_ends=refitted.document_ends, spans={name: spans})
     return ProofCase(
         f"text with a span of {name}", f"{_BEFORE}<span:{name}>{words}</span>{_AFTER}", None, row
     )

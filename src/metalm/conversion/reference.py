@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from metalm.batch import SemiCausalBatch
@@ -18,6 +18,7 @@ from metalm.kernels import IntervalMask, interval_attention
 from metalm.model.deepnorm import deepnorm_alpha
 from metalm.model.encoder import Encoder
 from metalm.model.positions import rotary_angles, sinusoidal_positions
+from metalm.model.pretrained import PretrainedEncoder
 
 EMBEDDING = "gpt.embedding.word_embeddings.weight"
 POSITIONS = "gpt.embedding.position_embeddings.weight"
@@ -62,11 +63,17 @@ def reference_logits(config: ModelConfig, read: ReadParameter, batch: SemiCausal
     return functional.linear(hidden, output[: config.vocab_size])
 
 
-def _load_encoder(config: ModelConfig, read: ReadParameter, name: str) -> Encoder:
-    with torch.device("meta"):
-        encoder = Encoder(config.encoders[name], config.padded_vocab_size, config.decoder.hidden_size)
+def _load_encoder(config: ModelConfig, read: ReadParameter, name: str) -> nn.Module:
+    sizes, width = config.encoders[name], config.decoder.hidden_size
+    encoder: nn.Module
+    if sizes.pretrained is not None:
+        encoder = PretrainedEncoder(sizes, width)  # which is tried out, so not on the meta device
+    else:
+        with torch.device("meta"):
+            encoder = Encoder(sizes, config.padded_vocab_size, width)
     names = [parameter for parameter, _ in encoder.named_parameters()]
-    encoder.load_state_dict({n: read("encoders", f"encoders.{name}.{n}") for n in names}, assign=True)
+    state = {n: read("encoders", f"encoders.{name}.{n}") for n in names}
+    encoder.load_state_dict(state, assign=True, strict=sizes.pretrained is None)
     return encoder.eval()
 
 

@@ -25,6 +25,7 @@ from metalm.config import RunConfig, write_config
 from metalm.conversion.hf_config import model_config
 from metalm.conversion.mapping import Rule, Shape, conversion_rules
 from metalm.conversion.shards import INDEX_NAME, WEIGHTS_NAME, write_safetensors
+from metalm.conversion.shipped.configuration_metalm import ENCODER_DEFAULTS
 from metalm.conversion.tokenizer_files import TOKENIZER_NAME, is_same_tokenizer
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
@@ -147,8 +148,10 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _check_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    found = read_json(folder / "config.json")
-    wanted = model_config(config, tokenizer, torch.float32)
+    found, wanted = read_json(folder / "config.json"), model_config(config, tokenizer, torch.float32)
+    for content in (found, wanted):  # transformers saves every key, other versions of ours have fewer
+        encoders = content.get("encoders") or {}
+        content["encoders"] = {name: ENCODER_DEFAULTS | sizes for name, sizes in encoders.items()}
     if different := [key for key in _ARCHITECTURE if found.get(key) != wanted[key]]:
         lines = [f"  {key}: {found.get(key)} in the folder, {wanted[key]} in the run" for key in different]
         raise ConfigError("\n".join([f"{folder} is another model than the run's:", *lines]))

@@ -183,6 +183,13 @@ def trained_names(model: Any, config: EncoderConfig) -> set[str]:
     return trained - _unused_names(config)
 
 
+def parameter_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's parameters, without the connector's."""
+    with torch.device("meta"):
+        model = build_skeleton(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 @lru_cache(maxsize=8)
 def count_parameters(encoder: str) -> tuple[int, int]:
     """Trained and frozen parameters without the connector, of an `EncoderConfig` as JSON."""

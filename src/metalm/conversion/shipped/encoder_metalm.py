@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoConfig, AutoModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from .configuration_metalm import MetaLMConfig
@@ -25,7 +26,8 @@ class Spans:
     """What the encoders read, and where their vectors stand; all [B, S] int64."""
 
     input_ids: Tensor
-    """The token that the encoder reads; the image token where it reads a patch."""
+    """The token that the encoder reads, plus `vocab_size` if it has a tokenizer of its own; the image token
+    where it reads a patch."""
     encoders: Tensor
     """0: the decoder's own token. k: the k-th encoder in alphabetical order."""
     numbers: Tensor
@@ -105,13 +107,16 @@ class MetaLMEncoder(nn.Module):
         self.final_norm = norm
         self.connector = _connector(sizes["connector"], hidden, config.hidden_size)
 
-    def forward(self, input_ids: Tensor, num_elements: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, num_elements: Tensor, pixel_values: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """Encode spans, padded to the longest.
 
         Args:
             input_ids: [K, L]; image tokens, if any, come first.
             num_elements: [K] real elements of each span.
             pixel_values: [images, 3, height, width] in [-1, 1], those of the spans that have one, in order.
+            dtype: that the model computes in.
 
         Returns:
             [K, L, decoder's hidden size].
@@ -125,7 +130,7 @@ class MetaLMEncoder(nn.Module):
             last = self.text_positions.num_embeddings - 1
             hidden = hidden + self.text_positions((index - num_patches).clamp(min=0, max=last))
         if pixel_values is not None and len(pixel_values):
-            patches = self.patch_embedding(self._cut(pixel_values.to(hidden.dtype)))
+            patches = self.patch_embedding(self._cut(pixel_values.to(dtype)))
             patches = patches + self.image_positions.weight
             hidden = hidden.masked_scatter(is_patch[..., None], patches)
         options: dict[str, Any] = {}
@@ -168,11 +173,61 @@ class MetaLMEncoder(nn.Module):
         return cells.permute(0, 2, 4, 3, 5, 1).reshape(images, -1, patch * patch * channels)
 
 
+class MetaLMPretrainedEncoder(nn.Module):
+    """An encoder that is a model of transformers, of text or of images, with its connector."""
+
+    def __init__(self, config: MetaLMConfig, name: str) -> None:
+        super().__init__()
+        sizes = config.encoders[name]
+        definition = dict(sizes["pretrained"])
+        self.model = AutoModel.from_config(AutoConfig.for_model(definition.pop("model_type"), **definition))
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None
+        self.vocab_size, self.first_position = config.vocab_size, sizes["first_position"]
+        self.reads_images = sizes["image_size"] is not None
+        self.image_mean, self.image_std = sizes["image_mean"], sizes["image_std"]
+        self.connector = _connector(sizes["connector"], sizes["hidden_size"], config.hidden_size)
+
+    def forward(
+        self, input_ids: Tensor, num_elements: Tensor, pixel_values: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """As `MetaLMEncoder`; an image has no text behind it.
+
+        Raises:
+            ValueError: it has.
+        """
+        if not self.reads_images:
+            index = torch.arange(input_ids.shape[1], device=input_ids.device)
+            found = self.model(
+                input_ids=(input_ids - self.vocab_size).clamp(min=0),
+                attention_mask=(index < num_elements[:, None]).long(),
+                position_ids=(index + self.first_position).expand_as(input_ids),
+                token_type_ids=torch.zeros_like(input_ids),
+            )
+            return self.connector(found.last_hidden_state)
+        if pixel_values is None or len(pixel_values) != len(input_ids):
+            raise ValueError("this encoder of images reads no text")
+        mean, deviation = (
+            torch.tensor(values, device=pixel_values.device)[:, None, None]
+            for values in (self.image_mean, self.image_std)
+        )
+        pixels = ((pixel_values.float() + 1.0) / 2.0 - mean) / deviation
+        found = self.model(pixel_values=pixels.to(dtype))
+        return self.connector(found.last_hidden_state[:, -input_ids.shape[1] :])
+
+
 class MetaLMEncoders(nn.ModuleDict):
     """All encoders of a model, by name."""
 
     def __init__(self, config: MetaLMConfig) -> None:
-        super().__init__({name: MetaLMEncoder(config, name) for name in config.encoders})
+        super().__init__(
+            {
+                name: MetaLMEncoder(config, name)
+                if sizes["pretrained"] is None
+                else MetaLMPretrainedEncoder(config, name)
+                for name, sizes in config.encoders.items()
+            }
+        )
         self.image_token_id = config.image_token_id
 
     def dock(self, hidden: Tensor, spans: Spans, pixel_values: Tensor | None) -> Tensor:
@@ -196,13 +251,18 @@ class MetaLMEncoders(nn.ModuleDict):
                 continue
             own = None if pixel_values is None else pixel_values[spans.encoders[starts] == place]
             ids, numbers = spans.input_ids[rows, columns], spans.numbers[rows, columns]
-            vectors = _encode(encoder, ids, rows, numbers, own)
+            vectors = _encode(encoder, ids, rows, numbers, own, hidden.dtype)
             hidden = hidden.index_put((rows, columns), vectors.to(hidden.device, hidden.dtype))
         return hidden
 
 
 def _encode(
-    encoder: nn.Module, ids: Tensor, rows: Tensor, numbers: Tensor, pixel_values: Tensor | None
+    encoder: nn.Module,
+    ids: Tensor,
+    rows: Tensor,
+    numbers: Tensor,
+    pixel_values: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The vectors [N, ...] of the docked positions [N], through a padded grid of spans."""
     is_first = torch.ones_like(rows, dtype=torch.bool)
@@ -212,7 +272,7 @@ def _encode(
     element = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(dim=0) - lengths)[span]
     padded = ids.new_zeros(len(lengths), int(lengths.max()))
     padded[span, element] = ids
-    return encoder(padded, lengths, pixel_values)[span, element]
+    return encoder(padded, lengths, pixel_values, dtype)[span, element]
 
 
 def _connector(kind: str, encoder_size: int, decoder_size: int) -> nn.Sequential:

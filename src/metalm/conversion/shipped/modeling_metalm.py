@@ -67,7 +67,7 @@ class MetaLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("MetaLMDecoderLayer", "MetaLMEncoder")
+    _no_split_modules = ("MetaLMDecoderLayer", "MetaLMEncoder", "MetaLMPretrainedEncoder")
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
+from transformers.utils import cached_file
 
 try:  # in a try, or transformers asks for Pillow before it loads this file
     from PIL import Image
@@ -30,6 +32,8 @@ except ImportError:  # for text it is not needed
     Image = None
 
 IMAGE_MARKER = "<image>"
+OWN_TOKENIZER_NAME = "tokenizer_of_{}.json"
+"""File of the tokenizer of an encoder."""
 _SPAN_MARKER = re.compile(r"<span(?::([a-z0-9_]+))?>")
 _SPAN_END = "</span>"
 
@@ -52,6 +56,8 @@ class Span(NamedTuple):
     has_image: bool
     ids: list[int]
     """Of the text behind the image."""
+    words: list[str]
+    """That text without special tokens, in pieces."""
 
 
 class MetaLMProcessor(ProcessorMixin):
@@ -69,7 +75,8 @@ class MetaLMProcessor(ProcessorMixin):
         """Made by `AutoProcessor.from_pretrained`.
 
         Args:
-            encoders: by name, `max_text_positions` and `num_patches` (0: text only).
+            encoders: by name, `max_text_positions`, `num_patches` (0: text only) and, for an encoder with a
+                tokenizer of its own, `vocab_size` of the model; the tokenizer is then in a file beside.
             image_encoder: reads images whose span names none.
             text_encoder: reads texts whose span names none.
             image_size: pixels per side.
@@ -81,6 +88,43 @@ class MetaLMProcessor(ProcessorMixin):
         self.image_size = image_size
         self.image_token = IMAGE_MARKER
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+        self._own_tokenizers: dict[str, Tokenizer] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> MetaLMProcessor:
+        """As any processor's, with the tokenizers of encoders that have their own."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        processor.load_own_tokenizers(lambda file: cached_file(pretrained_model_name_or_path, file, **where))
+        return processor
+
+    def load_own_tokenizers(self, path_of: Callable[[str], Any]) -> None:
+        """Read the tokenizers of encoders that have their own.
+
+        Args:
+            path_of: a file of the processor's folder to its path.
+
+        Raises:
+            ValueError: one is missing or damaged.
+        """
+        for name, sizes in self.encoders.items():
+            if "vocab_size" in sizes:
+                path = path_of(OWN_TOKENIZER_NAME.format(name))
+                try:
+                    own = Tokenizer.from_file(str(path))
+                except Exception as error:  # tokenizers raises plain Exception
+                    raise ValueError(f"{path} is no tokenizer: {error}") from None
+                own.no_padding()
+                own.no_truncation()
+                self._own_tokenizers[name] = own
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """As any processor's, with the tokenizers of encoders that have their own."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for name, own in self._own_tokenizers.items():
+            own.save(str(Path(save_directory) / OWN_TOKENIZER_NAME.format(name)))
+        return super().save_pretrained(save_directory, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -231,7 +275,7 @@ class MetaLMProcessor(ProcessorMixin):
             if is_mark and (opening := _SPAN_MARKER.fullmatch(piece)):
                 if span is not None:
                     raise ValueError(f"spans do not nest: {text!r}")
-                span = Span(opening[1], False, [])
+                span = Span(opening[1], False, [], [])
             elif is_mark and piece == _SPAN_END:
                 if span is None:
                     raise ValueError(f"{piece} has no counterpart in {text!r}")
@@ -241,7 +285,7 @@ class MetaLMProcessor(ProcessorMixin):
             elif is_mark and piece == IMAGE_MARKER:
                 if span is None:
                     number += 1
-                    self._append(prompt, *self._read(Span(None, True, [])), number)
+                    self._append(prompt, *self._read(Span(None, True, [], [])), number)
                 elif span.has_image or span.ids:
                     raise ValueError(f"in a span, one image comes first: {text!r}")
                 else:
@@ -252,6 +296,7 @@ class MetaLMProcessor(ProcessorMixin):
                     self._append(prompt, ids)
                 else:
                     span.ids.extend(ids)
+                    span.words.extend([] if is_mark else [piece])
         if span is not None:
             raise ValueError(f"<span> has no counterpart in {text!r}")
         return prompt
@@ -266,12 +311,16 @@ class MetaLMProcessor(ProcessorMixin):
         sizes = self.encoders[name]
         if span.has_image and not sizes["num_patches"]:
             raise ValueError(f"encoder {name!r} reads no images")
-        if len(span.ids) > sizes["max_text_positions"]:
+        ids = span.ids
+        if "vocab_size" in sizes:
+            ids = [
+                sizes["vocab_size"] + n for n in self._own_tokenizers[name].encode("".join(span.words)).ids
+            ]
+        if len(ids) > sizes["max_text_positions"]:
             raise ValueError(
-                f"encoder {name!r} reads at most {sizes['max_text_positions']} tokens, "
-                f"a span has {len(span.ids)}"
+                f"encoder {name!r} reads at most {sizes['max_text_positions']} tokens, a span has {len(ids)}"
             )
-        ids = [self.image_token_id] * (sizes["num_patches"] if span.has_image else 0) + span.ids
+        ids = [self.image_token_id] * (sizes["num_patches"] if span.has_image else 0) + ids
         if not ids:
             raise ValueError("a span is empty")
         return ids, list(self.encoders).index(name) + 1
