@@ -17,7 +17,7 @@ from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import RunConfig
 from metalm.config.pretrained import fill_in_pretrained
 from metalm.conversion.export import export_checkpoint
-from metalm.conversion.generate import FolderModel
+from metalm.conversion.generate import FolderModel, chat_with_folder
 from metalm.conversion.restore import restore_checkpoint
 from metalm.errors import ConfigError, DataError
 from metalm.model.pretrained import PretrainedEncoder, load_weights
@@ -128,7 +128,14 @@ def test_a_folder_answers_to_spans_and_pictures_without_running_its_code(
     Image.fromarray(picture(1)).save(tmp_path / "picture.png")
     model = FolderModel(out)
     assert isinstance(model.generate(PROMPTS["text"], max_new_tokens=4), str)
-    assert isinstance(model.generate("", [tmp_path / "picture.png"], max_new_tokens=4), str)
+    assert isinstance(model.generate("It is", [tmp_path / "picture.png"], max_new_tokens=4), str)
+    said: list[str] = []
+    turns = ["/image " + str(tmp_path / "picture.png"), "a fox", "a dog"]
+    chat_with_folder(out, iter(turns), said.append, max_new_tokens=4)
+    assert len(said) == 2 and not any(answer.startswith("error") for answer in said)
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what?"}]
+    prompt = model.chat_prompt([{"role": "user", "content": content}])
+    assert prompt == "<image><image><span>what?</span>"
     shutil.copytree(out, tmp_path / "damaged")
     (tmp_path / "damaged" / "tokenizer_of_reader.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_of_reader\.json is no tokenizer"):

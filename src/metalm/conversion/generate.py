@@ -53,7 +53,7 @@ class FolderModel:
 
         Args:
             prompt: where it marks no image, all stand before it and the last is encoded with it, as
-                `<span><image>prompt</span>`.
+                `<span><image>prompt</span>`, if the encoder of images reads text, too.
             images: image files, in the order of their markers.
             max_new_tokens: at most so many; the end of the document ends it.
             num_beams: 1 for the most likely token each time.
@@ -67,7 +67,7 @@ class FolderModel:
             if not path.is_file():
                 raise DataError(f"image {path} does not exist")
         if images and not self._processor.num_images(prompt):
-            prompt = IMAGE_MARKER * (len(images) - 1) + f"<span>{IMAGE_MARKER}{prompt}</span>"
+            prompt = IMAGE_MARKER * (len(images) - 1) + self._behind_image(prompt)
         try:
             inputs = self._processor(text=prompt, images=list(images) or None)
         except OSError as error:
@@ -81,6 +81,12 @@ class FolderModel:
             **inputs.to(self._model.device), max_new_tokens=max_new_tokens, num_beams=num_beams, **sampling
         )
         return self._processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _behind_image(self, prompt: str) -> str:
+        encoder = self._processor.encoders.get(self._processor.image_encoder, {})
+        if encoder.get("max_text_positions") == 0:
+            return IMAGE_MARKER + prompt
+        return f"<span>{IMAGE_MARKER}{prompt}</span>"
 
     def escape(self, text: str) -> str:
         """The text as a prompt in which nothing of it is a marker."""

@@ -22,7 +22,8 @@ CHAT_TEMPLATE_NAME = "chat_template.jinja"
 FORMAT_NAME = "metalm_format_version"
 FORMAT_VERSION = 1
 
-SPAN_TEMPLATE = """\
+_TEMPLATE = """\
+{%- set joined, encoded = JOINED, ENCODED -%}
 {%- for message in messages -%}
 {%- set ns = namespace(images=0, text='') -%}
 {%- if message['content'] is string -%}
@@ -35,13 +36,16 @@ SPAN_TEMPLATE = """\
 {%- endif -%}
 {%- if message['role'] == 'assistant' -%}
 {{- ns.text -}}{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}
-{%- else -%}
+{%- elif joined and ns.images -%}
 {%- for number in range(ns.images - 1) -%}{{- '<image>' -}}{%- endfor -%}
-{{- '<span>' -}}{%- if ns.images -%}{{- '<image>' -}}{%- endif -%}{{- ns.text -}}{{- '</span>' -}}
+{{- '<span><image>' -}}{{- ns.text -}}{{- '</span>' -}}
+{%- else -%}
+{%- for number in range(ns.images) -%}{{- '<image>' -}}{%- endfor -%}
+{%- if encoded and ns.text -%}{{- '<span>' -}}{{- ns.text -}}{{- '</span>' -}}
+{%- else -%}{{- ns.text -}}{%- endif -%}
 {%- endif -%}
 {%- endfor -%}
 """
-"""Every turn but the assistant's is encoded, its last image with its text; paragraphs end answers."""
 
 
 def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, folder: Path) -> None:
@@ -61,7 +65,7 @@ def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, f
     _write(folder / "processor_config.json", processor_config(config))
     write_own_tokenizers(config, tokenizer, folder)
     if config.model.encoders:
-        (folder / CHAT_TEMPLATE_NAME).write_text(SPAN_TEMPLATE)
+        (folder / CHAT_TEMPLATE_NAME).write_text(chat_template(config))
 
 
 def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
@@ -105,6 +109,15 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "tie_word_embeddings": decoder.tied_output,
         "use_cache": True,
     }
+
+
+def chat_template(config: RunConfig) -> str:
+    """Every turn but the assistant's is encoded, as far as there are encoders for it: its last image with its
+    text, where the encoder of images reads text, too. Paragraphs end answers."""
+    images = image_encoder(config)
+    joined = images is not None and config.model.encoders[images].max_text_positions > 0
+    encoded = text_encoder(config) is not None
+    return _TEMPLATE.replace("JOINED", str(joined).lower()).replace("ENCODED", str(encoded).lower())
 
 
 def _transformers_version(config: RunConfig) -> str:
