@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.config.pretrained_audio import SAMPLING_RATES
 from metalm.data.preparation.clips import prepare_clip
 from metalm.data.preparation.pair_arguments import add_pair_arguments, run_preparation
 
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, help="cut longer clips, and store them as FLAC")
     add_pair_arguments(parser, "audio_text")
     options = parser.parse_args()
+    if options.resample is not None and options.resample not in SAMPLING_RATES:
+        parser.error(f"--resample must be from {SAMPLING_RATES[0]} to {SAMPLING_RATES[-1]}")
     settings = {"sampling_rate": options.resample, "max_seconds": options.max_seconds}
     run_preparation(
         parser,

@@ -19,6 +19,7 @@ from metalm.config.load import load_config
 from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig
 from metalm.data import audio as audio_module
 from metalm.data.audio import Clip, ClipReader, decode_clip, resample
+from metalm.data.balance import span_costs
 from metalm.data.checking import check_shards
 from metalm.data.evaluation import evaluation_batches
 from metalm.data.failures import BadSample
@@ -89,11 +90,14 @@ def test_an_hour_of_silence_in_a_small_file_is_not_decoded_whole(encoder: Encode
     assert reader_of(encoder).read(silence).shape == (1, 800)
 
 
+def in_floats(samples: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples.astype(np.float32), RATE, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
 def damaged_files() -> dict[str, bytes]:
     wav, flac = encoded(tone(0.2)), encoded(tone(0.2), "FLAC")
-    loud = np.array([0.1, np.nan, 0.2], np.float32)
-    file = io.BytesIO()
-    soundfile.write(file, loud, RATE, format="WAV", subtype="FLOAT")
     return {
         "empty": b"",
         "text": b"not audio at all",
@@ -101,7 +105,8 @@ def damaged_files() -> dict[str, bytes]:
         "half a header": wav[:20],
         "cut flac": flac[: len(flac) // 2],
         "overwritten flac": flac[:300] + b"\xff" * 400 + flac[700:],
-        "not a number": file.getvalue(),
+        "not a number": in_floats(np.array([0.1, np.nan, 0.2])),
+        "far too loud": in_floats(3e38 * tone(0.2)),
         "rate of 1": wav[:24] + struct.pack("<I", 1) + wav[28:],
     }
 
@@ -110,6 +115,15 @@ def damaged_files() -> dict[str, bytes]:
 def test_damaged_audio_is_a_bad_sample(name: str, encoder: EncoderConfig) -> None:
     with pytest.raises(BadSample, match="undecodable_audio"):
         reader_of(encoder).read(damaged_files()[name])
+
+
+def test_a_flac_of_unknown_length_has_a_cause_of_its_own(encoder: EncoderConfig) -> None:
+    """An encoder that writes to a pipe leaves the count of samples, 36 bits, at zero."""
+    data = bytearray(encoded(tone(0.2), "FLAC"))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    with pytest.raises(BadSample, match="unknown_length"):
+        reader_of(encoder).count_patches(bytes(data))
 
 
 def test_noise_never_ends_in_anything_but_a_bad_sample(encoder: EncoderConfig) -> None:
@@ -144,7 +158,7 @@ def test_vectors_counted_from_the_header_are_those_of_the_features(
     assert count == reader.count_patches(data) <= reader.max_patches == 39
     np.testing.assert_array_equal(features, reader.read(data))
     real = min(round(seconds * rate) * RATE // rate, 800)
-    expected = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)(
+    expected = transformers.Wav2Vec2FeatureExtractor()(
         resample(decode_clip(data, max_seconds=0.05), RATE).samples[:800],
         sampling_rate=RATE,
         return_tensors="np",
@@ -166,6 +180,21 @@ def test_an_extractor_of_another_name_is_never_made() -> None:
     config = AudioConfig.model_validate({**audio, "weights_per_patch": 1})
     with pytest.raises(ConfigError, match="is of a AutoModel, expected one of"):
         ClipReader(config, {"feature_extractor_type": "AutoModel"})
+
+
+def test_settings_that_spoil_the_features_are_refused_or_left_out(tmp_path: Path) -> None:
+    config = encoder_of("wav2vec2", tmp_path, clip_seconds=0.05)
+    assert config.audio is not None and config.pretrained is not None
+    processor, clip = config.pretrained.processor, Clip(tone(0.02), RATE)
+    expected, _ = ClipReader(config.audio, processor).features(clip)
+    changed = processor | {"padding_side": "left", "padding_value": float("nan"), "feature_size": 2}
+    np.testing.assert_array_equal(ClipReader(config.audio, changed).features(clip)[0], expected)
+    mel = encoder_of("ast", tmp_path / "ast")
+    assert mel.audio is not None and mel.pretrained is not None
+    with pytest.raises(ConfigError, match="all of them finite"):
+        ClipReader(mel.audio, mel.pretrained.processor | {"std": float("nan")})
+    with pytest.raises(ConfigError, match="cannot be used"):
+        ClipReader(mel.audio, mel.pretrained.processor | {"mean": "loud"})
 
 
 SECONDS = (0.05, 0.02, 0.031, 0.2, 0.004)
@@ -218,7 +247,7 @@ def test_rows_hold_the_real_vectors_of_each_clip_and_resume(
         spans = row.spans["audio"]
         np.testing.assert_array_equal(row.tokens, again.tokens)
         np.testing.assert_array_equal(spans.media, again.spans["audio"].media)
-        assert len(spans.media) == len(spans.bounds)
+        assert len(spans.media) == len(spans.bounds) <= 128 // 39  # of whole clips, what all are computed as
         starts = [0, *row.document_ends[:-1]]
         for start, end, count, features in zip(
             starts, row.document_ends, spans.num_patches, spans.media, strict=True
@@ -299,11 +328,12 @@ def test_exchanged_clips_stand_under_the_same_captions(
 
 
 def test_samples_to_listen_to_and_a_check_of_the_shards(
-    audio_source: Path, tokenizer: Tokenizer, tokenizer_folder: Path
+    audio_source: Path, tokenizer: Tokenizer, tokenizer_folder: Path, encoder: EncoderConfig
 ) -> None:
     samples = read_samples(SourceConfig(path=audio_source, kind="audio_text"), 3, tokenizer)
     assert [sample.captions for sample in samples] == [(f"tone {n} sounds",) for n in range(3)]
     assert isinstance(samples[0].media, Clip) and len(samples[0].media.samples) == 800
+    assert np.abs(span_costs(np.array([39, 5]), encoder) - span_costs(np.array([39, 39]), encoder)).max() == 0
     (check,) = check_shards(audio_source, tokenizer_folder, samples_per_shard=27)
     assert check.problems == ("sample 7: undecodable_audio",)
 

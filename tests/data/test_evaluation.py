@@ -69,7 +69,7 @@ def test_the_whole_caption_is_predicted_from_the_image(config: RunConfig) -> Non
         assert batch.loss_mask.sum() == real - pairs * 4
 
 
-def test_wrong_images_are_those_of_other_pairs_under_the_same_captions(config: RunConfig) -> None:
+def test_exchanged_images_are_those_of_other_pairs_under_the_same_captions(config: RunConfig) -> None:
     right, wrong = (batches_of(config, "pairs", 4, wrong=flag) for flag in (False, True))
     images = [
         torch.cat([batch.encoders["vision"].shares[0].media.reshape(-1, 4 * 192) for batch in batches])

@@ -13,6 +13,7 @@ import transformers
 
 from metalm.batch import EncoderShare
 from metalm.config.pretrained import fill_in_pretrained
+from metalm.config.pretrained_audio import _of_mel_frames
 from metalm.config.schema import EncoderConfig
 from metalm.data.audio import Clip, ClipReader
 from metalm.data.images import cut_patches
@@ -125,11 +126,10 @@ def test_vectors_of_clips_equal_those_of_transformers_alone(kind: str, tmp_path:
             content, count = reader.features(clip)
             features.append(content)
             places += range(count)
-            padding = (
-                {"padding": "max_length", "max_length": 800} if kind not in ("ast", "wav2vec2-masked") else {}
-            )
-            inputs = extractor(clip.samples, sampling_rate=16_000, return_tensors="pt", **padding)
-            found = model(**inputs).last_hidden_state[0]
+            values = extractor(clip.samples, sampling_rate=16_000, return_tensors="pt")["input_values"]
+            if kind not in ("ast", "wav2vec2-masked"):
+                values = torch.nn.functional.pad(values, (0, 800 - values.shape[1]))
+            found = model(input_values=values).last_hidden_state[0]
             expected.append(found[-count:] if kind == "ast" else found[:count])
             if kind == "wav2vec2-masked":
                 assert len(found) == count
@@ -175,6 +175,10 @@ def test_a_share_without_clips_still_reaches_every_parameter(kind: str, tmp_path
         ),
         ("wav2vec2", {}, {}, "clip_seconds is not given"),
         ("wav2vec2", {"clip_seconds": 0.001}, {}, "too short for one vector"),
+        ("wav2vec2", {"clip_seconds": "long"}, {}, "clip_seconds is 'long', expected a number"),
+        ("wav2vec2", {"clip_seconds": float("inf")}, {}, "clip_seconds is inf, expected a number"),
+        ("wav2vec2", {"clip_seconds": 1.0}, {"sampling_rate": "16000"}, "sampling_rate is '16000', expected"),
+        ("ast", {}, {"sampling_rate": float("inf")}, "sampling_rate is inf, expected"),
     ],
 )
 def test_clips_that_do_not_fit_the_model_are_refused(
@@ -185,6 +189,24 @@ def test_clips_that_do_not_fit_the_model_are_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConfigError, match=message):
         config_of(tmp_path, pretrained={"path": str(tmp_path), **keys})
+
+
+def test_a_model_whose_vectors_depend_on_the_batch_is_refused(tmp_path: Path) -> None:
+    save_pretrained("hubert", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"conv_pos_batch_norm": True}))
+    with pytest.raises(ConfigError, match="a model of type 'hubert' has batch norms"):
+        PretrainedEncoder(audio_config_of("hubert", tmp_path), 40)
+
+
+def test_the_longest_clip_fills_every_mel_frame() -> None:
+    definition = {"num_mel_bins": 16, "patch_size": 4, "hidden_size": 8}
+    definition |= {"frequency_stride": 4, "time_stride": 4}
+    for frames in range(6, 1400):
+        length = {"max_length": frames}
+        audio = _of_mel_frames(definition | length, {"num_mel_bins": 16} | length, 16_000, None)
+        assert (audio["max_samples"] - 400) // 160 + 1 == frames
+        assert (audio["max_samples"] - 401) // 160 + 1 == frames - 1
 
 
 @pytest.mark.parametrize("kind", TEXTS)

@@ -128,7 +128,7 @@ def test_a_rank_whose_first_node_goes_away_ends(tmp_path: Path) -> None:
         first_node.accept()[0].close()
     _, output = rank.communicate(timeout=60)
     assert rank.returncode == EXIT_NODE
-    assert "preflight: b does not reach the first node" in output
+    assert "preflight: b does not meet the other nodes" in output
 
 
 @pytest.fixture

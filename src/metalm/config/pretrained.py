@@ -100,7 +100,7 @@ def _sizes(definition: dict[str, Any]) -> dict[str, Any]:
             "image": None,
             "audio": None,
         }
-        if "image_size" in definition:
+        if "patch_size" in definition and not reads_audio(definition):
             return {**sizes, "image": {key: _side(definition, key) for key in ("image_size", "patch_size")}}
         if reads_audio(definition):
             return sizes

@@ -14,9 +14,15 @@ from typing import Any
 
 from metalm.errors import ConfigError
 
-EXTRACTORS = ("ASTFeatureExtractor", "Wav2Vec2FeatureExtractor")
-"""Classes of transformers that are ever made from a folder's preprocessor_config.json, each of one family."""
-MEL_WINDOW_S, MEL_HOP_S = 0.025, 0.010
+EXTRACTORS: dict[str, tuple[str, ...]] = {
+    "ASTFeatureExtractor": ("num_mel_bins", "max_length", "do_normalize", "mean", "std"),
+    "Wav2Vec2FeatureExtractor": ("do_normalize",),
+}
+"""Classes of transformers that are ever made of a folder's preprocessor_config.json, each of one family, and
+which settings are taken from there."""
+SAMPLING_RATES = range(1_000, 400_001)
+"""In hertz."""
+MEL_WINDOW_MS, MEL_HOP_MS = 25, 10
 """Length and distance of the mel frames."""
 
 
@@ -25,7 +31,7 @@ def reads_audio(definition: dict[str, Any]) -> bool:
     return "conv_stride" in definition or "time_stride" in definition
 
 
-def read_audio(definition: dict[str, Any], folder: Path, clip_seconds: float | None) -> dict[str, Any]:
+def read_audio(definition: dict[str, Any], folder: Path, clip_seconds: Any) -> dict[str, Any]:
     """The keys of `EncoderConfig.audio`, and under `processor` the settings of the feature extractor.
 
     Raises:
@@ -34,15 +40,18 @@ def read_audio(definition: dict[str, Any], folder: Path, clip_seconds: float | N
     path = folder / "preprocessor_config.json"
     try:
         processor = json.loads(path.read_text())
-        rate = int(processor["sampling_rate"])
+        rate = processor["sampling_rate"]
         kind = processor["feature_extractor_type"]
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: save the model's feature extractor there") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from None
+    if not isinstance(rate, int) or rate not in SAMPLING_RATES:
+        raise ConfigError(f"{path}: sampling_rate is {rate!r}, expected a whole number of hertz")
     mel = "time_stride" in definition
-    if kind != EXTRACTORS[0 if mel else 1]:
-        raise ConfigError(f"{path} is of a {kind}, expected {EXTRACTORS[0 if mel else 1]}")
+    expected = "ASTFeatureExtractor" if mel else "Wav2Vec2FeatureExtractor"
+    if kind != expected:
+        raise ConfigError(f"{path} is of a {kind}, expected {expected}")
     audio = (
         _of_mel_frames(definition, processor, rate, clip_seconds)
         if mel
@@ -52,7 +61,7 @@ def read_audio(definition: dict[str, Any], folder: Path, clip_seconds: float | N
 
 
 def _of_mel_frames(
-    definition: dict[str, Any], processor: dict[str, Any], rate: int, clip_seconds: float | None
+    definition: dict[str, Any], processor: dict[str, Any], rate: int, clip_seconds: Any
 ) -> dict[str, Any]:
     if clip_seconds is not None:
         raise ConfigError("clip_seconds follows from the model, leave it out")
@@ -63,8 +72,8 @@ def _of_mel_frames(
     side = definition["patch_size"]
     across, along = definition["frequency_stride"], definition["time_stride"]
     return {
-        "min_samples": int(MEL_WINDOW_S * rate),
-        "max_samples": int(((frames - 1) * MEL_HOP_S + MEL_WINDOW_S) * rate),
+        "min_samples": rate * MEL_WINDOW_MS // 1000,
+        "max_samples": (frames - 1) * (rate * MEL_HOP_MS // 1000) + rate * MEL_WINDOW_MS // 1000,
         "num_patches": ((bins - side) // across + 1) * ((frames - side) // along + 1),
         "features": (frames, bins),
         "weights_per_patch": side * side * definition["hidden_size"],
@@ -72,10 +81,12 @@ def _of_mel_frames(
 
 
 def _of_samples(
-    definition: dict[str, Any], processor: dict[str, Any], rate: int, clip_seconds: float | None
+    definition: dict[str, Any], processor: dict[str, Any], rate: int, clip_seconds: Any
 ) -> dict[str, Any]:
     if clip_seconds is None:
         raise ConfigError("clip_seconds is not given: the model reads samples, in clips of any length")
+    if not isinstance(clip_seconds, int | float) or not 0 < clip_seconds < math.inf:
+        raise ConfigError(f"clip_seconds is {clip_seconds!r}, expected a number of seconds")
     if definition.get("add_adapter"):
         raise ConfigError("the model has an adapter behind its layers (add_adapter), which is not supported")
     kernels, strides, widths = (definition[f"conv_{key}"] for key in ("kernel", "stride", "dim"))

@@ -158,7 +158,7 @@ class AudioConfig(Section):
     """Kernel and stride of each layer that turns samples into vectors; a shorter clip then has fewer of them.
     Without any, every clip has `num_patches`."""
     masks_padding: bool = False
-    """Whether the model attends to real vectors alone; else to silence, too, as it was pretrained."""
+    """Whether the model attends to real vectors alone; else it hears the silence behind a short clip, too."""
     weights_per_patch: PositiveInt
     """Multiplications that make one vector, before the layers."""
 
@@ -206,7 +206,7 @@ class RelativeBiasConfig(Section):
 
 
 class EncoderConfig(Section):
-    """A bidirectional encoder. With `image` its spans are an image followed by a text prefix.
+    """A bidirectional encoder of text. With `image` its spans are an image followed by a text prefix.
 
     With `pretrained` all sizes follow from the folder and are not given; an image or a clip then has no text
     prefix.

@@ -16,25 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from metalm.config.pretrained_audio import EXTRACTORS
+from metalm.config.pretrained_audio import EXTRACTORS, SAMPLING_RATES
 from metalm.config.schema import AudioConfig
 from metalm.data.failures import BadSample
 from metalm.errors import ConfigError
 
+_UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile answers for a FLAC that was written to a pipe
 FORMATS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}
 """First bytes of the only formats that are ever tried, whatever a member is called."""
-MAX_VALUES = 400_000_000
-"""Decoded at once, of all channels: 75 minutes of a compact disc."""
-SAMPLING_RATES = range(1_000, 400_001)
-LISTENED_SECONDS = 30.0
-"""What people are given to hear of a clip."""
+MAX_VALUES = 100_000_000
+"""Decoded at once, of all channels: 19 minutes of a compact disc."""
+MAX_AMPLITUDE = 1000.0
+"""Float files may leave -1..1 by some factor, not by any."""
 
 
 @dataclass(frozen=True)
 class Clip:
     """One channel of sound."""
 
-    samples: np.ndarray  # [n] float32 in -1..1
+    samples: np.ndarray  # [n] float32, full scale is -1..1
     sampling_rate: int
     """In hertz."""
 
@@ -46,14 +46,14 @@ def decode_clip(data: bytes | memoryview, *, max_seconds: float = math.inf) -> C
         max_seconds: decode no more than this.
 
     Raises:
-        BadSample: `undecodable_audio`, or `audio_bomb` (too much to decode, by its header).
+        BadSample: `undecodable_audio`, `unknown_length`, or `audio_bomb` (too much to decode, by its header).
     """
     with _opened(data) as file:
         frames = min(file.frames, _longest(max_seconds, file.samplerate))
         if frames * file.channels > MAX_VALUES:
             raise BadSample("audio_bomb")
         samples = file.read(frames, dtype="float32", always_2d=True)
-        if len(samples) < frames or not np.isfinite(samples).all():
+        if len(samples) < frames or not (np.abs(samples) <= MAX_AMPLITUDE).all():
             raise BadSample("undecodable_audio")
         return Clip(samples.mean(axis=1, dtype=np.float32), file.samplerate)
 
@@ -82,14 +82,14 @@ class ClipReader:
         """
         self._audio, self._seconds = audio, audio.max_samples / audio.sampling_rate
         self.max_patches = audio.num_patches
-        self._extractor = _feature_extractor(processor)
+        self._extractor = _feature_extractor(audio, processor)
         _libraries()
 
     def count_patches(self, data: bytes | memoryview) -> int:
         """Vectors of the clip in the bytes of a file, by its header.
 
         Raises:
-            BadSample: `undecodable_audio`, or `short_audio` without a vector.
+            BadSample: `undecodable_audio`, `unknown_length`, or `short_audio` without a vector.
         """
         with _opened(data) as file:
             return self._count(file.frames, file.samplerate)
@@ -111,17 +111,14 @@ class ClipReader:
         count = self._count(len(clip.samples), clip.sampling_rate)
         leading = clip.samples[: _longest(self._seconds, clip.sampling_rate)]
         samples = resample(Clip(leading, clip.sampling_rate), self._audio.sampling_rate).samples
-        # Padding is for the extractors that have no shape of their own.
-        padding: dict[str, Any] = {}
-        if self._audio.convolutions:
-            padding = {"padding": "max_length", "max_length": self._audio.max_samples}
+        whole = np.zeros((1, *self._audio.features), np.float32)
         found = self._extractor(
             samples[: self._audio.max_samples],
             sampling_rate=self._audio.sampling_rate,
             return_tensors="np",
-            **padding,
-        )
-        return np.asarray(found["input_values"], np.float32).reshape(1, *self._audio.features), count
+        )["input_values"]
+        whole[:, : found.shape[1]] = found
+        return whole, count
 
     def _count(self, num_samples: int, sampling_rate: int) -> int:
         count = self._audio.count_patches(num_samples * self._audio.sampling_rate // sampling_rate)
@@ -143,11 +140,17 @@ def audio_format(data: bytes | memoryview) -> str:
 
 
 def encode_flac(clip: Clip) -> bytes:
-    """The clip as 16-bit FLAC."""
-    import soundfile
+    """The clip as 16-bit FLAC.
 
+    Raises:
+        BadSample: `unsupported_rate` of FLAC, such as 99999 Hz.
+    """
+    soundfile, _ = _libraries()
     file = io.BytesIO()
-    soundfile.write(file, clip.samples, clip.sampling_rate, format="FLAC", subtype="PCM_16")
+    try:
+        soundfile.write(file, clip.samples, clip.sampling_rate, format="FLAC", subtype="PCM_16")
+    except soundfile.LibsndfileError:
+        raise BadSample("unsupported_rate") from None
     return file.getvalue()
 
 
@@ -160,6 +163,8 @@ def _opened(data: bytes | memoryview) -> Iterator[Any]:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if file.samplerate not in SAMPLING_RATES:
                 raise BadSample("undecodable_audio")
+            if file.frames == _UNKNOWN_LENGTH:
+                raise BadSample("unknown_length")
             yield file
     except soundfile.LibsndfileError:
         raise BadSample("undecodable_audio") from None
@@ -179,13 +184,23 @@ def _libraries() -> tuple[Any, Any]:
     return soundfile, soxr
 
 
-def _feature_extractor(processor: dict[str, Any]) -> Any:
-    kind = processor["feature_extractor_type"]
+def _feature_extractor(audio: AudioConfig, processor: dict[str, Any]) -> Any:
+    """transformers' own, of which only what concerns the features is taken from the folder."""
+    kind = processor.get("feature_extractor_type")
     if kind not in EXTRACTORS:
         raise ConfigError(f"pretrained.processor is of a {kind}, expected one of {', '.join(EXTRACTORS)}")
     import transformers
 
+    settings = {name: processor[name] for name in EXTRACTORS[kind] if name in processor}
     try:
-        return getattr(transformers, kind).from_dict(processor)
-    except (ValueError, TypeError) as error:
+        extractor = getattr(transformers, kind)(sampling_rate=audio.sampling_rate, **settings)
+        tried = np.linspace(-1, 1, audio.max_samples, dtype=np.float32)
+        found = extractor(tried, sampling_rate=audio.sampling_rate, return_tensors="np")["input_values"]
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ConfigError(f"pretrained.processor cannot be used: {error}") from None
+    if found.shape != (1, *audio.features) or not np.isfinite(found).all():
+        raise ConfigError(
+            f"pretrained.processor makes features of shape {list(found.shape[1:])}, "
+            f"expected {list(audio.features)}, all of them finite"
+        )
+    return extractor

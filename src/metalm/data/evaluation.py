@@ -1,7 +1,7 @@
 """Fixed rows of a held-out source, the same ones each time and on any number of ranks.
 
 Rows are made from the samples in the order of the index. Two rules make pairs comparable: the prefix has
-length 0, so that the whole caption is predicted from the image alone, and the first caption is taken.
+length 0, so that the whole caption is predicted from the image or clip alone, and the first caption is taken.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ class PairPacker:
         self.counters = RowCounters.from_state(state["counters"]) if state else RowCounters()
         self._source, self._reader, self._length, self._draws = source, reader, sequence_length, draws
         self._max_text_positions = max_text_positions
-        self._max_caption = longest_caption(reader.max_patches, sequence_length)
+        longest_caption(reader.max_patches, sequence_length)
+        # A short clip costs its encoder as much as a whole one, so no more of them go to a row.
+        self._max_pairs = max(1, sequence_length // reader.max_patches)
         guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
         place = Place(*state["place"]) if state else Place(0, 0)
         self._stream = SampleStream(source, order, lane, self._look, guard, place)
@@ -96,7 +98,7 @@ class PairPacker:
         taken: list[_Waiting] = []
         media: list[np.ndarray] = []
         room = self._length
-        while True:
+        while len(taken) < self._max_pairs:
             self._look_ahead()
             waiting = self._take_best(room) if taken else self._waiting.pop(0)
             if waiting is None:
@@ -141,7 +143,7 @@ class PairPacker:
         which, prefix = self._draws.uniforms(place.ordinal, 2)
         caption = seen.captions[int(which * len(seen.captions))]
         ids = self._source.tokenizer.encode([caption])[0]
-        kept = ids[: self._max_caption]
+        kept = ids[: longest_caption(seen.num_patches, self._length)]
         prefix_length = int(prefix * min(len(kept), self._max_text_positions + 1))
         pair = Pair(location, seen.num_patches, kept, prefix_length)
         return _Waiting(place, pair, seen.media, truncated=len(kept) < len(ids))

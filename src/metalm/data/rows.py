@@ -28,7 +28,7 @@ class RowSpans:
 class Row:
     """One row of at most `sequence_length` tokens.
 
-    Patch positions hold the end-of-paragraph token: it is what the position before an image predicts.
+    Patch positions hold the end-of-paragraph token: it is what the position before an image or clip predicts.
     """
 
     tokens: np.ndarray  # [n] int32

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from metalm.config.schema import SourceConfig
-from metalm.data.audio import LISTENED_SECONDS, Clip, decode_clip
+from metalm.data.audio import Clip, decode_clip
 from metalm.data.failures import BadSample
 from metalm.data.images import decode_image
 from metalm.data.index import SampleLocation, ShardIndex, open_index
@@ -94,12 +94,12 @@ class Source:
         return decode_image(self.media(location), image_size=image_size)
 
     def clip(self, location: SampleLocation) -> Clip:
-        """The beginning of a pair's clip, for listening.
+        """A pair's clip.
 
         Raises:
-            BadSample: `undecodable_audio` or `audio_bomb`.
+            BadSample: as `decode_clip`.
         """
-        return decode_clip(self.media(location), max_seconds=LISTENED_SECONDS)
+        return decode_clip(self.media(location))
 
     def look(self, location: SampleLocation) -> np.ndarray | Clip:
         """A pair's image or clip, decoded.

@@ -1,8 +1,9 @@
 """Lanes in processes of their own: each worker serves some of a rank's lanes, and sends rows with states.
 
 A worker is spawned, never forked (the training process holds CUDA, MPI or gloo threads), and does not
-import torch. It runs ahead as far as its pipe and the reader's queue allow. It ends when its parent is gone,
-however that ended, and a worker that dies is an error at once, with its cause.
+import torch, unless the mel frames of audio need it. It runs ahead as far as its pipe and the reader's queue
+allow. It ends when its parent is gone, however that ended, and a worker that dies is an error at once, with
+its cause.
 """
 
 from __future__ import annotations

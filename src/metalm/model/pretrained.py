@@ -69,7 +69,7 @@ class PretrainedEncoder(nn.Module):
         return vectors[:, -image.num_patches :].flatten(0, 1)
 
     def _encode_clips(self, share: EncoderShare) -> Tensor:
-        """Vectors of clips [P, D]; where P is 0, of one clip of zeros."""
+        """Vectors of clips [P, D]; where P is 0, one of a clip of zeros."""
         assert self.audio is not None
         clips, places = share.media, share.positions[share.patch_slots]
         if not len(clips):
@@ -225,6 +225,11 @@ def _build(config: EncoderConfig) -> Any:
         raise ConfigError(f"{config.pretrained.path}: transformers cannot build it: {error}") from None
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ConfigError(
+            f"{config.pretrained.path}: a model of type {config.pretrained.model_type!r} has batch norms, "
+            "whose statistics would depend on the ranks"
+        )
     return model
 
 
@@ -257,7 +262,8 @@ def _try(model: Any, config: EncoderConfig, *, alone: bool) -> Tensor:
         if config.image is not None:
             size = config.image.image_size
             return model(pixel_values=torch.rand(1, 3, size, size, generator=generator)).last_hidden_state
-        if (audio := config.audio) is not None:
+        if config.audio is not None:
+            audio = _at_most_a_second(config.audio)
             counts = torch.tensor([audio.num_patches, (audio.num_patches + 1) // 2])
             clips = torch.randn(2, *audio.features, generator=generator)
             vectors = encode_clips(model, clips, counts, audio)
@@ -273,6 +279,15 @@ def _try(model: Any, config: EncoderConfig, *, alone: bool) -> Tensor:
         mask = IntervalMask(start[None], end[None], sum(lengths))
         positions = torch.cat([torch.arange(n) for n in lengths]) + first
         return encode_packed(model, torch.cat(spans), positions, mask)
+
+
+def _at_most_a_second(audio: AudioConfig) -> AudioConfig:
+    """Clips that are long enough to try, where the model takes any length."""
+    length = min(audio.max_samples, max(audio.sampling_rate, audio.min_samples))
+    if not audio.convolutions:
+        return audio
+    sizes = {"max_samples": length, "features": (length,), "num_patches": audio.count_patches(length)}
+    return audio.model_copy(update=sizes)
 
 
 def _layers_prefix(model: Any, num_layers: int) -> str:

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import metalm
 
-PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy", "triton")
+PACKAGES = (
+    *("torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy", "triton"),
+    *("soundfile", "soxr", "torchaudio"),  # the features of clips depend on them
+)
 _WRITTEN_MIB = 64
 _QUERY = "--query-gpu=name,memory.total,memory.used,temperature.gpu,driver_version"
 

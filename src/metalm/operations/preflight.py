@@ -70,7 +70,7 @@ def preflight(
         if launch.rank == 0:
             meeting.collect("farewell", _FAREWELL_S)  # the store goes with this process
     except dist.DistError as error:
-        print(f"preflight: {own.node} does not reach the first node: {error}", file=sys.stderr, flush=True)
+        print(f"preflight: {own.node} does not meet the other nodes: {error}", file=sys.stderr, flush=True)
         code = EXIT_NODE
     if links is not None and links.is_alive():
         sys.stdout.flush()

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
-from metalm.data.audio import Clip
+from metalm.data.audio import Clip, resample
 from metalm.data.balance import imbalance_over_ranks
 from metalm.data.loader import TrainingData
 from metalm.data.pictures import caption_picture
@@ -34,6 +34,9 @@ from metalm.training.step import StepResult
 from metalm.training.timing import PartTimer
 
 logger = logging.getLogger(__name__)
+
+LISTENED_SECONDS, LISTENED_HERTZ = 30, 16_000
+"""What people are given to hear of a clip, at most."""
 
 
 def _despite_a_full_disk(method: Callable[..., None]) -> Callable[..., None]:
@@ -76,6 +79,7 @@ class Monitor:
         self._peak_tflops = config.monitor.peak_tflops or _peak_tflops(topology, config)
         self._timer = timer
         self._writer: SummaryWriter | None = None
+        self._heard: set[str] = set()
         self._run_folder = run_folder
         self._is_broken = False
         self._restarts = count_starts(run_folder) if topology.rank == 0 else 0
@@ -207,8 +211,7 @@ class Monitor:
                 continue
             lines = [f"generated: {sample.generated}", f"reference: {sample.reference}"]
             if isinstance(sample.media, Clip):
-                samples_of_clip = torch.from_numpy(sample.media.samples)
-                self._writer.add_audio(tag, samples_of_clip, step, sample.media.sampling_rate)
+                self._write_clip(tag, sample.media, step)
             else:
                 picture = caption_picture(sample.media, lines)
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
@@ -216,6 +219,15 @@ class Monitor:
         for source, entries in captions.items():
             self._writer.add_text(f"captions/{source}", _quoted("\n\n".join(entries)), step)
         self._writer.flush()
+
+    def _write_clip(self, tag: str, clip: Clip, step: int) -> None:
+        """Once in a process: the clip stays the same, and is large."""
+        assert self._writer is not None
+        if tag not in self._heard:
+            self._heard.add(tag)
+            heard = resample(clip, min(clip.sampling_rate, LISTENED_HERTZ))
+            samples = heard.samples[: round(LISTENED_SECONDS * heard.sampling_rate)]
+            self._writer.add_audio(tag, torch.from_numpy(samples), step, heard.sampling_rate)
 
     @_despite_a_full_disk
     def write_text(self, name: str, text: str) -> None:

@@ -20,6 +20,7 @@ import torch
 from metalm.commit import git_commit
 from metalm.config import RunConfig
 from metalm.config.rules import check_topology
+from metalm.data.media import clip_reader
 from metalm.data.sources import open_sources
 from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import ConfigError
@@ -48,7 +49,7 @@ def check_data(config: RunConfig) -> None:
 
     Raises:
         DataError: a source or the tokenizer cannot be used, or they do not belong together.
-        ConfigError: the tokenizer has more ids than the model.
+        ConfigError: the tokenizer has more ids than the model, or an encoder of audio lacks what it needs.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.size > config.model.vocab_size:
@@ -58,6 +59,9 @@ def check_data(config: RunConfig) -> None:
         )
     open_sources(config.data.sources, tokenizer)
     open_sources(config.data.evaluation, tokenizer)
+    for encoder in config.model.encoders.values():
+        if encoder.audio is not None:
+            clip_reader(encoder)
 
 
 @contextmanager

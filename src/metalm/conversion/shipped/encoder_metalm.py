@@ -185,6 +185,7 @@ class MetaLMPretrainedEncoder(nn.Module):
             self.model.pooler = None
         self.vocab_size, self.first_position = config.vocab_size, sizes["first_position"]
         self.reads_images = sizes["image_size"] is not None
+        self.num_patches = (sizes["image_size"] // sizes["patch_size"]) ** 2 if self.reads_images else 0
         self.image_mean, self.image_std = sizes["image_mean"], sizes["image_std"]
         self.connector = _connector(sizes["connector"], sizes["hidden_size"], config.hidden_size)
 
@@ -205,7 +206,7 @@ class MetaLMPretrainedEncoder(nn.Module):
                 token_type_ids=torch.zeros_like(input_ids),
             )
             return self.connector(found.last_hidden_state)
-        if pixel_values is None or len(pixel_values) != len(input_ids):
+        if pixel_values is None or bool((num_elements != self.num_patches).any()):
             raise ValueError("this encoder of images reads no text")
         mean, deviation = (
             torch.tensor(values, device=pixel_values.device)[:, None, None]
@@ -213,7 +214,7 @@ class MetaLMPretrainedEncoder(nn.Module):
         )
         pixels = ((pixel_values.float() + 1.0) / 2.0 - mean) / deviation
         found = self.model(pixel_values=pixels.to(dtype))
-        return self.connector(found.last_hidden_state[:, -input_ids.shape[1] :])
+        return self.connector(found.last_hidden_state[:, -self.num_patches :])
 
 
 class MetaLMEncoders(nn.ModuleDict):

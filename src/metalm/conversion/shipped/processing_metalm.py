@@ -36,6 +36,7 @@ OWN_TOKENIZER_NAME = "tokenizer_of_{}.json"
 """File of the tokenizer of an encoder."""
 _SPAN_MARKER = re.compile(r"<span(?::([a-z0-9_]+))?>")
 _SPAN_END = "</span>"
+_ENCODER_NAME = re.compile("[a-z][a-z0-9_]*")
 
 
 class Prompt(NamedTuple):
@@ -106,10 +107,12 @@ class MetaLMProcessor(ProcessorMixin):
             path_of: a file of the processor's folder to its path.
 
         Raises:
-            ValueError: one is missing or damaged.
+            ValueError: one is missing or damaged, or an encoder's name is no plain word.
         """
         for name, sizes in self.encoders.items():
             if "vocab_size" in sizes:
+                if not _ENCODER_NAME.fullmatch(name):
+                    raise ValueError(f"{name!r} is no name of an encoder")
                 path = path_of(OWN_TOKENIZER_NAME.format(name))
                 try:
                     own = Tokenizer.from_file(str(path))
@@ -121,10 +124,13 @@ class MetaLMProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """As any processor's, with the tokenizers of encoders that have their own."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        is_pushed, place = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        saved = super().save_pretrained(save_directory, **kwargs)
         for name, own in self._own_tokenizers.items():
             own.save(str(Path(save_directory) / OWN_TOKENIZER_NAME.format(name)))
-        return super().save_pretrained(save_directory, **kwargs)
+        if is_pushed:  # all files, those of the tokenizers, too
+            self.push_to_hub(place or Path(save_directory).name, **kwargs)
+        return saved
 
     @property
     def model_input_names(self) -> list[str]:

@@ -13,7 +13,7 @@ def prepare_clip(data: bytes, sampling_rate: int | None, max_seconds: float | No
     cut, resampled and encoded as FLAC, 16 bits, one channel.
 
     Raises:
-        BadSample: as `decode_clip`; `short_audio` if it is empty.
+        BadSample: as `decode_clip` and `encode_flac`; `short_audio` if it is empty.
     """
     clip = decode_clip(data)
     if not len(clip.samples):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def run_preparation(
         settings: of `convert`, each positive where it is given.
     """
     positive: list[Any] = [options.processes, options.shard_mib, options.pairs_per_unit, *settings.values()]
-    if any(value is not None and value <= 0 for value in positive) or options.first_number < 0:
+    if any(value is not None and not 0 < value < math.inf for value in positive) or options.first_number < 0:
         parser.error("all numbers must be positive; --first-number may be 0")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.monotonic()

@@ -79,12 +79,16 @@ def read_tar(path: Path, kind: SourceKind) -> Iterator[tuple[float, Pair | str]]
                 for record in records:
                     start = int(record["offset"])
                     media, text, description = (
-                        data[start + int(record[f"{name}_offset"]) :][: int(record[f"{name}_size"])]
+                        _member(data, start + int(record[f"{name}_offset"]), int(record[f"{name}_size"]))
                         for name in ("main", "caption", "json")
                     )
                     yield (start + int(record["size"])) / len(data), Pair(media, _captions(text, description))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _member(data: mmap.mmap, offset: int, size: int) -> bytes:
+    return data[offset : offset + size]
 
 
 def list_records(
