@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conversion.conftest import TrainingModel, Workshop, write_run
@@ -137,6 +138,11 @@ def test_a_folder_answers_to_spans_and_pictures_without_running_its_code(
     prompt = model.chat_prompt([{"role": "user", "content": content}])
     assert prompt == "<image><image><span>what?</span>"
     shutil.copytree(out, tmp_path / "damaged")
+    larger = Tokenizer.from_file(str(out / "tokenizer_of_reader.json"))
+    larger.add_tokens([f"new {number}" for number in range(200)])
+    larger.save(str(tmp_path / "damaged" / "tokenizer_of_reader.json"))
+    with pytest.raises(ConfigError, match="more than its encoder"):
+        FolderModel(tmp_path / "damaged")
     (tmp_path / "damaged" / "tokenizer_of_reader.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_of_reader\.json is no tokenizer"):
         FolderModel(tmp_path / "damaged")

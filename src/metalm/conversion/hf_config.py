@@ -139,7 +139,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
             name: {
                 "max_text_positions": encoder.max_text_positions,
                 "num_patches": encoder.image.num_patches if encoder.image else 0,
-                **({"vocab_size": config.model.vocab_size} if _has_own_tokenizer(encoder) else {}),
+                **_own_vocabulary(config, encoder),
             }
             for name, encoder in sorted(encoders.items())
         },
@@ -157,6 +157,13 @@ def image_encoder(config: RunConfig) -> str | None:
 def text_encoder(config: RunConfig) -> str | None:
     """The encoder that text spans go to: the one that text was trained with, else the first for text."""
     return _trained_encoder(config, "text", lambda encoder: encoder.media is None)
+
+
+def _own_vocabulary(config: RunConfig, encoder: EncoderConfig) -> dict[str, int]:
+    if encoder.pretrained is None or not _has_own_tokenizer(encoder):
+        return {}
+    own = encoder.pretrained.definition["vocab_size"]
+    return {"vocab_size": config.model.vocab_size, "own_vocab_size": own}
 
 
 def _has_own_tokenizer(encoder: EncoderConfig) -> bool:

@@ -77,7 +77,8 @@ class MetaLMProcessor(ProcessorMixin):
 
         Args:
             encoders: by name, `max_text_positions`, `num_patches` (0: text only) and, for an encoder with a
-                tokenizer of its own, `vocab_size` of the model; the tokenizer is then in a file beside.
+                tokenizer of its own, `vocab_size` of the model and `own_vocab_size` of the encoder; the
+                tokenizer is then in a file beside.
             image_encoder: reads images whose span names none.
             text_encoder: reads texts whose span names none.
             image_size: pixels per side.
@@ -107,7 +108,7 @@ class MetaLMProcessor(ProcessorMixin):
             path_of: a file of the processor's folder to its path.
 
         Raises:
-            ValueError: one is missing or damaged, or an encoder's name is no plain word.
+            ValueError: one is missing, damaged or of another vocabulary, or its name is no plain word.
         """
         for name, sizes in self.encoders.items():
             if "vocab_size" in sizes:
@@ -118,6 +119,8 @@ class MetaLMProcessor(ProcessorMixin):
                     own = Tokenizer.from_file(str(path))
                 except Exception as error:  # tokenizers raises plain Exception
                     raise ValueError(f"{path} is no tokenizer: {error}") from None
+                if own.get_vocab_size() > sizes["own_vocab_size"]:
+                    raise ValueError(f"{path} has {own.get_vocab_size()} ids, more than its encoder")
                 own.no_padding()
                 own.no_truncation()
                 self._own_tokenizers[name] = own
