@@ -312,7 +312,7 @@ def _find_unused(encoder: str) -> frozenset[str]:
     """Parameters that no gradient of the vectors reaches, found on the meta device."""
     config = EncoderConfig.model_validate_json(encoder)
     with torch.device("meta"), torch.enable_grad():
-        model = _build(config)
+        model = _build(config).eval()  # nothing is drawn, which has no value on the meta device
         if config.image is not None:
             size = config.image.image_size
             vectors = model(pixel_values=torch.zeros(1, 3, size, size)).last_hidden_state
