@@ -44,7 +44,8 @@ $(DEMO)/ready: | setup
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --ignore tests/slurm
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/slurm
 	$(BIN)/python -m pytest tests/slurm
 
 # On a cluster of virtual nodes of its own, which wants the machine for itself: hence after the other tests.

@@ -176,7 +176,7 @@ def test_evaluation_and_samples_leave_bad_pairs_out(
     assert sum(len(batch.encoders["vision"].shares[0].media) for batch in batches) == 2 * 4
     samples = read_samples(SourceConfig.model_validate(source), 9, tokenizer)
     assert [sample.captions for sample in samples] == [("fox",), ("dog", "a dog")]
-    assert all(sample.image is not None and sample.image.shape == (20, 24, 3) for sample in samples)
+    assert all(sample.media is not None and sample.media.shape == (20, 24, 3) for sample in samples)
 
 
 def test_samples_of_text_are_its_text(

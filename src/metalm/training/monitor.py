@@ -210,12 +210,13 @@ class Monitor:
                 self._writer.add_text(tag, text, step)
                 continue
             lines = [f"generated: {sample.generated}", f"reference: {sample.reference}"]
+            kind = "clip" if isinstance(sample.media, Clip) else "image"
             if isinstance(sample.media, Clip):
                 self._write_clip(tag, sample.media, step)
             else:
                 picture = caption_picture(sample.media, lines)
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
-            captions.setdefault(sample.source, []).append("\n".join([f"number {number}", *lines]))
+            captions.setdefault(sample.source, []).append("\n".join([f"{kind} {number}", *lines]))
         for source, entries in captions.items():
             self._writer.add_text(f"captions/{source}", _quoted("\n\n".join(entries)), step)
         self._writer.flush()
