@@ -48,8 +48,8 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
             definition = _read_definition(folder)
             encoder.update(_sizes(definition))
             if reads_audio(definition):
-                encoder["audio"] = read_audio(definition, folder, pretrained.get("clip_seconds"))
-                pretrained["processor"] = encoder["audio"].pop("processor")
+                seconds = pretrained.get("clip_seconds")
+                encoder["audio"], pretrained["processor"] = read_audio(definition, folder, seconds)
             elif encoder["image"]:
                 pretrained.update(_pixels(folder))
         except ConfigError as error:

@@ -31,8 +31,10 @@ def reads_audio(definition: dict[str, Any]) -> bool:
     return "conv_stride" in definition or "time_stride" in definition
 
 
-def read_audio(definition: dict[str, Any], folder: Path, clip_seconds: Any) -> dict[str, Any]:
-    """The keys of `EncoderConfig.audio`, and under `processor` the settings of the feature extractor.
+def read_audio(
+    definition: dict[str, Any], folder: Path, clip_seconds: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of `EncoderConfig.audio`, and the settings of the feature extractor.
 
     Raises:
         ConfigError: the folder's feature extractor is of another model, or `clip_seconds` does not fit.
@@ -57,7 +59,7 @@ def read_audio(definition: dict[str, Any], folder: Path, clip_seconds: Any) -> d
         if mel
         else _of_samples(definition, processor, rate, clip_seconds)
     )
-    return {"sampling_rate": rate, **audio, "processor": processor}
+    return {"sampling_rate": rate, **audio}, processor
 
 
 def _of_mel_frames(

@@ -194,7 +194,7 @@ def _peer(
         return _flex(mask, device)
     if peer == "sdpa dense":
         if case.length > max_dense_length:
-            raise NotImplementedError(f"dense masks are measured up to length {max_dense_length}")
+            raise RuntimeError(f"dense masks are measured up to length {max_dense_length}")
         dense = mask.to_dense()[:, None]
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
     raise ValueError(f"unknown peer {peer!r}, expected one of {', '.join(PEERS)}")

@@ -210,10 +210,11 @@ class Monitor:
                 self._writer.add_text(tag, text, step)
                 continue
             lines = [f"generated: {sample.generated}", f"reference: {sample.reference}"]
-            kind = "clip" if isinstance(sample.media, Clip) else "image"
             if isinstance(sample.media, Clip):
+                kind = "clip"
                 self._write_clip(tag, sample.media, step)
             else:
+                kind = "image"
                 picture = caption_picture(sample.media, lines)
                 self._writer.add_image(tag, picture, step, dataformats="HWC")
             captions.setdefault(sample.source, []).append("\n".join([f"{kind} {number}", *lines]))

@@ -95,9 +95,8 @@ def take_by_probability(logits: Tensor, draws: Tensor) -> Tensor:
     Returns:
         [M] int64.
     """
-    cumulated = logits.softmax(dim=-1, dtype=torch.float32).cumsum(
-        dim=-1
-    )  # in double, gigabytes at 64k tokens
+    # Not in double precision, which takes gigabytes at 64k tokens.
+    cumulated = logits.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1)
     wanted = (draws * cumulated[:, -1])[:, None].float()
     return torch.searchsorted(cumulated, wanted, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
