@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from metalm.config import RunConfig, SourceConfig
 from metalm.config.schema import MEDIA_OF_KIND
-from metalm.data.audio import Clip
+from metalm.data.audio import Clip, ClipReader
 from metalm.data.evaluation import evaluation_batches
 from metalm.data.failures import BadSample
 from metalm.data.images import fit_patches
@@ -77,10 +77,12 @@ def generate_samples(
     prompts: list[Row] = []
     media: list[np.ndarray | Clip | None] = []
     references: list[str] = []
+    encoder = config.model.encoders.get(source.encoder or "")
+    reader = clip_reader(encoder) if encoder is not None and encoder.audio is not None else None
     for sample in read_samples(source, num_samples, tokenizer):
         if sample.media is not None:
             try:
-                prompts.append(_caption_prompt(config, source, sample.media, tokenizer))
+                prompts.append(_caption_prompt(config, source, sample.media, tokenizer, reader))
             except BadSample:  # a clip that is too short for the encoder
                 continue
             references.append(sample.captions[0])
@@ -161,15 +163,20 @@ def _measure(
 
 
 def _caption_prompt(
-    config: RunConfig, source: SourceConfig, media: np.ndarray | Clip, tokenizer: Tokenizer
+    config: RunConfig,
+    source: SourceConfig,
+    media: np.ndarray | Clip,
+    tokenizer: Tokenizer,
+    reader: ClipReader | None,
 ) -> Row:
     assert source.encoder is not None
-    encoder = config.model.encoders[source.encoder]
     if isinstance(media, Clip):
-        content, num_patches = clip_reader(encoder).features(media)
+        assert reader is not None
+        content, num_patches = reader.features(media)
     else:
-        assert encoder.image is not None
-        content, num_patches = fit_patches(media, encoder.image), encoder.image.num_patches
+        image = config.model.encoders[source.encoder].image
+        assert image is not None
+        content, num_patches = fit_patches(media, image), image.num_patches
     return media_prompt(
         content,
         num_patches,
