@@ -32,11 +32,11 @@ data:
   workers: 1
   spans: {{min_length: 4, max_length: 8}}
   sources:
-    text: {{path: {folder}/text, kind: text, encoder: text}}
-    scenes: {{path: {folder}/scenes, kind: image_text, encoder: image}}
+    text: {{path: {folder}/text, readers: {{text: text}}}}
+    scenes: {{path: {folder}/scenes, readers: {{image: image, text: image}}}}
   evaluation:
-    text: {{path: {folder}/text, kind: text, encoder: text}}
-    scenes: {{path: {folder}/scenes, kind: image_text, encoder: image}}
+    text: {{path: {folder}/text, readers: {{text: text}}}}
+    scenes: {{path: {folder}/scenes, readers: {{image: image, text: image}}}}
 training:
   steps: 8
   global_batch_size: 4

@@ -31,12 +31,12 @@ import numpy as np
 import torch
 import webdataset
 from bench_data_peers import installed_peers, pack
+from metalm.modalities.image import decode_image
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from metalm.cli import ToolParser, run_tool
 from metalm.config.schema import RunConfig
-from metalm.data.images import decode_image
 from metalm.data.index import build_index
 from metalm.data.loader import TrainingData
 from metalm.data.preparation.text import prepare_text
@@ -205,7 +205,7 @@ def photographs_of(sizes: list[tuple[int, int]], count: int) -> list[bytes]:
 def config_of(root: Path, folder: Path, *, lanes: int = 16, workers: int = 0) -> RunConfig:
     """A run on one source of text in the language-only setting."""
     shape = {"num_layers": 24, "hidden_size": 1024, "num_heads": 16}
-    source = {"path": folder, "kind": "text", "encoder": "text"}
+    source = {"path": folder, "readers": {"text": "text"}}
     return RunConfig.model_validate(
         {
             "run": {"name": "bench"},

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
-from metalm.config.schema import SourceKind
 from metalm.data.index import build_index
 from metalm.data.preparation.progress import ProgressLine
 from metalm.data.remote import check_url, expand_names
 from metalm.data.shards import Shard
 from metalm.data.tokenizer import load_tokenizer
+from metalm.modalities import MODALITIES
 
 
 def main() -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of .tar shards, or of the index alone (--url)")
-    parser.add_argument("--kind", choices=get_args(SourceKind), required=True)
+    parser.add_argument("--kind", choices=[modality.kind for modality in MODALITIES.values()], required=True)
     parser.add_argument(
         "--tokenizer", type=Path, help="the tokenizer that wrote the token members (.u16, .u32), if any"
     )

@@ -7,12 +7,11 @@ Example: python tools/prepare_image_text.py captions_train2014.json --image-fold
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.preparation.images import prepare_image
 from metalm.data.preparation.pair_arguments import add_pair_arguments, run_preparation
+from metalm.modalities import MEDIA
 
 
 def main() -> None:
@@ -26,20 +25,9 @@ def main() -> None:
     parser.add_argument(
         "--image-folder", type=Path, help="image paths are relative to it (default: the folder of the file)"
     )
-    parser.add_argument(
-        "--resize", type=int, metavar="PIXELS", help="shrink larger images to this on their shorter side"
-    )
-    add_pair_arguments(parser, "image_text")
+    add_pair_arguments(parser, MEDIA["image"])
     options = parser.parse_args()
-    settings = {"shorter_side": options.resize}
-    run_preparation(
-        parser,
-        options,
-        "image_text",
-        convert=functools.partial(prepare_image, **settings),
-        settings=settings,
-        media_folder=options.image_folder,
-    )
+    run_preparation(parser, options, MEDIA["image"], options.image_folder)
 
 
 if __name__ == "__main__":

@@ -59,13 +59,13 @@ class EncoderBatch:
 class SemiCausalBatch:
     """One micro-batch of packed rows.
 
-    A trained position p has weight 1 in `loss_mask` and predicts `labels[p]`. Positions inside a
-    span before its last one, last positions of documents and padding have weight 0.
+    Position p predicts `labels[p]`, and its loss counts `loss_weights[p]` times. Positions inside a span
+    before its last one, last positions of documents and padding have weight 0.
     """
 
     tokens: Tensor  # [B, S] int64; the padding id at docked positions
     labels: Tensor  # [B, S] int64; the padding id where the weight is 0
-    loss_mask: Tensor  # [B, S] float32
+    loss_weights: Tensor  # [B, S] float32
     positions: Tensor  # [B, S] int64; restart at each document
     attention_start: Tensor  # [B, S] int32; first visible key
     attention_end: Tensor  # [B, S] int32; end of the visible keys, exclusive

@@ -45,3 +45,12 @@ class CheckpointError(MetaLMError):
 
 class FaultError(MetaLMError):
     """The run cannot go on, by no fault of its config or data; starting it again may help."""
+
+
+class BadSample(Exception):
+    """A sample that cannot be used: it is skipped. Its one argument is the cause that it is counted under."""
+
+    @property
+    def cause(self) -> str:
+        """The name of the counter."""
+        return self.args[0]

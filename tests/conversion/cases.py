@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from metalm.config import RunConfig
-from metalm.data.images import fit_patches
-from metalm.data.rows import Row, RowSpans
+from metalm.modalities.image import fit_patches
+from metalm.data.row import Row, RowSpans
 from metalm.data.tokenizer import Tokenizer
 
 VOCABULARY = 330
@@ -90,8 +90,8 @@ def run_config(kind: str, tokenizer: Path) -> RunConfig:
                 "tokenizer": str(tokenizer),
                 "sequence_length": 128,
                 "sources": {
-                    "books": {"path": "unused", "kind": "text", "encoder": "text"},
-                    "scenes": {"path": "unused", "kind": "image_text", "encoder": "vision"},
+                    "books": {"path": "unused", "readers": {"text": "text"}},
+                    "scenes": {"path": "unused", "readers": {"image": "vision", "text": "vision"}},
                 },
             },
             "training": {"steps": 5000, "global_batch_size": 64, "micro_batch_size": 1},

@@ -20,7 +20,7 @@ from distributed.ranks import run_command
 from metalm.conversion.checkpoint_source import CheckpointSource, open_checkpoint
 from metalm.conversion.reference import reference_logits
 from metalm.data.collate import collate
-from metalm.data.rows import text_prompt
+from metalm.data.row import text_prompt
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,

@@ -64,7 +64,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 PIPELINE = """
 extends: [{imported}]
 run: {{name: imported, folder: {folder}}}
-data: {{sequence_length: {length}, sources: {{text: {{path: unused, kind: text}}}}}}
+data: {{sequence_length: {length}, sources: {{text: {{path: unused}}}}}}
 training:
   {{steps: 10, global_batch_size: 64, micro_batch_size: 1, precision: fp32, schedule: {{warmup_steps: 1}}}}
 """

@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from conversion.cases import PROMPTS, pictures, prompt_images, prompt_row, prompt_text, run_config
 from conversion.conftest import Workshop
-from metalm.data.images import decode_image
+from metalm.modalities.image import decode_image
 
 SIDE = 16
 KIND = "deepnorm"

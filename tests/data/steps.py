@@ -14,7 +14,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.config.schema import RunConfig
 from metalm.data.loader import TrainingData
 
-ROW_FIELDS = ("tokens", "labels", "loss_mask", "positions", "attention_start", "attention_end")
+ROW_FIELDS = ("tokens", "labels", "loss_weights", "positions", "attention_start", "attention_end")
 
 
 def with_data(config: RunConfig, **changes: Any) -> RunConfig:

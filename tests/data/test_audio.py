@@ -18,14 +18,14 @@ import transformers
 from metalm.config.load import load_config
 from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig
 from metalm.data import audio as audio_module
-from metalm.data.audio import Clip, ClipReader, decode_clip, resample
+from metalm.modalities.audio import Clip, ClipReader, decode_clip, resample
 from metalm.data.balance import span_costs
 from metalm.data.checking import check_shards
-from metalm.data.evaluation import evaluation_batches
-from metalm.data.failures import BadSample
+from metalm.data.held_out import evaluation_batches
+from metalm.errors import BadSample
 from metalm.data.index import build_index
 from metalm.data.order import SampleOrder
-from metalm.data.pair_rows import PairPacker
+from metalm.data.packing.whole import WholePacker
 from metalm.data.sources import open_sources, read_samples
 from metalm.data.streams import Stream
 from metalm.data.tokenizer import Tokenizer
@@ -219,16 +219,16 @@ def audio_source(tmp_path_factory: pytest.TempPathFactory, write_shard: Callable
 def test_rows_hold_the_real_vectors_of_each_clip_and_resume(
     audio_source: Path, encoder: EncoderConfig, tokenizer: Tokenizer
 ) -> None:
-    config = SourceConfig(path=audio_source, kind="audio_text", encoder="audio")
+    config = SourceConfig(path=audio_source, readers={"audio": "audio", "text": "audio"})
     (source,) = open_sources({"tones": config}, tokenizer)
     assert encoder.audio is not None
     reader = reader_of(encoder)
 
-    def packer_of(state: dict[str, Any] | None = None) -> PairPacker:
+    def packer_of(state: dict[str, Any] | None = None) -> WholePacker:
         order = SampleOrder(
             source.index, seed=1, source_name="tones", num_lanes=1, chunk_samples=8, shuffle_window=16
         )
-        return PairPacker(
+        return WholePacker(
             source,
             order,
             0,
@@ -311,7 +311,7 @@ def test_exchanged_clips_stand_under_the_same_captions(
         for wrong in (False, True)
     }
     captions = {
-        wrong: [batch.labels[batch.loss_mask > 0].tolist() for batch in batches]
+        wrong: [batch.labels[batch.loss_weights > 0].tolist() for batch in batches]
         for wrong, batches in whole.items()
     }
     clips = {

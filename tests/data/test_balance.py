@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.steps import opened
 from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig
 from metalm.data.balance import assign_spans, group_rows, imbalance_over_ranks, row_costs, span_costs
-from metalm.data.rows import Row, RowSpans
+from metalm.data.row import Row, RowSpans
 
 SHAPE = {"num_layers": 3, "hidden_size": 16, "num_heads": 2, "max_text_positions": 16}
 TEXT = EncoderConfig.model_validate(SHAPE)
@@ -79,8 +79,8 @@ def mixed(
 ) -> RunConfig:
     return make_config(
         {
-            "prose": {"path": text_source([60]), "kind": "text", "encoder": "text", "weight": 2},
-            "scenes": {"path": pair_source([40]), "kind": "image_text", "encoder": "vision"},
+            "prose": {"path": text_source([60]), "readers": {"text": "text"}, "weight": 2},
+            "scenes": {"path": pair_source([40]), "readers": {"image": "vision", "text": "vision"}},
         },
         data={"lanes": 16},
         training={"global_batch_size": 64, "micro_batch_size": 2},

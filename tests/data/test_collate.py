@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import ModelConfig
 from metalm.data.collate import collate
-from metalm.data.images import fit_patches
-from metalm.data.rows import Row, RowSpans, empty_row, media_prompt, text_prompt
+from metalm.modalities.image import fit_patches
+from metalm.data.row import Row, RowSpans, empty_row, media_prompt, text_prompt
 from metalm.kernels import IntervalMask
 
 PAD, PATCHES, PATCH_BYTES = 4, 4, 192
@@ -51,14 +51,14 @@ def text_row(length: int, spans: list[tuple[int, int]], *, next_token: int = -1)
 
 def test_check_value_of_the_objective() -> None:
     batch = collated([text_row(12, [(4, 8)])], 12)
-    assert batch.loss_mask[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0]
+    assert batch.loss_weights[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0]
     assert batch.labels[0].tolist() == [11, 12, 13, 14, PAD, PAD, PAD, 18, 19, 20, 21, PAD]
     assert batch.tokens[0].tolist() == [10, 11, 12, 13, PAD, PAD, PAD, PAD, 18, 19, 20, 21]
 
 
 def test_a_full_row_predicts_the_first_token_of_the_next() -> None:
     batch = collated([text_row(12, [(4, 12)], next_token=99)], 12)
-    assert batch.loss_mask[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert batch.loss_weights[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     assert batch.labels[0, -1] == 99
 
 
@@ -74,7 +74,7 @@ def test_bidirectional_spans_see_themselves_whole_and_are_trained_alike() -> Non
     IntervalMask(batch.attention_start, batch.attention_end, 12).validate()
     causal = collated(rows, 12)
     assert torch.equal(batch.labels, causal.labels)
-    assert torch.equal(batch.loss_mask, causal.loss_mask)
+    assert torch.equal(batch.loss_weights, causal.loss_weights)
 
 
 def test_padding_sees_nothing_and_is_not_trained() -> None:
@@ -82,7 +82,7 @@ def test_padding_sees_nothing_and_is_not_trained() -> None:
     assert batch.attention_end.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [0] * 8]
     assert batch.attention_start.tolist() == [[0] * 8] * 2
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 0, 0], [0] * 8]
-    assert batch.loss_mask.sum(dim=1).tolist() == [4, 0]
+    assert batch.loss_weights.sum(dim=1).tolist() == [4, 0]
 
 
 def test_an_encoder_without_spans_gets_one_dummy_element_that_is_docked_nowhere() -> None:
@@ -176,7 +176,7 @@ def test_every_field_against_a_loop_over_positions(drawn: tuple[list[Row], int],
             found = (
                 batch.tokens[b, p],
                 batch.labels[b, p],
-                batch.loss_mask[b, p],
+                batch.loss_weights[b, p],
                 batch.positions[b, p],
                 batch.attention_start[b, p],
                 batch.attention_end[b, p],
@@ -242,7 +242,7 @@ def test_prompts_are_left_open_and_dock_what_they_encode(pixels: np.ndarray) -> 
     assert batch.encoders["vision"].dock_positions.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.encoders["text"].dock_positions.tolist() == [10, 11]
     assert batch.encoders["text"].shares[0].token_ids[:2].tolist() == [6, 7]
-    assert batch.loss_mask[0].tolist() == [1, 0, 0, 0, 0, 0, 1, 0]
+    assert batch.loss_weights[0].tolist() == [1, 0, 0, 0, 0, 0, 1, 0]
     assert batch.labels[0, 0] == 1
 
 

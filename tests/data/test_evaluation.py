@@ -10,7 +10,7 @@ import torch
 
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import RunConfig
-from metalm.data.evaluation import evaluation_batches
+from metalm.data.held_out import evaluation_batches
 from metalm.errors import ConfigError, DataError
 
 
@@ -20,9 +20,9 @@ def config(
     text_source: Callable[..., Path],
     pair_source: Callable[..., Path],
 ) -> RunConfig:
-    text = {"path": text_source([20]), "kind": "text", "encoder": "text"}
-    pairs = {"path": pair_source([9, 8]), "kind": "image_text", "encoder": "vision"}
-    one = {"path": pair_source([1]), "kind": "image_text", "encoder": "vision"}
+    text = {"path": text_source([20]), "readers": {"text": "text"}}
+    pairs = {"path": pair_source([9, 8]), "readers": {"image": "vision", "text": "vision"}}
+    one = {"path": pair_source([1]), "readers": {"image": "vision", "text": "vision"}}
     return make_config({"text": text}, evaluation={"text": text, "pairs": pairs, "one": one})
 
 
@@ -39,7 +39,7 @@ def batches_of(
 @pytest.mark.parametrize("num_rows", [1, 5, 8, 100])
 def test_ranks_together_have_the_rows_of_one(config: RunConfig, name: str, num_rows: int) -> None:
     alone = torch.cat([batch.tokens for batch in batches_of(config, name, num_rows)])
-    weights = torch.cat([batch.loss_mask for batch in batches_of(config, name, num_rows)])
+    weights = torch.cat([batch.loss_weights for batch in batches_of(config, name, num_rows)])
     for size in (2, 4):
         ranks = [batches_of(config, name, num_rows, rank, size) for rank in range(size)]
         assert len({len(batches) for batches in ranks}) == 1
@@ -47,7 +47,7 @@ def test_ranks_together_have_the_rows_of_one(config: RunConfig, name: str, num_r
         rows = [torch.cat([batch.tokens for batch in batches]) for batches in ranks]
         for number in range(num_rows):
             torch.testing.assert_close(rows[number % size][number // size], alone[number])
-        total = sum(batch.loss_mask.sum() for batches in ranks for batch in batches)
+        total = sum(batch.loss_weights.sum() for batches in ranks for batch in batches)
         assert total == weights.sum() > 0
 
 
@@ -56,7 +56,7 @@ def test_rows_depend_neither_on_the_seed_nor_on_the_call(config: RunConfig, name
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})})
     for first, second in zip(batches_of(config, name, 6), batches_of(other, name, 6), strict=True):
         torch.testing.assert_close(first.tokens, second.tokens)
-        torch.testing.assert_close(first.loss_mask, second.loss_mask)
+        torch.testing.assert_close(first.loss_weights, second.loss_weights)
 
 
 def test_the_whole_caption_is_predicted_from_the_image(config: RunConfig) -> None:
@@ -66,7 +66,7 @@ def test_the_whole_caption_is_predicted_from_the_image(config: RunConfig) -> Non
         # Of each pair of 4 patches and n tokens all but 3 patches and </d> are trained.
         real = (batch.attention_end > 0).sum()
         pairs = len(encoder.dock_positions) // 4
-        assert batch.loss_mask.sum() == real - pairs * 4
+        assert batch.loss_weights.sum() == real - pairs * 4
 
 
 def test_exchanged_images_are_those_of_other_pairs_under_the_same_captions(config: RunConfig) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from metalm.config.schema import RunConfig, SourceConfig
-from metalm.data.evaluation import evaluation_batches
+from metalm.data.held_out import evaluation_batches
 from metalm.data.index import build_index, open_index
 from metalm.data.loader import TrainingData
 from metalm.data.order import SampleOrder
@@ -82,7 +82,7 @@ def test_every_cause_of_a_bad_pair_has_its_counter(
     ]
     write_shard(tmp_path / "a.tar", [sample for _, sample in cases])
     build_index(tmp_path, kind="image_text")
-    config = make_config({"source": {"path": tmp_path, "kind": "image_text", "encoder": "vision"}})
+    config = make_config({"source": {"path": tmp_path, "readers": {"image": "vision", "text": "vision"}}})
     with caplog.at_level(logging.WARNING):
         counts, read, waiting = run_steps(config, 40)
     expected: Counter[str] = Counter()
@@ -109,7 +109,7 @@ def test_counters_of_bad_documents_are_exact(
         tmp_path / "a.tar", [{"u16": good}, {"u16": strange}, {"txt": b"\xc3("}, {"txt": b"fox" * 30}]
     )
     build_index(tmp_path, kind="text", tokenizer_fingerprint=tokenizer.fingerprint)
-    config = make_config({"source": {"path": tmp_path, "kind": "text"}})
+    config = make_config({"source": {"path": tmp_path}})
     counts, read, _ = run_steps(config, 60)
     assert counts["skipped/token_out_of_range"] == read[1] > 5
     assert counts["skipped/not_utf8"] == read[2] > 5
@@ -126,7 +126,7 @@ def test_too_many_failures_in_a_row_stop_the_run_with_the_shards_name(
     write_shard(tmp_path / "rotten.tar", [{"jpg": b"no image", "txt": b"fox"}] * 300)
     build_index(tmp_path, kind="image_text")
     config = make_config(
-        {"source": {"path": tmp_path, "kind": "image_text", "encoder": "vision"}},
+        {"source": {"path": tmp_path, "readers": {"image": "vision", "text": "vision"}}},
         data={"max_consecutive_failures": 10},
     )
     data = TrainingData(config, dp_rank=0, dp_size=1, tp_size=1)
@@ -146,7 +146,7 @@ def test_a_shard_replaced_under_the_run_by_one_of_the_same_size_is_found_out(
     size = (tmp_path / "a.tar").stat().st_size
     write_shard(tmp_path / "a.tar", [{"u16": np.full(n, 9, "<u2").tobytes()} for n in range(239, 199, -1)])
     assert (tmp_path / "a.tar").stat().st_size == size
-    config = make_config({"source": {"path": tmp_path, "kind": "text"}})
+    config = make_config({"source": {"path": tmp_path}})
     data = TrainingData(config, dp_rank=0, dp_size=1, tp_size=1)
     with pytest.raises(DataError, match=r"a\.tar holds no member of \d+ bytes.*replaced"):
         next(data)
@@ -170,7 +170,7 @@ def test_evaluation_and_samples_leave_bad_pairs_out(
         ],
     )
     build_index(tmp_path, kind="image_text")
-    source = {"path": tmp_path, "kind": "image_text", "encoder": "vision"}
+    source = {"path": tmp_path, "readers": {"image": "vision", "text": "vision"}}
     config = make_config({"source": source}, evaluation={"source": source})
     batches = list(evaluation_batches(config, "source", num_rows=2, dp_rank=0, dp_size=1, tp_size=1))
     assert sum(len(batch.encoders["vision"].shares[0].media) for batch in batches) == 2 * 4
@@ -184,6 +184,6 @@ def test_samples_of_text_are_its_text(
 ) -> None:
     write_shard(tmp_path / "a.tar", [{"txt": b"a fox\n\nand a dog"}] * 3)
     build_index(tmp_path, kind="text")
-    samples = read_samples(SourceConfig(path=tmp_path, kind="text"), 2, tokenizer)
+    samples = read_samples(SourceConfig(path=tmp_path), 2, tokenizer)
     assert [sample.text for sample in samples] == ["a fox\n\nand a dog"] * 2
     assert len(read_samples(SourceConfig(path=text_source([3]), kind="text"), 9, tokenizer)) == 3

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from metalm.config.schema import ImageConfig
-from metalm.data.failures import BadSample
-from metalm.data.images import MAX_PIXELS, cut_patches, decode_image, fit_patches
+from metalm.errors import BadSample
+from metalm.modalities.image import MAX_PIXELS, cut_patches, decode_image, fit_patches
 
 
 def photograph(size: tuple[int, int]) -> Image.Image:

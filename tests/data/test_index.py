@@ -88,7 +88,7 @@ def test_shards_of_img2dataset_are_read(
     (tmp_path / "00000.parquet").write_bytes(b"")
     (tmp_path / "00000_stats.json").write_text("{}")
     build_index(tmp_path, kind="image_text")
-    (source,) = open_sources({"web": SourceConfig(path=tmp_path, kind="image_text", encoder="v")}, tokenizer)
+    (source,) = open_sources({"web": SourceConfig(path=tmp_path, readers={"image": "v", "text": "v"})}, tokenizer)
     locations = source.index.locate(np.arange(3))
     assert [source.captions(location) for location in locations] == [[f"a fox {n}"] for n in range(3)]
     assert source.pixels(locations[0]).shape == (20, 24, 3)
@@ -258,8 +258,8 @@ def test_another_tokenizer_or_kind_is_refused_and_both_sides_are_named(
 ) -> None:
     folder = text_source([3])
     with pytest.raises(DataError, match=r"is of kind image_text, but .* was indexed as text"):
-        open_sources({"a": SourceConfig(path=folder, kind="image_text", encoder="v")}, tokenizer)
+        open_sources({"a": SourceConfig(path=folder, readers={"image": "v", "text": "v"})}, tokenizer)
     document = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**document, "tokenizer_fingerprint": FINGERPRINT}))
     with pytest.raises(DataError, match=f"{FINGERPRINT[:16]}.*{tokenizer.fingerprint[:16]}"):
-        open_sources({"a": SourceConfig(path=folder, kind="text")}, tokenizer)
+        open_sources({"a": SourceConfig(path=folder)}, tokenizer)

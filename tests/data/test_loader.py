@@ -29,8 +29,8 @@ def config(
 ) -> RunConfig:
     return make_config(
         {
-            "prose": {"path": text_source([17, 40, 3]), "kind": "text", "encoder": "text", "weight": 2},
-            "scenes": {"path": pair_source([20, 11]), "kind": "image_text", "encoder": "vision"},
+            "prose": {"path": text_source([17, 40, 3]), "readers": {"text": "text"}, "weight": 2},
+            "scenes": {"path": pair_source([20, 11]), "readers": {"image": "vision", "text": "vision"}},
         }
     )
 
@@ -99,8 +99,8 @@ def test_weights_can_be_shares_of_tokens(
     make_config: Callable[..., RunConfig], text_source: Callable[..., Path], pair_source: Callable[..., Path]
 ) -> None:
     sources = {
-        "prose": {"path": text_source([50]), "kind": "text", "weight": 1},
-        "scenes": {"path": pair_source([30]), "kind": "image_text", "encoder": "vision", "weight": 1},
+        "prose": {"path": text_source([50]), "weight": 1},
+        "scenes": {"path": pair_source([30]), "readers": {"image": "vision", "text": "vision"}, "weight": 1},
     }
     # An image of 4 patches fills little more than half of a row of 18.
     config = make_config(sources, data={"mixture_unit": "tokens", "sequence_length": 18})

@@ -13,10 +13,10 @@ import pytest
 from metalm.config.schema import ImageConfig, RunConfig, SourceConfig
 from metalm.data.index import build_index
 from metalm.data.lanes import Lane, Mixture
-from metalm.data.media import ImageReader
+from metalm.modalities.image import ImageReader
 from metalm.data.order import SampleOrder
-from metalm.data.pair_rows import PairPacker
-from metalm.data.rows import Row
+from metalm.data.packing.whole import WholePacker
+from metalm.data.row import Row
 from metalm.data.sources import Source, open_sources
 from metalm.data.streams import Stream
 from metalm.data.tokenizer import Tokenizer
@@ -33,8 +33,8 @@ def order_of(source: Source) -> SampleOrder:
 
 def packer_of(
     source: Source, length: int, image: ImageConfig = IMAGE, state: dict | None = None
-) -> PairPacker:
-    return PairPacker(
+) -> WholePacker:
+    return WholePacker(
         source,
         order_of(source),
         0,
@@ -49,7 +49,7 @@ def packer_of(
 
 @pytest.fixture
 def source(pair_source: Callable[..., Path], tokenizer: Tokenizer) -> Source:
-    config = SourceConfig(path=pair_source([30, 10]), kind="image_text", encoder="vision")
+    config = SourceConfig(path=pair_source([30, 10]), readers={"image": "vision", "text": "vision"})
     return open_sources({"scenes": config}, tokenizer)[0]
 
 
@@ -102,7 +102,7 @@ def test_prefixes_are_uniform_below_the_caption_and_the_encoders_limit(
     short = {"jpg": jpeg((1, 2, 3)), "txt": b"a"}
     write_shard(tmp_path / "a.tar", [sample] * 20 + [short] * 20)
     build_index(tmp_path, kind="image_text")
-    config = SourceConfig(path=tmp_path, kind="image_text", encoder="vision")
+    config = SourceConfig(path=tmp_path, readers={"image": "vision", "text": "vision"})
     (source,) = open_sources({"scenes": config}, tokenizer)
     packer = packer_of(source, 64)
     counts: Counter[int] = Counter()
@@ -124,7 +124,7 @@ def test_all_captions_of_an_image_are_used(
     sample = {"jpg": jpeg((1, 2, 3)), "json": json.dumps({"captions": captions}).encode(), "txt": b"no"}
     write_shard(tmp_path / "a.tar", [sample])
     build_index(tmp_path, kind="image_text")
-    config = SourceConfig(path=tmp_path, kind="image_text", encoder="vision")
+    config = SourceConfig(path=tmp_path, readers={"image": "vision", "text": "vision"})
     (source,) = open_sources({"scenes": config}, tokenizer)
     packer = packer_of(source, 64)
     used = {text for _ in range(20) for text, _, _ in pairs_of(packer.next_row(), tokenizer)}
@@ -136,7 +136,7 @@ def test_long_captions_are_cut_to_the_row_and_counted(
 ) -> None:
     write_shard(tmp_path / "a.tar", [{"jpg": jpeg((1, 2, 3)), "txt": b"quick " * 40}])
     build_index(tmp_path, kind="image_text")
-    config = SourceConfig(path=tmp_path, kind="image_text", encoder="vision")
+    config = SourceConfig(path=tmp_path, readers={"image": "vision", "text": "vision"})
     (source,) = open_sources({"scenes": config}, tokenizer)
     packer = packer_of(source, 20)
     row = packer.next_row()
@@ -167,7 +167,7 @@ def test_padding_of_natural_captions_is_below_8_percent(
     samples = [{"jpg": data, "txt": bytes(random.integers(97, 123, n).astype(np.uint8))} for n in lengths]
     write_shard(tmp_path / "a.tar", samples)
     build_index(tmp_path, kind="image_text")
-    config = SourceConfig(path=tmp_path, kind="image_text", encoder="vision")
+    config = SourceConfig(path=tmp_path, readers={"image": "vision", "text": "vision"})
     (source,) = open_sources({"scenes": config}, tokenizer)
     image = ImageConfig(image_size=56, patch_size=4)  # 196 patches, as 224 / 16
     packer = packer_of(source, 2048, image)
@@ -181,7 +181,7 @@ def test_padding_of_natural_captions_is_below_8_percent(
 
 def test_pairs_need_an_encoder_with_an_image(source: Source, make_config: Callable[..., RunConfig]) -> None:
     path = source.config.path
-    config = make_config({"scenes": {"path": path, "kind": "image_text", "encoder": "text"}})
+    config = make_config({"scenes": {"path": path, "readers": {"image": "text", "text": "text"}}})
     opened = open_sources(config.data.sources, source.tokenizer)
     with pytest.raises(ConfigError, match="source scenes is image_text: its encoder must"):
         Lane(Mixture(config, opened), 0)

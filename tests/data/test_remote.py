@@ -170,7 +170,7 @@ def test_streamed_text_is_the_text_of_the_files(
 ) -> None:
     index, shards = text
     server = serve(shards)
-    config = SourceConfig(path=index, kind="text", url=server.url)
+    config = SourceConfig(path=index, url=server.url)
     (streamed,) = open_sources({"a": config}, tokenizer)
     locations = streamed.index.locate(np.arange(streamed.index.num_samples))
     for shard in range(4):
@@ -193,7 +193,7 @@ def test_a_resume_in_mid_shard_passes_over_what_was_read(
 ) -> None:
     index = text_source([400])
     away_from(index, tmp_path / "shards")
-    source = {"path": index, "kind": "text", "url": f"pipe:cat {tmp_path}/shards/{{shard}}"}
+    source = {"path": index, "url": f"pipe:cat {tmp_path}/shards/{{shard}}"}
     config = make_config({"prose": source}, data={"lanes": 1}, training={"global_batch_size": 2})
     with opened(config) as data:
         for _ in range(60):
@@ -214,7 +214,7 @@ def test_a_stream_that_breaks_is_opened_again(
 ) -> None:
     server = serve(text[1])
     config = make_config(
-        {"prose": {"path": text[0], "kind": "text", "url": server.url}},
+        {"prose": {"path": text[0], "url": server.url}},
         data={"lanes": 1, "shuffle_window": 64},
         training={"global_batch_size": 2},
     )
@@ -230,13 +230,13 @@ def test_a_stream_that_stays_broken_ends_the_run_with_its_url_and_place(
 ) -> None:
     index, shards = text
     server = serve(shards)
-    missing = make_config({"prose": {"path": index, "kind": "text", "url": server.url.replace("/{", "/x/{")}})
+    missing = make_config({"prose": {"path": index, "url": server.url.replace("/{", "/x/{")}})
     with opened(missing) as data, pytest.raises(DataError, match=r"/x/text-.*exit code 22 \(5 attempts\)"):
         next(data)
     assert len(server.asked) == 5
     for shard in shards.iterdir():
         shard.write_bytes(shard.read_bytes()[:3000])
-    cut = make_config({"prose": {"path": index, "kind": "text", "url": f"pipe:cat {shards}/{{shard}}"}})
+    cut = make_config({"prose": {"path": index, "url": f"pipe:cat {shards}/{{shard}}"}})
     with opened(cut) as data, pytest.raises(DataError, match=r"it ends after 3,000 of [\d,]+ bytes"):
         for _ in range(20):
             next(data)
@@ -251,7 +251,7 @@ def test_another_shard_behind_the_url_is_found_out(
         content[position] ^= 1
     for shard in shards.iterdir():
         shard.write_bytes(content)
-    config = make_config({"prose": {"path": index, "kind": "text", "url": f"pipe:cat {shards}/{{shard}}"}})
+    config = make_config({"prose": {"path": index, "url": f"pipe:cat {shards}/{{shard}}"}})
     with opened(config) as data, pytest.raises(DataError, match="holds no member of"):
         next(data)
 
@@ -277,7 +277,7 @@ def test_nothing_of_an_index_is_executed(
         shard["name"] = f"x;touch {tmp_path}/executed"
         shard["url"] = f"pipe:touch {tmp_path}/executed"
     (index / "index.json").write_text(json.dumps(document))
-    config = make_config({"prose": {"path": index, "kind": "text", "url": f"pipe:cat {shards}/{{shard}}"}})
+    config = make_config({"prose": {"path": index, "url": f"pipe:cat {shards}/{{shard}}"}})
     with pytest.raises(DataError, match=r"cannot be used|cannot be read from a URL"), opened(config) as data:
         next(data)
     assert not (tmp_path / "executed").exists()
@@ -292,7 +292,7 @@ def test_urls_that_cannot_be_opened_are_refused_in_the_config(url: str) -> None:
 
 
 def test_held_out_sources_lie_on_a_file_system(make_config: Callable[..., RunConfig]) -> None:
-    source = {"path": "a", "kind": "text", "url": "http://host/{shard}"}
+    source = {"path": "a", "url": "http://host/{shard}"}
     config = make_config({"a": source}, evaluation={"b": source})
     with pytest.raises(ConfigError, match=r"data\.evaluation\.b\.url is given"):
         check_config(config, {}, {})

@@ -13,11 +13,11 @@ from metalm.config.schema import EncoderConfig, ModelConfig, SourceConfig, SpanC
 from metalm.data.collate import collate
 from metalm.data.index import build_index
 from metalm.data.order import SequentialOrder
-from metalm.data.retokenize import SpanRetokenizer, load_retokenizer
+from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.sources import Source, open_sources
-from metalm.data.spans import SpanSampler
+from metalm.data.documents.spans import SpanSampler
 from metalm.data.streams import Stream
-from metalm.data.text_rows import TextPacker
+from metalm.data.packing.continuous import ContinuousPacker
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
 from reference.encoder_tokenizer import save_tokenizer
@@ -38,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, write
         samples.append({"u16": body.astype("<u2").tobytes()})
     write_shard(folder / "words-00000.tar", samples)
     build_index(folder, kind="text", tokenizer_fingerprint=tokenizer.fingerprint)
-    return open_sources({"words": SourceConfig(path=folder, kind="text", encoder="text")}, tokenizer)[0]
+    return open_sources({"words": SourceConfig(path=folder, readers={"text": "text"})}, tokenizer)[0]
 
 
 @pytest.fixture(scope="module", params=["bytes", "words"])
@@ -50,8 +50,8 @@ def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def packer_of(
     source: Source, own: tokenizers.Tokenizer, length: int, state: dict | None = None, longest: int = LONGEST
-) -> TextPacker:
-    return TextPacker(
+) -> ContinuousPacker:
+    return ContinuousPacker(
         source,
         SequentialOrder(source.index),
         0,
@@ -85,7 +85,7 @@ def test_the_text_of_all_rows_is_that_of_the_documents(
             at, first, num_spans = end, first + end - start, num_spans + 1
         found += shared.decode(row.tokens[at:])
     locations = source.index.locate(np.arange(source.index.num_samples))
-    assert found == "".join(shared.decode(source.document(location)) for location in locations)
+    assert found == "".join(shared.decode(source.token_ids(location)) for location in locations)
     assert num_spans > 10
     assert num_grown > 5 or length < 60
 
@@ -159,7 +159,7 @@ def test_the_encoder_reads_its_own_tokens_and_the_rest_is_trained(
                 expected.append(tuple(spans.ids[first : first + end - start].tolist()))
                 first += end - start
                 assert int(batch.labels[b, start - 1]) == int(row.tokens[start])
-                assert batch.loss_mask[b, start : end - 1].sum() == 0
+                assert batch.loss_weights[b, start : end - 1].sum() == 0
                 assert (batch.tokens[b, start:end] == pad).all()
         assert expected
         assert all(found[ids] == list(range(len(ids))) for ids in expected)

@@ -13,16 +13,16 @@ from metalm.data.index import build_index
 from metalm.data.lanes import Lane, Mixture
 from metalm.data.order import SequentialOrder
 from metalm.data.sources import Source, open_sources
-from metalm.data.spans import SpanSampler
+from metalm.data.documents.spans import SpanSampler
 from metalm.data.streams import Stream
-from metalm.data.text_rows import TextPacker
+from metalm.data.packing.continuous import ContinuousPacker
 from metalm.data.tokenizer import Tokenizer
 
 
 def packer_of(
     source: Source, length: int, spans: SpanSampler | None = None, state: dict | None = None
-) -> TextPacker:
-    return TextPacker(
+) -> ContinuousPacker:
+    return ContinuousPacker(
         source,
         SequentialOrder(source.index),
         0,
@@ -36,7 +36,7 @@ def packer_of(
 @pytest.fixture
 def source(text_source: Callable[..., Path], tokenizer: Tokenizer) -> Source:
     folder = text_source([25, 15])
-    config = SourceConfig(path=folder, kind="text", encoder="text")
+    config = SourceConfig(path=folder, readers={"text": "text"})
     return open_sources({"prose": config}, tokenizer)[0]
 
 
@@ -44,7 +44,7 @@ def framed_documents(source: Source) -> list[list[int]]:
     tokenizer = source.tokenizer
     locations = source.index.locate(np.arange(source.index.num_samples))
     return [
-        [tokenizer.start_id, *source.document(location).tolist(), tokenizer.document_id]
+        [tokenizer.start_id, *source.token_ids(location).tolist(), tokenizer.document_id]
         for location in locations
     ]
 
@@ -112,8 +112,8 @@ def test_raw_text_gives_the_rows_of_its_tokens(
     build_index(tmp_path / "tokens", kind="text", tokenizer_fingerprint=tokenizer.fingerprint)
     lanes = []
     for name in ("raw", "tokens"):
-        config = make_config({"prose": {"path": tmp_path / name, "kind": "text", "encoder": "text"}})
-        lanes.append(Lane(Mixture(config, open_sources(config.data.sources, tokenizer)), 1))
+        config = make_config({"prose": {"path": tmp_path / name, "readers": {"text": "text"}}})
+        lanes.append(Lane(Mixture(Corpus(config)), 1))
     for _ in range(30):
         raw, tokens = (lane.next_row() for lane in lanes)
         np.testing.assert_array_equal(raw.tokens, tokens.tokens)

@@ -9,7 +9,7 @@ import numpy as np
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.data.collate import collate
-from metalm.data.rows import Row, RowSpans
+from metalm.data.row import Row, RowSpans
 from reference.rows import PAD, PlainRow, lonely_rows, random_rows
 
 GLOBAL_ROWS, LENGTH, VOCAB = 8, 40, 90
@@ -100,8 +100,8 @@ def tiny_config(
                 "sequence_length": LENGTH,
                 "lanes": 4,
                 "sources": {
-                    "text": {"path": "unused", "kind": "text", "encoder": "text"},
-                    "pairs": {"path": "unused", "kind": "image_text", "encoder": "image"},
+                    "text": {"path": "unused", "readers": {"text": "text"}},
+                    "pairs": {"path": "unused", "readers": {"image": "image", "text": "image"}},
                 },
             },
             "training": {

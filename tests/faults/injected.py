@@ -23,9 +23,9 @@ def not_a_number(rank: int, *, victim: int, first: int, last: int) -> None:
     def poison(number: int, step: TrainStep, batches: list[Any]) -> list[Any]:
         if rank != victim or not first <= number <= last:
             return batches
-        mask = batches[0].loss_mask.clone()
+        mask = batches[0].loss_weights.clone()
         mask[0, 0] = math.nan
-        return [replace(batches[0], loss_mask=mask), *batches[1:]]
+        return [replace(batches[0], loss_weights=mask), *batches[1:]]
 
     _before_each_step(poison)
 

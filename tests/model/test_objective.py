@@ -49,8 +49,8 @@ class Model:
 
     def loss(self, rows: list[PlainRow]) -> torch.Tensor:
         batch = self.batch(rows)
-        losses = self.decoder(batch, self.encode(batch)) * batch.loss_mask
-        return losses.sum() / batch.loss_mask.sum()
+        losses = self.decoder(batch, self.encode(batch)) * batch.loss_weights
+        return losses.sum() / batch.loss_weights.sum()
 
     def logits(self, document: Document) -> torch.Tensor:
         """[n, vocabulary] of one document."""
@@ -69,8 +69,8 @@ def twelve_tokens() -> Document:
 
 def test_check_value_of_the_trained_positions(topology: Topology) -> None:
     batch = build(topology).batch([PlainRow([twelve_tokens()], 0)])
-    assert batch.loss_mask[0, :11].tolist() == [1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1]
-    assert batch.loss_mask[0, 11:].sum() == 0
+    assert batch.loss_weights[0, :11].tolist() == [1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1]
+    assert batch.loss_weights[0, 11:].sum() == 0
     assert [t - 1 for t in plain.trained_targets(twelve_tokens())] == [0, 1, 2, 3, 7, 8, 9, 10]
 
 

@@ -11,7 +11,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.config import ModelConfig, ReplacedTokensConfig
 from metalm.data.collate import collate
 from metalm.data.replaced_tokens import documents_as_spans, mask_tokens
-from metalm.data.rows import Row, empty_row
+from metalm.data.row import Row, empty_row
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw
 from metalm.model.initialization import initialize_parameters
@@ -68,7 +68,7 @@ def test_tokens_are_masked_by_the_row_alone_and_special_ones_never() -> None:
     batch = masked_batch(rows)
     for number, own in enumerate(rows):
         size = len(own.tokens)
-        masked = batch.loss_mask[number].bool()
+        masked = batch.loss_weights[number].bool()
         assert masked.sum() == (round(0.3 * size) if size else 0)
         assert not masked[size:].any()
         at = masked.nonzero().flatten()
@@ -123,7 +123,7 @@ def test_losses_equal_those_of_each_document_by_itself(engines: Engines, topolog
         start = 0
         for end in own.document_ends:
             place = slice(start, end)
-            masked = batch.loss_mask[number, place].bool()
+            masked = batch.loss_weights[number, place].bool()
             mine = (batch.masked_positions >= number * LENGTH + start) & (
                 batch.masked_positions < number * LENGTH + end
             )
@@ -145,7 +145,7 @@ def test_losses_equal_those_of_each_document_by_itself(engines: Engines, topolog
             num_correct += int(((scores > 0) == is_replaced).sum())
             start = end
     torch.testing.assert_close(found.weighted.detach().double(), expected, atol=1e-5, rtol=1e-5)
-    assert 0 < num_replaced < int(batch.loss_mask.sum())  # some masked tokens got their own token again
+    assert 0 < num_replaced < int(batch.loss_weights.sum())  # some masked tokens got their own token again
     num_tokens = sum(len(own.tokens) for own in rows)
     assert found.parts["replaced_share"].tolist() == [num_replaced, num_tokens]
     assert found.parts["detection_accuracy"].tolist() == [num_correct, num_tokens]
@@ -156,7 +156,7 @@ def test_losses_equal_those_of_each_document_by_itself(engines: Engines, topolog
 
 def test_no_gradient_goes_from_the_detection_to_the_decoder(engines: Engines, topology: Topology) -> None:
     batch = masked_batch(rows_of_all_kinds())
-    (losses_of(engines, batch, topology).weighted * (1 - batch.loss_mask)).sum().backward()
+    (losses_of(engines, batch, topology).weighted * (1 - batch.loss_weights)).sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in engines.decoder.parameters())
     assert all(p.grad is not None for p in engines.encoders.parameters())  # type: ignore[union-attr]
 

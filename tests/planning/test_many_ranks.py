@@ -26,7 +26,7 @@ data:
   tokenizer: unused
   sequence_length: 2048
   lanes: 128
-  sources: {text: {path: unused, kind: text, encoder: text}}
+  sources: {text: {path: unused, readers: {text: text}}}
 training: {steps: 300000, global_batch_size: 1024, micro_batch_size: 4}
 """
 

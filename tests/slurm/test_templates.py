@@ -66,7 +66,7 @@ def test_a_run_is_evaluated_on_two_nodes_and_converted_after_it(
     cluster: VirtualCluster, pipeline: Path, tmp_path: Path
 ) -> None:
     """Both jobs are submitted at once, as the template of the second says."""
-    text = f"data.evaluation={{text: {{path: {pipeline.parent}/text, kind: text, encoder: text}}}}"
+    text = f"data.evaluation={{text: {{path: {pipeline.parent}/text, readers: {{text: text}}}}}}"
     overrides = (str(pipeline), "run.name=whole", "training.steps=3", "checkpoint.every_steps=3", text)
     command = (sys.executable, "-m", "metalm")
     for action, *more in (("train", "parallel.tensor=1"), ("evaluate", "parallel.tensor=1", "--samples=1")):

@@ -23,7 +23,7 @@ def test_it_is_the_same_on_every_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["tokens", "labels", "loss_mask", "positions", "attention_end", "source_ids"]
+    "field", ["tokens", "labels", "loss_weights", "positions", "attention_end", "source_ids"]
 )
 def test_any_change_of_a_row_shows(field: str) -> None:
     (batch,) = micro_batches(global_batch(0), tiny_config("unused", micro_batch_size=8), 0, 1)

@@ -142,7 +142,7 @@ def _describe(problem: Any) -> str:
         return f"{where}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{where}: required, not given"
-    return f"{where}: {problem['msg']} (given: {problem['input']!r})"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
 
 
 def _known_keys(location: list[str]) -> list[str]:

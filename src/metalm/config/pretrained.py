@@ -50,6 +50,8 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
             if reads_audio(definition):
                 seconds = pretrained.get("clip_seconds")
                 encoder["audio"], pretrained["processor"] = read_audio(definition, folder, seconds)
+            elif pretrained.get("clip_seconds") is not None:
+                raise ConfigError("clip_seconds is given, but the model reads no audio: leave it out")
             elif encoder["image"]:
                 pretrained.update(_pixels(folder))
         except ConfigError as error:

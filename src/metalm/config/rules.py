@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from metalm.config.schema import MEDIA_OF_KIND, EncoderConfig, RunConfig, SourceConfig
+from metalm.config.schema import MEDIA_SECTIONS, TEXT, EncoderConfig, RunConfig, SourceConfig
 from metalm.errors import ConfigError, TopologyError
 
 PIPELINE_OWNED_KEYS = (
@@ -46,7 +47,6 @@ def check_config(
         *_model_problems(config),
         *_data_problems(config),
         *_training_problems(config),
-        *_objective_problems(config),
         *_deepspeed_problems(config, str(config.deepspeed.decoder), decoder_json),
         *_deepspeed_problems(config, str(config.deepspeed.encoders), encoders_json),
     ]
@@ -106,35 +106,29 @@ def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
             f"{where}.num_heads = {encoder.num_heads} is not divisible by "
             f"num_kv_heads = {encoder.num_kv_heads}"
         )
-    if encoder.positions == "rope" and encoder.image:
-        yield f"{where}.positions: rope is of tokens in a line; an encoder with `image` has learned positions"
+    if encoder.positions == "rope" and encoder.media:
+        yield f"{where}.positions: rope is of tokens in a line; an encoder of patches has learned positions"
     if encoder.positions == "rope" and encoder.head_size % 2:
         yield f"{where}.hidden_size / num_heads = {encoder.head_size} must be even for positions: rope"
-    if encoder.image and encoder.image.image_size % encoder.image.patch_size:
-        yield (
-            f"{where}.image.image_size = {encoder.image.image_size} is not divisible by "
-            f"patch_size = {encoder.image.patch_size}"
-        )
     if encoder.pretrained is None and not encoder.max_text_positions:
         yield f"{where}.max_text_positions must be positive"
     if encoder.pretrained is not None:
         defaults = type(encoder).model_fields
         if given := [key for key in _OF_OUR_ENCODERS if getattr(encoder, key) != defaults[key].default]:
             yield f"{where}: {', '.join(given)} cannot be given for an encoder of transformers"
-        if encoder.pretrained.clip_seconds is not None and encoder.audio is None:
-            yield f"{where}.pretrained.clip_seconds is given, but the encoder reads no audio"
-    elif encoder.audio is not None:
-        yield f"{where}.audio is given, but only encoders of transformers (`pretrained`) read audio"
-    if encoder.image and encoder.relative_bias:
-        yield f"{where}: relative_bias is of tokens in a line; an encoder with `image` has patches in a grid"
+    elif encoder.media is not None and encoder.media.needs_pretrained:
+        name = next(name for name in MEDIA_SECTIONS if encoder.section(name) is encoder.media)
+        yield f"{where}.{name} is given, but only encoders of transformers (`pretrained`) read it"
+    if encoder.media and encoder.relative_bias:
+        yield f"{where}: relative_bias is of tokens in a line; an encoder of patches has them in a grid"
     bias = encoder.relative_bias
     if bias and bias.max_distance <= bias.num_buckets // 4:
         yield (
             f"{where}.relative_bias.max_distance = {bias.max_distance} is not above a quarter of "
             f"num_buckets = {bias.num_buckets}, which hold one distance each"
         )
-    if encoder.joint_layers and not encoder.image:
-        yield f"{where}.joint_layers is given, but the encoder has no `image` whose patches it could route"
+    if encoder.joint_layers and not encoder.media:
+        yield f"{where}.joint_layers is given, but the encoder has no patches (`image`) that it could route"
     for key in ("joint_layers", "trained_layers"):
         value = getattr(encoder, key)
         if isinstance(value, int) and value > encoder.num_layers:
@@ -205,42 +199,41 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 
 def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Iterator[str]:
     encoders, sequence_length = config.model.encoders, config.data.sequence_length
-    if source.encoder is None:
-        if source.kind != "text":
-            yield f"{where}.encoder is not given, but pairs need an encoder of images or audio"
-        return
-    encoder = encoders.get(source.encoder)
-    if encoder is None:
-        known = ", ".join(encoders) or "none"
-        yield f"{where}.encoder = {source.encoder!r} is not in model.encoders ({known})"
-    elif source.kind != "text":
-        yield from _pair_problems(where, source, encoder, sequence_length)
-    else:
-        longest = config.data.spans.max_length
-        if longest > encoder.max_text_positions:
-            yield (
-                f"data.spans.max_length = {longest} is above model.encoders.{source.encoder}."
-                f"max_text_positions = {encoder.max_text_positions}"
-            )
-        if longest + 2 > sequence_length:
-            yield (
-                f"data.spans.max_length = {longest} leaves no room in "
-                f"data.sequence_length = {sequence_length}"
-            )
+    for modality, name in source.readers.items():
+        reader = f"{where}.readers.{modality}"
+        encoder = encoders.get(name)
+        if modality not in (TEXT, *MEDIA_SECTIONS):
+            yield f"{reader}: no such modality; known: {', '.join((TEXT, *MEDIA_SECTIONS))}"
+        elif encoder is None:
+            near = difflib.get_close_matches(name, encoders, n=1)
+            if modality != TEXT:
+                yield f"{reader} = {name!r} is not in model.encoders ({', '.join(encoders) or 'none'})"
+            elif near:
+                yield f"{reader} = {name!r} is not in model.encoders: did you mean {near[0]!r}?"
+        elif modality != TEXT:
+            media = encoder.section(modality)
+            if media is None:
+                yield f"{reader} = {name!r}, but that encoder has no `{modality}` section"
+            elif media.num_patches + 3 > sequence_length:
+                yield (
+                    f"{where}: {media.num_patches} patches, start, one caption token and end do not fit in "
+                    f"data.sequence_length = {sequence_length}"
+                )
+        elif source.has_random_spans:
+            yield from _span_problems(config, name, encoder)
+        elif encoder.pretrained is not None and encoder.max_text_positions:
+            yield f"{reader} = {name!r} has a tokenizer of its own: it cannot read prefixes of captions"
 
 
-def _pair_problems(
-    where: str, source: SourceConfig, encoder: EncoderConfig, sequence_length: int
-) -> Iterator[str]:
-    wanted = MEDIA_OF_KIND[source.kind]
-    media = getattr(encoder, wanted)
-    if media is None:
-        yield f"{where} is {source.kind}, but its encoder {source.encoder!r} has no `{wanted}` section"
-    elif media.num_patches + 3 > sequence_length:
+def _span_problems(config: RunConfig, name: str, encoder: EncoderConfig) -> Iterator[str]:
+    longest, length = config.data.spans.max_length, config.data.sequence_length
+    if longest > encoder.max_text_positions:
         yield (
-            f"{where}: {media.num_patches} patches, start, one caption token and end do not fit in "
-            f"data.sequence_length = {sequence_length}"
+            f"data.spans.max_length = {longest} is above model.encoders.{name}."
+            f"max_text_positions = {encoder.max_text_positions}"
         )
+    if longest + 2 > length:
+        yield f"data.spans.max_length = {longest} leaves no room in data.sequence_length = {length}"
 
 
 def _training_problems(config: RunConfig) -> Iterator[str]:
@@ -255,33 +248,6 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             f"training.schedule.warmup_steps = {training.schedule.warmup_steps} is not below "
             f"training.steps = {training.steps}"
         )
-
-
-def _objective_problems(config: RunConfig) -> Iterator[str]:
-    encoders, where = config.model.encoders, "training.replaced_tokens"
-    if config.training.replaced_tokens is None:
-        for name, encoder in encoders.items():
-            if encoder.connector == "detection":
-                yield f"model.encoders.{name}.connector: detection is for a run with {where}"
-        return
-    if len(encoders) != 1:
-        yield f"{where} trains one encoder; model.encoders has {len(encoders)}"
-    for name, encoder in encoders.items():
-        if encoder.image or encoder.pretrained or encoder.trained_layers != "all":
-            yield f"{where}: model.encoders.{name} must be of text, our own, and trained in all layers"
-        if encoder.connector != "detection":
-            yield f"{where}: model.encoders.{name}.connector must be detection, not {encoder.connector}"
-        if config.data.sequence_length > encoder.max_text_positions:
-            yield (
-                f"{where}: data.sequence_length = {config.data.sequence_length} is above "
-                f"model.encoders.{name}.max_text_positions = {encoder.max_text_positions}"
-            )
-    if config.model.decoder.spans != "bidirectional":
-        yield f"{where}: model.decoder.spans must be bidirectional"
-    for group in ("sources", "evaluation"):
-        for name, source in getattr(config.data, group).items():
-            if source.kind != "text" or source.encoder is not None:
-                yield f"{where}: data.{group}.{name} must be text without an encoder of its own"
 
 
 def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]) -> Iterator[str]:

@@ -7,9 +7,9 @@ Paths are relative to the folder in which the command is started.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -24,9 +24,12 @@ Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 """Of the feed-forward layers; `swiglu` has a gate, so its first layer is twice as wide."""
 Positions = Literal["sinusoidal", "learned", "rope"]
 SpanAttention = Literal["causal", "bidirectional"]
-SourceKind = Literal["text", "image_text", "audio_text"]
-MEDIA_OF_KIND: dict[SourceKind, Literal["image", "audio"]] = {"image_text": "image", "audio_text": "audio"}
-"""What the pairs of a source hold beside their text: a section of `EncoderConfig`."""
+
+
+TEXT = "text"
+"""The modality whose parts are tokens."""
+MEDIA_SECTIONS = ("image", "audio")
+"""Modalities beside text, each a section of `EncoderConfig`."""
 
 
 class Section(BaseModel):
@@ -130,10 +133,21 @@ class DecoderConfig(Section):
 class ImageConfig(Section):
     """Square images, cut into square patches, three channels."""
 
+    needs_pretrained: ClassVar[bool] = False
+    """Whether only encoders of transformers read it."""
+
     image_size: PositiveInt
     """Pixels per side."""
     patch_size: PositiveInt
     """Pixels per side."""
+
+    @model_validator(mode="after")
+    def _is_tiled(self) -> ImageConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size = {self.image_size} is not divisible by patch_size = {self.patch_size}"
+            )
+        return self
 
     @property
     def num_patches(self) -> int:
@@ -143,6 +157,8 @@ class ImageConfig(Section):
 
 class AudioConfig(Section):
     """Clips of one channel. What a model reads of one, mel frames or samples, is padded to one shape."""
+
+    needs_pretrained: ClassVar[bool] = True
 
     sampling_rate: PositiveInt
     """In hertz; clips of other rates are resampled."""
@@ -265,10 +281,14 @@ class EncoderConfig(Section):
         """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
 
+    def section(self, modality: str) -> ImageConfig | AudioConfig | None:
+        """Of what it reads beside text, by modality."""
+        return getattr(self, modality) if modality in MEDIA_SECTIONS else None
+
     @property
     def media(self) -> ImageConfig | AudioConfig | None:
         """What its spans begin with; None: text alone."""
-        return self.image or self.audio
+        return next((found for name in MEDIA_SECTIONS if (found := self.section(name)) is not None), None)
 
     @property
     def num_frozen_layers(self) -> int:
@@ -317,14 +337,20 @@ class SourceConfig(Section):
     """A folder of shards with an index."""
 
     path: Path
-    kind: SourceKind
     url: Annotated[str, Field(pattern=SHARD_URL_PATTERN)] | None = None
     """Where the shards are, if `path` holds their index alone: `https://host/pile/{shard}`, or a shell
     command that writes a shard, `pipe:aws s3 cp s3://bucket/pile/{shard} -`. Each is read from its front."""
-    encoder: str | None = None
-    """The encoder of this source's spans. Text without one is plain causal; pairs need one of their kind."""
+    readers: dict[str, str] = {}
+    """Which encoder reads what, by modality, such as `{image: scene, text: scene}`: of text its random spans,
+    of pairs the image or clip and, with `text`, a prefix of the caption. The decoder reads the rest itself,
+    and text whose encoder the model lacks."""
     weight: PositiveFloat = 1.0
     """Share of the rows, relative to the other sources."""
+
+    @property
+    def has_random_spans(self) -> bool:
+        """Whether an encoder reads random runs of its text, if it is text alone."""
+        return set(self.readers) == {TEXT}
 
 
 class DataConfig(Section):

@@ -13,7 +13,8 @@ import transformers
 
 from metalm.config import DecoderConfig, EncoderConfig, PretrainedConfig, RunConfig
 from metalm.config.pretrained import positions_before_text
-from metalm.data.retokenize import load_retokenizer
+from metalm.config.schema import TEXT
+from metalm.data.documents.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
 
@@ -151,12 +152,12 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
 
 def image_encoder(config: RunConfig) -> str | None:
     """The encoder that images go to: the one that pairs were trained with, else the first with images."""
-    return _trained_encoder(config, "image_text", lambda encoder: encoder.image is not None)
+    return _trained_encoder(config, "image", lambda encoder: encoder.image is not None)
 
 
 def text_encoder(config: RunConfig) -> str | None:
     """The encoder that text spans go to: the one that text was trained with, else the first for text."""
-    return _trained_encoder(config, "text", lambda encoder: encoder.media is None)
+    return _trained_encoder(config, TEXT, lambda encoder: encoder.media is None)
 
 
 def _own_vocabulary(config: RunConfig, encoder: EncoderConfig) -> dict[str, int]:
@@ -182,9 +183,10 @@ def write_own_tokenizers(config: RunConfig, tokenizer: Tokenizer, folder: Path) 
             shutil.copyfile(encoder.pretrained.path / "tokenizer.json", folder / f"tokenizer_of_{name}.json")
 
 
-def _trained_encoder(config: RunConfig, kind: str, fits: Callable[[EncoderConfig], bool]) -> str | None:
-    trained = [s.encoder for s in config.data.sources.values() if s.kind == kind and s.encoder]
+def _trained_encoder(config: RunConfig, modality: str, fits: Callable[[EncoderConfig], bool]) -> str | None:
     fitting = [name for name, encoder in config.model.encoders.items() if fits(encoder)]
+    readers = [source.readers.get(modality) for source in config.data.sources.values()]
+    trained = [reader for reader in readers if reader in fitting]
     return next(iter([*trained, *fitting]), None)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from metalm.config.schema import SourceConfig
 from metalm.conversion.checkpoint_source import CheckpointSource
 from metalm.conversion.hf_config import image_encoder, text_encoder
 from metalm.conversion.proof import TOLERANCE, ProofResult
+from metalm.modalities import modality_of_encoder
 
 CARD_NAME = "README.md"
 
@@ -116,7 +118,7 @@ def _figures(source: CheckpointSource, dtype: torch.dtype, num_parameters: int) 
     if "trained_tokens" in state["progress"]:
         yield "Trained positions", f"{state['progress']['trained_tokens']:,.0f}"
     sources = config.data.sources.items()
-    yield "Data", ", ".join(f"{name} ({one.kind}, weight {one.weight:g})" for name, one in sources)
+    yield "Data", ", ".join(f"{name} ({_readers(one)}weight {one.weight:g})" for name, one in sources)
     yield "Precision", training.precision
     yield "Learning rate", f"{training.optimizer.learning_rate:g}, {training.schedule.decay} decay"
     topology = state["topology"]
@@ -127,6 +129,10 @@ def _figures(source: CheckpointSource, dtype: torch.dtype, num_parameters: int) 
     versions = source.provenance.get("versions", {})
     yield "Versions", ", ".join(f"{package} {version}" for package, version in versions.items())
     yield from _held_out_losses(source)
+
+
+def _readers(source: SourceConfig) -> str:
+    return "".join(f"{modality} read by {reader}, " for modality, reader in source.readers.items())
 
 
 def _held_out_losses(source: CheckpointSource) -> Iterator[tuple[str, str]]:
@@ -148,9 +154,8 @@ def _encoder_table(source: CheckpointSource) -> str:
     lines = ["| encoder | layers | wide | heads | connector | reads |", "|---|---|---|---|---|---|"]
     for name, encoder in source.config.model.encoders.items():
         reads = [f"up to {encoder.max_text_positions} tokens"] if encoder.max_text_positions else []
-        if encoder.image:
-            side = encoder.image.image_size
-            reads = [f"images of {side} x {side} in {encoder.image.num_patches} patches", *reads]
+        if (media := modality_of_encoder(encoder).describe_input(encoder)) is not None:
+            reads = [media, *reads]
         if encoder.pretrained:
             reads.append(f"as {encoder.pretrained.model_type} of transformers does")
         lines.append(

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,18 @@ import torch
 from safetensors.torch import load_file
 
 from metalm.config import EncoderConfig
+from metalm.config.schema import TEXT
 from metalm.conversion import plain_transformers
 from metalm.conversion.checkpoint_source import CheckpointSource
 from metalm.conversion.reference import reference_logits
 from metalm.data.collate import collate
-from metalm.data.images import fit_patches
-from metalm.data.retokenize import load_retokenizer
-from metalm.data.rows import Row, media_prompt, text_prompt
+from metalm.data.documents.retokenize import load_retokenizer
+from metalm.data.documents.text import text_document
+from metalm.data.row import Row, lay_out
+from metalm.document import Document, Part
 from metalm.errors import CheckpointError
+from metalm.modalities import MEDIA
+from metalm.modalities.image import encode_png
 
 TOLERANCE = 1e-4
 """Largest difference between two logits, in float32."""
@@ -99,7 +103,8 @@ def proof_cases(source: CheckpointSource) -> list[ProofCase]:
     """Plain text, and for each encoder a span of what it reads."""
     tokenizer = source.tokenizer
     ids = tokenizer.encode([_BEFORE + _AFTER])[0]
-    cases = [ProofCase("text", _BEFORE + _AFTER, None, text_prompt(ids, start_id=tokenizer.start_id))]
+    row = lay_out([Document((Part(TEXT, ids),), ends=False)], tokenizer)
+    cases = [ProofCase("text", _BEFORE + _AFTER, None, row)]
     for name, encoder in source.config.model.encoders.items():
         case = _text_case if encoder.image is None else _image_case
         cases.append(case(source, name, encoder))
@@ -109,35 +114,23 @@ def proof_cases(source: CheckpointSource) -> list[ProofCase]:
 def _text_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> ProofCase:
     words = _fitting(source, _SPAN, encoder.max_text_positions)
     before, span, after = source.tokenizer.encode([_BEFORE, words, _AFTER])
-    row = text_prompt(
-        np.concatenate((before, span, after)),
-        start_id=source.tokenizer.start_id,
-        encoder=name,
-        span=(len(before), len(before) + len(span)),
-    )
+    bounds = np.array([[len(before), len(before) + len(span)]])
+    text = np.concatenate((before, span, after))
+    documents = [text_document(text, bounds, name, begins=True, ends=False)]
     if (retokenizer := load_retokenizer(encoder, source.tokenizer)) is not None:
-        refitted = retokenizer.refit(row.tokens, row.document_ends, row.spans[name].bounds, _LONGEST_ROW)
-        spans = replace(row.spans[name], bounds=refitted.bounds, ids=refitted.ids)
-        row = replace(row, tokens=refitted.tokens, document_ends=refitted.document_ends, spans={name: spans})
-    return ProofCase(
-        f"text with a span of {name}", f"{_BEFORE}<span:{name}>{words}</span>{_AFTER}", None, row
-    )
+        documents, _ = retokenizer.refit(documents, _LONGEST_ROW)
+    marked = f"{_BEFORE}<span:{name}>{words}</span>{_AFTER}"
+    return ProofCase(f"text with a span of {name}", marked, None, lay_out(documents, source.tokenizer))
 
 
 def _image_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> ProofCase:
-    assert encoder.image is not None
     words = _fitting(source, "Summarize this image:", encoder.max_text_positions)
     prefix, caption = source.tokenizer.encode([words, _CAPTION])
-    pixels = proof_image()
-    row = media_prompt(
-        fit_patches(pixels, encoder.image),
-        encoder.image.num_patches,
-        encoder=name,
-        start_id=source.tokenizer.start_id,
-        paragraph_id=source.tokenizer.paragraph_id,
-        prefix_ids=prefix,
-        ids=caption,
-    )
+    pixels, reader = proof_image(), MEDIA["image"].reader(encoder)
+    data = encode_png(pixels)
+    image = MEDIA["image"].part(data, reader, name, source.tokenizer.paragraph_id)
+    document = Document((image, Part(TEXT, prefix, name), Part(TEXT, caption)), ends=False)
+    row = lay_out([document.decoded(lambda _: reader.read(data))], source.tokenizer)
     return ProofCase(
         f"image and text of {name}", f"<span:{name}><image>{words}</span>{_CAPTION}", pixels, row
     )

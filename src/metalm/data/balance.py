@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from metalm.config.schema import EncoderConfig
-from metalm.data.rows import Row
+from metalm.data.row import Row
+from metalm.modalities import modality_of_encoder
 
 
 def span_costs(lengths: np.ndarray, config: EncoderConfig) -> np.ndarray:
     """Relative cost [K] of encoding spans of so many elements: projections and feed-forward, attention."""
-    if config.audio is not None:  # clips are padded to one length
-        lengths = np.full_like(lengths, config.audio.num_patches)
+    lengths = modality_of_encoder(config).cost_lengths(lengths, config)
     hidden = config.hidden_size
     linear = 4 * hidden * hidden + 2 * hidden * config.feed_forward_size
     return config.num_layers * (lengths * linear + 2 * hidden * lengths * lengths)

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from metalm.config.schema import SourceConfig
-from metalm.data.failures import BadSample
 from metalm.data.index import ShardIndex, open_index, scan_remote
 from metalm.data.shards import scan_shard
-from metalm.data.sources import Source, open_sources
+from metalm.data.sources import open_source
 from metalm.data.tokenizer import load_tokenizer
-from metalm.errors import DataError
+from metalm.errors import BadSample, DataError
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def check_shards(
     arguments = [
         (folder, url, tokenizer_path, number, samples_per_shard) for number in range(len(index.shards))
     ]
-    _open_source(folder, url, tokenizer_path)
+    open_source(folder.name, folder, load_tokenizer(tokenizer_path), url=url)
     checks = []
     if processes == 1:
         for argument in arguments:
@@ -68,14 +66,9 @@ def check_shards(
     return checks
 
 
-def _open_source(folder: Path, url: str | None, tokenizer_path: Path) -> Source:
-    config = SourceConfig(path=folder, url=url, kind=open_index(folder, check_sizes=False).kind)
-    return open_sources({folder.name: config}, load_tokenizer(tokenizer_path), check_sizes=False)[0]
-
-
 def _check_shard(argument: tuple[Path, str | None, Path, int, int]) -> ShardCheck:
     folder, url, tokenizer_path, number, samples_per_shard = argument
-    source = _open_source(folder, url, tokenizer_path)
+    source = open_source(folder.name, folder, load_tokenizer(tokenizer_path), url=url)
     entry = source.index.shards[number]
     problems = _differences(source.index, url, number)
     decoded = 0
@@ -86,11 +79,11 @@ def _check_shard(argument: tuple[Path, str | None, Path, int, int]) -> ShardChec
         for location in source.index.locate(chosen):
             try:
                 source.reader.read_ahead([location])
-                if source.index.kind == "text":
-                    source.document(location)
+                if source.media is None:
+                    source.token_ids(location)
                 else:
                     source.captions(location)
-                    source.look(location)
+                    source.media.decode(source.main_member(location))
                 decoded += 1
             except BadSample as failure:
                 problems.append(f"sample {location.sample - first}: {failure.cause}")

@@ -1,5 +1,7 @@
 """Rows to a SemiCausalBatch: all indices that the model needs, computed for the whole micro-batch at once.
 
+Which positions are trained is not decided here: rows carry the weights of their losses.
+
 Shape letters as in `metalm.batch`; K spans, D documents.
 """
 
@@ -14,7 +16,9 @@ from torch import Tensor
 from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
 from metalm.config.schema import EncoderConfig, ModelConfig
 from metalm.data.balance import assign_spans, span_costs
-from metalm.data.rows import NO_TOKEN, Row, RowSpans
+from metalm.data.row import Row, RowSpans
+from metalm.document import NO_TOKEN
+from metalm.modalities import modality_of_encoder
 
 SHARE_MULTIPLE = 16
 """Shares are padded to a multiple of this many elements."""
@@ -27,8 +31,7 @@ def collate(
 ) -> SemiCausalBatch:
     """Makes one micro-batch of rows.
 
-    Position p predicts the token at p + 1. Trained are all positions but those inside a span before its
-    last one, the last position of a document that ends in the row, and padding (PAPER section 3).
+    Position p predicts the token at p + 1, with the row's loss weight there; padding has weight 0.
 
     Args:
         rows: at most `sequence_length` tokens each.
@@ -52,16 +55,15 @@ def collate(
     attention_end = np.where(real, index + 1, 0).astype(np.int32)
     positions = np.where(real, index - attention_start, 0).astype(np.int64)
 
-    trained = real.copy()
+    loss_weights = np.zeros((num_rows, length), np.float32)
+    for b, row in enumerate(rows):
+        loss_weights[b, : len(row.tokens)] = row.loss_weights
     spans = {name: _RowsSpans(rows, name, length) for name in model_config.encoders}
     for span in spans.values():
         if model_config.decoder.spans == "bidirectional":
             ends = span.bounds[:, 1] - span.bounds[:, 0] // length * length
             attention_end.reshape(-1)[span.positions] = np.repeat(ends, span.lengths)
-        trained.reshape(-1)[span.positions] = False
-        trained.reshape(-1)[span.bounds[:, 1] - 1] = True
-    trained.reshape(-1)[_document_ends(rows, length)] = False
-    labels[~trained] = pad_id
+    labels[loss_weights == 0] = pad_id
 
     encoders = {
         name: _encoder_batch(span, tokens.reshape(-1), model_config.encoders[name], tp_size, pad_id)
@@ -72,7 +74,7 @@ def collate(
     return SemiCausalBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
-        loss_mask=torch.from_numpy(trained.astype(np.float32)),
+        loss_weights=torch.from_numpy(loss_weights),
         positions=torch.from_numpy(positions),
         attention_start=torch.from_numpy(attention_start),
         attention_end=torch.from_numpy(attention_end),
@@ -116,15 +118,6 @@ def _document_intervals(rows: Sequence[Row], length: int) -> tuple[np.ndarray, n
     return np.array(starts, np.int32), np.array(lengths, np.int64)
 
 
-def _document_ends(rows: Sequence[Row], length: int) -> list[int]:
-    """Flat last positions of the documents that end in their row."""
-    return [
-        b * length + end - 1
-        for b, row in enumerate(rows)
-        for end in (row.document_ends if row.next_token == NO_TOKEN else row.document_ends[:-1])
-    ]
-
-
 def span_seeds(row_seed: int, starts: np.ndarray) -> np.ndarray:
     """Seeds [K] int64 of a row's spans, which begin at `starts` [K]: the row's, mixed with the place.
 
@@ -145,8 +138,9 @@ def _encoder_batch(
     taken = -(-spans.lengths // multiple) * multiple
     totals = [int(taken[chosen].sum()) for chosen in members]
     length = max(SHARE_MULTIPLE, -(-max(totals) // SHARE_MULTIPLE) * SHARE_MULTIPLE)
-    media = np.concatenate(spans.media) if spans.media else _no_media(config)
-    rows_of_media = spans.num_patches if config.audio is None else np.minimum(spans.num_patches, 1)
+    modality = modality_of_encoder(config)
+    media = np.concatenate(spans.media) if spans.media else modality.no_media(config)
+    rows_of_media = modality.rows_of_media(spans.num_patches)
     first_rows = np.cumsum(rows_of_media) - rows_of_media
     shares, vectors, positions = [], [], []
     first_elements = np.cumsum(spans.lengths) - spans.lengths
@@ -168,12 +162,6 @@ def _encoder_batch(
         dock_vectors=torch.from_numpy(np.concatenate(vectors)),
         dock_positions=torch.from_numpy(np.concatenate(positions)),
     )
-
-
-def _no_media(config: EncoderConfig) -> np.ndarray:
-    if config.audio is not None:
-        return np.empty((0, *config.audio.features), np.float32)
-    return np.empty((0, 3 * config.image.patch_size**2 if config.image else 0), np.uint8)
 
 
 class _ShareLayout:

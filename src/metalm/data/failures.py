@@ -13,15 +13,6 @@ SHOWN_PER_CAUSE = 3
 """Failures of one cause that are logged as warnings; later ones are counted."""
 
 
-class BadSample(Exception):
-    """A sample that cannot be used; its one argument is the cause that it is counted under."""
-
-    @property
-    def cause(self) -> str:
-        """The name of the counter."""
-        return self.args[0]
-
-
 class FailureGuard:
     """Counts the bad samples of one stream of samples, and stops it at too many in a row."""
 

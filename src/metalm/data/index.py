@@ -24,19 +24,19 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from metalm.config.schema import SourceKind
 from metalm.data.remote import RemoteShard, attempt, shard_url
 from metalm.data.shards import (
     FORMATS,
     MAX_MEMBER_BYTES,
     RECORD,
-    TOKEN_DTYPES,
     Shard,
     scan_shard,
     scan_stream,
 )
 from metalm.data.tar import BLOCK
 from metalm.errors import DataError
+from metalm.modalities import Modality, modality_of_kind
+from metalm.modalities.text import TOKEN_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class ShardIndex:
     """The samples of a folder of shards, in the order of the shards and of the samples in them."""
 
     folder: Path
-    kind: SourceKind
+    kind: str
     tokenizer_fingerprint: str | None
     """Of the tokenizer that wrote the token members; None without token members."""
     token_dtype: str | None
@@ -87,6 +87,11 @@ class ShardIndex:
     """In token members."""
     shards: tuple[Shard, ...]
     records: np.ndarray  # [num_samples] RECORD, memory-mapped
+
+    @property
+    def modality(self) -> Modality:
+        """Of the samples' main members."""
+        return modality_of_kind(self.kind)
 
     @property
     def num_samples(self) -> int:
@@ -128,7 +133,7 @@ class ShardIndex:
 def build_index(
     folder: Path | str,
     *,
-    kind: SourceKind,
+    kind: str,
     url: str | None = None,
     shard_names: Sequence[str] = (),
     tokenizer_fingerprint: str | None = None,
@@ -210,6 +215,7 @@ def open_index(folder: Path | str, *, check_sizes: bool = True) -> ShardIndex:
             raise DataError(
                 f"{path} has version {version}, this program reads version {INDEX_VERSION}: index again"
             )
+        modality_of_kind(document["kind"])
         records = np.memmap(folder / document["records"], RECORD, mode="r")
         index = ShardIndex(
             folder=folder,
@@ -246,7 +252,7 @@ def check_shard_size(path: Path, size: int) -> None:
 
 
 def scan_remote(
-    url: str, name: str, kind: SourceKind, *, max_member_bytes: int = MAX_MEMBER_BYTES
+    url: str, name: str, kind: str, *, max_member_bytes: int = MAX_MEMBER_BYTES
 ) -> tuple[Shard, np.ndarray]:
     """As `scan_shard`, for a shard behind a URL.
 
@@ -272,9 +278,7 @@ def _local_shards(folder: Path) -> list[str]:
     return names
 
 
-def _scan_file(
-    folder: Path, name: str, kind: SourceKind, *, max_member_bytes: int
-) -> tuple[Shard, np.ndarray]:
+def _scan_file(folder: Path, name: str, kind: str, *, max_member_bytes: int) -> tuple[Shard, np.ndarray]:
     return scan_shard(folder / name, kind, max_member_bytes=max_member_bytes)
 
 
@@ -317,7 +321,7 @@ def _write_records(
 
 
 def _check_content(
-    folder: Path, kind: SourceKind, shards: list[Shard], tokens: Counter[str], fingerprint: str | None
+    folder: Path, kind: str, shards: list[Shard], tokens: Counter[str], fingerprint: str | None
 ) -> None:
     if not any(shard.num_samples for shard in shards):
         causes = sum((Counter(shard.skipped) for shard in shards), Counter())

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 
 from metalm.config.schema import RunConfig
-from metalm.data.media import media_reader, pair_encoder
+from metalm.data.corpus import Corpus
+from metalm.data.documents.spans import SpanSampler
 from metalm.data.order import SampleOrder, ShardOrder
-from metalm.data.pair_rows import PairPacker
-from metalm.data.retokenize import load_retokenizer
-from metalm.data.rows import Row
+from metalm.data.packing.continuous import ContinuousPacker
+from metalm.data.packing.whole import WholePacker
+from metalm.data.row import Row
 from metalm.data.sources import Source
-from metalm.data.spans import SpanSampler
 from metalm.data.streams import Stream
-from metalm.data.text_rows import TextPacker
 from metalm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -46,21 +45,19 @@ def owned_lanes(num_lanes: int, dp_rank: int, dp_size: int) -> range:
 class Mixture:
     """The sources of a run with their orders: what all lanes of a process share."""
 
-    def __init__(self, config: RunConfig, sources: list[Source]) -> None:
-        self.config = config
-        self.sources = sources
-        self.orders = {source.name: _order(config, source) for source in sources}
-        self.retokenizers = {
-            source.config.encoder: load_retokenizer(
-                config.model.encoders[source.config.encoder], source.tokenizer
-            )
-            for source in sources
-            if source.config.kind == "text" and source.config.encoder is not None
+    def __init__(self, corpus: Corpus) -> None:
+        """
+        Raises:
+            ConfigError, DataError: a source, or what reads it, cannot be used.
+        """
+        self.config = corpus.config
+        self.sources = corpus.sources
+        self.orders = {source.name: _order(corpus.config, source) for source in self.sources}
+        self.makers = {
+            source.name: corpus.pair_maker(source) for source in self.sources if source.media is not None
         }
-        self.media_readers = {
-            source.config.encoder: media_reader(pair_encoder(config, source.name, source.config))
-            for source in sources
-            if source.config.kind != "text"
+        self.retokenizers = {
+            source.name: corpus.retokenizer(source) for source in self.sources if source.media is None
         }
 
     def check_state(self, state: LaneState) -> None:
@@ -72,25 +69,25 @@ class Mixture:
                     "restore the settings, or give the source a new name to begin it anew"
                 )
 
-    def without_gone_sources(self, state: LaneState) -> LaneState:
-        """A lane's saved state without the sources that the config does not have any more."""
+    def drop_removed_sources(self, state: LaneState) -> LaneState:
+        """A lane's saved state without the sources that are no longer in the config."""
         return {**state, "sources": {k: v for k, v in state["sources"].items() if k in self.orders}}
 
     def log_changes(self, state: LaneState) -> None:
-        """Logs sources that came, went or changed their weight since a lane's state was saved."""
+        """Logs sources that were added, removed or reweighted since a lane's state was saved."""
         old = {name: saved["weight"] for name, saved in state["sources"].items()}
-        new = {source.name: source.config.weight for source in self.sources}
+        new = {source.name: source.weight for source in self.sources}
         for name in old | new:
             if name not in old:
-                logger.info("source %s is new, with weight %g: it begins at its first epoch", name, new[name])
+                logger.info("source %s is new, with weight %g: it starts at its first epoch", name, new[name])
             elif name not in new:
-                logger.info("source %s is gone: its place is forgotten", name)
+                logger.info("source %s was removed: its position is dropped", name)
             elif old[name] != new[name]:
                 logger.info("source %s: weight %g is now %g", name, old[name], new[name])
 
 
 class Lane:
-    """One lane of a run. `state()` after row n is what makes the lane go on with row n + 1."""
+    """One lane of a run. A lane made from the `state()` after row n continues with row n + 1."""
 
     def __init__(self, mixture: Mixture, lane: int, state: LaneState | None = None) -> None:
         self._mixture, self._lane = mixture, lane
@@ -102,7 +99,7 @@ class Lane:
         ]
         self._choices = Stream(mixture.config.run.seed, "source of a row", lane)
         self._dropout = Stream(mixture.config.run.seed, "dropout of a row", lane)
-        self._weights = np.array([source.config.weight for source in mixture.sources])
+        self._weights = np.array([source.weight for source in mixture.sources])
 
     def next_row(self) -> Row:
         """The next row of the lane.
@@ -120,7 +117,7 @@ class Lane:
         """Where the next row begins, and what has been counted, as JSON holds it."""
         sources = {
             source.name: {
-                "weight": source.config.weight,
+                "weight": source.weight,
                 "order": self._mixture.orders[source.name].signature,
                 "packer": packer.state(),
             }
@@ -146,42 +143,37 @@ class Lane:
         draw = self._choices.uniforms(self._rows, 1)[0] * bounds[-1]
         return min(int(np.searchsorted(bounds, draw, side="right")), len(bounds) - 1)
 
-    def _make_packer(self, source: Source, state: dict[str, Any] | None) -> TextPacker | PairPacker:
-        config = self._mixture.config
-        order = self._mixture.orders[source.name]
+    def _make_packer(self, source: Source, state: dict[str, Any] | None) -> ContinuousPacker | WholePacker:
+        config, name = self._mixture.config, source.name
+        order = self._mixture.orders[name]
         seed, length = config.run.seed, config.data.sequence_length
         failures = config.data.max_consecutive_failures
-        if source.config.kind == "text":
-            spans = None
-            if source.config.encoder is not None:
-                stream = Stream(seed, f"spans of {source.name}", self._lane)
-                spans = SpanSampler(config.data.spans, stream)
-            return TextPacker(
+        if name in self._mixture.makers:
+            return WholePacker(
                 source,
                 order,
                 self._lane,
+                maker=self._mixture.makers[name],
                 sequence_length=length,
-                spans=spans,
+                draws=Stream(seed, f"captions and prefixes of {name}", self._lane),
                 max_consecutive_failures=failures,
-                retokenizer=self._mixture.retokenizers.get(source.config.encoder or ""),
                 state=state,
             )
-        return PairPacker(
+        return ContinuousPacker(
             source,
             order,
             self._lane,
-            reader=self._mixture.media_readers[source.config.encoder],
-            max_text_positions=pair_encoder(config, source.name, source.config).max_text_positions,
             sequence_length=length,
-            draws=Stream(seed, f"captions and prefixes of {source.name}", self._lane),
+            spans=SpanSampler(config.data.spans, Stream(seed, f"spans of {name}", self._lane)),
             max_consecutive_failures=failures,
+            retokenizer=self._mixture.retokenizers[name],
             state=state,
         )
 
 
 def _order(config: RunConfig, source: Source) -> SampleOrder | ShardOrder:
     data, seed = config.data, config.run.seed
-    if source.config.url is not None:
+    if source.url is not None:
         return ShardOrder(
             source.index,
             seed=seed,

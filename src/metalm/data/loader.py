@@ -20,12 +20,9 @@ import numpy as np
 import torch
 
 from metalm.batch import EncoderBatch, SemiCausalBatch
-from metalm.config.schema import RunConfig
 from metalm.data.balance import group_rows, row_costs
+from metalm.data.corpus import Corpus, RowObjective
 from metalm.data.lanes import Lane, LaneState, Mixture, owned_lanes, saved_state
-from metalm.data.micro_batch import make_micro_batch, with_spans
-from metalm.data.sources import open_sources
-from metalm.data.tokenizer import load_tokenizer
 from metalm.data.workers import LaneGroup, WorkerPool
 from metalm.errors import ConfigError
 
@@ -52,16 +49,19 @@ class TrainingData:
 
     def __init__(
         self,
-        config: RunConfig,
+        corpus: Corpus,
+        objective: RowObjective,
         *,
         dp_rank: int,
         dp_size: int,
         tp_size: int,
         lane_states: dict[int, LaneState] | None = None,
     ) -> None:
-        """Opens the sources and starts the workers.
+        """Starts the workers.
 
         Args:
+            corpus: of the run.
+            objective: what is done to the rows.
             lane_states: what `lane_states()` returned, of all lanes of this rank or more, on any number
                 of ranks and workers; None begins the data.
 
@@ -69,8 +69,10 @@ class TrainingData:
             ConfigError: lanes, batch sizes and ranks do not fit, or the states are of another order.
             DataError: a source cannot be used.
         """
+        config = corpus.config
         data, training = config.data, config.training
         self._config, self._tp_size = config, tp_size
+        self._corpus, self._objective = corpus, objective
         self._lanes = owned_lanes(data.lanes, dp_rank, dp_size)
         if training.global_batch_size % data.lanes:
             raise ConfigError(
@@ -84,9 +86,7 @@ class TrainingData:
                 f"a rank has {rows_per_step} rows per step, which training.micro_batch_size "
                 f"({training.micro_batch_size}) does not divide"
             )
-        tokenizer = load_tokenizer(data.tokenizer)
-        self._tokenizer = tokenizer
-        self._mixture = Mixture(config, open_sources(data.sources, tokenizer))
+        self._mixture = Mixture(corpus)
         if lane_states is not None:
             first = saved_state(lane_states, self._lanes[0])
             self._mixture.check_state(first)
@@ -164,20 +164,19 @@ class TrainingData:
         if saved is None:
             return {lane: Lane(self._mixture, lane).state() for lane in self._lanes}
         states = {lane: saved_state(saved, lane) for lane in self._lanes}
-        return {lane: self._mixture.without_gone_sources(state) for lane, state in states.items()}
+        return {lane: self._mixture.drop_removed_sources(state) for lane, state in states.items()}
 
     def _make_step(self) -> _Step:
         step = self._group.next_step()
-        rows = with_spans(
-            [step.rows[lane][turn] for turn in range(self._rows_per_lane) for lane in self._lanes],
-            self._config,
+        rows = self._objective.arrange(
+            [step.rows[lane][turn] for turn in range(self._rows_per_lane) for lane in self._lanes]
         )
         size = self._config.training.micro_batch_size
         costs = row_costs(rows, self._config.model.encoders)
         in_lane_order = np.arange(len(rows)).reshape(-1, size)
         groups = np.array(group_rows(costs, size))
         batches = [
-            make_micro_batch([rows[number] for number in group], self._config, self._tokenizer, self._tp_size)
+            self._corpus.micro_batch([rows[number] for number in group], self._objective, self._tp_size)
             for group in groups
         ]
         if torch.cuda.is_available():

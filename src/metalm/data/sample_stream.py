@@ -12,10 +12,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from metalm.data.failures import BadSample, FailureGuard
+from metalm.data.failures import FailureGuard
 from metalm.data.index import SampleLocation
+from metalm.data.row import Row
 from metalm.data.sources import Source
-from metalm.errors import DataError
+from metalm.errors import BadSample, DataError
 
 Decoded = TypeVar("Decoded")
 
@@ -51,6 +52,14 @@ class RowCounters:
     span_tokens: int = 0
     truncated_captions: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+
+    def count_row(self, row: Row, sequence_length: int) -> None:
+        """Add a row that was made."""
+        self.rows += 1
+        self.tokens += len(row.tokens)
+        self.padding_tokens += sequence_length - len(row.tokens)
+        for spans in row.spans.values():
+            self.span_tokens += int((spans.bounds[:, 1] - spans.bounds[:, 0]).sum())
 
     def state(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from metalm.config.schema import MEDIA_OF_KIND, SourceKind
 from metalm.data.tar import HashedStream, Member, Readable, TarEnd, scan_members
+from metalm.modalities import MODALITIES, Media, modality_of_kind
+from metalm.modalities.text import TOKEN_DTYPES
 
 MAX_MEMBER_BYTES = 256 << 20
 """A larger member makes its sample unusable: it would be read into memory whole."""
 
-FORMATS = ("u16", "u32", "txt", "jpg", "png", "webp", "wav", "flac", "ogg")
-"""Formats of a main member, in the order of their codes in the index."""
-TOKEN_DTYPES: dict[str, np.dtype] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+FORMATS = tuple(dict.fromkeys(name for modality in MODALITIES.values() for name in modality.formats.values()))
+"""Formats of a main member, in the order of their codes in the index: new ones come last."""
 
 RECORD = np.dtype(
     [
@@ -38,11 +38,6 @@ RECORD = np.dtype(
     align=True,
 )
 
-MEDIA_SUFFIXES: dict[SourceKind, dict[str, str]] = {
-    "image_text": {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"},
-    "audio_text": {"wav": "wav", "flac": "flac", "ogg": "ogg"},
-}
-"""Suffixes of the main members of pairs, and their formats."""
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 
@@ -58,7 +53,7 @@ class Shard:
 
 
 def scan_shard(
-    path: Path, kind: SourceKind, *, max_member_bytes: int = MAX_MEMBER_BYTES
+    path: Path, kind: str, *, max_member_bytes: int = MAX_MEMBER_BYTES
 ) -> tuple[Shard, np.ndarray]:
     """Reads one shard: its entry for the index, and the records [num_samples] of its usable samples."""
     with path.open("rb", buffering=0) as file:
@@ -66,7 +61,7 @@ def scan_shard(
 
 
 def scan_stream(
-    file: Readable, name: str, kind: SourceKind, *, max_member_bytes: int = MAX_MEMBER_BYTES
+    file: Readable, name: str, kind: str, *, max_member_bytes: int = MAX_MEMBER_BYTES
 ) -> tuple[Shard, np.ndarray]:
     """As `scan_shard`, for a shard of that name that is read from a stream."""
     stream = HashedStream(file)
@@ -112,32 +107,30 @@ def scan_stream(
     return Shard(name, stream.size, digest, len(table), dict(sorted(skipped.items()))), table
 
 
-def _record(members: dict[str, Member], kind: SourceKind) -> tuple[int, ...] | str:
+def _record(members: dict[str, Member], kind: str) -> tuple[int, ...] | str:
     """The record of a sample, or why it is not usable."""
     start = min(member.header_offset for member in members.values())
     end = max(member.end for member in members.values())
     if end - start > 0xFFFFFFFF:
         return "oversize_member"
+    modality = modality_of_kind(kind)
+    present = [suffix for suffix in modality.formats if suffix in members]
     caption = description = None
-    if kind == "text":
-        suffix = next((suffix for suffix in ("u16", "u32", "txt") if suffix in members), "")
-        if not suffix:
-            return "missing_text"
-        if suffix in TOKEN_DTYPES and members[suffix].size % TOKEN_DTYPES[suffix].itemsize:
-            return "partial_token"
-        if members[suffix].size == 0:
-            return "empty_text"
-    else:
-        media = [suffix for suffix in members if suffix in MEDIA_SUFFIXES[kind]]
-        if len(media) != 1:
-            name = MEDIA_OF_KIND[kind]
-            return f"several_{name}s" if media else f"missing_{name}"
-        suffix = media[0]
+    if not present:
+        return f"missing_{modality.name}"
+    suffix = present[0]
+    if isinstance(modality, Media):
+        if len(present) > 1:
+            return f"several_{modality.name}s"
         caption, description = members.get("txt"), members.get("json")
         if not ((caption and caption.size) or (description and description.size)):
             return "missing_caption"
+    elif suffix in TOKEN_DTYPES and members[suffix].size % TOKEN_DTYPES[suffix].itemsize:
+        return "partial_token"
+    elif members[suffix].size == 0:
+        return "empty_text"
     main = members[suffix]
     fields = [start, end - start, main.offset - start, main.size]
     for member in (caption, description):
         fields += [member.offset - start, member.size] if member else [0, 0]
-    return (*fields, FORMATS.index(MEDIA_SUFFIXES.get(kind, {}).get(suffix, suffix)))
+    return (*fields, FORMATS.index(modality.formats[suffix]))

@@ -1,52 +1,75 @@
-"""An opened source: its index, its shards, and how its samples become token ids, captions, pixels, clips."""
+"""An opened source: its index, its shards, and how its samples become token ids and captions."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from metalm.config.schema import SourceConfig
-from metalm.data.audio import Clip, decode_clip
-from metalm.data.failures import BadSample
-from metalm.data.images import decode_image
+from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
 from metalm.data.index import SampleLocation, ShardIndex, open_index
 from metalm.data.reader import FileReader, RemoteReader
-from metalm.data.shards import FORMATS, TOKEN_DTYPES
+from metalm.data.shards import FORMATS
 from metalm.data.tokenizer import Tokenizer
-from metalm.errors import DataError
+from metalm.errors import BadSample, ConfigError, DataError
+from metalm.modalities import Media
+from metalm.modalities.text import TOKEN_DTYPES
+
+logger = logging.getLogger(__name__)
 
 _DTYPE_OF_FORMAT = {FORMATS.index(name): dtype for name, dtype in TOKEN_DTYPES.items()}
 
 
 class Source:
-    """One source of the config, open for reading."""
+    """A folder of shards, open for reading.
+
+    Attributes:
+        readers: the encoder that reads each modality of the samples; the decoder reads the others.
+        media: what pairs hold beside their captions; None: the samples are text.
+    """
 
     def __init__(
-        self, name: str, source_id: int, config: SourceConfig, index: ShardIndex, tokenizer: Tokenizer
+        self,
+        name: str,
+        index: ShardIndex,
+        tokenizer: Tokenizer,
+        *,
+        source_id: int = 0,
+        url: str | None = None,
+        weight: float = 1.0,
+        readers: Mapping[str, str] | None = None,
     ) -> None:
-        self.name = name
-        self.source_id = source_id
-        self.config = config
-        self.index = index
-        self.reader = FileReader(index) if config.url is None else RemoteReader(index, config.url)
-        self.tokenizer = tokenizer
+        self.name, self.source_id = name, source_id
+        self.index, self.tokenizer = index, tokenizer
+        self.url, self.weight = url, weight
+        self.readers = dict(readers or {})
+        self.media = index.modality if isinstance(index.modality, Media) else None
+        self.reader = FileReader(index) if url is None else RemoteReader(index, url)
 
     def for_lane(self) -> Source:
         """This source for one lane: files are shared by all lanes, a stream stands at one place."""
-        if self.config.url is None:
+        if self.url is None:
             return self
-        return Source(self.name, self.source_id, self.config, self.index, self.tokenizer)
+        return Source(
+            self.name,
+            self.index,
+            self.tokenizer,
+            source_id=self.source_id,
+            url=self.url,
+            weight=self.weight,
+            readers=self.readers,
+        )
 
-    def document(self, location: SampleLocation) -> np.ndarray:
+    def token_ids(self, location: SampleLocation) -> np.ndarray:
         """The token ids [n] of a text sample's body, without `<s>` and `</d>`.
 
         Raises:
             BadSample: `token_out_of_range`, `not_utf8` or `empty_text`.
         """
-        data = self.reader.read(location.shard, location.offset, location.size)
+        data = self.main_member(location)
         dtype = _DTYPE_OF_FORMAT.get(location.format)
         if dtype is None:
             ids = self.tokenizer.encode([_utf8(data)])[0]
@@ -85,59 +108,86 @@ class Source:
             raise BadSample("missing_caption")
         return found
 
-    def pixels(self, location: SampleLocation, *, image_size: int | None = None) -> np.ndarray:
-        """The image [height, width, 3] uint8 of a pair, resized to a square if a size is given.
-
-        Raises:
-            BadSample: `image_bomb` or `undecodable_image`.
-        """
-        return decode_image(self.media(location), image_size=image_size)
-
-    def clip(self, location: SampleLocation) -> Clip:
-        """A pair's clip.
-
-        Raises:
-            BadSample: as `decode_clip`.
-        """
-        return decode_clip(self.media(location))
-
-    def look(self, location: SampleLocation) -> np.ndarray | Clip:
-        """A pair's image or clip, decoded.
-
-        Raises:
-            BadSample: as `pixels` and `clip`.
-        """
-        return self.pixels(location) if self.config.kind == "image_text" else self.clip(location)
-
-    def media(self, location: SampleLocation) -> memoryview:
-        """The bytes of a pair's image or clip."""
+    def main_member(self, location: SampleLocation) -> memoryview:
+        """The bytes of a sample's text, image or clip."""
         return self.reader.read(location.shard, location.offset, location.size)
 
 
+def open_source(name: str, folder: Path, tokenizer: Tokenizer, *, url: str | None = None) -> Source:
+    """A folder of shards to look at, without readers; the shards may be other than the index states.
+
+    Raises:
+        DataError: the index is missing, damaged or of another tokenizer.
+    """
+    return Source(name, _fitting_index(name, folder, tokenizer, check_sizes=False), tokenizer, url=url)
+
+
 def open_sources(
-    sources: Mapping[str, SourceConfig], tokenizer: Tokenizer, *, check_sizes: bool = True
+    sources: Mapping[str, SourceConfig],
+    tokenizer: Tokenizer,
+    encoders: Mapping[str, EncoderConfig],
+    *,
+    check_sizes: bool = True,
 ) -> list[Source]:
     """Opens sources in the order of the config.
 
+    Args:
+        encoders: of the model.
+
     Raises:
-        DataError: an index is missing, damaged, of another kind or of another tokenizer.
+        ConfigError: a source's readers do not fit what its shards hold.
+        DataError: an index is missing, damaged or of another tokenizer.
     """
-    return [
-        Source(name, source_id, config, _fitting_index(name, config, tokenizer, check_sizes), tokenizer)
-        for source_id, (name, config) in enumerate(sources.items())
-    ]
-
-
-def _fitting_index(name: str, config: SourceConfig, tokenizer: Tokenizer, check_sizes: bool) -> ShardIndex:
-    index = open_index(config.path, check_sizes=check_sizes and config.url is None)
-    if index.kind != config.kind:
-        raise DataError(
-            f"source {name} is of kind {config.kind}, but {config.path} was indexed as {index.kind}"
+    opened = []
+    for source_id, (name, config) in enumerate(sources.items()):
+        index = _fitting_index(name, config.path, tokenizer, check_sizes=check_sizes and config.url is None)
+        opened.append(
+            Source(
+                name,
+                index,
+                tokenizer,
+                source_id=source_id,
+                url=config.url,
+                weight=config.weight,
+                readers=_fitting_readers(name, config, index, encoders),
+            )
         )
+    return opened
+
+
+def _fitting_readers(
+    name: str, config: SourceConfig, index: ShardIndex, encoders: Mapping[str, EncoderConfig]
+) -> dict[str, str]:
+    """The source's readers that the model has: the decoder reads text whose encoder is not there."""
+    held = index.modality.name
+    if unknown := [modality for modality in config.readers if modality not in (held, TEXT)]:
+        raise ConfigError(
+            f"source {name} has a reader of {', '.join(unknown)}, but {config.path} was indexed as "
+            f"{index.kind}"
+        )
+    if isinstance(index.modality, Media) and held not in config.readers:
+        fitting = [encoder for encoder, one in encoders.items() if one.section(held) is not None]
+        raise ConfigError(
+            f"source {name} ({config.path}) was indexed as {index.kind}: its readers must name an encoder of "
+            f"{index.modality.unit}, such as {{{held}: {next(iter(fitting), 'NAME')}}}"
+        )
+    found = {modality: reader for modality, reader in config.readers.items() if reader in encoders}
+    for modality in config.readers.keys() - found.keys():
+        logger.info(
+            "source %s: the model has no encoder %s, so the decoder reads the %s itself",
+            name,
+            config.readers[modality],
+            modality,
+        )
+    return found
+
+
+def _fitting_index(name: str, folder: Path, tokenizer: Tokenizer, *, check_sizes: bool) -> ShardIndex:
+    index = open_index(folder, check_sizes=check_sizes)
     written_by = index.tokenizer_fingerprint
     if written_by is not None and written_by != tokenizer.fingerprint:
         raise DataError(
-            f"the shards of source {name} ({config.path}) were written with the tokenizer {written_by[:16]}, "
+            f"the shards of source {name} ({folder}) were written with the tokenizer {written_by[:16]}, "
             f"data.tokenizer is {tokenizer.fingerprint[:16]}: prepare the shards again or use their tokenizer"
         )
     return index
@@ -148,38 +198,3 @@ def _utf8(data: memoryview) -> str:
         return str(data, "utf-8")
     except UnicodeDecodeError:
         raise BadSample("not_utf8") from None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample as people look at it, or listen to it."""
-
-    media: np.ndarray | Clip | None
-    """Pixels [height, width, 3] uint8 of an image in its own size, or a clip; None: text."""
-    captions: tuple[str, ...]
-    text: str | None
-    """The raw text of a text sample with a .txt member, or its decoded tokens."""
-
-
-def read_samples(source: SourceConfig, count: int, tokenizer: Tokenizer) -> list[Sample]:
-    """The first `count` usable samples of a source, in the order of its index.
-
-    Raises:
-        DataError: as `open_sources`.
-    """
-    (opened,) = open_sources({"samples": source}, tokenizer)
-    samples: list[Sample] = []
-    for sample in range(opened.index.num_samples):
-        if len(samples) == count:
-            break
-        (location,) = opened.index.locate(np.array([sample]))
-        try:
-            if source.kind == "text":
-                samples.append(Sample(None, (), tokenizer.decode(opened.document(location))))
-            else:
-                captions = tuple(opened.captions(location))
-                samples.append(Sample(opened.look(location), captions, None))
-        except BadSample:
-            continue
-    opened.reader.close()
-    return samples

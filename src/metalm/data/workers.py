@@ -20,10 +20,9 @@ from multiprocessing.context import SpawnProcess
 from typing import NamedTuple
 
 from metalm.config.schema import RunConfig
+from metalm.data.corpus import Corpus
 from metalm.data.lanes import Lane, LaneState, Mixture, saved_state
-from metalm.data.rows import Row
-from metalm.data.sources import open_sources
-from metalm.data.tokenizer import load_tokenizer
+from metalm.data.row import Row
 from metalm.errors import MetaLMError
 
 _PARENT_CHECK_S = 1.0
@@ -175,8 +174,7 @@ def _serve(
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        sources = open_sources(config.data.sources, load_tokenizer(config.data.tokenizer), check_sizes=False)
-        group = LaneGroup(Mixture(config, sources), lanes, rows_per_lane, states)
+        group = LaneGroup(Mixture(Corpus(config, check_sizes=False)), lanes, rows_per_lane, states)
         while True:
             sender.send(group.next_step())
     except (BrokenPipeError, ConnectionResetError):

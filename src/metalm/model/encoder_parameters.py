@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metalm.config import EncoderConfig, ModelConfig
+from metalm.modalities import modality_of_encoder
 
 
 def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
@@ -58,8 +59,7 @@ def _encoder_embeddings(encoder: EncoderConfig, config: ModelConfig) -> int:
     hidden = encoder.hidden_size
     text_positions = encoder.max_text_positions if encoder.positions == "learned" else 0
     total = (config.padded_vocab_size + text_positions) * hidden
-    if encoder.image is not None:
-        total += (3 * encoder.image.patch_size**2 + 1 + encoder.image.num_patches) * hidden
+    total += modality_of_encoder(encoder).embedding_parameters(encoder)
     if encoder.relative_bias is not None:
         total += encoder.relative_bias.num_buckets * encoder.num_heads
     return total

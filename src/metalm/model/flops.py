@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from metalm.config import EncoderConfig, ModelConfig
+from metalm.modalities import modality_of_encoder
 from metalm.model.encoder_parameters import encoder_layer_weights
 from metalm.model.parameters import decoder_layer_weights
 
@@ -102,11 +103,7 @@ def frozen_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
 
 
 def _patch_flops(work: EncoderWork, encoder: EncoderConfig) -> float:
-    if encoder.audio is not None:
-        return work.patches * 2 * encoder.audio.weights_per_patch
-    if encoder.image is None:
-        return 0.0
-    return work.patches * 2 * 3 * encoder.image.patch_size**2 * encoder.hidden_size
+    return work.patches * 2 * modality_of_encoder(encoder).weights_per_vector(encoder)
 
 
 def _connector_flops(config: EncoderConfig, decoder_size: int) -> int:

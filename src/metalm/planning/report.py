@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metalm.config import RunConfig
+from metalm.config.schema import TEXT
 from metalm.model.encoder_parameters import count_connector, count_encoder, count_frozen
 from metalm.planning.memory import KINDS
 from metalm.planning.plan import CONTEXT_BYTES, USABLE_SHARE, Plan
@@ -122,4 +123,4 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def _has_pairs(config: RunConfig) -> bool:
-    return any(source.kind != "text" for source in config.data.sources.values())
+    return any(set(source.readers) - {TEXT} for source in config.data.sources.values())

@@ -6,17 +6,19 @@ Documents of text fill a row (the dearest case for attention), and captions have
 from __future__ import annotations
 
 from metalm.config import RunConfig
-from metalm.config.schema import EncoderConfig, SourceConfig
+from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
 from metalm.model.flops import EncoderWork, Work
+from metalm.objectives import build_objective
 
 CAPTION_TOKENS = 24
-"""Assumed mean length of a caption, where a plan is told no other."""
+"""Assumed mean length of a caption, where a plan is given no other."""
 
 
 def mean_row(config: RunConfig, caption_tokens: int = CAPTION_TOKENS) -> Work:
     """The mean work of one row over the mixture of the sources."""
     sources = config.data.sources.values()
-    rows = [_source_row(config, source, caption_tokens) for source in sources]
+    objective = build_objective(config)
+    rows = [objective.row_work(config, _source_row(config, source, caption_tokens)) for source in sources]
     weights = [source.weight for source in sources]
     if config.data.mixture_unit == "tokens":
         weights = [weight / row.positions for weight, row in zip(weights, rows, strict=True)]
@@ -45,17 +47,14 @@ def scaled(work: Work, factor: float) -> Work:
 
 
 def _source_row(config: RunConfig, source: SourceConfig, caption_tokens: int) -> Work:
-    encoder = config.model.encoders.get(source.encoder or "")
-    idle = {name: EncoderWork(0.0, 0.0, 0.0) for name in config.model.encoders}
-    length = config.data.sequence_length
-    if config.training.replaced_tokens is not None:
-        whole = EncoderWork(length, length**2, 0.0)
-        return Work(length, length**2, {name: whole for name in config.model.encoders})
-    if source.kind == "text":
-        busy = idle if encoder is None else idle | {source.encoder or "": _text_spans(config)}
-        return Work(length, length * (length + 1) / 2, busy)
-    assert encoder is not None  # the rules of the config say so
-    return _row_of_pairs(encoder, source.encoder or "", length, caption_tokens, idle)
+    encoders, length = config.model.encoders, config.data.sequence_length
+    readers = {modality: name for modality, name in source.readers.items() if name in encoders}
+    busy = {name: EncoderWork(0.0, 0.0, 0.0) for name in encoders}
+    if media := [name for modality, name in readers.items() if modality != TEXT]:
+        return _row_of_pairs(encoders[media[0]], media[0], readers.get(TEXT), length, caption_tokens, busy)
+    if TEXT in readers:
+        busy[readers[TEXT]] = _text_spans(config)
+    return Work(length, length * (length + 1) / 2, busy)
 
 
 def _text_spans(config: RunConfig) -> EncoderWork:
@@ -65,12 +64,19 @@ def _text_spans(config: RunConfig) -> EncoderWork:
 
 
 def _row_of_pairs(
-    encoder: EncoderConfig, name: str, length: int, caption_tokens: int, idle: dict[str, EncoderWork]
+    encoder: EncoderConfig,
+    name: str,
+    text_reader: str | None,
+    length: int,
+    caption_tokens: int,
+    busy: dict[str, EncoderWork],
 ) -> Work:
+    """Of pairs whose prefix is encoded together with the image or clip, or not at all."""
     assert encoder.media is not None
     patches = encoder.media.num_patches
     size = min(patches + caption_tokens + 2, length)
     count = length // size
-    span = patches + min((caption_tokens - 1) / 2, encoder.max_text_positions)
-    busy = EncoderWork(count * span, count * span**2, count * patches)
-    return Work(count * size, count * size * (size + 1) / 2, idle | {name: busy})
+    prefix = min((caption_tokens - 1) / 2, encoder.max_text_positions) if text_reader == name else 0.0
+    span = patches + prefix
+    busy[name] = EncoderWork(count * span, count * span**2, count * patches)
+    return Work(count * size, count * size * (size + 1) / 2, busy)

@@ -15,18 +15,18 @@ from metalm.batch import SemiCausalBatch
 from metalm.checkpoint.reader import CONFIG_NAME
 from metalm.config import RunConfig, write_config
 from metalm.data.loader import TrainingData
-from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import EXIT_DONE, EXIT_RESTART, FaultError, MetaLMError
+from metalm.evaluation.generation import generate_samples
+from metalm.evaluation.losses import held_out_losses
+from metalm.objectives import Objective, build_objective
 from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.drift import find_drift
-from metalm.training.evaluate import generate_samples, held_out_losses
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
 from metalm.training.metrics import read_metrics
 from metalm.training.monitor import Monitor
-from metalm.training.objective import build_objective
 from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
 from metalm.training.session import Session, open_session, provenance
@@ -49,8 +49,9 @@ def train(config: RunConfig) -> int:
 
     Collective: all ranks of the job.
     """
+    objective = build_objective(config)
     with open_session(config) as session:
-        run = _Run(config, session)
+        run = _Run(config, session, objective)
         try:
             return run.train()
         finally:
@@ -60,7 +61,7 @@ def train(config: RunConfig) -> int:
 class _Run:
     """A run in progress on this rank."""
 
-    def __init__(self, config: RunConfig, session: Session) -> None:
+    def __init__(self, config: RunConfig, session: Session, objective: Objective) -> None:
         self._config, self._session = config, session
         topology = session.topology
         guards = config.guards
@@ -71,15 +72,16 @@ class _Run:
             write_config(config, session.run_folder / CONFIG_NAME, provenance())
         self._store = CheckpointStore(session.run_folder, config, topology)
         self._guard = StepGuard(guards, topology.device)
+        self._objective = objective
         self._train_step = TrainStep(
             session.engines,
             topology,
             len(config.data.sources),
             self._guard,
-            build_objective(config.training.replaced_tokens),
+            self._objective,
         )
         self._slow_ranks = SlowRanks(topology, guards.slow_rank_ratio)
-        self._tokenizer_fingerprint = load_tokenizer(config.data.tokenizer).fingerprint
+        self._tokenizer_fingerprint = session.corpus.tokenizer.fingerprint
         self._step = self._fingerprint = 0
         self._saved_step: int | None = None
         self._failed_saves = self._rewinds = self._skipped_in_a_row = self._skipped_steps = 0
@@ -89,7 +91,7 @@ class _Run:
         self._data = self._open_data()
         first_step = 0 if self._saved_step is None else self._step + 1
         timer = self._train_step.timer
-        self._monitor = Monitor(config, topology, session.run_folder, first_step, timer)
+        self._monitor = Monitor(config, objective.name, topology, session.run_folder, first_step, timer)
 
     def train(self) -> int:
         self._announce()
@@ -152,7 +154,8 @@ class _Run:
         if topology.tensor_rank == 0:
             try:
                 data = TrainingData(
-                    self._config,
+                    self._session.corpus,
+                    self._objective,
                     dp_rank=topology.data_rank,
                     dp_size=topology.data_size,
                     tp_size=topology.tensor_size,
@@ -266,19 +269,19 @@ class _Run:
 
     def _evaluate(self) -> None:
         config, session = self._config, self._session
-        monitor, parts = config.monitor, (session.engines, session.topology, config)
+        monitor, parts = config.monitor, (session.engines, session.topology, session.corpus)
         if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
             self._watchdog.beat("evaluating")
             with self._monitor.apart("evaluate", self._step):
-                losses = held_out_losses(*parts)
+                losses = held_out_losses(*parts, self._objective)
             if session.is_first and losses:
                 self._monitor.write_evaluation(self._step, losses)
             self._watchdog.beat(f"step {self._step + 1}")
-        if self._step and self._is_due(monitor.sample_every_steps):
+        if self._objective.generates and self._step and self._is_due(monitor.sample_every_steps):
             with self._monitor.apart("sample", self._step):
-                for name in config.data.evaluation:
+                for name, source in session.corpus.held_out.items():
                     self._watchdog.beat(f"generating samples of {name}")
-                    samples = generate_samples(*parts, name, monitor.num_samples, monitor.sample_new_tokens)
+                    samples = generate_samples(*parts, source, monitor.num_samples, monitor.sample_new_tokens)
                     if session.is_first:
                         self._monitor.write_samples(self._step, samples)
             self._watchdog.beat(f"step {self._step + 1}")

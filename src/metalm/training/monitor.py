@@ -20,23 +20,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
-from metalm.data.audio import Clip, resample
 from metalm.data.balance import imbalance_over_ranks
 from metalm.data.loader import TrainingData
-from metalm.data.pictures import caption_picture
+from metalm.evaluation.generation import Sample
+from metalm.modalities import MEDIA
 from metalm.model.flops import count_training_flops
 from metalm.parallel.topology import Topology
 from metalm.planning.devices import device_by_driver_name
 from metalm.training.dashboard import mask_pictures, write_key_values, write_page
-from metalm.training.evaluate import Sample
 from metalm.training.metrics import RESTARTS, append_metrics, count_starts, drop_superseded
 from metalm.training.step import StepResult
 from metalm.training.timing import PartTimer
 
 logger = logging.getLogger(__name__)
-
-LISTENED_SECONDS, LISTENED_HERTZ = 30, 16_000
-"""What people are given to hear of a clip, at most."""
 
 
 def _despite_a_full_disk(method: Callable[..., None]) -> Callable[..., None]:
@@ -71,15 +67,22 @@ class Monitor:
     """Collects figures on all ranks; rank 0 writes them."""
 
     def __init__(
-        self, config: RunConfig, topology: Topology, run_folder: Path, first_step: int, timer: PartTimer
+        self,
+        config: RunConfig,
+        objective_name: str,
+        topology: Topology,
+        run_folder: Path,
+        first_step: int,
+        timer: PartTimer,
     ) -> None:
         """Open the outputs. What they hold of `first_step` and later, from before a resume, is superseded."""
         self._config = config
+        self._objective_name = objective_name
         self._topology = topology
         self._peak_tflops = config.monitor.peak_tflops or _peak_tflops(topology, config)
         self._timer = timer
         self._writer: SummaryWriter | None = None
-        self._heard: set[str] = set()
+        self._shown: set[str] = set()
         self._run_folder = run_folder
         self._is_broken = False
         self._restarts = count_starts(run_folder) if topology.rank == 0 else 0
@@ -210,26 +213,13 @@ class Monitor:
                 self._writer.add_text(tag, text, step)
                 continue
             lines = [f"generated: {sample.generated}", f"reference: {sample.reference}"]
-            if isinstance(sample.media, Clip):
-                kind = "clip"
-                self._write_clip(tag, sample.media, step)
-            else:
-                kind = "image"
-                picture = caption_picture(sample.media, lines)
-                self._writer.add_image(tag, picture, step, dataformats="HWC")
-            captions.setdefault(sample.source, []).append("\n".join([f"{kind} {number}", *lines]))
+            modality = MEDIA[sample.modality]
+            modality.show(self._writer, tag, sample.media, lines, step, first=tag not in self._shown)
+            self._shown.add(tag)
+            captions.setdefault(sample.source, []).append("\n".join([f"{modality.noun} {number}", *lines]))
         for source, entries in captions.items():
             self._writer.add_text(f"captions/{source}", _quoted("\n\n".join(entries)), step)
         self._writer.flush()
-
-    def _write_clip(self, tag: str, clip: Clip, step: int) -> None:
-        """Once in a process: the clip stays the same, and is large."""
-        assert self._writer is not None
-        if tag not in self._heard:
-            self._heard.add(tag)
-            heard = resample(clip, min(clip.sampling_rate, LISTENED_HERTZ))
-            samples = heard.samples[: round(LISTENED_SECONDS * heard.sampling_rate)]
-            self._writer.add_audio(tag, torch.from_numpy(samples), step, heard.sampling_rate)
 
     @_despite_a_full_disk
     def write_text(self, name: str, text: str) -> None:
@@ -293,7 +283,7 @@ class Monitor:
                 figures[f"loss/{name}"] = total / count
         for name, part in result.parts.items():
             total, count = part.tolist()
-            figures[f"replaced_tokens/{name}"] = total / max(count, 1.0)
+            figures[f"{self._objective_name}/{name}"] = total / max(count, 1.0)
         return figures
 
     def _imbalances(self, costs: np.ndarray) -> dict[str, float]:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metalm.batch import SemiCausalBatch
+from metalm.objectives import Objective
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
 from metalm.training.gradient_norm import GradientNorms, JointNorm
 from metalm.training.guards import FINE, StepGuard
-from metalm.training.objective import Objective, semi_causal_losses
 from metalm.training.timing import PartTimer
 
 
@@ -25,7 +25,7 @@ class StepResult:
     loss_sums: Tensor  # [sources] float64, nats over the trained positions of the global batch
     loss_counts: Tensor  # [sources] float64, trained positions
     parts: dict[str, Tensor]
-    """What the loss is made of, where the objective tells: [2] float64, sum and count."""
+    """What the loss is made of, where the objective says so: [2] float64, sum and count."""
     norms: GradientNorms
     skipped_steps: int
     """Steps so far, over all resumes, that the guard refused: neither engine moved. Known on the host."""
@@ -46,7 +46,7 @@ class TrainStep:
         topology: Topology,
         num_sources: int,
         guard: StepGuard,
-        objective: Objective = semi_causal_losses,
+        objective: Objective,
     ) -> None:
         self._engines = engines
         self._objective = objective
@@ -72,7 +72,8 @@ class TrainStep:
         """
         topology = self._topology
         batches = [batch.to(topology.device, non_blocking=True) for batch in micro_batches]
-        counts = torch.stack([sum_by_source(b.loss_mask, b, self._num_sources) for b in batches]).sum(dim=0)
+        weights = [sum_by_source(batch.loss_weights, batch, self._num_sources) for batch in batches]
+        counts = torch.stack(weights).sum(dim=0)
         dist.all_reduce(counts, group=topology.data_group)
         scale = topology.data_size / counts.sum().clamp(min=1.0)
         sums = torch.zeros_like(counts)
@@ -101,7 +102,7 @@ class TrainStep:
         self, batch: SemiCausalBatch, scale: Tensor, sums: Tensor, parts: dict[str, Tensor]
     ) -> None:
         """Add a micro-batch's gradients, and what was measured of it to `sums` [sources] and `parts`."""
-        losses = self._objective(self._engines, batch, self._topology)
+        losses = self._objective.losses(self._engines, batch, self._topology)
         self._engines.decoder.backward((losses.weighted.sum() * scale).float(), scale_wrt_gas=False)
         sums += sum_by_source(losses.weighted.detach(), batch, self._num_sources)
         for name, part in losses.parts.items():

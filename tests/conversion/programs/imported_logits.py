@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from metalm.config import load_config
 from metalm.data.collate import collate
-from metalm.data.rows import Row
+from metalm.data.row import Row
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conversion.cases import NEW_TOKENS, PROMPTS, prompt_row, run_config
 from metalm.data.collate import collate
-from metalm.data.rows import Row
+from metalm.data.row import Row
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw

@@ -11,10 +11,10 @@ import pytest
 import soundfile
 import webdataset
 
-from metalm.data.audio import decode_clip
-from metalm.data.failures import BadSample
+from metalm.modalities.audio import decode_clip
+from metalm.errors import BadSample
 from metalm.data.index import open_index
-from metalm.data.preparation.clips import prepare_clip
+from metalm.modalities.audio import prepare_clip
 
 RunTool = Callable[..., tuple[int, str, str]]
 

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from metalm.data.index import open_index
-from metalm.data.preparation.images import prepare_image
+from metalm.modalities.image import prepare_image
 from metalm.data.preparation.pairs import prepare_pairs
 from metalm.errors import ConfigError, DataError
 

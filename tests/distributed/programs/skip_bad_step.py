@@ -43,9 +43,9 @@ def main() -> None:
     for number in range(3):
         batches = micro_batches(global_batch(number), config, topology.data_rank, topology.data_size)
         if number == 1 and topology.data_rank == 1:
-            bad = batches[0].loss_mask.clone()
+            bad = batches[0].loss_weights.clone()
             bad[0, 0] = math.nan
-            batches[0] = replace(batches[0], loss_mask=bad)
+            batches[0] = replace(batches[0], loss_weights=bad)
         result = step.run(batches, 1e-2)
         skipped.append(result.skipped_steps)
         norms.append(float(result.norms.joint))

@@ -17,13 +17,13 @@ from conversion.cases import PROMPTS, prompt_row, run_config
 from metalm.config import write_config
 from metalm.config.schema import DeepSpeedConfig, ParallelConfig
 from metalm.data.collate import collate
-from metalm.data.rows import Row
+from metalm.data.row import Row
 from metalm.data.tokenizer import load_tokenizer
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
-from metalm.training.generate import evaluating
+from metalm.evaluation.generation import evaluating
 from metalm.training.guards import StepGuard
 from metalm.training.objective import encode
 from metalm.training.step import TrainStep

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from metalm.config.schema import SourceKind
 from metalm.data.index import INDEX_NAME, build_index
 from metalm.data.preparation.report import Tally
 from metalm.data.preparation.shards import PARTIAL_SUFFIX, WrittenShard
@@ -81,9 +80,7 @@ class PreparationFolder:
         receipt = {"shards": [asdict(shard) for shard in shards], "tally": tally.as_json()}
         _replace(self._receipts / f"{unit}.json", receipt)
 
-    def finish(
-        self, *, kind: SourceKind, tokenizer_fingerprint: str | None, processes: int
-    ) -> dict[str, Any]:
+    def finish(self, *, kind: str, tokenizer_fingerprint: str | None, processes: int) -> dict[str, Any]:
         """Adds up the receipts of all units, writes the index if there is none, and the report.
 
         Raises:

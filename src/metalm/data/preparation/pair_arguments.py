@@ -7,18 +7,18 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metalm.config.schema import SourceKind
-from metalm.data.preparation.pairs import UNITS, Convert, prepare_pairs
+from metalm.data.preparation.pairs import prepare_pairs
 from metalm.data.preparation.report import format_table
+from metalm.modalities import Media
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser, kind: SourceKind) -> None:
+def add_pair_arguments(parser: argparse.ArgumentParser, modality: Media) -> None:
     """Where pairs are listed, and into how many shards they go."""
-    units = UNITS[kind]
+    units = modality.unit
+    modality.add_preparation_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--path-column", default="path", help="of a table (default: path)")
     parser.add_argument("--caption-column", default="caption", help="of a table (default: caption)")
@@ -40,19 +40,13 @@ def add_pair_arguments(parser: argparse.ArgumentParser, kind: SourceKind) -> Non
 
 
 def run_preparation(
-    parser: argparse.ArgumentParser,
-    options: argparse.Namespace,
-    kind: SourceKind,
-    *,
-    convert: Convert,
-    settings: Mapping[str, int | float | None],
-    media_folder: Path | None,
+    parser: argparse.ArgumentParser, options: argparse.Namespace, modality: Media, media_folder: Path | None
 ) -> None:
-    """Prepare pairs as the options say, and print the report.
-
-    Args:
-        settings: of `convert`, each positive where it is given.
-    """
+    """Prepare pairs as the options say, and print the report."""
+    try:
+        settings = modality.preparation_settings(options)
+    except ValueError as error:
+        parser.error(str(error))
     positive: list[Any] = [options.processes, options.shard_mib, options.pairs_per_unit, *settings.values()]
     if any(value is not None and not 0 < value < math.inf for value in positive) or options.first_number < 0:
         parser.error("all numbers must be positive; --first-number may be 0")
@@ -61,8 +55,8 @@ def run_preparation(
     report = prepare_pairs(
         options.inputs,
         options.out,
-        kind=kind,
-        convert=convert,
+        modality=modality,
+        convert=modality.convert(**settings),
         settings=settings,
         media_folder=media_folder,
         path_column=options.path_column,
@@ -72,5 +66,5 @@ def run_preparation(
         first_number=options.first_number,
         processes=options.processes,
     )
-    print(format_table(report, (UNITS[kind], "captions", "bytes")))
+    print(format_table(report, (modality.unit, "captions", "bytes")))
     print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")

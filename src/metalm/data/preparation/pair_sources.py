@@ -2,7 +2,7 @@
 
     folder of tars        img2dataset's or audio2dataset's `webdataset` output: file, .txt or .json per sample
     folder of files       their `files` output, and the like: file with .txt or .json beside it
-    .json                 COCO captions, of images
+    .json                 COCO captions
     .csv .tsv .jsonl      one path and caption per row, or "captions" with a list (.jsonl)
 
 Rows about the same file become one sample with several captions.
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metalm.config.schema import MEDIA_OF_KIND, SourceKind
-from metalm.data.shards import MAX_MEMBER_BYTES, MEDIA_SUFFIXES, scan_shard
+from metalm.data.shards import MAX_MEMBER_BYTES, scan_shard
 from metalm.errors import DataError
+from metalm.modalities import Media
 
+COCO_SUFFIX = ".json"
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
@@ -41,9 +42,9 @@ class Pair:
     captions: tuple[str, ...]
 
 
-def read_record(record: PairRecord, kind: SourceKind) -> Pair | str:
+def read_record(record: PairRecord, modality: Media) -> Pair | str:
     """The pair of a record, or the cause of its absence."""
-    name = MEDIA_OF_KIND[kind]
+    name = modality.name
     try:
         if record.media.stat().st_size > MAX_MEMBER_BYTES:
             return f"oversize_{name}"
@@ -61,14 +62,14 @@ def read_record(record: PairRecord, kind: SourceKind) -> Pair | str:
         return f"unreadable_{name}"
 
 
-def read_tar(path: Path, kind: SourceKind) -> Iterator[tuple[float, Pair | str]]:
+def read_tar(path: Path, modality: Media) -> Iterator[tuple[float, Pair | str]]:
     """The pairs of a shard in order, or causes of absence, each with the share of the file so far.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        shard, records = scan_shard(path, kind)
+        shard, records = scan_shard(path, modality.kind)
         with path.open("rb") as file:
             for cause, count in shard.skipped.items():
                 for _ in range(count):
@@ -93,8 +94,8 @@ def _member(data: mmap.mmap, offset: int, size: int) -> bytes:
 
 def list_records(
     source: Path,
+    modality: Media,
     *,
-    kind: SourceKind,
     path_column: str,
     caption_column: str,
     media_folder: Path | None = None,
@@ -105,22 +106,33 @@ def list_records(
     Raises:
         DataError: the source cannot be read, has another form, or lists nothing.
     """
-    root = media_folder or source.parent
-    try:
-        if source.is_dir():
-            files = (file for file in source.rglob("*") if file.suffix[1:].lower() in MEDIA_SUFFIXES[kind])
+    if source.is_dir():
+        try:
+            files = (file for file in source.rglob("*") if file.suffix[1:].lower() in modality.formats)
             records = [PairRecord(file, None) for file in sorted(files)]
-        elif source.suffix == ".json":
-            records = _coco_records(source, root)
-        else:
-            records = _table_records(source, root, path_column, caption_column)
+        except OSError as error:
+            raise DataError(f"cannot read {source}: {error.strerror or error}") from error
+    else:
+        records = read_list(source, media_folder or source.parent, path_column, caption_column)
+    if not records:
+        raise DataError(f"{source} lists no {modality.name}")
+    return records
+
+
+def read_list(source: Path, root: Path, path_column: str, caption_column: str) -> list[PairRecord]:
+    """What a COCO file or a table lists, with paths relative to `root`.
+
+    Raises:
+        DataError: it cannot be read, or has another form.
+    """
+    try:
+        if source.suffix == COCO_SUFFIX:
+            return _coco_records(source, root)
+        return _table_records(source, root, path_column, caption_column)
     except OSError as error:
         raise DataError(f"cannot read {source}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8: {error}") from error
-    if not records:
-        raise DataError(f"{source} lists no {MEDIA_OF_KIND[kind]}")
-    return records
 
 
 def _coco_records(source: Path, root: Path) -> list[PairRecord]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metalm.config.schema import SourceKind
-from metalm.data.failures import BadSample
 from metalm.data.preparation.folder import PreparationFolder
 from metalm.data.preparation.pair_sources import (
+    COCO_SUFFIX,
     TABLE_SUFFIXES,
     Pair,
     PairRecord,
@@ -24,14 +23,10 @@ from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.report import Tally
 from metalm.data.preparation.shards import ShardWriter
 from metalm.data.preparation.workers import Advance, run_tasks
-from metalm.errors import ConfigError, DataError
+from metalm.errors import BadSample, ConfigError, DataError
+from metalm.modalities import Convert, Media
 
 PAIRS_PER_MESSAGE = 64
-UNITS: dict[SourceKind, str] = {"image_text": "images", "audio_text": "clips"}
-"""What is counted in reports."""
-
-Convert = Callable[[bytes], tuple[str, bytes]]
-"""The bytes of a file to the suffix and the content of its member, or BadSample; it travels to processes."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +35,13 @@ class ListedPairs:
 
     unit: str
     source: str
-    kind: SourceKind
+    modality: Media
     records: tuple[PairRecord, ...]
 
     def pairs(self) -> Iterator[tuple[float, Pair | str]]:
         """Each pair or its cause of absence, with the share of the task that is done."""
         for number, record in enumerate(self.records, start=1):
-            yield number / len(self.records), read_record(record, self.kind)
+            yield number / len(self.records), read_record(record, self.modality)
 
 
 @dataclass(frozen=True)
@@ -55,12 +50,12 @@ class TarredPairs:
 
     unit: str
     source: str
-    kind: SourceKind
+    modality: Media
     tar: Path
 
     def pairs(self) -> Iterator[tuple[float, Pair | str]]:
         """Each pair or its cause of absence, with the share of the task that is done."""
-        return read_tar(self.tar, self.kind)
+        return read_tar(self.tar, self.modality)
 
 
 PairTask = ListedPairs | TarredPairs
@@ -78,7 +73,7 @@ class PairPreparation:
     def __call__(self, task: PairTask, advance: Advance) -> None:
         """Writes the shards and the receipt of one task."""
         tally = Tally()
-        told = 0.0
+        reported = 0.0
         with ShardWriter(self.folder.path, task.unit, self.shard_bytes) as writer:
             for number, (share, pair) in enumerate(task.pairs()):
                 try:
@@ -86,10 +81,10 @@ class PairPreparation:
                 except BadSample as bad:
                     tally.drop(bad.cause)
                 if number % PAIRS_PER_MESSAGE == 0:
-                    advance(share - told)
-                    told = share
+                    advance(share - reported)
+                    reported = share
         self.folder.record(task.unit, writer.shards, tally)
-        advance(1.0 - told)
+        advance(1.0 - reported)
 
     def _members(self, pair: Pair | str, source: str, tally: Tally) -> dict[str, bytes]:
         if isinstance(pair, str):
@@ -108,7 +103,7 @@ def prepare_pairs(
     inputs: Sequence[Path],
     out: Path,
     *,
-    kind: SourceKind,
+    modality: Media,
     convert: Convert,
     settings: Mapping[str, Any],
     media_folder: Path | None = None,
@@ -146,14 +141,14 @@ def prepare_pairs(
     columns = {"path_column": path_column, "caption_column": caption_column}
     tasks: list[PairTask] = []
     for number, source in enumerate(inputs, start=first_number):
-        tasks += _tasks(number, source, kind, pairs_per_unit, media_folder=media_folder, **columns)
+        tasks += _tasks(number, source, modality, pairs_per_unit, media_folder=media_folder, **columns)
     folder = PreparationFolder(out)
     plan = {
-        "kind": kind,
+        "kind": modality.kind,
         "inputs": [source.name for source in inputs],
         "listing": _digest(tasks),
         **settings,
-        f"{UNITS[kind]}_per_unit": pairs_per_unit,
+        f"{modality.unit}_per_unit": pairs_per_unit,
         "shard_bytes": shard_bytes,
         "first_number": first_number,
     }
@@ -164,30 +159,30 @@ def prepare_pairs(
             progress = ProgressLine(len(tasks), "batches")
             run_tasks(
                 tasks,
-                PairPreparation(folder, shard_bytes, convert, UNITS[kind]),
+                PairPreparation(folder, shard_bytes, convert, modality.unit),
                 processes=processes,
                 advance=progress.advance,
                 preload=__name__,
             )
             progress.close()
-        return folder.finish(kind=kind, tokenizer_fingerprint=None, processes=processes)
+        return folder.finish(kind=modality.kind, tokenizer_fingerprint=None, processes=processes)
 
 
 def _tasks(
-    number: int, source: Path, kind: SourceKind, pairs_per_unit: int, **listing: Any
+    number: int, source: Path, modality: Media, pairs_per_unit: int, **listing: Any
 ) -> Iterator[PairTask]:
-    forms = (".json", *TABLE_SUFFIXES) if kind == "image_text" else TABLE_SUFFIXES
-    if not source.is_dir() and source.suffix not in forms:
-        coco = "a COCO .json, " if kind == "image_text" else ""
-        raise DataError(f"{source}: expected a folder, {coco}or one of {', '.join(TABLE_SUFFIXES)}")
+    if not source.is_dir() and source.suffix not in (COCO_SUFFIX, *TABLE_SUFFIXES):
+        raise DataError(
+            f"{source}: expected a folder, a COCO {COCO_SUFFIX}, or one of {', '.join(TABLE_SUFFIXES)}"
+        )
     if source.is_dir() and (tars := sorted(source.glob("*.tar"))):
         for position, tar in enumerate(tars):
-            yield TarredPairs(f"{number:04d}-{position:05d}", source.name, kind, tar)
+            yield TarredPairs(f"{number:04d}-{position:05d}", source.name, modality, tar)
         return
-    records = list_records(source, kind=kind, **listing)
+    records = list_records(source, modality, **listing)
     for position, start in enumerate(range(0, len(records), pairs_per_unit)):
         chunk = tuple(records[start : start + pairs_per_unit])
-        yield ListedPairs(f"{number:04d}-{position:05d}", source.name, kind, chunk)
+        yield ListedPairs(f"{number:04d}-{position:05d}", source.name, modality, chunk)
 
 
 def _digest(tasks: Sequence[PairTask]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from metalm.data.preparation.jsonl import documents
-from metalm.data.preparation.pair_sources import list_records
+from metalm.data.preparation.pair_sources import read_list
 from metalm.errors import DataError
 
 
@@ -26,5 +26,5 @@ def training_texts(inputs: Sequence[Path], caption_tables: Sequence[Path], max_b
             size += document.num_bytes
             yield document.text
     for table in caption_tables:
-        for record in list_records(table, kind="image_text", path_column="path", caption_column="caption"):
+        for record in read_list(table, table.parent, "path", "caption"):
             yield from record.captions or ()

@@ -1,4 +1,4 @@
-"""Audio bytes to clips to features, with caps that hold before anything is decoded.
+"""Audio: bytes to clips to features, with caps that hold before anything is decoded.
 
 A clip is the mean of its channels. Its features are those of the encoder's own feature extractor, padded to
 one shape, so that clips make batches.
@@ -6,20 +6,22 @@ one shape, so that clips make batches.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import sys
-from collections.abc import Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from metalm.config.pretrained_audio import EXTRACTORS, SAMPLING_RATES
-from metalm.config.schema import AudioConfig
-from metalm.data.failures import BadSample
-from metalm.errors import ConfigError
+from metalm.config.schema import AudioConfig, EncoderConfig
+from metalm.errors import BadSample, ConfigError
+from metalm.modalities.modality import Convert, Media
 
 _UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile answers for a FLAC that was written to a pipe
 FORMATS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}
@@ -28,6 +30,73 @@ MAX_VALUES = 100_000_000
 """Decoded at once, of all channels: 19 minutes of a compact disc."""
 MAX_AMPLITUDE = 1000.0
 """Float files may leave -1..1 by some factor, not by any."""
+HEARD_SECONDS, HEARD_HERTZ = 30, 16_000
+"""What people are given to hear of a clip, at most."""
+
+
+class Audio(Media):
+    """Clips of one channel, for encoders of transformers."""
+
+    name = "audio"
+    kind = "audio_text"
+    noun = "clip"
+    formats: ClassVar = {"wav": "wav", "flac": "flac", "ogg": "ogg"}
+
+    def settings(self, encoder: EncoderConfig) -> AudioConfig | None:
+        return encoder.audio
+
+    def reader(self, encoder: EncoderConfig) -> ClipReader:
+        assert encoder.pretrained is not None
+        return ClipReader(_section(encoder), encoder.pretrained.processor)
+
+    def no_media(self, encoder: EncoderConfig) -> np.ndarray:
+        return np.empty((0, *_section(encoder).features), np.float32)
+
+    def rows_of_media(self, num_vectors: np.ndarray) -> np.ndarray:
+        return np.minimum(num_vectors, 1)
+
+    def cost_lengths(self, lengths: np.ndarray, encoder: EncoderConfig) -> np.ndarray:
+        return np.full_like(lengths, _section(encoder).num_patches)  # clips are padded to one length
+
+    def max_vectors(self, encoder: EncoderConfig) -> int:
+        return _section(encoder).num_patches
+
+    def weights_per_vector(self, encoder: EncoderConfig) -> int:
+        return _section(encoder).weights_per_patch
+
+    def describe_input(self, encoder: EncoderConfig) -> str:
+        audio = _section(encoder)
+        seconds = audio.max_samples / audio.sampling_rate
+        return f"clips of up to {seconds:g} s at {audio.sampling_rate} Hz in {audio.num_patches} vectors"
+
+    def decode(self, data: bytes | memoryview) -> Clip:
+        return decode_clip(data)
+
+    def show(self, board: Any, tag: str, media: Any, lines: Sequence[str], step: int, *, first: bool) -> None:
+        """Once in a process: the clip stays the same, and is large."""
+        if first:
+            import torch
+
+            heard = resample(media, min(media.sampling_rate, HEARD_HERTZ))
+            samples = heard.samples[: round(HEARD_SECONDS * heard.sampling_rate)]
+            board.add_audio(tag, torch.from_numpy(samples), step, heard.sampling_rate)
+
+    def add_preparation_options(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--resample",
+            type=int,
+            metavar="HERTZ",
+            help="store clips of higher sampling rates at this, as FLAC",
+        )
+        parser.add_argument("--max-seconds", type=float, help="cut longer clips, and store them as FLAC")
+
+    def preparation_settings(self, options: Namespace) -> dict[str, int | float | None]:
+        if options.resample is not None and options.resample not in SAMPLING_RATES:
+            raise ValueError(f"--resample must be from {SAMPLING_RATES[0]} to {SAMPLING_RATES[-1]}")
+        return {"sampling_rate": options.resample, "max_seconds": options.max_seconds}
+
+    def convert(self, **settings: Any) -> Convert:
+        return functools.partial(prepare_clip, **settings)
 
 
 @dataclass(frozen=True)
@@ -81,11 +150,11 @@ class ClipReader:
             ConfigError: it cannot be made of them, or a library for audio is not installed.
         """
         self._audio, self._seconds = audio, audio.max_samples / audio.sampling_rate
-        self.max_patches = audio.num_patches
+        self.max_vectors = audio.num_patches
         self._extractor = _feature_extractor(audio, processor)
         _libraries()
 
-    def count_patches(self, data: bytes | memoryview) -> int:
+    def count_vectors(self, data: bytes | memoryview) -> int:
         """Vectors of the clip in the bytes of a file, by its header.
 
         Raises:
@@ -98,17 +167,10 @@ class ClipReader:
         """Features [1, ...] float32.
 
         Raises:
-            BadSample: as `decode_clip` and `count_patches`.
+            BadSample: as `decode_clip` and `count_vectors`.
         """
-        return self.features(decode_clip(data, max_seconds=self._seconds))[0]
-
-    def features(self, clip: Clip) -> tuple[np.ndarray, int]:
-        """Features [1, ...] float32 of the leading part of a clip, and how many vectors it has.
-
-        Raises:
-            BadSample: `short_audio`.
-        """
-        count = self._count(len(clip.samples), clip.sampling_rate)
+        clip = decode_clip(data, max_seconds=self._seconds)
+        self._count(len(clip.samples), clip.sampling_rate)
         leading = clip.samples[: _longest(self._seconds, clip.sampling_rate)]
         samples = resample(Clip(leading, clip.sampling_rate), self._audio.sampling_rate).samples
         whole = np.zeros((1, *self._audio.features), np.float32)
@@ -118,7 +180,7 @@ class ClipReader:
             return_tensors="np",
         )["input_values"]
         whole[:, : found.shape[1]] = found
-        return whole, count
+        return whole
 
     def _count(self, num_samples: int, sampling_rate: int) -> int:
         count = self._audio.count_patches(num_samples * self._audio.sampling_rate // sampling_rate)
@@ -152,6 +214,33 @@ def encode_flac(clip: Clip) -> bytes:
     except soundfile.LibsndfileError:
         raise BadSample("unsupported_rate") from None
     return file.getvalue()
+
+
+def prepare_clip(data: bytes, sampling_rate: int | None, max_seconds: float | None) -> tuple[str, bytes]:
+    """Decodes a clip in full, and gives the suffix and the content of its shard member.
+
+    The bytes stay as they are unless the clip is longer than wanted or of a higher sampling rate: then it is
+    cut, resampled and encoded as FLAC, 16 bits, one channel.
+
+    Raises:
+        BadSample: as `decode_clip` and `encode_flac`; `short_audio` if it is empty.
+    """
+    clip = decode_clip(data)
+    if not len(clip.samples):
+        raise BadSample("short_audio")
+    wanted = clip
+    if max_seconds is not None:
+        wanted = Clip(clip.samples[: round(max_seconds * clip.sampling_rate)], clip.sampling_rate)
+    if sampling_rate is not None and clip.sampling_rate > sampling_rate:
+        wanted = resample(wanted, sampling_rate)
+    if len(wanted.samples) == len(clip.samples) and wanted.sampling_rate == clip.sampling_rate:
+        return audio_format(data), data
+    return "flac", encode_flac(wanted)
+
+
+def _section(encoder: EncoderConfig) -> AudioConfig:
+    assert encoder.audio is not None
+    return encoder.audio
 
 
 @contextmanager

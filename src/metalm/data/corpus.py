@@ -1,0 +1,132 @@
+"""All that a process opens of a run's data, once: tokenizer, sources, and what encoders read files with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from metalm.batch import SemiCausalBatch
+from metalm.config.schema import TEXT, RunConfig
+from metalm.data.collate import collate
+from metalm.data.documents.pairs import PairMaker
+from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
+from metalm.data.row import Row
+from metalm.data.sources import Source, open_sources
+from metalm.data.tokenizer import Tokenizer, load_tokenizer
+from metalm.errors import ConfigError
+from metalm.modalities import Media, MediaReader, modality_of_encoder
+
+
+class RowObjective(Protocol):
+    """What an objective does to rows on their way to a batch."""
+
+    def arrange(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with the spans that the objective has the encoders see."""
+        ...
+
+    def complete(self, batch: SemiCausalBatch, rows: Sequence[Row], tokenizer: Tokenizer) -> SemiCausalBatch:
+        """The batch of arranged rows with what else the objective needs of them."""
+        ...
+
+
+class Corpus:
+    """The data of a run, opened as it is asked for.
+
+    Attributes:
+        tokenizer: that decoder and shards share.
+    """
+
+    def __init__(self, config: RunConfig, *, check_sizes: bool = True) -> None:
+        """
+        Args:
+            check_sizes: compare the size of every shard of the training sources with their index.
+
+        Raises:
+            DataError: the tokenizer cannot be used.
+        """
+        self.config = config
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self._check_sizes = check_sizes
+
+    @functools.cached_property
+    def sources(self) -> list[Source]:
+        """The training sources, in the order of the config.
+
+        Raises:
+            ConfigError, DataError: as `open_sources`.
+        """
+        data, encoders = self.config.data, self.config.model.encoders
+        return open_sources(data.sources, self.tokenizer, encoders, check_sizes=self._check_sizes)
+
+    @functools.cached_property
+    def held_out(self) -> dict[str, Source]:
+        """The sources of data.evaluation, by name.
+
+        Raises:
+            ConfigError, DataError: as `open_sources`.
+        """
+        data, encoders = self.config.data, self.config.model.encoders
+        return {source.name: source for source in open_sources(data.evaluation, self.tokenizer, encoders)}
+
+    def check(self) -> None:
+        """Open all that training and evaluation will.
+
+        Raises:
+            ConfigError: sources, encoders or tokenizer do not fit each other.
+            DataError: a source, or what reads it, cannot be used.
+        """
+        config, tokenizer = self.config, self.tokenizer
+        if tokenizer.size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} "
+                f"has {tokenizer.size} ids"
+            )
+        for source in (*self.sources, *self.held_out.values()):
+            if source.media is None:
+                self.retokenizer(source)
+            else:
+                self.pair_maker(source)
+
+    def pair_maker(self, source: Source) -> PairMaker:
+        """What makes documents of a source of pairs.
+
+        Raises:
+            ConfigError: as `PairMaker` and `Media.reader`.
+        """
+        config = self.config
+        return PairMaker(source, self._media_readers, config.model.encoders, config.data.sequence_length)
+
+    def retokenizer(self, source: Source) -> SpanRetokenizer | None:
+        """For a source of text whose reader has a tokenizer of its own.
+
+        Raises:
+            DataError: as `load_retokenizer`.
+        """
+        return self._retokenizer(source.readers[TEXT]) if TEXT in source.readers else None
+
+    def micro_batch(self, rows: Sequence[Row], objective: RowObjective, tp_size: int) -> SemiCausalBatch:
+        """A micro-batch of arranged rows: see `collate`."""
+        config = self.config
+        batch = collate(
+            rows,
+            model_config=config.model,
+            sequence_length=config.data.sequence_length,
+            tp_size=tp_size,
+            pad_id=self.tokenizer.pad_id,
+        )
+        return objective.complete(batch, rows, self.tokenizer)
+
+    @functools.cached_property
+    def _media_readers(self) -> dict[str, MediaReader]:
+        readers = {}
+        for name, encoder in self.config.model.encoders.items():
+            modality = modality_of_encoder(encoder)
+            if isinstance(modality, Media):
+                readers[name] = modality.reader(encoder)
+        return readers
+
+    @functools.cached_property
+    def _retokenizer(self) -> Callable[[str], SpanRetokenizer | None]:
+        encoders, shared = self.config.model.encoders, self.tokenizer
+        return functools.cache(lambda name: load_retokenizer(encoders[name], shared))

@@ -1,0 +1,93 @@
+"""A pair of an image or a clip with a caption: `<s> [image or clip + prefix] rest </d>`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from metalm.config.schema import TEXT, EncoderConfig
+from metalm.data.sources import Source
+from metalm.document import Document, Part
+from metalm.errors import ConfigError
+from metalm.modalities import MediaReader
+
+
+class PairMaker:
+    """Makes documents of the pairs of one source."""
+
+    def __init__(
+        self,
+        source: Source,
+        media_readers: Mapping[str, MediaReader],
+        encoders: Mapping[str, EncoderConfig],
+        sequence_length: int,
+    ) -> None:
+        """
+        Args:
+            media_readers, encoders: of the model, by name.
+
+        Raises:
+            ConfigError: a row has no room for a caption beside the largest image or clip.
+        """
+        assert source.media is not None
+        self._media, self._paragraph_id = source.media, source.tokenizer.paragraph_id
+        self._reader = source.readers[source.media.name]
+        self._text_reader = source.readers.get(TEXT)
+        self._longest_prefix = encoders[self._text_reader].max_text_positions if self._text_reader else 0
+        self._media_reader = media_readers[self._reader]
+        self._sequence_length = sequence_length
+        self.longest_caption(self.max_vectors)
+
+    @property
+    def max_vectors(self) -> int:
+        """Positions of the largest image or clip."""
+        return self._media_reader.max_vectors
+
+    def longest_caption(self, num_vectors: int) -> int:
+        """Caption tokens that fit in a row beside an image or clip, `<s>` and `</d>`.
+
+        Raises:
+            ConfigError: there is no room for a caption.
+        """
+        longest = self._sequence_length - num_vectors - 2
+        if longest < 1:
+            raise ConfigError(
+                f"data.sequence_length is {self._sequence_length}: {num_vectors} patches, <s> and </d> leave "
+                "no room for a caption"
+            )
+        return longest
+
+    def media_part(self, data: bytes | memoryview) -> Part:
+        """An image or clip, not decoded yet.
+
+        Args:
+            data: of its file.
+
+        Raises:
+            BadSample: its header shows that it cannot be used.
+        """
+        return self._media.part(data, self._media_reader, self._reader, self._paragraph_id)
+
+    def document(self, media: Part, caption: np.ndarray, draw: float = 0.0) -> Document:
+        """A pair, all of whose text is trained on.
+
+        Args:
+            media: from `media_part`.
+            caption: [n] int, tokens.
+            draw: in [0, 1); from 0 to n - 1 leading tokens of the caption are read by the source's reader of
+                text, together with the image or clip where that is the same encoder.
+        """
+        prefix = int(draw * min(len(caption), self._longest_prefix + 1))
+        return Document(
+            (media, Part(TEXT, caption[:prefix], self._text_reader), Part(TEXT, caption[prefix:]))
+        )
+
+    def read(self, part: Part) -> np.ndarray:
+        """The image or clip of a part as its encoder is fed it: see `Document.decoded`.
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        assert isinstance(part.content, (bytes, memoryview))
+        return self._media_reader.read(part.content)

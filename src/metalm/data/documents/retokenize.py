@@ -1,0 +1,103 @@
+"""Spans in an encoder's own tokens: the text of a span, tokenised anew, takes as many positions as vectors.
+
+A pretrained encoder has a tokenizer of its own. The row is written with the tokens that decoder and shards
+share; each span then gives its place to the positions of its vectors, so that the row grows or shrinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import tokenizers
+
+from metalm.config.schema import EncoderConfig
+from metalm.data.tokenizer import Tokenizer
+from metalm.document import Document, Part
+from metalm.errors import DataError
+
+
+class SpanRetokenizer:
+    """Cuts the text of spans into the tokens that an encoder was pretrained with."""
+
+    def __init__(self, own: tokenizers.Tokenizer, shared: Tokenizer, longest: int) -> None:
+        self._own, self._shared, self._longest = own, shared, longest
+
+    def refit(self, documents: Sequence[Document], length: int) -> tuple[list[Document], int]:
+        """Put the encoder's tokens in the places of the spans, and cut the row where it is full.
+
+        A span's positions then hold its own first token, which the position before it predicts. A span whose
+        tokens are too many for the encoder, or whose end would not be in the row, stays text.
+
+        Args:
+            documents: of one row; what has a reader is of this encoder.
+            length: the most positions that the new row may have.
+
+        Returns:
+            The documents of the new row, and how many leading tokens of the old row they hold.
+        """
+        refitted: list[Document] = []
+        at = grown = 0
+        is_full = False
+        for document in documents:
+            parts: list[Part] = []
+            at += document.begins
+            for part in document.parts:
+                if part.reader is not None and len(part):
+                    ids = self._own_ids(part)
+                    fits = not is_full and 0 < len(ids) <= self._longest
+                    if fits and at + grown + len(ids) > length:
+                        is_full, fits = True, False
+                    if fits:
+                        grown += len(ids) - len(part)
+                        same = np.full(len(ids), part.tokens[0])
+                        parts.append(replace(part, tokens=same, content=ids))
+                    else:
+                        parts.append(replace(part, reader=None))
+                else:
+                    parts.append(part)
+                at += len(part)
+            at += document.ends
+            refitted.append(replace(document, parts=tuple(parts)))
+        return _cut(refitted, length), min(at, length - grown)
+
+    def _own_ids(self, part: Part) -> np.ndarray:
+        return np.array(self._own.encode(self._shared.decode(part.tokens)).ids, np.int64)
+
+
+def load_retokenizer(encoder: EncoderConfig, shared: Tokenizer) -> SpanRetokenizer | None:
+    """What spans of an encoder of transformers need; None for one of ours, which shares the tokenizer.
+
+    Raises:
+        DataError: the folder has no tokenizer.json, or it has more ids than the encoder.
+    """
+    if encoder.pretrained is None:
+        return None
+    path = encoder.pretrained.path / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist, but spans of text need it: save the encoder's fast tokenizer there"
+        )
+    try:
+        own = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from None
+    own.no_padding()
+    own.no_truncation()
+    if own.get_vocab_size() > encoder.pretrained.definition["vocab_size"]:
+        raise DataError(
+            f"{path} has {own.get_vocab_size()} ids, the encoder beside it "
+            f"{encoder.pretrained.definition['vocab_size']}"
+        )
+    return SpanRetokenizer(own, shared, encoder.max_text_positions)
+
+
+def _cut(documents: Sequence[Document], length: int) -> list[Document]:
+    kept: list[Document] = []
+    for document in documents:
+        if not length:
+            break
+        kept.append(document if len(document) <= length else document.cut(length))
+        length -= len(kept[-1])
+    return kept

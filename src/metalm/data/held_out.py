@@ -1,0 +1,175 @@
+"""Fixed rows of a held-out source, the same ones each time and on any number of ranks; and its first samples.
+
+Rows are made from the samples in the order of the index. Two rules make pairs comparable: the prefix has
+length 0, so that the whole caption is predicted from the image or clip alone, and the first caption is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, islice
+from typing import Any
+
+import numpy as np
+
+from metalm.batch import SemiCausalBatch
+from metalm.data.corpus import Corpus, RowObjective
+from metalm.data.documents.pairs import PairMaker
+from metalm.data.documents.spans import SpanSampler
+from metalm.data.documents.text import text_document
+from metalm.data.index import SampleLocation
+from metalm.data.order import SequentialOrder
+from metalm.data.packing.continuous import ContinuousPacker
+from metalm.data.row import Row, empty_row, lay_out
+from metalm.data.sources import Source
+from metalm.data.streams import Stream
+from metalm.document import Document
+from metalm.errors import BadSample, ConfigError, DataError
+
+_SEED = 0
+"""Of the spans, so that runs with different seeds are evaluated on the same rows."""
+
+
+@dataclass(frozen=True)
+class HeldOutSample:
+    """A sample as the model is asked about it, and as people look at it, or listen to it."""
+
+    document: Document
+    """Decoded: of a pair the image or clip and the first caption, of text its body without a reader."""
+    media: Any
+    """What `Media.decode` gives; None: text."""
+    captions: tuple[str, ...]
+
+
+def evaluation_batches(
+    corpus: Corpus,
+    source: Source,
+    objective: RowObjective,
+    *,
+    num_rows: int,
+    dp_rank: int,
+    dp_size: int,
+    tp_size: int,
+    wrong_media: bool = False,
+) -> Iterator[SemiCausalBatch]:
+    """Micro-batches of the first `num_rows` rows of a source of `corpus.held_out`, for one rank.
+
+    Row i goes to rank i mod dp_size. Every rank gets the same number of full micro-batches: rows of
+    padding stand in where there is none, as they do when the source has fewer rows.
+
+    Args:
+        wrong_media: give each pair the image or clip of another pair among these rows, half of them away.
+
+    Raises:
+        ConfigError: `wrong_media` for a source of text.
+        DataError: fewer than two pairs with `wrong_media`.
+    """
+    if wrong_media and source.media is None:
+        raise ConfigError(f"evaluation source {source.name} has no images or clips to exchange")
+    if source.media is None:
+        rows: Iterator[Row] = islice(_text_rows(corpus, source, num_rows), dp_rank, None, dp_size)
+    else:
+        rows = _pair_rows(corpus, source, num_rows, slice(dp_rank, None, dp_size), wrong_media)
+    micro_batch_size = corpus.config.training.micro_batch_size
+    num_batches = -(-num_rows // (dp_size * micro_batch_size))
+    for _ in range(num_batches):
+        batch = list(islice(rows, micro_batch_size))
+        full = objective.arrange(batch + [empty_row()] * (micro_batch_size - len(batch)))
+        yield corpus.micro_batch(full, objective, tp_size)
+
+
+def held_out_samples(corpus: Corpus, source: Source, count: int) -> list[HeldOutSample]:
+    """The first `count` usable samples of a source, in the order of its index."""
+    maker = None if source.media is None else corpus.pair_maker(source)
+    samples: list[HeldOutSample] = []
+    for sample in range(source.index.num_samples):
+        if len(samples) == count:
+            break
+        (location,) = source.index.locate(np.array([sample]))
+        try:
+            samples.append(_sample(source, maker, location))
+        except BadSample:
+            continue
+    return samples
+
+
+def _sample(source: Source, maker: PairMaker | None, location: SampleLocation) -> HeldOutSample:
+    if maker is None or source.media is None:
+        body = source.token_ids(location)
+        no_spans = np.empty((0, 2), np.int64)
+        return HeldOutSample(text_document(body, no_spans, None, begins=True, ends=True), None, ())
+    data, captions = source.main_member(location), source.captions(location)
+    caption = source.tokenizer.encode([captions[0]])[0]
+    document = maker.document(maker.media_part(data), caption).decoded(maker.read)
+    return HeldOutSample(document, source.media.decode(data), tuple(captions))
+
+
+def _text_rows(corpus: Corpus, source: Source, num_rows: int) -> Iterator[Row]:
+    config = corpus.config
+    packer = ContinuousPacker(
+        source,
+        SequentialOrder(source.index),
+        0,
+        sequence_length=config.data.sequence_length,
+        spans=SpanSampler(config.data.spans, Stream(_SEED, f"evaluation spans of {source.name}")),
+        max_consecutive_failures=config.data.max_consecutive_failures,
+        retokenizer=corpus.retokenizer(source),
+    )
+    for number in range(num_rows):
+        row = packer.next_row()
+        if row is None:
+            return
+        yield replace(row, dropout_seed=number)  # of what an objective draws for the row
+
+
+def _pair_rows(corpus: Corpus, source: Source, num_rows: int, own: slice, wrong_media: bool) -> Iterator[Row]:
+    assert source.media is not None
+    maker = corpus.pair_maker(source)
+    pairs_of_rows = _pack_in_order(source, num_rows, maker, corpus.config.data.sequence_length)
+    pairs = list(chain.from_iterable(pairs_of_rows))
+    if wrong_media and len(pairs) < 2:
+        name = source.media.noun
+        raise DataError(f"evaluation source {source.name} has one pair: its {name} cannot be exchanged")
+    shift = len(pairs) // 2 if wrong_media else 0
+    first_pairs = list(accumulate((len(row) for row in pairs_of_rows), initial=0))
+    for first, row in list(zip(first_pairs, pairs_of_rows, strict=False))[own]:
+        documents: list[Document] = []
+        for number, (_, caption) in enumerate(row, start=first):
+            location, _ = pairs[(number + shift) % len(pairs)]
+            try:
+                media = maker.media_part(source.main_member(location))
+                documents.append(maker.document(media, caption).decoded(maker.read))
+            except BadSample:
+                continue
+        yield lay_out(documents, source.tokenizer, source.source_id) if documents else empty_row()
+
+
+def _pack_in_order(
+    source: Source, num_rows: int, maker: PairMaker, sequence_length: int
+) -> list[list[tuple[SampleLocation, np.ndarray]]]:
+    """Where the pairs of the first rows lie, and their captions' tokens, in the order of the index.
+
+    Bad samples are left out. There is room for the largest image or clip in each pair's place, so that they
+    can be exchanged.
+    """
+    longest = maker.longest_caption(maker.max_vectors)
+    rows: list[list[tuple[SampleLocation, np.ndarray]]] = []
+    room = 0
+    for sample in range(source.index.num_samples):
+        (location,) = source.index.locate(np.array([sample]))
+        try:
+            caption = source.captions(location)[0]
+            maker.media_part(source.main_member(location))  # a bad header shows here
+        except BadSample:
+            continue
+        ids = source.tokenizer.encode([caption])[0][:longest]
+        largest = maker.max_vectors + len(ids) + 2
+        if largest > room:
+            if len(rows) == num_rows:
+                break
+            rows.append([])
+            room = sequence_length
+        rows[-1].append((location, ids))
+        room -= largest
+    return rows

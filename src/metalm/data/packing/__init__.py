@@ -1,0 +1,1 @@
+"""How documents of one source become rows."""

@@ -1,0 +1,122 @@
+"""Documents that are not cut, of one source, in one lane, to rows: pairs of an image or a clip with text.
+
+Rows have padding; the packer looks some documents ahead and takes those that fill a row best. The state is a
+place in the order and the places of the documents that wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from metalm.data.documents.pairs import PairMaker
+from metalm.data.failures import FailureGuard
+from metalm.data.index import SampleLocation
+from metalm.data.row import Row, lay_out
+from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream
+from metalm.data.sources import Source
+from metalm.data.streams import Stream
+from metalm.document import Document, Part
+from metalm.errors import BadSample
+
+DOCUMENTS_AHEAD = 16
+"""Documents among which a packer looks for the one that fills a row best."""
+
+
+class _Seen(NamedTuple):
+    """What is read of a pair before it waits."""
+
+    captions: list[str]
+    media: Part
+
+
+class _Waiting(NamedTuple):
+    """A document that waits for its row. Its image or clip is decoded when it gets there."""
+
+    place: Place
+    location: SampleLocation
+    document: Document
+    truncated: bool
+
+
+class WholePacker:
+    """Packs pairs whole into rows."""
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        lane: int,
+        *,
+        maker: PairMaker,
+        sequence_length: int,
+        draws: Stream,
+        max_consecutive_failures: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.counters = RowCounters.from_state(state["counters"]) if state else RowCounters()
+        self._source, self._maker, self._length, self._draws = source, maker, sequence_length, draws
+        # A short clip costs its encoder as much as a whole one, so no more of them go to a row.
+        self._max_documents = max(1, sequence_length // maker.max_vectors)
+        guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
+        place = Place(*state["place"]) if state else Place(0, 0)
+        self._stream = SampleStream(source, order, lane, self._look, guard, place)
+        self._decoding_guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
+        self._waiting: list[_Waiting] = []
+        for place in [Place(*waiting) for waiting in state["waiting"]] if state else []:
+            self._waiting.append(self._wait(place, *self._stream.read_again(place)))
+
+    def state(self) -> dict[str, Any]:
+        """Where the next row begins, as JSON holds it."""
+        return {
+            "place": list(self._stream.place),
+            "waiting": [list(waiting.place) for waiting in self._waiting],
+            "counters": self.counters.state(),
+        }
+
+    def next_row(self) -> Row:
+        """The next row: the document that waits longest, then each time the largest that still fits."""
+        documents: list[Document] = []
+        room = self._length
+        while len(documents) < self._max_documents:
+            self._look_ahead()
+            waiting = self._take_best(room) if documents else self._waiting.pop(0)
+            if waiting is None:
+                break
+            try:
+                document = waiting.document.decoded(self._maker.read)
+            except BadSample as failure:
+                shard = self._source.reader.path_of(waiting.location.shard)
+                self._decoding_guard.failed(failure.cause, shard, waiting.location.sample)
+                continue
+            self._decoding_guard.passed()
+            documents.append(document)
+            self.counters.truncated_captions += waiting.truncated
+            room -= len(document)
+        self.counters.samples += len(documents)
+        row = lay_out(documents, self._source.tokenizer, self._source.source_id)
+        self.counters.count_row(row, self._length)
+        return row
+
+    def _look_ahead(self) -> None:
+        while len(self._waiting) < DOCUMENTS_AHEAD:
+            read = self._stream.read_next()
+            assert read is not None
+            self._waiting.append(self._wait(*read))
+
+    def _take_best(self, room: int) -> _Waiting | None:
+        fitting = [n for n, waiting in enumerate(self._waiting) if len(waiting.document) <= room]
+        if not fitting:
+            return None
+        return self._waiting.pop(max(fitting, key=lambda n: len(self._waiting[n].document)))
+
+    def _look(self, location: SampleLocation) -> _Seen:
+        media = self._source.main_member(location)
+        return _Seen(self._source.captions(location), self._maker.media_part(media))
+
+    def _wait(self, place: Place, location: SampleLocation, seen: _Seen) -> _Waiting:
+        which, prefix = self._draws.uniforms(place.ordinal, 2)
+        caption = seen.captions[int(which * len(seen.captions))]
+        ids = self._source.tokenizer.encode([caption])[0]
+        kept = ids[: self._maker.longest_caption(len(seen.media))]
+        document = self._maker.document(seen.media, kept, draw=prefix)
+        return _Waiting(place, location, document, truncated=len(kept) < len(ids))

@@ -1,0 +1,1 @@
+"""What a model knows, by documents: held-out losses and generation."""

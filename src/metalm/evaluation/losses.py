@@ -1,0 +1,65 @@
+"""Held-out losses: the same rows of each source on every topology."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from metalm.data.corpus import Corpus
+from metalm.data.held_out import evaluation_batches
+from metalm.data.sources import Source
+from metalm.evaluation.generation import EvaluatedModel, evaluating
+from metalm.objectives import Objective
+from metalm.parallel.topology import Topology
+
+
+def held_out_losses(
+    model: EvaluatedModel, topology: Topology, corpus: Corpus, objective: Objective
+) -> dict[str, float]:
+    """The loss per trained token of each held-out source; of pairs also with the images or clips exchanged.
+
+    Keys: `SOURCE` and, for pairs, `SOURCE/wrong_image` or `SOURCE/wrong_audio`; with an objective whose loss
+    has parts, also `SOURCE/PART`.
+
+    Collective: all ranks.
+    """
+    losses: dict[str, float] = {}
+    for name, source in corpus.held_out.items():
+        losses |= _measure(model, topology, corpus, objective, source, name, wrong_media=False)
+        if source.media is not None:
+            key = f"{name}/wrong_{source.media.name}"
+            losses |= _measure(model, topology, corpus, objective, source, key, wrong_media=True)
+    return losses
+
+
+def _measure(
+    model: EvaluatedModel,
+    topology: Topology,
+    corpus: Corpus,
+    objective: Objective,
+    source: Source,
+    key: str,
+    *,
+    wrong_media: bool,
+) -> dict[str, float]:
+    """Means over a held-out source: the loss as `key`, and its parts as `key/PART`."""
+    totals = {key: torch.zeros(2, dtype=torch.float64, device=topology.device)}
+    with evaluating(model):
+        for batch in evaluation_batches(
+            corpus,
+            source,
+            objective,
+            num_rows=corpus.config.monitor.evaluation_rows,
+            dp_rank=topology.data_rank,
+            dp_size=topology.data_size,
+            tp_size=topology.tensor_size,
+            wrong_media=wrong_media,
+        ):
+            batch = batch.to(topology.device)
+            losses = objective.losses(model, batch, topology)
+            totals[key] += torch.stack([losses.weighted.double().sum(), batch.loss_weights.double().sum()])
+            for part, measured in losses.parts.items():
+                totals[f"{key}/{part}"] = totals.get(f"{key}/{part}", 0.0) + measured
+    for total in totals.values():
+        dist.all_reduce(total, group=topology.data_group)
+    return {name: float(total[0] / total[1].clamp(min=1)) for name, total in totals.items()}

@@ -1,0 +1,229 @@
+"""Images: bytes to pixels to patches, with caps that hold before anything is decoded.
+
+There is one way from a file to pixels, wherever it comes from. Images are resized straight to a square,
+without cropping: a caption may name what stands at the edge. JPEGs are decoded at the smallest of libjpeg's
+scales that is still at least the wanted size.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import textwrap
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image as Pillow
+from PIL import ImageDraw, ImageFont, ImageOps
+
+from metalm.config.schema import EncoderConfig, ImageConfig
+from metalm.errors import BadSample
+from metalm.modalities.modality import Convert, Media
+
+DECODERS = ("JPEG", "PNG", "WEBP")
+"""Pillow's names of the only formats that are ever tried, whatever a member is called."""
+MAX_PIXELS = 50_000_000
+JPEG_QUALITY = 95
+EXIF_ORIENTATION = 0x0112
+SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+_SHOWN_WIDTH, _LINE, _MARGIN = 256, 15, 6
+
+
+class Image(Media):
+    """Images of three channels, cut into square patches."""
+
+    name = "image"
+    kind = "image_text"
+    noun = "image"
+    formats: ClassVar = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
+
+    def settings(self, encoder: EncoderConfig) -> ImageConfig | None:
+        return encoder.image
+
+    def reader(self, encoder: EncoderConfig) -> ImageReader:
+        return ImageReader(_section(encoder))
+
+    def no_media(self, encoder: EncoderConfig) -> np.ndarray:
+        return np.empty((0, 3 * _section(encoder).patch_size ** 2), np.uint8)
+
+    def max_vectors(self, encoder: EncoderConfig) -> int:
+        return _section(encoder).num_patches
+
+    def weights_per_vector(self, encoder: EncoderConfig) -> int:
+        return 3 * _section(encoder).patch_size ** 2 * encoder.hidden_size
+
+    def describe_input(self, encoder: EncoderConfig) -> str:
+        image = _section(encoder)
+        side = image.image_size
+        return f"images of {side} x {side} in {image.num_patches} patches"
+
+    def embedding_parameters(self, encoder: EncoderConfig) -> int:
+        image = _section(encoder)
+        return (3 * image.patch_size**2 + 1 + image.num_patches) * encoder.hidden_size
+
+    def decode(self, data: bytes | memoryview) -> np.ndarray:
+        return decode_image(data)
+
+    def show(self, board: Any, tag: str, media: Any, lines: Sequence[str], step: int, *, first: bool) -> None:
+        board.add_image(tag, caption_picture(media, lines), step, dataformats="HWC")
+
+    def add_preparation_options(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--resize",
+            type=int,
+            metavar="PIXELS",
+            help="shrink larger images to this on their shorter side",
+        )
+
+    def preparation_settings(self, options: Namespace) -> dict[str, int | float | None]:
+        return {"shorter_side": options.resize}
+
+    def convert(self, **settings: Any) -> Convert:
+        return functools.partial(prepare_image, **settings)
+
+
+class ImageReader:
+    """Patches of images, all of one number."""
+
+    def __init__(self, image: ImageConfig) -> None:
+        self._image = image
+        self.max_vectors = image.num_patches
+
+    def count_vectors(self, _: bytes | memoryview) -> int:
+        """Patches of one image."""
+        return self._image.num_patches
+
+    def read(self, data: bytes | memoryview) -> np.ndarray:
+        """Patches [num_patches, patch_size * patch_size * 3] uint8.
+
+        Raises:
+            BadSample: as `decode_image`.
+        """
+        return cut_patches(decode_image(data, image_size=self._image.image_size), self._image)
+
+
+def decode_image(data: bytes | memoryview, *, image_size: int | None = None) -> np.ndarray:
+    """Decodes to [height, width, 3] uint8; transparent parts become white.
+
+    Args:
+        image_size: resize to a square of this many pixels a side; None keeps the image's own size.
+
+    Raises:
+        BadSample: `image_bomb` (more than MAX_PIXELS by its header) or `undecodable_image`.
+    """
+    try:
+        image = Pillow.open(io.BytesIO(data), formats=DECODERS)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadSample("image_bomb")
+        if image_size is not None and image.format == "JPEG":
+            image.draft("RGB", (image_size, image_size))
+        return _resized(_opaque(image), image_size)
+    except Pillow.DecompressionBombError:
+        raise BadSample("image_bomb") from None
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError):
+        # What Pillow raises on damaged files: UnidentifiedImageError is an OSError.
+        raise BadSample("undecodable_image") from None
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Pixels [height, width, 3] uint8 as a file that loses nothing."""
+    buffer = io.BytesIO()
+    Pillow.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def cut_patches(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """Cuts [image_size, image_size, 3] into patches [num_patches, patch_size * patch_size * 3].
+
+    Patches are in row-major order of the grid; in a patch the order is row, column, channel.
+    """
+    patch = config.patch_size
+    grid = config.image_size // patch
+    cells = pixels.reshape(grid, patch, grid, patch, 3).transpose(0, 2, 1, 3, 4)
+    return cells.reshape(grid * grid, patch * patch * 3)
+
+
+def prepare_image(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
+    """Decodes an image in full, and gives the suffix and the content of its shard member.
+
+    The bytes stay as they are unless the image must be turned upright (EXIF) or is larger than wanted:
+    then its shorter side becomes `shorter_side` pixels and it is encoded again in its own format.
+
+    Raises:
+        BadSample: `undecodable_image` (also: of another format) or `image_bomb`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)
+            image = Pillow.open(io.BytesIO(data), formats=DECODERS)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadSample("image_bomb")
+        assert image.format is not None
+        kind = image.format
+        shrinks = shorter_side is not None and min(image.size) > shorter_side
+        turns = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        if not shrinks and not turns:
+            image.load()
+            return SUFFIXES[kind], data
+        upright = ImageOps.exif_transpose(image)
+        if shorter_side is not None and shrinks:
+            scale = shorter_side / min(upright.size)
+            size = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
+            if upright.mode in ("P", "1"):
+                upright = upright.convert("RGBA")
+            upright = upright.resize(size, Pillow.Resampling.BICUBIC, reducing_gap=3.0)
+        buffer = io.BytesIO()
+        upright.save(buffer, kind, quality=JPEG_QUALITY)
+        return SUFFIXES[kind], buffer.getvalue()
+    except Pillow.DecompressionBombError:
+        raise BadSample("image_bomb") from None
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError):
+        raise BadSample("undecodable_image") from None
+
+
+def caption_picture(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
+    """Draw an image enlarged to a fixed width, and text below it, wrapped.
+
+    Args:
+        pixels: [height, width, 3] uint8.
+        lines: paragraphs of text.
+
+    Returns:
+        [height', 256, 3] uint8.
+    """
+    image = Pillow.fromarray(pixels)
+    height = round(_SHOWN_WIDTH * image.height / image.width)
+    image = image.resize((_SHOWN_WIDTH, height), Pillow.Resampling.NEAREST)
+    wrapped = [part for line in lines for part in textwrap.wrap(line, 40) or [""]]
+    size = (_SHOWN_WIDTH, image.height + 2 * _MARGIN + _LINE * len(wrapped))
+    picture = Pillow.new("RGB", size, "white")
+    picture.paste(image, (0, 0))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=11)
+    for number, line in enumerate(wrapped):
+        draw.text((_MARGIN, image.height + _MARGIN + _LINE * number), line, fill="black", font=font)
+    return np.asarray(picture)
+
+
+def _section(encoder: EncoderConfig) -> ImageConfig:
+    assert encoder.image is not None
+    return encoder.image
+
+
+def _opaque(image: Pillow.Image) -> Pillow.Image:
+    if image.mode == "RGB":
+        return image
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Pillow.alpha_composite(Pillow.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _resized(image: Pillow.Image, image_size: int | None) -> np.ndarray:
+    if image_size is not None and image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Pillow.Resampling.BICUBIC)
+    return np.asarray(image)
