@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +22,12 @@ from metalm.config.pretrained_audio import EXTRACTORS, SAMPLING_RATES
 from metalm.config.schema import AudioConfig, EncoderConfig
 from metalm.errors import BadSample, ConfigError
 from metalm.modalities.modality import Convert, Media
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from metalm.batch import EncoderShare
 
 _UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile answers for a FLAC that was written to a pipe
 FORMATS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}
@@ -63,6 +69,36 @@ class Audio(Media):
 
     def weights_per_vector(self, encoder: EncoderConfig) -> int:
         return _section(encoder).weights_per_patch
+
+    def encode(self, model: Any, share: EncoderShare, encoder: EncoderConfig, dtype: torch.dtype) -> Tensor:
+        import torch
+
+        audio = _section(encoder)
+        clips, places = share.media, share.positions[share.patch_slots]
+        if not len(clips):
+            clips, places = clips.new_zeros(1, *audio.features), places.new_zeros(1)
+        clip_of_patch = (places == 0).cumsum(0) - 1
+        lengths = torch.zeros(len(clips), dtype=torch.int64, device=places.device)
+        lengths = lengths.index_add(0, clip_of_patch, torch.ones_like(places))
+        vectors = encode_clips(model, clips.to(dtype), lengths, audio)
+        return vectors.flatten(0, 1)[clip_of_patch * audio.num_patches + places]
+
+    def try_out(self, model: Any, encoder: EncoderConfig, generator: torch.Generator) -> Tensor:
+        """Of a whole and of half a clip."""
+        import torch
+
+        audio = _at_most_a_second(_section(encoder))
+        counts = torch.tensor([audio.num_patches, (audio.num_patches + 1) // 2])
+        clips = torch.randn(2, *audio.features, generator=generator)
+        vectors = encode_clips(model, clips, counts, audio)
+        return torch.cat([one[:count] for one, count in zip(vectors, counts, strict=True)])
+
+    def vectors_of_zeros(self, model: Any, encoder: EncoderConfig) -> Tensor:
+        import torch
+
+        audio = _section(encoder)
+        clip = torch.zeros(1, *audio.features)
+        return model(input_values=clip).last_hidden_state[:, -audio.num_patches :]
 
     def describe_input(self, encoder: EncoderConfig) -> str:
         audio = _section(encoder)
@@ -214,6 +250,32 @@ def encode_flac(clip: Clip) -> bytes:
     except soundfile.LibsndfileError:
         raise BadSample("unsupported_rate") from None
     return file.getvalue()
+
+
+def encode_clips(model: Any, features: Tensor, lengths: Tensor, audio: AudioConfig) -> Tensor:
+    """Vectors [C, num_patches, D] of clips [C, ...], of which the first `lengths` [C] are real."""
+    import torch
+
+    mask = {}
+    if audio.masks_padding:
+        # The model takes a mask over samples and derives that of vectors: any length with as many will do.
+        samples = lengths
+        for kernel, stride in reversed(audio.convolutions):
+            samples = (samples - 1) * stride + kernel
+        mask["attention_mask"] = (
+            torch.arange(audio.max_samples, device=features.device) < samples[:, None]
+        ).long()
+    found = model(input_values=features, **mask)
+    return found.last_hidden_state[:, -audio.num_patches :]
+
+
+def _at_most_a_second(audio: AudioConfig) -> AudioConfig:
+    """Clips that are long enough to try, where the model takes any length."""
+    length = min(audio.max_samples, max(audio.sampling_rate, audio.min_samples))
+    if not audio.convolutions:
+        return audio
+    sizes = {"max_samples": length, "features": (length,), "num_patches": audio.count_patches(length)}
+    return audio.model_copy(update=sizes)
 
 
 def prepare_clip(data: bytes, sampling_rate: int | None, max_seconds: float | None) -> tuple[str, bytes]:

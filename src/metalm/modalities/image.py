@@ -13,7 +13,7 @@ import textwrap
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image as Pillow
@@ -22,6 +22,12 @@ from PIL import ImageDraw, ImageFont, ImageOps
 from metalm.config.schema import EncoderConfig, ImageConfig
 from metalm.errors import BadSample
 from metalm.modalities.modality import Convert, Media
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from metalm.batch import EncoderShare
 
 DECODERS = ("JPEG", "PNG", "WEBP")
 """Pillow's names of the only formats that are ever tried, whatever a member is called."""
@@ -55,6 +61,39 @@ class Image(Media):
 
     def weights_per_vector(self, encoder: EncoderConfig) -> int:
         return 3 * _section(encoder).patch_size ** 2 * encoder.hidden_size
+
+    def embedding_modules(self, encoder: EncoderConfig) -> dict[str, Any]:
+        from torch import nn
+
+        image = _section(encoder)
+        return {
+            "patch_embedding": nn.Linear(3 * image.patch_size**2, encoder.hidden_size),
+            "image_positions": nn.Embedding(image.num_patches, encoder.hidden_size),
+        }
+
+    def embed(self, modules: Any, share: EncoderShare, hidden: Tensor) -> Tensor:
+        pixels = share.media.to(hidden.dtype) / 127.5 - 1.0
+        grid_positions = share.positions.index_select(0, share.patch_slots)
+        patches = modules.patch_embedding(pixels) + modules.image_positions(grid_positions)
+        return hidden.index_copy(0, share.patch_slots, patches)
+
+    def encode(self, model: Any, share: EncoderShare, encoder: EncoderConfig, dtype: torch.dtype) -> Tensor:
+        pixels = normalised_pixels(share.media, encoder).to(dtype)
+        vectors = model(pixel_values=pixels).last_hidden_state
+        return vectors[:, -_section(encoder).num_patches :].flatten(0, 1)
+
+    def try_out(self, model: Any, encoder: EncoderConfig, generator: torch.Generator) -> Tensor:
+        import torch
+
+        size = _section(encoder).image_size
+        return model(pixel_values=torch.rand(1, 3, size, size, generator=generator)).last_hidden_state
+
+    def vectors_of_zeros(self, model: Any, encoder: EncoderConfig) -> Tensor:
+        import torch
+
+        image = _section(encoder)
+        found = model(pixel_values=torch.zeros(1, 3, image.image_size, image.image_size))
+        return found.last_hidden_state[:, -image.num_patches :]
 
     def describe_input(self, encoder: EncoderConfig) -> str:
         image = _section(encoder)
@@ -127,6 +166,30 @@ def decode_image(data: bytes | memoryview, *, image_size: int | None = None) -> 
     except (OSError, ValueError, SyntaxError, IndexError, EOFError):
         # What Pillow raises on damaged files: UnidentifiedImageError is an OSError.
         raise BadSample("undecodable_image") from None
+
+
+def normalised_pixels(patches: Tensor, encoder: EncoderConfig) -> Tensor:
+    """[P, patch * patch * 3] uint8 to images [I, 3, H, W] as an encoder of transformers takes them, float32.
+
+    Where P is 0, one image of zeros.
+    """
+    import torch
+
+    image, pretrained = _section(encoder), encoder.pretrained
+    assert pretrained is not None
+    if not len(patches):
+        patches = patches.new_zeros(image.num_patches, patches.shape[1])
+    grid, side = image.image_size // image.patch_size, image.patch_size
+    cells = patches.view(-1, grid, grid, side, side, 3).permute(0, 5, 1, 3, 2, 4)
+    pixels = cells.reshape(-1, 3, image.image_size, image.image_size).float() / 255
+    assert pretrained.image_mean is not None and pretrained.image_std is not None
+    channels = [
+        (channel - mean) / deviation
+        for channel, mean, deviation in zip(
+            pixels.unbind(1), pretrained.image_mean, pretrained.image_std, strict=True
+        )
+    ]
+    return torch.stack(channels, 1)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

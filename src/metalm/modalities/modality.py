@@ -8,12 +8,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from metalm.config.schema import EncoderConfig
 from metalm.document import Part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from metalm.batch import EncoderShare
 
 Convert = Callable[[bytes], tuple[str, bytes]]
 """The bytes of a file to the suffix and the content of its member, or BadSample; it travels to processes."""
@@ -72,6 +78,18 @@ class Modality:
         """Multiplications that make one vector of an image or clip, before the layers."""
         return 0
 
+    def embedding_modules(self, encoder: EncoderConfig) -> dict[str, Any]:
+        """What embeds images or clips in an encoder of ours, as torch modules by name."""
+        return {}
+
+    def embed(self, modules: Any, share: EncoderShare, hidden: Tensor) -> Tensor:
+        """Put the embedded patches of a share in the places of what stands there, [L, D].
+
+        Args:
+            modules: has those of `embedding_modules` as attributes.
+        """
+        return hidden
+
     def describe_input(self, encoder: EncoderConfig) -> str | None:
         """The images or clips that an encoder reads, for a model card."""
         return None
@@ -119,6 +137,18 @@ class Media(Modality, ABC):
         Raises:
             ConfigError: something that it needs is not installed, or does not fit the encoder.
         """
+
+    @abstractmethod
+    def encode(self, model: Any, share: EncoderShare, encoder: EncoderConfig, dtype: torch.dtype) -> Tensor:
+        """Vectors of the patches of a share [P, D] by a model of transformers; where P is 0, of zeros."""
+
+    @abstractmethod
+    def try_out(self, model: Any, encoder: EncoderConfig, generator: torch.Generator) -> Tensor:
+        """Vectors of something random, by which two ways of attention in a model are compared."""
+
+    @abstractmethod
+    def vectors_of_zeros(self, model: Any, encoder: EncoderConfig) -> Tensor:
+        """Vectors of an image or a clip of zeros: which weights do they depend on?"""
 
     @abstractmethod
     def decode(self, data: bytes | memoryview) -> Any:

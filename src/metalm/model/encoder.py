@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
 from metalm.kernels import IntervalMask, RelativeBias
+from metalm.modalities import modality_of_encoder
 from metalm.model.connector import build_connector, build_detection_head
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
@@ -49,9 +50,9 @@ class Encoder(nn.Module):
         self.config = config
         if config.positions == "learned":
             self.text_positions = nn.Embedding(config.max_text_positions, hidden)
-        if config.image:
-            self.patch_embedding = nn.Linear(3 * config.image.patch_size**2, hidden)
-            self.image_positions = nn.Embedding(config.image.num_patches, hidden)
+        self.modality = modality_of_encoder(config)
+        for name, module in self.modality.embedding_modules(config).items():
+            self.add_module(name, module)
         if config.relative_bias:
             buckets, distance = config.relative_bias.num_buckets, config.relative_bias.max_distance
             self.relative_bias = SharedRelativeBias(buckets, distance, config.num_heads)
@@ -107,12 +108,7 @@ class Encoder(nn.Module):
             hidden = hidden + self.text_positions(
                 share.positions.clamp(max=last)
             )  # patches are replaced below
-        if self.config.image is None:
-            return hidden
-        pixels = share.media.to(hidden.dtype) / 127.5 - 1.0
-        grid_positions = share.positions.index_select(0, share.patch_slots)
-        patches = self.patch_embedding(pixels) + self.image_positions(grid_positions)
-        return hidden.index_copy(0, share.patch_slots, patches)
+        return self.modality.embed(self, share, hidden)
 
 
 class EncoderBank(nn.Module):

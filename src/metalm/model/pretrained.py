@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from metalm.batch import EncoderShare
-from metalm.config import AudioConfig, EncoderConfig, ImageConfig
+from metalm.config import EncoderConfig
 from metalm.config.pretrained import positions_before_text
 from metalm.errors import ConfigError
 from metalm.kernels import IntervalMask
 from metalm.kernels.adapters import register_interval_attention
+from metalm.modalities import Media, modality_of_encoder
 from metalm.model.connector import build_connector
 
 CHECK_LENGTHS = (5, 160)
@@ -36,8 +37,7 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, decoder_hidden_size: int) -> None:
         super().__init__()
         assert config.pretrained is not None
-        self.image, self.audio = config.image, config.audio
-        self.image_mean, self.image_std = config.pretrained.image_mean, config.pretrained.image_std
+        self.config, self.modality = config, modality_of_encoder(config)
         self.first_position = positions_before_text(config.pretrained.definition)
         self.model = build_skeleton(config)
         self.connector = build_connector(config.connector, config.hidden_size, decoder_hidden_size)
@@ -49,10 +49,10 @@ class PretrainedEncoder(nn.Module):
 
     def forward(self, share: EncoderShare) -> Tensor:
         """Encode one share: [L, decoder hidden size]. See `Encoder.forward`."""
-        if self.image is None and self.audio is None:
+        if not isinstance(self.modality, Media):
             return self.connector(self._encode_text(share))
-        slots = share.patch_slots
-        patches = self._encode_clips(share) if self.image is None else self._encode_images(share, self.image)
+        slots, dtype = share.patch_slots, next(self.connector.parameters()).dtype
+        patches = self.modality.encode(self.model, share, self.config, dtype)
         if not slots.numel():  # the dummy element
             slots, patches = slots.new_zeros(1), patches[:1]
         length = share.token_ids.shape[0]
@@ -62,41 +62,6 @@ class PretrainedEncoder(nn.Module):
     def _encode_text(self, share: EncoderShare) -> Tensor:
         mask = IntervalMask(share.attention_start[None], share.attention_end[None], len(share.token_ids))
         return encode_packed(self.model, share.token_ids, share.positions + self.first_position, mask)
-
-    def _encode_images(self, share: EncoderShare, image: ImageConfig) -> Tensor:
-        """Vectors of patches [P, D]; where P is 0, of one image of zeros."""
-        vectors = self.model(pixel_values=self._pixels(share.media, image)).last_hidden_state
-        return vectors[:, -image.num_patches :].flatten(0, 1)
-
-    def _encode_clips(self, share: EncoderShare) -> Tensor:
-        """Vectors of clips [P, D]; where P is 0, one of a clip of zeros."""
-        assert self.audio is not None
-        clips, places = share.media, share.positions[share.patch_slots]
-        if not len(clips):
-            clips, places = clips.new_zeros(1, *self.audio.features), places.new_zeros(1)
-        clip_of_patch = (places == 0).cumsum(0) - 1
-        lengths = torch.zeros(len(clips), dtype=torch.int64, device=places.device)
-        lengths = lengths.index_add(0, clip_of_patch, torch.ones_like(places))
-        vectors = encode_clips(
-            self.model, clips.to(next(self.connector.parameters()).dtype), lengths, self.audio
-        )
-        return vectors.flatten(0, 1)[clip_of_patch * self.audio.num_patches + places]
-
-    def _pixels(self, patches: Tensor, image: ImageConfig) -> Tensor:
-        """[P, patch * patch * 3] uint8 to the normalised images [I, 3, H, W]; one of zeros where P is 0."""
-        if not len(patches):
-            patches = patches.new_zeros(image.num_patches, patches.shape[1])
-        grid, side = image.image_size // image.patch_size, image.patch_size
-        cells = patches.view(-1, grid, grid, side, side, 3).permute(0, 5, 1, 3, 2, 4)
-        pixels = cells.reshape(-1, 3, image.image_size, image.image_size).float() / 255
-        assert self.image_mean is not None and self.image_std is not None
-        channels = [
-            (channel - mean) / deviation
-            for channel, mean, deviation in zip(
-                pixels.unbind(1), self.image_mean, self.image_std, strict=True
-            )
-        ]
-        return torch.stack(channels, 1).to(next(self.connector.parameters()).dtype)
 
 
 def encode_packed(model: nn.Module, token_ids: Tensor, positions: Tensor, mask: IntervalMask) -> Tensor:
@@ -108,21 +73,6 @@ def encode_packed(model: nn.Module, token_ids: Tensor, positions: Tensor, mask: 
         interval_mask=mask,
     )
     return found.last_hidden_state[0]
-
-
-def encode_clips(model: nn.Module, features: Tensor, lengths: Tensor, audio: AudioConfig) -> Tensor:
-    """Vectors [C, num_patches, D] of clips [C, ...], of which the first `lengths` [C] are real."""
-    mask = {}
-    if audio.masks_padding:
-        # The model takes a mask over samples and derives that of vectors: any length with as many will do.
-        samples = lengths
-        for kernel, stride in reversed(audio.convolutions):
-            samples = (samples - 1) * stride + kernel
-        mask["attention_mask"] = (
-            torch.arange(audio.max_samples, device=features.device) < samples[:, None]
-        ).long()
-    found = model(input_values=features, **mask)
-    return found.last_hidden_state[:, -audio.num_patches :]
 
 
 def build_skeleton(config: EncoderConfig) -> Any:
@@ -149,7 +99,7 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
         skeleton = build_skeleton(config)
     try:
         with _quietly():
-            model, told = type(skeleton).from_pretrained(
+            model, report = type(skeleton).from_pretrained(
                 folder,
                 config=skeleton.config,
                 dtype=torch.float32,
@@ -161,7 +111,7 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"the weights in {folder} cannot be read: {error}") from None
     wanted = dict(skeleton.named_parameters())
-    if missing := sorted(set(told["missing_keys"]) & wanted.keys()):
+    if missing := sorted(set(report["missing_keys"]) & wanted.keys()):
         raise ConfigError(f"{folder} lacks {len(missing)} weight(s), such as {missing[0]}")
     return {name: value for name, value in model.named_parameters() if name in wanted}
 
@@ -255,19 +205,13 @@ def _with_interval_attention(model: Any, config: EncoderConfig) -> Any:
 
 
 def _try(model: Any, config: EncoderConfig, *, alone: bool) -> Tensor:
-    """Vectors of one image, of a whole and a half clip, or of two spans: each by itself, or packed."""
+    """Vectors of an image or of clips, or of two spans: each by itself, or packed."""
     generator = torch.Generator().manual_seed(0)
     model.eval()
     with torch.no_grad():
-        if config.image is not None:
-            size = config.image.image_size
-            return model(pixel_values=torch.rand(1, 3, size, size, generator=generator)).last_hidden_state
-        if config.audio is not None:
-            audio = _at_most_a_second(config.audio)
-            counts = torch.tensor([audio.num_patches, (audio.num_patches + 1) // 2])
-            clips = torch.randn(2, *audio.features, generator=generator)
-            vectors = encode_clips(model, clips, counts, audio)
-            return torch.cat([one[:count] for one, count in zip(vectors, counts, strict=True)])
+        modality = modality_of_encoder(config)
+        if isinstance(modality, Media):
+            return modality.try_out(model, config, generator)
         lengths = [min(length, config.max_text_positions) for length in CHECK_LENGTHS]
         spans = [torch.randint(4, model.config.vocab_size, (n,), generator=generator) for n in lengths]
         if alone:
@@ -279,15 +223,6 @@ def _try(model: Any, config: EncoderConfig, *, alone: bool) -> Tensor:
         mask = IntervalMask(start[None], end[None], sum(lengths))
         positions = torch.cat([torch.arange(n) for n in lengths]) + first
         return encode_packed(model, torch.cat(spans), positions, mask)
-
-
-def _at_most_a_second(audio: AudioConfig) -> AudioConfig:
-    """Clips that are long enough to try, where the model takes any length."""
-    length = min(audio.max_samples, max(audio.sampling_rate, audio.min_samples))
-    if not audio.convolutions:
-        return audio
-    sizes = {"max_samples": length, "features": (length,), "num_patches": audio.count_patches(length)}
-    return audio.model_copy(update=sizes)
 
 
 def _layers_prefix(model: Any, num_layers: int) -> str:
@@ -313,13 +248,9 @@ def _find_unused(encoder: str) -> frozenset[str]:
     config = EncoderConfig.model_validate_json(encoder)
     with torch.device("meta"), torch.enable_grad():
         model = _build(config).eval()  # nothing is drawn, which has no value on the meta device
-        if config.image is not None:
-            size = config.image.image_size
-            vectors = model(pixel_values=torch.zeros(1, 3, size, size)).last_hidden_state
-            vectors = vectors[:, -config.image.num_patches :]
-        elif config.audio is not None:
-            clip = torch.zeros(1, *config.audio.features)
-            vectors = model(input_values=clip).last_hidden_state[:, -config.audio.num_patches :]
+        modality = modality_of_encoder(config)
+        if isinstance(modality, Media):
+            vectors = modality.vectors_of_zeros(model, config)
         else:
             vectors = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).last_hidden_state
         vectors.sum().backward()
