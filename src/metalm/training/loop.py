@@ -14,6 +14,7 @@ import yaml
 from metalm.batch import SemiCausalBatch
 from metalm.checkpoint.reader import CONFIG_NAME
 from metalm.config import RunConfig, write_config
+from metalm.config.secrets import without_secrets
 from metalm.data.loader import TrainingData
 from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import EXIT_DONE, EXIT_RESTART, FaultError, MetaLMError
@@ -24,8 +25,8 @@ from metalm.training.drift import find_drift
 from metalm.training.evaluate import generate_samples, held_out_losses
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
-from metalm.training.metrics import read_metrics
-from metalm.training.monitor import Monitor
+from metalm.training.monitor.json_lines import read_metrics
+from metalm.training.monitor.monitor import Monitor
 from metalm.training.objective import build_objective
 from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
@@ -170,7 +171,7 @@ class _Run:
         resumed = "" if self._saved_step is None else ", resumed from the checkpoint"
         self._monitor.say(f"run {session.run_folder}: {session.topology.describe()}")
         self._monitor.say(f"step {self._step} of {config.training.steps}{resumed}")
-        self._monitor.write_text("config", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        self._monitor.write_text("config", yaml.safe_dump(without_secrets(config), sort_keys=False))
         self._monitor.write_text("plan", describe_plan(config, session.topology.world_size))
 
     def _next_batches(self) -> list[SemiCausalBatch] | None:
