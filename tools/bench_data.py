@@ -365,7 +365,7 @@ def memory_over_epochs(config: RunConfig) -> list[float]:
     found = []
     with closing(open_data(config)) as data:
         for epochs in (1, 10):
-            while data.counters()["text/epoch"] < epochs:
+            while data.epochs()["text"] < epochs:
                 next(data)
             found.append(private_mib(os.getpid()))
     return found

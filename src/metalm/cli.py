@@ -118,8 +118,10 @@ def _run_command(arguments: Sequence[str]) -> int | None:
 def _train(options: argparse.Namespace) -> int | None:
     from metalm.config import load_config
     from metalm.parallel.launch import find_launch
+    from metalm.training.monitor.sinks import check_sinks
 
     config = load_config(options.pipeline, options.overrides)
+    check_sinks(config)
     if options.dry_run:
         from metalm.training.plan import print_plan
 

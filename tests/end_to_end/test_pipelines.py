@@ -16,7 +16,7 @@ from distributed.ranks import run_command
 from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import load_config
-from metalm.training.metrics import read_metrics
+from metalm.training.monitor.json_lines import read_metrics
 from metalm.training.plan import describe_plan
 from reference.pretrained import save_pretrained
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distributed.ranks import run_command
 from metalm.checkpoint.folders import list_checkpoints
-from metalm.training.metrics import read_metrics
+from metalm.training.monitor.json_lines import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 

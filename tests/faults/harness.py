@@ -18,7 +18,7 @@ from typing import Any
 
 from metalm.checkpoint.folders import list_checkpoints
 from metalm.checkpoint.manifest import read_manifest
-from metalm.training.metrics import read_metrics
+from metalm.training.monitor.json_lines import read_metrics
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["metalm.training.loop", "faults.injected"])

@@ -14,7 +14,7 @@ import yaml
 from distributed.ranks import run_command
 from metalm.operations.history import read_attempts
 from metalm.operations.status import describe_run
-from metalm.training.metrics import read_metrics
+from metalm.training.monitor.json_lines import read_metrics
 from slurm.virtual_cluster import VirtualCluster, wait_until
 
 REPOSITORY = Path(__file__).parents[2]

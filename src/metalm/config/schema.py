@@ -469,6 +469,31 @@ class InitializeConfig(Section):
     """Patterns of parameter names that need not be there, such as `encoders.audio.*`: they start afresh."""
 
 
+class WandbConfig(Section):
+    """Weights & Biases. Its key comes from the environment or from `wandb login`, never from a pipeline."""
+
+    project: str = "metalm"
+    entity: str | None = None
+    """A user or a team; default: the key's."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline`: files in the run's `wandb` folder, for `wandb sync`."""
+
+
+class PrometheusConfig(Section):
+    """A text file `metalm_RUN.prom` of the newest figures."""
+
+    folder: Path | None = None
+    """Read by node exporter's textfile collector on the node of the first rank; default: the run's `logs`."""
+
+
+class SinksConfig(Section):
+    """Where figures are shown beside the terminal and `logs/metrics.jsonl`, which every run has."""
+
+    tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    prometheus: PrometheusConfig | None = None
+
+
 class MonitorConfig(Section):
     """What is logged, and how often."""
 
@@ -481,6 +506,7 @@ class MonitorConfig(Section):
     sample_new_tokens: PositiveInt = 48
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in the training precision; default: looked up by device name, else not shown."""
+    sinks: SinksConfig = SinksConfig()
 
 
 class RunConfig(Section):

@@ -131,26 +131,42 @@ class TrainingData:
         """The states of this rank's lanes after the last step returned, as JSON holds them."""
         return self._states
 
-    def counters(self) -> dict[str, int | float]:
+    def counters(self) -> dict[str, int]:
         """What this rank's lanes have read since the run began, over all resumes.
 
         Per source: `SOURCE/rows`, `/samples`, `/tokens` (without padding), `/padding_tokens`,
-        `/span_tokens`, `/truncated_captions`, `/skipped/CAUSE`, and `/epoch`, the epoch of the lane that
-        is furthest behind. Per encoder: `encoder_imbalance/ENCODER`, the largest TP share over the mean
-        share, minus 1, averaged over this process's micro-batches.
+        `/span_tokens`, `/truncated_captions` and `/skipped/CAUSE`.
         """
-        found: dict[str, int | float] = {}
-        for lane, state in self._states.items():
+        found: dict[str, int] = {}
+        for state in self._states.values():
             for name, source in state["sources"].items():
                 counts = dict(source["packer"]["counters"])
                 skipped = {f"skipped/{cause}": count for cause, count in counts.pop("skipped").items()}
                 for key, count in (counts | skipped).items():
                     found[f"{name}/{key}"] = found.get(f"{name}/{key}", 0) + count
-                epoch = self._mixture.orders[name].epoch(lane, source["packer"]["place"][0])
-                found[f"{name}/epoch"] = min(found.get(f"{name}/epoch", epoch), epoch)
-        for name, mean in self._imbalance.items():
-            found[f"encoder_imbalance/{name}"] = mean.value
         return found
+
+    def skipped_samples(self) -> int:
+        """How many bad samples this rank's lanes have skipped since the run began, of all causes."""
+        packers = [
+            source["packer"] for state in self._states.values() for source in state["sources"].values()
+        ]
+        return sum(sum(packer["counters"]["skipped"].values()) for packer in packers)
+
+    def epochs(self) -> dict[str, int]:
+        """By source: the epoch of this rank's lane that is furthest behind."""
+        found: dict[str, int] = {}
+        for lane, state in self._states.items():
+            for name, source in state["sources"].items():
+                epoch = self._mixture.orders[name].epoch(lane, source["packer"]["place"][0])
+                found[name] = min(found.get(name, epoch), epoch)
+        return found
+
+    def tensor_imbalances(self) -> dict[str, float]:
+        """By encoder: the largest TP share over the mean share, minus 1, averaged over this process's
+        micro-batches.
+        """
+        return {name: mean.value for name, mean in self._imbalance.items()}
 
     def close(self) -> None:
         """Ends the workers and the thread."""

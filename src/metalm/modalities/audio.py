@@ -21,7 +21,7 @@ import numpy as np
 from metalm.config.pretrained_audio import EXTRACTORS, SAMPLING_RATES
 from metalm.config.schema import AudioConfig, EncoderConfig
 from metalm.errors import BadSample, ConfigError
-from metalm.modalities.modality import Convert, Media
+from metalm.modalities.modality import Board, Convert, Media
 
 if TYPE_CHECKING:
     import torch
@@ -108,14 +108,14 @@ class Audio(Media):
     def decode(self, data: bytes | memoryview) -> Clip:
         return decode_clip(data)
 
-    def show(self, board: Any, tag: str, media: Any, lines: Sequence[str], step: int, *, first: bool) -> None:
+    def show(
+        self, board: Board, step: int, name: str, media: Any, lines: Sequence[str], *, first: bool
+    ) -> None:
         """Once in a process: the clip stays the same, and is large."""
         if first:
-            import torch
-
             heard = resample(media, min(media.sampling_rate, HEARD_HERTZ))
             samples = heard.samples[: round(HEARD_SECONDS * heard.sampling_rate)]
-            board.add_audio(tag, torch.from_numpy(samples), step, heard.sampling_rate)
+            board.write_audio(step, name, samples, heard.sampling_rate)
 
     def add_preparation_options(self, parser: ArgumentParser) -> None:
         parser.add_argument(

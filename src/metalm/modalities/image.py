@@ -21,7 +21,7 @@ from PIL import ImageDraw, ImageFont, ImageOps
 
 from metalm.config.schema import EncoderConfig, ImageConfig
 from metalm.errors import BadSample
-from metalm.modalities.modality import Convert, Media
+from metalm.modalities.modality import Board, Convert, Media
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +107,10 @@ class Image(Media):
     def decode(self, data: bytes | memoryview) -> np.ndarray:
         return decode_image(data)
 
-    def show(self, board: Any, tag: str, media: Any, lines: Sequence[str], step: int, *, first: bool) -> None:
-        board.add_image(tag, caption_picture(media, lines), step, dataformats="HWC")
+    def show(
+        self, board: Board, step: int, name: str, media: Any, lines: Sequence[str], *, first: bool
+    ) -> None:
+        board.write_picture(step, name, caption_picture(media, lines))
 
     def add_preparation_options(self, parser: ArgumentParser) -> None:
         parser.add_argument(

@@ -48,6 +48,18 @@ class MediaReader(Protocol):
         ...
 
 
+class Board(Protocol):
+    """Where images and clips are shown, such as TensorBoard."""
+
+    def write_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Show pixels [height, width, 3] uint8."""
+        ...
+
+    def write_audio(self, step: int, name: str, samples: np.ndarray, sampling_rate: int) -> None:
+        """Give samples [n] float32 in -1..1, one channel, to be heard."""
+        ...
+
+
 class Modality:
     """What documents can hold. Text is one as it stands here; images and clips are of `Media`."""
 
@@ -159,11 +171,12 @@ class Media(Modality, ABC):
         """
 
     @abstractmethod
-    def show(self, board: Any, tag: str, media: Any, lines: Sequence[str], step: int, *, first: bool) -> None:
-        """Show what `decode` gave, with what was said about it, in TensorBoard.
+    def show(
+        self, board: Board, step: int, name: str, media: Any, lines: Sequence[str], *, first: bool
+    ) -> None:
+        """Show what `decode` gave, with what was said about it.
 
         Args:
-            board: a SummaryWriter.
             first: whether it is the first time in this process.
         """
 

@@ -14,6 +14,7 @@ import yaml
 from metalm.batch import SemiCausalBatch
 from metalm.checkpoint.reader import CONFIG_NAME
 from metalm.config import RunConfig, write_config
+from metalm.config.secrets import without_secrets
 from metalm.data.loader import TrainingData
 from metalm.errors import EXIT_DONE, EXIT_RESTART, FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
@@ -25,8 +26,8 @@ from metalm.training.checkpoint import CheckpointStore
 from metalm.training.drift import find_drift
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
-from metalm.training.metrics import read_metrics
-from metalm.training.monitor import Monitor
+from metalm.training.monitor.json_lines import read_metrics
+from metalm.training.monitor.monitor import Monitor
 from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
 from metalm.training.session import Session, open_session, provenance
@@ -91,7 +92,7 @@ class _Run:
         self._data = self._open_data()
         first_step = 0 if self._saved_step is None else self._step + 1
         timer = self._train_step.timer
-        self._monitor = Monitor(config, objective.name, topology, session.run_folder, first_step, timer)
+        self._monitor = Monitor(config, topology, session.run_folder, first_step, timer)
 
     def train(self) -> int:
         self._announce()
@@ -173,7 +174,7 @@ class _Run:
         resumed = "" if self._saved_step is None else ", resumed from the checkpoint"
         self._monitor.say(f"run {session.run_folder}: {session.topology.describe()}")
         self._monitor.say(f"step {self._step} of {config.training.steps}{resumed}")
-        self._monitor.write_text("config", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        self._monitor.write_text("config", yaml.safe_dump(without_secrets(config), sort_keys=False))
         self._monitor.write_text("plan", describe_plan(config, session.topology.world_size))
 
     def _next_batches(self) -> list[SemiCausalBatch] | None:

@@ -25,7 +25,7 @@ class StepResult:
     loss_sums: Tensor  # [sources] float64, nats over the trained positions of the global batch
     loss_counts: Tensor  # [sources] float64, trained positions
     parts: dict[str, Tensor]
-    """What the loss is made of, where the objective says so: [2] float64, sum and count."""
+    """What the loss is made of, as `OBJECTIVE/PART`: [2] float64, sum and count."""
     norms: GradientNorms
     skipped_steps: int
     """Steps so far, over all resumes, that the guard refused: neither engine moved. Known on the host."""
@@ -106,7 +106,8 @@ class TrainStep:
         self._engines.decoder.backward((losses.weighted.sum() * scale).float(), scale_wrt_gas=False)
         sums += sum_by_source(losses.weighted.detach(), batch, self._num_sources)
         for name, part in losses.parts.items():
-            parts[name] = parts.get(name, 0.0) + part
+            key = f"{self._objective.name}/{name}"
+            parts[key] = parts.get(key, 0.0) + part
 
     def _step_engines(self) -> None:
         """Advance the accumulation; at its boundary, update."""

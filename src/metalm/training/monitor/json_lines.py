@@ -1,4 +1,7 @@
-"""The figures of a run as JSON Lines in `logs/metrics.jsonl`: readable without torch or TensorBoard."""
+"""The figures of a run as JSON Lines in `logs/metrics.jsonl`: readable without torch or TensorBoard.
+
+Every run has this file: `metalm status` reads it, and so does the run itself when it is started again.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from metalm.run_folder import METRICS_NAME
+from metalm.training.monitor.sink import About, Sink
 
 RESTARTS = "run/restarts"
 """The figure that counts how often a run was started again."""
+
+
+class JsonLines(Sink):
+    """Appends to the metrics file."""
+
+    def __init__(self, run_folder: Path, restarts: int) -> None:
+        """Stand by; `restarts` is what `count_starts` has returned at this start."""
+        self._run_folder, self._restarts = run_folder, restarts
+
+    def begin(self, first_step: int) -> None:
+        drop_superseded(self._run_folder, first_step)
+        # Before the first line of figures, too: a start that ends before it counts.
+        append_metrics(self._run_folder, max(0, first_step - 1), {RESTARTS: self._restarts})
+
+    def write(self, step: int, figures: Mapping[str, float], about: About) -> None:
+        append_metrics(self._run_folder, step, figures)
 
 
 def append_metrics(run_folder: Path, step: int, figures: Mapping[str, float]) -> None:

@@ -2,7 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metalm.training.metrics import RESTARTS, append_metrics, count_starts, drop_superseded, read_metrics
+from metalm.training.monitor.json_lines import (
+    RESTARTS,
+    append_metrics,
+    count_starts,
+    drop_superseded,
+    read_metrics,
+)
 
 
 def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
