@@ -58,7 +58,7 @@ class MetaLMConfig(PreTrainedConfig):
     """
 
     model_type = "metalm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
 
     def __init__(
         self,

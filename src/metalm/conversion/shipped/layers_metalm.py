@@ -78,7 +78,7 @@ class MetaLMAttention(nn.Module):
         self,
         hidden: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +94,7 @@ class MetaLMAttention(nn.Module):
         )
         if rotary is not None:
             query, key = _turn(query, *rotary), _turn(key, *rotary)
-        key, value = self._remember(key, value, past_key_values)
+        key, value = self._remember(key, value, cache)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         if kwargs.pop("has_bias", False):  # the fused kernels of other implementations take no bias
             attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -103,7 +103,7 @@ class MetaLMAttention(nn.Module):
         )
         return self.o_proj(attended.reshape(hidden.shape)), probabilities
 
-    def _remember(self, key: Tensor, value: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
+    def _remember(self, key: Tensor, value: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
         return key, value
 
 
@@ -129,10 +129,10 @@ class MetaLMCausalAttention(MetaLMAttention):
         )
         self.layer_idx = layer_idx
 
-    def _remember(self, key: Tensor, value: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
-        if past_key_values is None:
+    def _remember(self, key: Tensor, value: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        if cache is None:
             return key, value
-        return past_key_values.update(key, value, self.layer_idx)
+        return cache.update(key, value, self.layer_idx)
 
 
 class MetaLMFeedForward(nn.Module):
@@ -215,16 +215,16 @@ class MetaLMLayer(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         routes: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, L, D] to [B, L, D]."""
         if self.post_norm:
-            attended, _ = self.self_attn(hidden, attention_mask, past_key_values, **kwargs)
+            attended, _ = self.self_attn(hidden, attention_mask, cache, **kwargs)
             hidden = self.attention_norm(self.residual_scale * hidden + attended)
             return self.mlp_norm(self.residual_scale * hidden + self._feed_forward(hidden, routes))
-        attended, _ = self.self_attn(self.attention_norm(hidden), attention_mask, past_key_values, **kwargs)
+        attended, _ = self.self_attn(self.attention_norm(hidden), attention_mask, cache, **kwargs)
         hidden = hidden + attended
         return hidden + self._feed_forward(self.mlp_norm(hidden), routes)
 

@@ -7,6 +7,7 @@ S positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ logger = logging.get_logger(__name__)
 EMBEDDING_STD = 0.02
 INTERVAL_ATTENTION = "metalm_interval"
 """Attention implementation of the `metalm` package, which need not be installed."""
+CACHE_NAME = fields(BaseModelOutputWithPast)[1].name
+"""What this version of transformers calls the cache: "past_key_values" before 5.24, then "cache"."""
 
 
 def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
@@ -66,9 +69,10 @@ class MetaLMPreTrainedModel(PreTrainedModel):
     config_class = MetaLMConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
+    accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _no_split_modules = ("MetaLMDecoderLayer", "MetaLMEncoder", "MetaLMPretrainedEncoder")
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("cache", "past_key_values")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -134,7 +138,6 @@ class MetaLMModel(MetaLMPreTrainedModel):
         span_input_ids: Tensor | None = None,
         span_encoders: Tensor | None = None,
         span_numbers: Tensor | None = None,
-        **_: Any,
     ) -> Spans | None:
         """The spans that a forward's arguments describe, None if there are none.
 
@@ -161,14 +164,20 @@ class MetaLMModel(MetaLMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         span_input_ids: Tensor | None = None,
         span_encoders: Tensor | None = None,
         span_numbers: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        past_key_values: Cache | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> BaseModelOutputWithPast:
         """Run the decoder over tokens and docked vectors.
 
@@ -176,17 +185,23 @@ class MetaLMModel(MetaLMPreTrainedModel):
             input_ids: [B, S] int64, with the image token wherever an encoder's vector is docked.
             attention_mask: [B, S] with 0 at padding; positions count from the first real token.
             position_ids: [B, S] or [1, S].
-            past_key_values: a dynamic or static cache.
+            cache: a dynamic or static one; `past_key_values` is its name in older versions of transformers.
             inputs_embeds: [B, S, D] in place of `input_ids`, as `get_input_embeddings()` gives them. Without
                 span tensors, images stand where the image token's embedding does.
             pixel_values: [images, 3, height, width], x / 127.5 - 1 of 8-bit pixels, row after row.
             span_input_ids, span_encoders, span_numbers: [B, S] each, see `Spans`. Without them every
                 `num_patches` image tokens are one image of `pixel_values`.
             use_cache: answer with a cache.
+            output_attentions, output_hidden_states: of all layers, for the decorator.
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: bounds of packed sequences, for flash
+                attention.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`; spans and images do not match.
+            TypeError: an argument is unknown.
+            ValueError: both or none of `input_ids` and `inputs_embeds`; two caches; spans and images do not
+                match.
         """
+        cache = _one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         spans = self.spans(
@@ -205,26 +220,31 @@ class MetaLMModel(MetaLMPreTrainedModel):
         if spans is not None:
             hidden = self.encoders.dock(hidden, spans, pixel_values)
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            cache = None  # a layer that is run again for its gradients would write to it twice
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _positions(hidden, attention_mask, past_key_values)
+            position_ids = _positions(hidden, attention_mask, cache)
         hidden, rotary = self._place(hidden, position_ids)
+        # By position: versions of transformers differ in what they call the cache.
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            self.config,
+            hidden,
+            attention_mask,
+            cache,
             position_ids=position_ids,
-            block_sequence_ids=self._bidirectional_blocks(spans, past_key_values),
+            block_sequence_ids=self._bidirectional_blocks(spans, cache),
         )
+        packing = {
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "max_length_q": max_length_q,
+            "max_length_k": max_length_k,
+        }
         for layer in self.layers:
-            hidden = layer(
-                hidden, mask, past_key_values=past_key_values, rotary=rotary, use_cache=use_cache, **kwargs
-            )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_norm(hidden), past_key_values=past_key_values
-        )
+            hidden = layer(hidden, mask, cache=cache, rotary=rotary, **packing)
+        return BaseModelOutputWithPast(self.final_norm(hidden), cache)
 
     def _place(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The input with its positions, and what turns queries and keys where positions are rotary."""
@@ -237,13 +257,13 @@ class MetaLMModel(MetaLMPreTrainedModel):
         cosines, sines = rotary_factors(position_ids, head_size, config.rope_parameters)
         return hidden, (cosines.to(hidden.dtype), sines.to(hidden.dtype))
 
-    def _bidirectional_blocks(self, spans: Spans | None, past_key_values: Cache | None) -> Tensor | None:
+    def _bidirectional_blocks(self, spans: Spans | None, cache: Cache | None) -> Tensor | None:
         """The number of each column's span from the cache's beginning, -1 outside, [B, past + S]."""
         if spans is None or self.config.spans == "causal":
             return None
         if "flash" in self.config._attn_implementation:
             raise ValueError("spans that are bidirectional in the decoder need attn_implementation='sdpa'")
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        past = 0 if cache is None else int(cache.get_seq_length())
         return functional.pad(spans.numbers.masked_fill(spans.numbers == 0, -1), (past, 0), value=-1)
 
 
@@ -264,7 +284,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         span_input_ids: Tensor | None = None,
@@ -273,6 +293,8 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given; arguments as `MetaLMModel.forward`, and:
@@ -281,11 +303,13 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
             labels: [B, S] int64, `input_ids` with -100 where nothing is to be predicted: padding, and
                 the tokens inside a span after its first.
             logits_to_keep: so many last positions, or the positions of a vector; 0 for all.
+            num_items_in_batch: what the summed loss is divided by; None: the mean over the labels.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
@@ -299,14 +323,22 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        cache = outputs.get(CACHE_NAME)
+        return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
+
+    def generate(
+        self,
+        *args: Any,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As any model's; the cache may have its older or its newer name in every version of transformers."""
+        cache = _one_cache(cache, past_key_values)
+        return super().generate(*args, **({} if cache is None else {CACHE_NAME: cache}), **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -316,10 +348,15 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         span_input_ids: Tensor | None = None,
         span_encoders: Tensor | None = None,
         span_numbers: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The next forward's inputs; spans and images only while their positions are not in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        cache = _one_cache(cache, past_key_values)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
+        )
         spans = self.model.spans(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -328,7 +365,6 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
             span_encoders=span_encoders,
             span_numbers=span_numbers,
         )
-        cache = inputs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
         if spans is None or start >= spans.numbers.shape[1]:
             return inputs
@@ -360,7 +396,9 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         """Repeat each row for its beams, its images together."""
         pixel_values = model_kwargs.get("pixel_values")
         if pixel_values is not None:
-            spans = self.model.spans(input_ids=input_ids, **model_kwargs)
+            names = ("inputs_embeds", "pixel_values", "span_input_ids", "span_encoders", "span_numbers")
+            given = {name: model_kwargs.get(name) for name in names}
+            spans = self.model.spans(input_ids=input_ids, **given)
             counts = spans.image_starts(self.config.image_token_id).sum(dim=1).tolist()
             rows = pixel_values.split(counts)
             pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
@@ -374,12 +412,23 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs | ({} if pixel_values is None else {"pixel_values": pixel_values})
 
 
-def _positions(hidden: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that was given under either of its names.
+
+    Raises:
+        ValueError: two were given.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are names of the same argument: give one of them")
+    return past_key_values if cache is None else cache
+
+
+def _positions(hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
     """[B, S] or [1, S], counted from each row's first real token."""
     length = hidden.shape[1]
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     return (torch.arange(length, device=hidden.device) + past)[None]
 
 
