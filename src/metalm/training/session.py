@@ -19,11 +19,6 @@ import torch
 
 from metalm.commit import git_commit
 from metalm.config import RunConfig
-from metalm.config.rules import check_topology
-from metalm.data.media import clip_reader
-from metalm.data.sources import open_sources
-from metalm.data.tokenizer import load_tokenizer
-from metalm.errors import ConfigError
 from metalm.parallel.launch import Launch, find_launch, open_process_group
 from metalm.parallel.topology import Topology, build_topology, close_topology
 from metalm.training.engines import Engines, build_engines
@@ -44,39 +39,13 @@ class Session:
         return self.topology.rank == 0
 
 
-def check_data(config: RunConfig) -> None:
-    """Open every source and the tokenizer once, before anything is written or joined.
-
-    Raises:
-        DataError: a source or the tokenizer cannot be used, or they do not belong together.
-        ConfigError: the tokenizer has more ids than the model, or an encoder of audio lacks what it needs.
-    """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} "
-            f"has {tokenizer.size} ids"
-        )
-    open_sources(config.data.sources, tokenizer)
-    open_sources(config.data.evaluation, tokenizer)
-    for encoder in config.model.encoders.values():
-        if encoder.audio is not None:
-            clip_reader(encoder)
-
-
 @contextmanager
 def open_session(config: RunConfig) -> Iterator[Session]:
-    """Check that the ranks fit, join them, build the model.
-
-    Raises:
-        TopologyError: the ranks that were started cannot hold the run.
-        ConfigError, DataError: see `check_data`.
+    """Join the ranks and build the model of a config that has passed `check_start`.
 
     Collective: all ranks.
     """
     launch = find_launch(os.environ)
-    check_topology(config, launch.world_size)
-    check_data(config)
     run_folder = config.run.folder / config.run.name
     _open_log(run_folder, launch)
     if config.training.deterministic:
