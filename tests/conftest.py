@@ -1,4 +1,4 @@
-"""What all tests share; the variable is set before anything imports Triton, which reads it once."""
+"""What all tests share. The variables are set before torch and Triton are imported, which read them once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+# Threads of small operations that wait for each other on busy cores take fifty times the processor's time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

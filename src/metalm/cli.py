@@ -13,10 +13,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, MetaLMError
 from metalm.operations.preflight_limits import Limits
+
+if TYPE_CHECKING:
+    from metalm.config import RunConfig
+    from metalm.data.corpus import Corpus
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
@@ -126,20 +130,20 @@ def _train(options: argparse.Namespace) -> int | None:
         from metalm.training.plan import print_plan
 
         return print_plan(config, options.ranks or find_launch(os.environ).world_size)
-    _prepare_imports()
+    corpus = _prepare_training(config)
     from metalm.training.loop import train
 
-    return train(config)
+    return train(corpus)
 
 
 def _evaluate(options: argparse.Namespace) -> int | None:
     from metalm.config import load_config
 
     config = load_config(options.pipeline, options.overrides)
-    _prepare_imports()
+    corpus = _prepare_training(config)
     from metalm.training.evaluate import evaluate
 
-    return evaluate(config, options.samples)
+    return evaluate(corpus, options.samples)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -196,12 +200,22 @@ def _preflight(options: argparse.Namespace) -> int | None:
     )
 
 
-def _prepare_imports() -> None:
-    """Tell DeepSpeed its device and keep Megatron's notes on what is not installed off the terminal."""
+def _prepare_training(config: RunConfig) -> Corpus:
+    """Refuse what cannot start, and set up what the libraries of training read when they are imported.
+
+    DeepSpeed gets its device. Megatron has torch import its compiler for fused functions, none of which a
+    run calls: it is told not to. Its notes on what is not installed stay off the terminal.
+    """
+    from metalm.parallel.launch import find_launch
+    from metalm.training.check_start import check_start
+
+    corpus = check_start(config, find_launch(os.environ).world_size)
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    return corpus
 
 
 if __name__ == "__main__":

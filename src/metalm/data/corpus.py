@@ -1,33 +1,20 @@
-"""All that a process opens of a run's data, once: tokenizer, sources, and what encoders read files with."""
+"""All that a process opens of a run's data, once: tokenizer, sources, and what encoders read files with.
+
+Data workers and refused starts import this, so torch is left out.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
-from metalm.batch import SemiCausalBatch
 from metalm.config.schema import TEXT, RunConfig
-from metalm.data.collate import collate
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
-from metalm.data.row import Row
 from metalm.data.sources import Source, open_sources
-from metalm.data.tokenizer import Tokenizer, load_tokenizer
+from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import ConfigError
 from metalm.modalities import Media, MediaReader, modality_of_encoder
-
-
-class RowObjective(Protocol):
-    """What an objective does to rows on their way to a batch."""
-
-    def arrange(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows with the spans that the objective has the encoders see."""
-        ...
-
-    def complete(self, batch: SemiCausalBatch, rows: Sequence[Row], tokenizer: Tokenizer) -> SemiCausalBatch:
-        """The batch of arranged rows with what else the objective needs of them."""
-        ...
 
 
 class Corpus:
@@ -104,18 +91,6 @@ class Corpus:
             DataError: as `load_retokenizer`.
         """
         return self._retokenizer(source.readers[TEXT]) if TEXT in source.readers else None
-
-    def micro_batch(self, rows: Sequence[Row], objective: RowObjective, tp_size: int) -> SemiCausalBatch:
-        """A micro-batch of arranged rows: see `collate`."""
-        config = self.config
-        batch = collate(
-            rows,
-            model_config=config.model,
-            sequence_length=config.data.sequence_length,
-            tp_size=tp_size,
-            pad_id=self.tokenizer.pad_id,
-        )
-        return objective.complete(batch, rows, self.tokenizer)
 
     @functools.cached_property
     def _media_readers(self) -> dict[str, MediaReader]:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from metalm.batch import SemiCausalBatch
-from metalm.data.corpus import Corpus, RowObjective
+from metalm.data.corpus import Corpus
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.documents.spans import SpanSampler
 from metalm.data.documents.text import text_document
 from metalm.data.index import SampleLocation
+from metalm.data.micro_batch import RowObjective, make_micro_batch
 from metalm.data.order import SequentialOrder
 from metalm.data.packing.continuous import ContinuousPacker
 from metalm.data.row import Row, empty_row, lay_out
@@ -76,7 +77,7 @@ def evaluation_batches(
     for _ in range(num_batches):
         batch = list(islice(rows, micro_batch_size))
         full = objective.arrange(batch + [empty_row()] * (micro_batch_size - len(batch)))
-        yield corpus.micro_batch(full, objective, tp_size)
+        yield make_micro_batch(full, corpus, objective, tp_size)
 
 
 def held_out_samples(corpus: Corpus, source: Source, count: int) -> list[HeldOutSample]:

@@ -21,8 +21,9 @@ import torch
 
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.data.balance import group_rows, row_costs
-from metalm.data.corpus import Corpus, RowObjective
+from metalm.data.corpus import Corpus
 from metalm.data.lanes import Lane, LaneState, Mixture, owned_lanes, saved_state
+from metalm.data.micro_batch import RowObjective, make_micro_batch
 from metalm.data.workers import LaneGroup, WorkerPool
 from metalm.errors import ConfigError
 
@@ -192,7 +193,7 @@ class TrainingData:
         in_lane_order = np.arange(len(rows)).reshape(-1, size)
         groups = np.array(group_rows(costs, size))
         batches = [
-            self._corpus.micro_batch([rows[number] for number in group], self._objective, self._tp_size)
+            make_micro_batch([rows[number] for number in group], self._corpus, self._objective, self._tp_size)
             for group in groups
         ]
         if torch.cuda.is_available():

@@ -1,20 +1,24 @@
-"""The interface of objectives: rows, what a batch holds for them, losses, and whether they generate."""
+"""The interface of objectives: rows, what a batch holds for them, losses, and whether they generate.
+
+A plan and a refused start ask objectives, too, so torch is imported where tensors are made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
-from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.data.row import Row
 from metalm.data.tokenizer import Tokenizer
 from metalm.model.flops import Work
-from metalm.parallel.regions import gather_encoded
-from metalm.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from metalm.batch import SemiCausalBatch
+    from metalm.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def encode(model: Model, batch: SemiCausalBatch, topology: Topology) -> dict[str
 
     Collective: all ranks (ZeRO) and the TP group.
     """
+    from metalm.parallel.regions import gather_encoded
+
     if model.encoders is None:
         return {}
     shares = {name: spans.shares[topology.tensor_rank] for name, spans in batch.encoders.items()}

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
-from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config import ReplacedTokensConfig, RunConfig
 from metalm.data.row import Row, RowSpans
 from metalm.data.tokenizer import Tokenizer
 from metalm.model.flops import EncoderWork, Work
 from metalm.objectives.objective import Losses, Model, encode
-from metalm.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from metalm.batch import EncoderBatch, SemiCausalBatch
+    from metalm.parallel.topology import Topology
 
 
 class ReplacedTokens:
@@ -72,6 +74,8 @@ class ReplacedTokens:
         What is masked depends on the row alone, wherever and whenever it is trained on. The decoder sees the
         padding id at masked positions.
         """
+        import torch
+
         pad_id, fraction = tokenizer.pad_id, self._settings.mask_fraction
         tokens = np.full(tuple(batch.tokens.shape), pad_id, np.int64)
         positions, draws = [], []
@@ -96,6 +100,9 @@ class ReplacedTokens:
         )
 
     def losses(self, model: Model, batch: SemiCausalBatch, topology: Topology) -> Losses:
+        import torch
+        from torch.nn import functional
+
         losses, logits = model.decoder(
             replace(batch, encoders={}), {}, logits_at=batch.masked_positions, with_losses=True
         )
@@ -136,6 +143,8 @@ def take_by_probability(logits: Tensor, draws: Tensor) -> Tensor:
     Returns:
         [M] int64.
     """
+    import torch
+
     # Not in double precision, which takes gigabytes at 64k tokens.
     cumulated = logits.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1)
     wanted = (draws * cumulated[:, -1])[:, None].float()
@@ -144,6 +153,8 @@ def take_by_probability(logits: Tensor, draws: Tensor) -> Tensor:
 
 def _with_tokens(spans: EncoderBatch, tokens: Tensor) -> EncoderBatch:
     """The same spans with the tokens [B * S] of their positions."""
+    import torch
+
     shares = spans.shares
     ids = torch.cat([share.token_ids for share in shares])
     ids = ids.index_copy(0, spans.dock_vectors, tokens.index_select(0, spans.dock_positions))
@@ -152,5 +163,7 @@ def _with_tokens(spans: EncoderBatch, tokens: Tensor) -> EncoderBatch:
 
 
 def _sum_and_count(values: Tensor, counted: Tensor) -> Tensor:
+    import torch
+
     total = values.detach().sum(dtype=torch.float64)
     return torch.stack([total, torch.full_like(total, counted.numel())])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.data.row import Row
 from metalm.data.tokenizer import Tokenizer
 from metalm.model.flops import Work
 from metalm.objectives.objective import Losses, Model, encode
-from metalm.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from metalm.batch import SemiCausalBatch
+    from metalm.parallel.topology import Topology
 
 
 class SemiCausal:

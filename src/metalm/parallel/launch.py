@@ -1,4 +1,7 @@
-"""Find out how the ranks were started (torchrun, Slurm, or alone) and open the process group."""
+"""Find out how the ranks were started (torchrun, Slurm, or alone) and open the process group.
+
+torch is imported where the group is opened: a plan or a refused start needs the launch alone.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from metalm.errors import TopologyError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,9 @@ def open_process_group(launch: Launch, timeout_minutes: int) -> torch.device:
 
     Collective: every rank of the job.
     """
+    import torch
+    import torch.distributed as dist
+
     os.environ.update(launch.environment())
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", launch.local_rank) if on_cuda else torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from metalm.config import RunConfig
+from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
 from metalm.evaluation.generation import generate_samples
 from metalm.evaluation.losses import held_out_losses
@@ -14,7 +14,7 @@ from metalm.training.checkpoint import CheckpointStore
 from metalm.training.session import open_session
 
 
-def evaluate(config: RunConfig, num_samples: int) -> int:
+def evaluate(corpus: Corpus, num_samples: int) -> int:
     """Evaluate a run's newest whole checkpoint; writes `evaluation.json` and `samples_SOURCE.jsonl`.
 
     Raises:
@@ -23,16 +23,16 @@ def evaluate(config: RunConfig, num_samples: int) -> int:
 
     Collective: all ranks.
     """
+    config = corpus.config
     if not config.data.evaluation:
         raise ConfigError("data.evaluation has no source to evaluate on")
     objective = build_objective(config)
-    with open_session(config) as session:
+    with open_session(corpus) as session:
         store = CheckpointStore(session.run_folder, config, session.topology)
         folder = store.newest_whole()
         if folder is None:
             raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
         state = store.load(folder, session.engines)
-        corpus = session.corpus
         losses = held_out_losses(session.engines, session.topology, corpus, objective)
         for name, source in corpus.held_out.items() if objective.generates else ():
             samples = generate_samples(

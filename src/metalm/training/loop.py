@@ -15,6 +15,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.checkpoint.reader import CONFIG_NAME
 from metalm.config import RunConfig, write_config
 from metalm.config.secrets import without_secrets
+from metalm.data.corpus import Corpus
 from metalm.data.loader import TrainingData
 from metalm.errors import EXIT_DONE, EXIT_RESTART, FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
@@ -39,8 +40,11 @@ from metalm.training.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> int:
+def train(corpus: Corpus) -> int:
     """Train a run to its last step, from its newest whole checkpoint if it has one.
+
+    Args:
+        corpus: from `check_start`.
 
     Returns:
         EXIT_DONE, or EXIT_RESTART when it was asked to stop and has saved.
@@ -50,9 +54,9 @@ def train(config: RunConfig) -> int:
 
     Collective: all ranks of the job.
     """
-    objective = build_objective(config)
-    with open_session(config) as session:
-        run = _Run(config, session, objective)
+    objective = build_objective(corpus.config)
+    with open_session(corpus) as session:
+        run = _Run(corpus.config, session, objective)
         try:
             return run.train()
         finally:

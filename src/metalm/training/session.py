@@ -18,8 +18,6 @@ from typing import Any
 import torch
 
 from metalm.commit import git_commit
-from metalm.config import RunConfig
-from metalm.config.rules import check_topology
 from metalm.data.corpus import Corpus
 from metalm.parallel.launch import Launch, find_launch, open_process_group
 from metalm.parallel.topology import Topology, build_topology, close_topology
@@ -43,19 +41,16 @@ class Session:
 
 
 @contextmanager
-def open_session(config: RunConfig) -> Iterator[Session]:
-    """Check that the ranks fit, join them, build the model.
+def open_session(corpus: Corpus) -> Iterator[Session]:
+    """Join the ranks and build the model.
 
-    Raises:
-        TopologyError: the ranks that were started cannot hold the run.
-        ConfigError, DataError: see `Corpus.check`.
+    Args:
+        corpus: from `check_start`.
 
     Collective: all ranks.
     """
     launch = find_launch(os.environ)
-    check_topology(config, launch.world_size)
-    corpus = Corpus(config)
-    corpus.check()
+    config = corpus.config
     run_folder = config.run.folder / config.run.name
     _open_log(run_folder, launch)
     if config.training.deterministic:
