@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from metalm import __version__
 from metalm.commit import git_commit
 from metalm.config import RunConfig
 from metalm.config.rules import check_topology
@@ -93,11 +94,11 @@ def open_session(config: RunConfig) -> Iterator[Session]:
 
 def provenance() -> dict[str, Any]:
     """Versions and code that a run was started with."""
-    packages = ("metalm", "torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy")
+    packages = ("torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy")
     return {
         "commit": git_commit(),
         "python": sys.version.split()[0],
-        "versions": {package: version(package) for package in packages},
+        "versions": {"metalm": __version__, **{package: version(package) for package in packages}},
     }
 
 
