@@ -30,17 +30,7 @@ demo: setup $(DEMO)/ready
 
 $(DEMO)/ready: | setup
 	rm -rf $(DEMO)
-	$(BIN)/python tools/make_demo_data.py $(DEMO)/raw --image-size 48
-	$(BIN)/python tools/train_tokenizer.py $(DEMO)/raw/text/train.jsonl \
-		--captions $(DEMO)/raw/scenes/train.jsonl --vocab-size 2048 --out $(DEMO)/tokenizer
-	for split in train heldout; do \
-		$(BIN)/python tools/prepare_text.py $(DEMO)/raw/text/$$split.jsonl \
-			--tokenizer $(DEMO)/tokenizer --shard-mib 4 --out $(DEMO)/shards/text_$$split || exit; \
-	done
-	for split in train heldout unseen; do \
-		$(BIN)/python tools/prepare_image_text.py $(DEMO)/raw/scenes/$$split.jsonl \
-			--out $(DEMO)/shards/scenes_$$split || exit; \
-	done
+	$(BIN)/python tools/prepare_demo.py $(DEMO)
 	touch $@
 
 test: setup

@@ -1,4 +1,4 @@
-"""Submits a run to Slurm with one command, from the repository:
+"""Submits a run to Slurm with one command:
 
 python tools/submit.py pipelines/X.yaml training.steps=500 --nodes 2 --gpus-per-node 8 --dry-run
 
@@ -23,8 +23,6 @@ from metalm.config import load_config
 from metalm.errors import ConfigError
 from metalm.operations.submission import Submission
 from metalm.training.plan import describe_plan
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,7 +70,7 @@ def main() -> None:
         return
     if not shutil.which(words[0]):
         raise ConfigError("there is no sbatch here: submit from a login node, or look with --dry-run")
-    submission.write(REPOSITORY, git_commit())
+    submission.write(git_commit())
     print(plan, line, sep="\n\n", flush=True)
     code = subprocess.run(words, env={**os.environ, **environment}).returncode
     if code:

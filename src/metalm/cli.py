@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `--help` answers without l
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import os
 import sys
@@ -15,8 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, MetaLMError
+from metalm import __version__
+from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, MetaLMError
 from metalm.operations.preflight_limits import Limits
+from metalm.project_files import project_root
 
 if TYPE_CHECKING:
     from metalm.config import RunConfig
@@ -59,10 +62,17 @@ def main() -> NoReturn:
 
 def _run_command(arguments: Sequence[str]) -> int | None:
     parser = ToolParser(prog="metalm", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"metalm {__version__}")
+    parser.add_argument(
+        "--files",
+        action="version",
+        version=str(project_root()),
+        help="print the folder of pipelines, deepspeed_configs, slurm and tools, and exit",
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ToolParser)
 
     train = commands.add_parser("train", help="train, or resume, the run of a pipeline file")
-    train.add_argument("pipeline", type=Path)
+    train.add_argument("pipeline", type=Path, help="a file, or the name of one that comes with MetaLM")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
     train.add_argument("--ranks", type=int, help="with --dry-run: plan for this many ranks")
@@ -73,6 +83,11 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
     evaluate.add_argument("--samples", type=int, default=64, help="samples to generate per held-out source")
     evaluate.set_defaults(run=_evaluate)
+
+    tool = commands.add_parser("tool", help="run one of MetaLM's tools", add_help=False)
+    tool.add_argument("name", nargs="?", help="such as prepare_text; without it, they are listed")
+    tool.add_argument("arguments", nargs=argparse.REMAINDER)
+    tool.set_defaults(run=_tool)
 
     status = commands.add_parser("status", help="tell how a run is doing, from its folder alone")
     status.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder, such as runs/NAME")
@@ -144,6 +159,20 @@ def _evaluate(options: argparse.Namespace) -> int | None:
     from metalm.training.evaluate import evaluate
 
     return evaluate(corpus, options.samples)
+
+
+def _tool(options: argparse.Namespace) -> None:
+    """A tool is a script, so that it is the same in the repository and installed."""
+    tools = {script.stem: script for script in sorted((project_root() / "tools").glob("*.py"))}
+    if options.name is None:
+        for name, script in tools.items():
+            documentation = ast.get_docstring(ast.parse(script.read_text())) or ""
+            print(f"{name:<24}{documentation.partition(chr(10))[0]}")
+        return
+    name = options.name.replace("-", "_")
+    if name not in tools:
+        raise ConfigError(f"there is no tool {options.name!r}; there are {', '.join(tools)}")
+    os.execv(sys.executable, [sys.executable, str(tools[name]), *options.arguments])
 
 
 def _generate(options: argparse.Namespace) -> None:

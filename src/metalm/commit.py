@@ -10,9 +10,12 @@ from metalm.run_folder import COMMIT_NAME
 
 def git_commit() -> str | None:
     """The commit, with a mark if files were changed since; of a snapshot, as `tools/submit.py` noted it."""
-    noted = Path(__file__).parents[2] / COMMIT_NAME
+    above = Path(__file__).parents[1]
+    noted = above.parent / COMMIT_NAME
     if noted.is_file():
         return noted.read_text().strip()
+    if above.name != "src":  # installed, perhaps inside another repository
+        return None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

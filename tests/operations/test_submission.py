@@ -48,7 +48,7 @@ def test_a_topology_that_does_not_fit_is_refused_before_anything_is_written(tmp_
 def test_a_snapshot_stands_alone(tmp_path: Path) -> None:
     config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}", "run.name=kept"])
     submission = Submission(config, "stamp", "finetune.sbatch", 2, None, 4)
-    submission.write(REPOSITORY, "abc-dirty")
+    submission.write("abc-dirty")
     folder = tmp_path / "kept/submitted/stamp"
     assert submission.environment() == {"METALM_ROOT": str(folder / "code"), "METALM_RANKS_PER_NODE": "4"}
     assert submission.command()[-2:] == [

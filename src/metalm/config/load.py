@@ -17,6 +17,19 @@ from metalm.config.pretrained import fill_in_pretrained
 from metalm.config.rules import check_config
 from metalm.config.schema import RunConfig
 from metalm.errors import ConfigError
+from metalm.project_files import find_file
+
+_READ_FROM = (
+    "deepspeed.decoder",
+    "deepspeed.encoders",
+    "model.encoders.*.pretrained.path",
+    "data.tokenizer",
+    "data.sources.*.path",
+    "data.evaluation.*.path",
+    "initialize.decoder",
+    "initialize.encoders",
+)
+"""Keys whose paths are looked for beside the pipeline file."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -33,13 +46,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a pipeline file and `section.key=value` overrides describe, checked across sections.
 
-    `extends: other.yaml` (or a list), relative to the file, gives the base that the file changes. A
-    null takes an inherited mapping away. Override values are YAML.
+    A pipeline that does not exist is looked for among those that come with MetaLM. `extends: other.yaml` (or
+    a list), relative to the file or of those, gives the base that the file changes. A null takes an inherited
+    mapping away. Override values are YAML. What the file names to be read is looked for beside the file, else
+    from the folder in which the command is started; a DeepSpeed file then among those of MetaLM.
 
     Raises:
         ConfigError: a file is missing or is no YAML, a key is unknown, a value or a rule does not hold.
     """
-    content = _read_yaml(path, seen=())
+    content = _read_pipeline(find_file(path, "pipelines", path), seen=())
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
@@ -52,7 +67,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             parsed = {part: parsed}
         content = _merge(content, parsed)
     fill_in_pretrained(content)
-    config = _validate(content, str(path))
+    config = _with_deepspeed_files(_validate(content, str(path)))
     check_config(
         config, *(load_deepspeed_json(p) for p in (config.deepspeed.decoder, config.deepspeed.encoders))
     )
@@ -61,7 +76,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_resolved_config(path: Path) -> RunConfig:
     """The config that `write_config` wrote, not checked against files outside (they may be gone)."""
-    content = _read_yaml(path, seen=())
+    content = _read_yaml(path)
     content.pop("provenance", None)
     return _validate(content, str(path))
 
@@ -91,9 +106,39 @@ def write_config(config: RunConfig, path: Path, provenance: Mapping[str, Any]) -
     partial.replace(path)
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_pipeline(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself")
+    content = _read_yaml(path)
+    bases = content.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        found = find_file(path.parent / base, "pipelines", Path(base))
+        merged = _merge(merged, _read_pipeline(found, (*seen, path.resolve())))
+    for key in _READ_FROM:
+        _place(content, key.split("."), path.parent)
+    return _merge(merged, content)
+
+
+def _place(content: Any, key: list[str], folder: Path) -> None:
+    """Where a path under the key names something in the folder, make it that."""
+    if not isinstance(content, dict):
+        return
+    for name in list(content) if key[0] == "*" else key[:1]:
+        if key[1:]:
+            _place(content.get(name), key[1:], folder)
+        elif isinstance(content.get(name), str) and (folder / content[name]).exists():
+            content[name] = str(folder / content[name])
+
+
+def _with_deepspeed_files(config: RunConfig) -> RunConfig:
+    files = config.deepspeed
+    given = {"decoder": files.decoder, "encoders": files.encoders}
+    found = {name: find_file(path, "deepspeed_configs", path) for name, path in given.items()}
+    return config.model_copy(update={"deepspeed": files.model_copy(update=found)})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(), _UniqueKeyLoader)
     except FileNotFoundError:
@@ -104,11 +149,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"config {path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"config {path} must hold a mapping, not {type(content).__name__}")
-    bases = content.pop("extends", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read_yaml(path.parent / base, (*seen, path.resolve())))
-    return _merge(merged, content)
+    return content
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from pathlib import Path
 import yaml
 
 from metalm.config import RunConfig
+from metalm.project_files import project_root
 from metalm.run_folder import COMMIT_NAME
 
-CODE_FOLDERS = ("src", "slurm", "tools")
-"""What a job runs. Data, tokenizers and the environment are used where they are."""
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*")
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,16 @@ class Submission:
             str(self.folder / "config.yaml"),
         ]
 
-    def write(self, repository: Path, commit: str | None) -> None:
-        """Copy the code, and write the resolved config with the DeepSpeed files that it names."""
+    def write(self, commit: str | None) -> None:
+        """Copy the code, and write the resolved config with the DeepSpeed files that it names.
+
+        Data, tokenizers and the environment are used where they are.
+        """
         (self.run_folder / "logs").mkdir(parents=True, exist_ok=True)
-        for name in CODE_FOLDERS:
-            shutil.copytree(repository / name, self.folder / "code" / name, ignore=_LEFT_OUT)
+        library, code = Path(__file__).parents[1], self.folder / "code"
+        shutil.copytree(library, code / "src" / library.name, ignore=_LEFT_OUT)
+        for name in ("slurm", "tools"):
+            shutil.copytree(project_root() / name, code / name, ignore=_LEFT_OUT)
         (self.folder / "code" / COMMIT_NAME).write_text(f"{commit or 'unknown'}\n")
         config = self.config.model_dump(mode="json")
         for engine, path in (

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from metalm import __version__
 from metalm.commit import git_commit
 from metalm.data.corpus import Corpus
 from metalm.parallel.launch import Launch, find_launch, open_process_group
@@ -67,11 +68,11 @@ def open_session(corpus: Corpus) -> Iterator[Session]:
 
 def provenance() -> dict[str, Any]:
     """Versions and code that a run was started with."""
-    packages = ("metalm", "torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy")
+    packages = ("torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy")
     return {
         "commit": git_commit(),
         "python": sys.version.split()[0],
-        "versions": {package: version(package) for package in packages},
+        "versions": {"metalm": __version__, **{package: version(package) for package in packages}},
     }
 
 

@@ -1,0 +1,48 @@
+"""Prepare what pipelines/demo.yaml reads: raw data, a tokenizer, shards. Each step is another tool.
+
+Example: python tools/prepare_demo.py data/demo
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from metalm.cli import ToolParser, run_tool
+
+
+def steps(out: Path, scenes: int, evaluation_scenes: int, text_mib: float) -> Iterator[list[str]]:
+    """Each tool with its arguments."""
+    raw, shards, tokenizer = f"{out}/raw", f"{out}/shards", f"{out}/tokenizer"
+    amount = ["--scenes", str(scenes), "--evaluation-scenes", str(evaluation_scenes)]
+    yield ["make_demo_data", raw, "--image-size", "48", *amount, "--text-mib", str(text_mib)]
+    texts, captions = f"{raw}/text/train.jsonl", f"{raw}/scenes/train.jsonl"
+    yield ["train_tokenizer", texts, "--captions", captions, "--vocab-size", "2048", "--out", tokenizer]
+    for split in ("train", "heldout"):
+        size = ["--tokenizer", tokenizer, "--shard-mib", "4"]
+        yield ["prepare_text", f"{raw}/text/{split}.jsonl", *size, "--out", f"{shards}/text_{split}"]
+    for split in ("train", "heldout", "unseen"):
+        yield ["prepare_image_text", f"{raw}/scenes/{split}.jsonl", "--out", f"{shards}/scenes_{split}"]
+
+
+def main() -> int:
+    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, nargs="?", default=Path("data/demo"), help="default: %(default)s")
+    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes (default: %(default)s)")
+    parser.add_argument("--evaluation-scenes", type=int, default=1_000, help="default: %(default)s")
+    parser.add_argument("--text-mib", type=float, default=12, help="most text, in MiB (default: %(default)s)")
+    options = parser.parse_args()
+    for tool, *arguments in steps(**vars(options)):
+        print(f"metalm tool {tool} {shlex.join(arguments)}", flush=True)
+        script = Path(__file__).with_name(f"{tool}.py")
+        code = subprocess.run([sys.executable, str(script), *arguments]).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
