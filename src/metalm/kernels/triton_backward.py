@@ -1,7 +1,8 @@
 """The Triton backward kernels: queries' gradients over the mask, keys' and values' over its transpose.
 
 Both recompute the weights from the saved log-sum-exp. Each gradient has one program that owns it, so there
-are no atomics, except for the bias, whose pairs of one distance lie all over the matrix.
+are no atomics, except for the bias, whose pairs of one distance lie all over the matrix; a tile sums its own
+first.
 """
 
 # A kernel's arguments have Triton's own types.
@@ -14,12 +15,11 @@ import triton.language as tl
 
 from metalm.kernels.triton_tile import (
     add_bias,
+    add_bias_gradient,
     block_range,
     keep_pairs,
     load_rows,
-    prune_configs,
     store_rows,
-    tuning_configs,
 )
 
 
@@ -32,15 +32,15 @@ def _query_block(
     delta,
     first_key,
     k_ptr,
-    stride_k,
     v_ptr,
-    stride_v,
+    stride_k,
     bias_ptr,
     grad_bias_ptr,
     seeds,
     query_positions,
     key_positions_ptr,
     head,
+    first_query,
     queries,
     start,
     end,
@@ -51,15 +51,17 @@ def _query_block(
     keep_scale,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NEEDS_BIAS_GRADIENT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
     keys = first_key + tl.arange(0, BLOCK_K)
     k = load_rows(k_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
-    v = load_rows(v_ptr, stride_v, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
+    v = load_rows(v_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_BIAS:
         raw = add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys)
@@ -74,21 +76,14 @@ def _query_block(
         )
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
     grad_scores = weights * (grad_weights - delta[:, None])
-    if HAS_BIAS:
-        inside = (queries < num_queries)[:, None] & (keys < num_keys)[None, :]
-        distance = keys[None, :] - queries[:, None] + num_queries - 1
-        tl.atomic_add(grad_bias_ptr + distance, grad_scores, mask=inside, sem="relaxed")
+    if NEEDS_BIAS_GRADIENT:
+        add_bias_gradient(
+            grad_bias_ptr, grad_scores, first_query, first_key, num_queries, num_keys, BLOCK_Q, BLOCK_K
+        )
     return tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
 
 
-@triton.autotune(
-    configs=tuning_configs((64, 128), (32, 64, 128)),
-    key=["length_class", "HEAD_SIZE", "HAS_BIAS", "HAS_DROPOUT"],
-    prune_configs_by={"early_config_prune": prune_configs},
-    reset_to_zero=["grad_bias_ptr"],
-    cache_results=True,
-)
-@triton.jit(do_not_specialize=["head_offset", "threshold", "length_class"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "head_offset", "threshold"])
 def query_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -111,15 +106,9 @@ def query_gradient_kernel(
     stride_kb,
     stride_kh,
     stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
     stride_ob,
     stride_oh,
     stride_os,
-    stride_gb,
-    stride_gh,
-    stride_gs,
     stride_mask,
     num_heads,
     groups,
@@ -130,10 +119,10 @@ def query_gradient_kernel(
     threshold,
     keep_scale,
     head_offset,
-    length_class,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NEEDS_BIAS_GRADIENT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -143,7 +132,8 @@ def query_gradient_kernel(
 
     Grid: (blocks of queries, B * H).
     """
-    queries = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    queries = first_query + tl.arange(0, BLOCK_Q)
     row = (tl.program_id(1) // num_heads).to(tl.int64)
     head = tl.program_id(1) % num_heads
     key_head = head // groups
@@ -155,20 +145,23 @@ def query_gradient_kernel(
     long_head = head.to(tl.int64)
     q_ptr += row * stride_qb + long_head * stride_qh
     k_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
-    v_ptr += row * stride_vb + key_head.to(tl.int64) * stride_vh
+    v_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
     out_ptr += row * stride_ob + long_head * stride_oh
-    grad_ptr += row * stride_gb + long_head * stride_gh
-    bias_ptr += head * (num_queries + num_keys - 1)
-    grad_bias_ptr += head * (num_queries + num_keys - 1)
+    grad_ptr += row * stride_ob + long_head * stride_oh
+    if HAS_BIAS:
+        bias_ptr += head * (num_queries + num_keys - 1)
+    if NEEDS_BIAS_GRADIENT:
+        grad_bias_ptr += head * (num_queries + num_keys - 1)
     seeds = tl.load(seeds_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
     query_positions = (
         tl.load(query_positions_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
     )
-    key_positions_ptr += row * num_keys
-    drop_head = head + head_offset
+    if HAS_DROPOUT:
+        key_positions_ptr += row * num_keys
+    drop_head = head + head_offset if HAS_DROPOUT else head
 
     q = load_rows(q_ptr, stride_qs, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
-    grad = load_rows(grad_ptr, stride_gs, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
+    grad = load_rows(grad_ptr, stride_os, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
     out = load_rows(out_ptr, stride_os, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
     # Sum over keys of weight times its gradient, which the softmax's backward subtracts.
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
@@ -179,19 +172,21 @@ def query_gradient_kernel(
     grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for first_key in tl.range(full_begin, full_end, BLOCK_K):
         grad_q = _query_block(
-            grad_q, q, grad, log_sum, delta, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr,
-            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, queries, start, end,
-            num_queries, num_keys, scale_log2, threshold, keep_scale,
-            HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
+            grad_q, q, grad, log_sum, delta, first_key, k_ptr, v_ptr, stride_ks, bias_ptr,
+            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, first_query, queries,
+            start, end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+            HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, NEEDS_BIAS_GRADIENT, HAS_DROPOUT,
+            PRECISION, PARTIAL=False,
         )  # fmt: skip
     full_size = full_end - full_begin
     for block_first in tl.range(begin, key_end - full_size, BLOCK_K):
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
         grad_q = _query_block(
-            grad_q, q, grad, log_sum, delta, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr,
-            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, queries, start, end,
-            num_queries, num_keys, scale_log2, threshold, keep_scale,
-            HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
+            grad_q, q, grad, log_sum, delta, first_key, k_ptr, v_ptr, stride_ks, bias_ptr,
+            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, first_query, queries,
+            start, end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+            HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, NEEDS_BIAS_GRADIENT, HAS_DROPOUT,
+            PRECISION, PARTIAL=True,
         )  # fmt: skip
     grad_q_ptr += row * stride_ob + long_head * stride_oh
     store_rows(grad_q_ptr, stride_os, queries, num_queries, grad_q * scale, HEAD_SIZE, BLOCK_D)
@@ -271,13 +266,7 @@ def _key_block(
     return grad_k, grad_v
 
 
-@triton.autotune(
-    configs=tuning_configs((32, 64), (64, 128)),
-    key=["length_class", "GROUPS", "HEAD_SIZE", "HAS_BIAS", "HAS_DROPOUT"],
-    prune_configs_by={"early_config_prune": prune_configs},
-    cache_results=True,
-)
-@triton.jit(do_not_specialize=["head_offset", "threshold", "length_class"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "head_offset", "threshold"])
 def key_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -299,9 +288,6 @@ def key_gradient_kernel(
     stride_kb,
     stride_kh,
     stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
     stride_gb,
     stride_gh,
     stride_gs,
@@ -317,7 +303,6 @@ def key_gradient_kernel(
     threshold,
     keep_scale,
     head_offset,
-    length_class,
     GROUPS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -343,12 +328,13 @@ def key_gradient_kernel(
     full_size = full_end - full_begin
 
     k_ptr += row * stride_kb + key_head * stride_kh
-    v_ptr += row * stride_vb + key_head * stride_vh
+    v_ptr += row * stride_kb + key_head * stride_kh
     k = load_rows(k_ptr, stride_ks, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=True)
-    v = load_rows(v_ptr, stride_vs, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=True)
-    seeds_ptr += row * num_queries
-    query_positions_ptr += row * num_queries
-    key_positions_ptr += row * num_keys
+    v = load_rows(v_ptr, stride_ks, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=True)
+    if HAS_DROPOUT:
+        seeds_ptr += row * num_queries
+        query_positions_ptr += row * num_queries
+        key_positions_ptr += row * num_keys
 
     grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -359,8 +345,8 @@ def key_gradient_kernel(
         head_grad_ptr = grad_ptr + row * stride_gb + head * stride_gh
         statistics = (row * num_key_heads * GROUPS + head) * num_queries
         head_log_sum_ptr, head_delta_ptr = log_sum_ptr + statistics, delta_ptr + statistics
-        head_bias_ptr = bias_ptr + head * (num_queries + num_keys - 1)
-        drop_head = head.to(tl.int32) + head_offset
+        head_bias_ptr = bias_ptr + head * (num_queries + num_keys - 1) if HAS_BIAS else bias_ptr
+        drop_head = head.to(tl.int32) + head_offset if HAS_DROPOUT else head.to(tl.int32)
         for first_query in tl.range(full_begin, full_end, BLOCK_Q):
             grad_k, grad_v = _key_block(
                 grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,

@@ -14,9 +14,7 @@ from metalm.kernels.triton_tile import (
     block_range,
     keep_pairs,
     load_rows,
-    prune_configs,
     store_rows,
-    tuning_configs,
 )
 
 
@@ -28,9 +26,8 @@ def _attend_block(
     q,
     first_key,
     k_ptr,
-    stride_k,
     v_ptr,
-    stride_v,
+    stride_k,
     bias_ptr,
     seeds,
     query_positions,
@@ -69,18 +66,12 @@ def _attend_block(
             seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K
         )
         weights = tl.where(keep, weights * keep_scale, 0.0)
-    v = load_rows(v_ptr, stride_v, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
+    v = load_rows(v_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
 
 
-@triton.autotune(
-    configs=tuning_configs((64, 128), (32, 64, 128)),
-    key=["length_class", "HEAD_SIZE", "HAS_BIAS", "HAS_DROPOUT"],
-    prune_configs_by={"early_config_prune": prune_configs},
-    cache_results=True,
-)
-@triton.jit(do_not_specialize=["head_offset", "threshold", "length_class"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "head_offset", "threshold"])
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -99,9 +90,6 @@ def forward_kernel(
     stride_kb,
     stride_kh,
     stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
     stride_ob,
     stride_oh,
     stride_os,
@@ -114,7 +102,6 @@ def forward_kernel(
     threshold,
     keep_scale,
     head_offset,
-    length_class,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -138,14 +125,16 @@ def forward_kernel(
 
     q_ptr += row * stride_qb + head.to(tl.int64) * stride_qh
     k_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
-    v_ptr += row * stride_vb + key_head.to(tl.int64) * stride_vh
-    bias_ptr += head * (num_queries + num_keys - 1)
+    v_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
+    if HAS_BIAS:
+        bias_ptr += head * (num_queries + num_keys - 1)
     seeds = tl.load(seeds_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
     query_positions = (
         tl.load(query_positions_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
     )
-    key_positions_ptr += row * num_keys
-    drop_head = head + head_offset
+    if HAS_DROPOUT:
+        key_positions_ptr += row * num_keys
+    drop_head = head + head_offset if HAS_DROPOUT else head
 
     q = load_rows(q_ptr, stride_qs, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=True)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -153,7 +142,7 @@ def forward_kernel(
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     for first_key in tl.range(full_begin, full_end, BLOCK_K):
         acc, row_max, row_sum = _attend_block(
-            acc, row_max, row_sum, q, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr, seeds,
+            acc, row_max, row_sum, q, first_key, k_ptr, v_ptr, stride_ks, bias_ptr, seeds,
             query_positions, key_positions_ptr, drop_head, queries, start, end, num_queries, num_keys,
             scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
@@ -163,7 +152,7 @@ def forward_kernel(
     for block_first in tl.range(begin, key_end - full_size, BLOCK_K):
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
         acc, row_max, row_sum = _attend_block(
-            acc, row_max, row_sum, q, first_key, k_ptr, stride_ks, v_ptr, stride_vs, bias_ptr, seeds,
+            acc, row_max, row_sum, q, first_key, k_ptr, v_ptr, stride_ks, bias_ptr, seeds,
             query_positions, key_positions_ptr, drop_head, queries, start, end, num_queries, num_keys,
             scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: loads, block ranges from a block's intervals, dropout and tuning.
+"""What the Triton kernels share: loads, block ranges from a block's intervals, bias and dropout.
 
 Scores live in base 2 and "raw": p = exp2(raw * scale_log2 - log_sum2). A bias comes divided by the scale, so
 that it is added to the raw scores too.
@@ -8,9 +8,6 @@ that it is added to the raw scores too.
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
-
-from itertools import product
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -76,6 +73,31 @@ def add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys):
 
 
 @triton.jit
+def add_bias_gradient(
+    grad_bias_ptr,
+    grad_scores,
+    first_query,
+    first_key,
+    num_queries,
+    num_keys,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Adds a tile of score gradients, zero where nothing is seen, to the sums of their distances.
+
+    Turned by its number, each row of the tile has one distance per column, or, beyond the turn, the distance
+    BLOCK_K less: two sums over rows, and two atomics per column, instead of one per score.
+    """
+    place = tl.arange(0, BLOCK_Q)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    turned = tl.gather(grad_scores, place % BLOCK_K, 1)
+    for turn in tl.static_range((BLOCK_Q + BLOCK_K - 2) // BLOCK_K + 1):
+        total = tl.sum(tl.where(place // BLOCK_K == turn, turned, 0.0), 0)
+        distance = first_key - first_query + num_queries - 1 - turn * BLOCK_K + tl.arange(0, BLOCK_K)
+        within = (distance >= 0) & (distance < num_queries + num_keys - 1)
+        tl.atomic_add(grad_bias_ptr + distance, total, mask=within, sem="relaxed")
+
+
+@triton.jit
 def keep_pairs(
     seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K: tl.constexpr
 ):
@@ -88,31 +110,3 @@ def keep_pairs(
     )
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
     return tl.reshape(words, (query_positions.shape[0], BLOCK_K)) >= threshold.to(tl.uint32)
-
-
-def tuning_configs(block_qs: tuple[int, ...], block_ks: tuple[int, ...]) -> list[triton.Config]:
-    """Candidates of a kernel; Triton's interpreter gets a single small one, since it cannot time any."""
-    if triton.knobs.runtime.interpret:
-        return [triton.Config({"BLOCK_Q": 32, "BLOCK_K": 16}, num_warps=4, num_stages=1)]
-    return [
-        triton.Config({"BLOCK_Q": block_q, "BLOCK_K": block_k}, num_warps=num_warps, num_stages=num_stages)
-        for block_q, block_k, num_warps, num_stages in product(block_qs, block_ks, (4, 8), (2, 3))
-    ]
-
-
-def prune_configs(
-    configs: list[triton.Config], arguments: dict[str, Any], **meta: Any
-) -> list[triton.Config]:
-    """Leaves out candidates whose tiles cannot fit on chip, before any time goes into compiling them."""
-    element_size = arguments["q_ptr"].element_size()
-    # Two tiles of each stage and the block's own stay in shared memory; 200 KiB is a little under an H100's.
-    fits = [
-        config
-        for config in configs
-        if (config.kwargs["BLOCK_Q"] + 2 * config.num_stages * config.kwargs["BLOCK_K"])
-        * meta["BLOCK_D"]
-        * element_size
-        <= 200 * 1024
-    ]
-    smallest = min(configs, key=lambda config: config.kwargs["BLOCK_Q"] * config.kwargs["BLOCK_K"])
-    return fits or [smallest]

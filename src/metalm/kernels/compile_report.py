@@ -1,0 +1,141 @@
+"""What the Triton kernels become on a device that is not here: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
+from metalm.kernels.triton_configs import Kernel, LaunchConfig
+from metalm.kernels.triton_forward import forward_kernel
+
+_KERNELS = {
+    "forward": forward_kernel,
+    "query_gradient": query_gradient_kernel,
+    "key_gradient": key_gradient_kernel,
+}
+_POINTERS = {"seeds": "*i64", "query_positions": "*i32", "key_positions": "*i32", "positions": "*i32"}
+_POINTERS |= {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32"}
+_FLOAT32 = ("log_sum", "delta", "bias", "grad_bias")
+_FLOATS = ("scale", "scale_log2", "keep_scale")
+_OF_BIAS, _OF_DROPOUT = ("bias_ptr", "grad_bias_ptr"), ("seeds_ptr", "query_positions_ptr")
+_OF_DROPOUT += ("key_positions_ptr", "threshold", "keep_scale", "head_offset")
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """Of one compiled kernel, for one thread or one program."""
+
+    registers: int
+    spilled_bytes: int
+    """Stack of a thread: what did not fit into registers."""
+    shared_bytes: int
+    wgmma: int
+    """Warp-group matrix instructions in the code."""
+    seconds: float
+    """That compiling took."""
+
+
+def compile_ahead(
+    kernel: Kernel,
+    head_size: int,
+    config: LaunchConfig,
+    *,
+    is_wide: bool = False,
+    has_bias: bool = False,
+    has_dropout: bool = False,
+    groups: int = 1,
+    capability: int = 90,
+) -> CompileReport:
+    """Compile an attention kernel without a device, by the arguments that a launch would give it.
+
+    Args:
+        config: block sizes, warps and stages.
+        is_wide: of float32 tensors, not bfloat16.
+        has_bias: with a bias, in the backward with its gradient.
+        has_dropout: with dropout.
+        groups: query heads of a key head.
+        capability: compute capability times ten.
+    """
+    function = _KERNELS[kernel]
+    absent = (() if has_bias else _OF_BIAS) + (() if has_dropout else _OF_DROPOUT)
+    constants: dict[str, Any] = {
+        "HEAD_SIZE": head_size,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "HAS_BIAS": has_bias,
+        "NEEDS_BIAS_GRADIENT": has_bias,
+        "HAS_DROPOUT": has_dropout,
+        "PRECISION": "ieee" if is_wide else "tf32",
+        "BLOCK_Q": config.block_q,
+        "BLOCK_K": config.block_k,
+        "GROUPS": groups,
+        **dict.fromkeys(absent),
+    }
+    return compile_function(
+        function, constants, config.num_warps, config.num_stages, is_wide=is_wide, capability=capability
+    )
+
+
+def compile_function(
+    function: Any,
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    *,
+    is_wide: bool = False,
+    capability: int = 90,
+) -> CompileReport:
+    """Compile any of our kernels; `constants` that it has no argument for are left out.
+
+    Tensors are aligned to 16 bytes and strides divide by 16, as in a model.
+    """
+    names = function.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    tensor = "*fp32" if is_wide else "*bf16"
+    signature = {name: _type(name, tensor) for name in names} | dict.fromkeys(constants, "constexpr")
+    aligned = [name for name in names if name.endswith("_ptr") or "stride" in name]
+    source = ASTSource(
+        function,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants},
+    )
+    began = time.perf_counter()
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.perf_counter() - began
+    usage = _resource_usage(compiled.asm["cubin"])
+    return CompileReport(
+        registers=usage["REG"],
+        spilled_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        wgmma=compiled.asm["ptx"].count("wgmma.mma_async"),
+        seconds=seconds,
+    )
+
+
+def _type(name: str, tensor: str) -> str:
+    stem = name.removesuffix("_ptr")
+    if name == stem:
+        return "fp32" if name in _FLOATS else "i32"
+    return _POINTERS.get(stem, "*fp32" if stem in _FLOAT32 else tensor)
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory of a thread, by the names that CUDA's tool gives them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pairs = (word.split(":") for word in told.split() if word.count(":") == 1)
+    return {name: int(value) for name, value in pairs if name in ("REG", "STACK", "LOCAL")}
