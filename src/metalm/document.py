@@ -15,8 +15,6 @@ import numpy as np
 
 from metalm.config.schema import TEXT
 
-NO_TOKEN = -1
-
 ReadPart = Callable[["Part"], np.ndarray]
 
 
@@ -70,8 +68,6 @@ class Document:
     """With `<s>`, rather than behind the stretch in the row before."""
     ends: bool = True
     """With `</d>`; its weight is that of the last part."""
-    next_token: int = NO_TOKEN
-    """Where it does not end here: the first token of what follows in the next row, if anything does."""
 
     def __len__(self) -> int:
         return sum(map(len, self.parts)) + self.begins + self.ends
@@ -83,7 +79,7 @@ class Document:
 
     def prompt(self, num_parts: int) -> Document:
         """The first parts of the document, left open for the decoder to go on."""
-        return replace(self, parts=self.parts[:num_parts], ends=False, next_token=NO_TOKEN)
+        return replace(self, parts=self.parts[:num_parts], ends=False)
 
     def cut(self, length: int) -> Document:
         """Its first `length` positions, less than all, left open for what follows in the next row."""

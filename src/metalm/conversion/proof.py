@@ -114,9 +114,9 @@ def proof_cases(source: CheckpointSource) -> list[ProofCase]:
 def _text_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> ProofCase:
     words = _fitting(source, _SPAN, encoder.max_text_positions)
     before, span, after = source.tokenizer.encode([_BEFORE, words, _AFTER])
-    bounds = np.array([[len(before), len(before) + len(span)]])
+    bounds = [(len(before), len(before) + len(span))]
     text = np.concatenate((before, span, after))
-    documents = [text_document(text, bounds, name, begins=True, ends=False)]
+    documents = [text_document(text, bounds, name, ends=False)]
     if (retokenizer := load_retokenizer(encoder, source.tokenizer)) is not None:
         documents, _ = retokenizer.refit(documents, _LONGEST_ROW)
     marked = f"{_BEFORE}<span:{name}>{words}</span>{_AFTER}"

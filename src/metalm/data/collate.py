@@ -16,8 +16,7 @@ from torch import Tensor
 from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
 from metalm.config.schema import EncoderConfig, ModelConfig
 from metalm.data.balance import assign_spans, span_costs
-from metalm.data.row import Row, RowSpans
-from metalm.document import NO_TOKEN
+from metalm.data.row import NO_TOKEN, Row, RowSpans
 from metalm.modalities import modality_of_encoder
 
 SHARE_MULTIPLE = 16

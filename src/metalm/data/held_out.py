@@ -98,8 +98,7 @@ def held_out_samples(corpus: Corpus, source: Source, count: int) -> list[HeldOut
 def _sample(source: Source, maker: PairMaker | None, location: SampleLocation) -> HeldOutSample:
     if maker is None or source.media is None:
         body = source.token_ids(location)
-        no_spans = np.empty((0, 2), np.int64)
-        return HeldOutSample(text_document(body, no_spans, None, begins=True, ends=True), None, ())
+        return HeldOutSample(text_document(body), None, ())
     data, captions = source.main_member(location), source.captions(location)
     caption = source.tokenizer.encode([captions[0]])[0]
     document = maker.document(maker.media_part(data), caption).decoded(maker.read)

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from metalm.data.tokenizer import Tokenizer
-from metalm.document import NO_TOKEN, Document, Part
+from metalm.document import Document, Part
+
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class _Span(NamedTuple):
     parts: tuple[Part, ...]
 
 
-def lay_out(documents: Sequence[Document], tokenizer: Tokenizer, source_id: int = 0) -> Row:
+def lay_out(
+    documents: Sequence[Document], tokenizer: Tokenizer, source_id: int = 0, next_token: int = NO_TOKEN
+) -> Row:
     """Lay documents end to end in one row.
 
     Position p has the weight of the token that it predicts, the one at p + 1, if that is of the same document
@@ -62,6 +66,7 @@ def lay_out(documents: Sequence[Document], tokenizer: Tokenizer, source_id: int 
 
     Args:
         documents: decoded (see `Document.decoded`); only the last may go on in the next row.
+        next_token: the first token there.
     """
     tokens: list[np.ndarray] = []
     weighted: list[tuple[int, int, float]] = []  # tokens of another weight than 1
@@ -87,36 +92,38 @@ def lay_out(documents: Sequence[Document], tokenizer: Tokenizer, source_id: int 
                     of_reader.append(_Span(at, at + len(part), (part,)))
             if part.reader is None or len(part):
                 previous = part
-            at += len(part)
+            at += len(part.tokens)
         if document.ends:
             tokens.append(end)
             if document.last_weight != 1.0:
                 weighted.append((at, at + 1, document.last_weight))
             at += 1
         ends.append(at)
+    loss_weights = _loss_weights(at, weighted, ends, spans)
+    if next_token != NO_TOKEN:
+        loss_weights[-1] = documents[-1].last_weight
     return Row(
         tokens=np.concatenate(tokens).astype(np.int32, copy=False),
-        loss_weights=_loss_weights(documents[-1], at, weighted, ends, spans),
+        loss_weights=loss_weights,
         document_ends=ends,
-        next_token=documents[-1].next_token,
+        next_token=next_token,
         spans={reader: _row_spans(found) for reader, found in spans.items()},
         source_id=source_id,
     )
 
 
 def _loss_weights(
-    last: Document,
     num_tokens: int,
     weighted: list[tuple[int, int, float]],
     ends: list[int],
     spans: dict[str, list[_Span]],
 ) -> np.ndarray:
+    """Of the token behind each position, 0 where that is of another document or the position in a span."""
     of_tokens = np.ones(num_tokens + 1, np.float32)
     for start, end, weight in weighted:
         of_tokens[start:end] = weight
     weights = of_tokens[1:]
-    weights[[end - 1 for end in ends[:-1]]] = 0.0
-    weights[-1] = 0.0 if last.next_token == NO_TOKEN else last.last_weight
+    weights[[end - 1 for end in ends]] = 0.0
     for found in spans.values():
         for span in found:
             weights[span.start : span.end - 1] = 0.0
@@ -124,6 +131,9 @@ def _loss_weights(
 
 
 def _row_spans(found: list[_Span]) -> RowSpans:
+    bounds = np.array([(span.start, span.end) for span in found], np.int64)
+    if all(span.parts[0].content is None for span in found):
+        return RowSpans(bounds, np.zeros(len(found), np.int64))
     first = [span.parts[0] for span in found]
     media = [part.decoded_content for part in first if part.is_media]
     own_ids = [
@@ -133,7 +143,7 @@ def _row_spans(found: list[_Span]) -> RowSpans:
         if not part.is_media and part.content is not None
     ]
     return RowSpans(
-        bounds=np.array([(span.start, span.end) for span in found], np.int64),
+        bounds=bounds,
         num_patches=np.array([len(part) if part.is_media else 0 for part in first], np.int64),
         media=np.concatenate(media) if media else None,
         ids=np.concatenate(own_ids) if own_ids else None,

@@ -7,8 +7,6 @@ probability makes the expected number of span tokens the wanted fraction of the 
 
 from __future__ import annotations
 
-import numpy as np
-
 from metalm.config.schema import SpanConfig
 from metalm.data.streams import Stream
 
@@ -22,7 +20,7 @@ class SpanSampler:
         self._fraction, self._min, self._max = config.fraction, config.min_length, config.max_length
         self._stream = stream
 
-    def sample(self, bodies: list[tuple[int, int]], num_tokens: int, row: int) -> np.ndarray:
+    def sample(self, bodies: list[tuple[int, int]], num_tokens: int, row: int) -> list[tuple[int, int]]:
         """The spans of a row, in order.
 
         A window is as long as the largest span, or as the body where that is shorter (but longer than the
@@ -35,7 +33,7 @@ class SpanSampler:
             row: ordinal of the row in the random stream.
 
         Returns:
-            [num_spans, 2] int64, start and end (exclusive) of each span.
+            Start and end (exclusive) of each span.
         """
         shortest = self._min + 1
         tilings, num_windows, capacity = [], 0, 0.0
@@ -48,7 +46,7 @@ class SpanSampler:
                 num_windows += count
                 capacity += count * (shortest + window) / 2
         if not num_windows or not self._fraction:
-            return np.empty((0, 2), np.int64)
+            return []
         probability = self._fraction * num_tokens / capacity
         draws = self._stream.uniforms(row, len(tilings) + _DRAWS_PER_WINDOW * num_windows).tolist()
         spans = []
@@ -62,4 +60,4 @@ class SpanSampler:
                     first = origin + number * window + int(draws[at + 2] * (window - length + 1))
                     spans.append((first, first + length))
                 at += _DRAWS_PER_WINDOW
-        return np.array(spans, np.int64).reshape(-1, 2)
+        return spans

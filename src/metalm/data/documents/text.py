@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from metalm.config.schema import TEXT
@@ -9,17 +11,22 @@ from metalm.document import Document, Part
 
 
 def text_document(
-    body: np.ndarray, spans: np.ndarray, reader: str | None, *, begins: bool, ends: bool
+    body: np.ndarray,
+    spans: Sequence[tuple[int, int]] = (),
+    reader: str | None = None,
+    *,
+    begins: bool = True,
+    ends: bool = True,
 ) -> Document:
     """A stretch of a document of text, all of which is trained on.
 
     Args:
         body: [n] int32, tokens without `<s>` and `</d>`.
-        spans: [K, 2], start and end (exclusive) in `body` of what `reader` reads, in order and apart.
+        spans: start and end (exclusive) in `body` of what `reader` reads, in order and apart.
     """
     parts: list[Part] = []
     at = 0
-    for start, end in spans.tolist():
+    for start, end in spans:
         # Where one span follows at once on another, a part of no tokens keeps them apart.
         parts += [Part(TEXT, body[at:start]), Part(TEXT, body[start:end], reader)]
         at = end

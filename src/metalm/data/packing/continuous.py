@@ -7,7 +7,6 @@ encoder's own tokens a row grows or shrinks by them: what no longer fits is give
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +16,10 @@ from metalm.data.documents.retokenize import SpanRetokenizer
 from metalm.data.documents.spans import SpanSampler
 from metalm.data.documents.text import text_document
 from metalm.data.failures import FailureGuard
-from metalm.data.row import Row, lay_out
+from metalm.data.row import NO_TOKEN, Row, lay_out
 from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream
 from metalm.data.sources import Source
-from metalm.document import NO_TOKEN, Document
+from metalm.document import Document
 
 
 class _Stretch(NamedTuple):
@@ -42,6 +41,16 @@ class _Stretch(NamedTuple):
         return self.text[max(self.consumed - 1, 0) : self.end - 1]
 
     @property
+    def body_start(self) -> int:
+        """Position of the body in the row."""
+        return self.start + self.begins
+
+    @property
+    def body_end(self) -> int:
+        """Position behind the body."""
+        return self.following - self.ends
+
+    @property
     def begins(self) -> bool:
         """Whether it has `<s>`."""
         return self.consumed == 0
@@ -52,8 +61,8 @@ class _Stretch(NamedTuple):
         return self.end == len(self.text) + 2
 
     @property
-    def next_row_start(self) -> int:
-        """Where what follows it in the row begins."""
+    def following(self) -> int:
+        """Position of what follows it in the row."""
         return self.start + self.end - self.consumed
 
 
@@ -97,35 +106,34 @@ class ContinuousPacker:
         filled = 0
         while filled < self._length and self._has_document():
             stretches.append(self._take(filled))
-            filled = stretches[-1].next_row_start
+            filled = stretches[-1].following
         if not filled:
             return None
         documents = self._with_spans(stretches, filled)
         if self._retokenizer is not None:
             documents, taken = self._retokenizer.refit(documents, self._length)
             self._give_back(stretches, taken)
-        documents[-1] = replace(documents[-1], next_token=self._upcoming_token())
-        row = lay_out(documents, self._source.tokenizer, self._source.source_id)
+        row = lay_out(documents, self._source.tokenizer, self._source.source_id, self._upcoming_token())
         self.counters.count_row(row, self._length)
         return row
 
     def _with_spans(self, stretches: list[_Stretch], filled: int) -> list[Document]:
-        starts = [stretch.start + stretch.begins for stretch in stretches]
-        bounds = np.empty((0, 2), np.int64)
+        bounds: list[tuple[int, int]] = []
         if self._reader is not None:
-            bodies = [(start, start + len(s.body)) for start, s in zip(starts, stretches, strict=True)]
+            bodies = [(stretch.body_start, stretch.body_end) for stretch in stretches]
             bounds = self._spans.sample(bodies, filled, self.counters.rows)
-        firsts = np.searchsorted(bounds[:, 0], [*starts, filled])
-        return [
-            text_document(
-                stretch.body,
-                bounds[firsts[number] : firsts[number + 1]] - starts[number],
-                self._reader,
-                begins=stretch.begins,
-                ends=stretch.ends,
+        documents = []
+        first = 0
+        for stretch in stretches:
+            start, last = stretch.body_start, first
+            while last < len(bounds) and bounds[last][0] < stretch.body_end:
+                last += 1
+            own = [(span_start - start, span_end - start) for span_start, span_end in bounds[first:last]]
+            documents.append(
+                text_document(stretch.body, own, self._reader, begins=stretch.begins, ends=stretch.ends)
             )
-            for number, stretch in enumerate(stretches)
-        ]
+            first = last
+        return documents
 
     def _has_document(self) -> bool:
         if self._text is None:
@@ -154,7 +162,7 @@ class ContinuousPacker:
 
     def _give_back(self, stretches: list[_Stretch], taken: int) -> None:
         """Go back to the document that holds the row's token `taken`, the first that is not in the row."""
-        if taken == stretches[-1].next_row_start:
+        if taken == stretches[-1].following:
             return
         within = max(number for number, stretch in enumerate(stretches) if stretch.start <= taken)
         current, later = stretches[within], stretches[within + 1 :]
