@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
+from metalm.data.captions import decode_utf8, read_captions
 from metalm.data.index import SampleLocation, ShardIndex, open_index
 from metalm.data.reader import FileReader, RemoteReader
 from metalm.data.shards import FORMATS
@@ -72,7 +72,7 @@ class Source:
         data = self.main_member(location)
         dtype = _DTYPE_OF_FORMAT.get(location.format)
         if dtype is None:
-            ids = self.tokenizer.encode([_utf8(data)])[0]
+            ids = self.tokenizer.encode([decode_utf8(data)])[0]
             if not len(ids):
                 raise BadSample("empty_text")
             return ids
@@ -82,31 +82,19 @@ class Source:
         return ids
 
     def captions(self, location: SampleLocation) -> list[str]:
-        """The captions of a pair: all of "captions" in the .json, else the .txt, else its "caption".
+        """The captions of a pair.
 
         Raises:
-            BadSample: `not_utf8`, `bad_json` or `missing_caption`.
+            BadSample: as `read_captions`.
         """
-        description: object = {}
-        if location.json_size:
-            data = self.reader.read(location.shard, location.json_offset, location.json_size)
-            try:
-                description = json.loads(_utf8(data))
-            except (ValueError, RecursionError):
-                raise BadSample("bad_json") from None
-        if not isinstance(description, dict):
-            raise BadSample("bad_json")
-        captions = description.get("captions")
-        if not captions and location.caption_size:
-            captions = [
-                _utf8(self.reader.read(location.shard, location.caption_offset, location.caption_size))
-            ]
-        if not captions:
-            captions = [description.get("caption")]
-        found = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
-        if not found:
-            raise BadSample("missing_caption")
-        return found
+        text, description = (
+            self.reader.read(location.shard, offset, size) if size else b""
+            for offset, size in (
+                (location.caption_offset, location.caption_size),
+                (location.json_offset, location.json_size),
+            )
+        )
+        return read_captions(text, description)
 
     def main_member(self, location: SampleLocation) -> memoryview:
         """The bytes of a sample's text, image or clip."""
@@ -191,10 +179,3 @@ def _fitting_index(name: str, folder: Path, tokenizer: Tokenizer, *, check_sizes
             f"data.tokenizer is {tokenizer.fingerprint[:16]}: prepare the shards again or use their tokenizer"
         )
     return index
-
-
-def _utf8(data: memoryview) -> str:
-    try:
-        return str(data, "utf-8")
-    except UnicodeDecodeError:
-        raise BadSample("not_utf8") from None

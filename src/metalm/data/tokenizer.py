@@ -41,7 +41,7 @@ class Tokenizer:
 
     Attributes:
         fingerprint: sha256 of tokenizer.json, in hex. Equal fingerprints mean equal ids.
-        size: number of ids, special tokens included.
+        size: all ids are below it; that of a vocabulary with holes is more than the number of its tokens.
         start_id, paragraph_id, document_id, image_id, pad_id: ids of `<s> </s> </d> <image> <pad>`.
         special_ids: all five, in that order.
         definition: the content of tokenizer.json.
@@ -64,8 +64,8 @@ class Tokenizer:
         self._encode_pieces = piece_encoder or self._encode_with_hugging_face
         self.definition = definition
         self.fingerprint = hashlib.sha256(definition).hexdigest()
-        self.size: int = self._model.get_vocab_size()
         vocabulary = self._model.get_vocab()
+        self.size: int = max(vocabulary.values(), default=-1) + 1
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
             raise KeyError(", ".join(missing))

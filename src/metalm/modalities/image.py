@@ -12,12 +12,13 @@ import io
 import textwrap
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image as Pillow
-from PIL import ImageDraw, ImageFont, ImageOps
+from PIL import ImageDraw, ImageFont
 
 from metalm.config.schema import EncoderConfig, ImageConfig
 from metalm.errors import BadSample
@@ -36,6 +37,18 @@ JPEG_QUALITY = 95
 EXIF_ORIENTATION = 0x0112
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
+_JPEG = ("JPEG", "MPO")
+"""What Pillow calls an opened JPEG; MPO has more images behind the first, as cameras and phones write it."""
+_TURNS = {
+    2: Pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: Pillow.Transpose.ROTATE_180,
+    4: Pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: Pillow.Transpose.TRANSPOSE,
+    6: Pillow.Transpose.ROTATE_270,
+    7: Pillow.Transpose.TRANSVERSE,
+    8: Pillow.Transpose.ROTATE_90,
+}
+"""By EXIF orientation, what makes an image upright."""
 _SHOWN_WIDTH, _LINE, _MARGIN = 256, 15, 6
 
 
@@ -148,7 +161,9 @@ class ImageReader:
 
 
 def decode_image(data: bytes | memoryview, *, image_size: int | None = None) -> np.ndarray:
-    """Decodes to [height, width, 3] uint8; transparent parts become white.
+    """Decodes to [height, width, 3] uint8: upright (EXIF), 16 bits scaled to 8, transparent parts white.
+
+    Of a file with several images, the first is taken. Colours are taken as sRGB; profiles are not read.
 
     Args:
         image_size: resize to a square of this many pixels a side; None keeps the image's own size.
@@ -156,18 +171,11 @@ def decode_image(data: bytes | memoryview, *, image_size: int | None = None) -> 
     Raises:
         BadSample: `image_bomb` (more than MAX_PIXELS by its header) or `undecodable_image`.
     """
-    try:
-        image = Pillow.open(io.BytesIO(data), formats=DECODERS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadSample("image_bomb")
-        if image_size is not None and image.format == "JPEG":
+    with _damage_is_a_bad_sample():
+        image = _open(data)
+        if image_size is not None and image.format in _JPEG:
             image.draft("RGB", (image_size, image_size))
-        return _resized(_opaque(image), image_size)
-    except Pillow.DecompressionBombError:
-        raise BadSample("image_bomb") from None
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError):
-        # What Pillow raises on damaged files: UnidentifiedImageError is an OSError.
-        raise BadSample("undecodable_image") from None
+        return _resized(_opaque(_eight_bits(_upright(image))), image_size)
 
 
 def normalised_pixels(patches: Tensor, encoder: EncoderConfig) -> Tensor:
@@ -215,26 +223,21 @@ def cut_patches(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
 def prepare_image(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
     """Decodes an image in full, and gives the suffix and the content of its shard member.
 
-    The bytes stay as they are unless the image must be turned upright (EXIF) or is larger than wanted:
-    then its shorter side becomes `shorter_side` pixels and it is encoded again in its own format.
+    The bytes stay as they are unless the image must be turned upright (EXIF), has others behind it or is
+    larger than wanted: then its shorter side becomes `shorter_side` pixels and it is encoded again, in its
+    own format.
 
     Raises:
         BadSample: `undecodable_image` (also: of another format) or `image_bomb`.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)
-            image = Pillow.open(io.BytesIO(data), formats=DECODERS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadSample("image_bomb")
-        assert image.format is not None
-        kind = image.format
+    with _damage_is_a_bad_sample():
+        image = _open(data)
+        kind = "JPEG" if image.format in _JPEG else str(image.format)
         shrinks = shorter_side is not None and min(image.size) > shorter_side
-        turns = image.getexif().get(EXIF_ORIENTATION, 1) != 1
-        if not shrinks and not turns:
+        upright = _upright(image)
+        if not shrinks and upright is image and image.format == kind:
             image.load()
             return SUFFIXES[kind], data
-        upright = ImageOps.exif_transpose(image)
         if shorter_side is not None and shrinks:
             scale = shorter_side / min(upright.size)
             size = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
@@ -242,12 +245,9 @@ def prepare_image(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
                 upright = upright.convert("RGBA")
             upright = upright.resize(size, Pillow.Resampling.BICUBIC, reducing_gap=3.0)
         buffer = io.BytesIO()
+        upright.info.pop("exif", None)  # it would have the image turned once more
         upright.save(buffer, kind, quality=JPEG_QUALITY)
         return SUFFIXES[kind], buffer.getvalue()
-    except Pillow.DecompressionBombError:
-        raise BadSample("image_bomb") from None
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError):
-        raise BadSample("undecodable_image") from None
 
 
 def caption_picture(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
@@ -277,6 +277,48 @@ def caption_picture(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
 def _section(encoder: EncoderConfig) -> ImageConfig:
     assert encoder.image is not None
     return encoder.image
+
+
+@contextmanager
+def _damage_is_a_bad_sample() -> Iterator[None]:
+    try:
+        yield
+    except BadSample:
+        raise
+    except Pillow.DecompressionBombError:
+        raise BadSample("image_bomb") from None
+    except Exception:
+        # Pillow's plug-ins raise what their parsers do: OSError, SyntaxError, KeyError, struct.error, ...
+        raise BadSample("undecodable_image") from None
+
+
+def _open(data: bytes | memoryview) -> Pillow.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large sizes and odd EXIF fields
+        image = Pillow.open(io.BytesIO(data), formats=DECODERS)
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample("image_bomb")
+    return image
+
+
+def _upright(image: Pillow.Image) -> Pillow.Image:
+    """The image as it is looked at; itself, if it need not be turned.
+
+    Pillow's own `exif_transpose` writes the other fields anew, and fails where one of them is odd.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # of damaged EXIF, whatever its parser raises; the pixels may be sound
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Pillow.Image) -> Pillow.Image:
+    """Greys of 16 bits as greys of 8: Pillow's conversion would clip them to white."""
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    greys = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    return Pillow.fromarray(((greys * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _opaque(image: Pillow.Image) -> Pillow.Image:

@@ -85,10 +85,10 @@ def load_retokenizer(encoder: EncoderConfig, shared: Tokenizer) -> SpanRetokeniz
         raise DataError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from None
     own.no_padding()
     own.no_truncation()
-    if own.get_vocab_size() > encoder.pretrained.definition["vocab_size"]:
+    size = max(own.get_vocab().values(), default=-1) + 1
+    if size > encoder.pretrained.definition["vocab_size"]:
         raise DataError(
-            f"{path} has {own.get_vocab_size()} ids, the encoder beside it "
-            f"{encoder.pretrained.definition['vocab_size']}"
+            f"{path} has {size} ids, the encoder beside it {encoder.pretrained.definition['vocab_size']}"
         )
     return SpanRetokenizer(own, shared, encoder.max_text_positions)
 

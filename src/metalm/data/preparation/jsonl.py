@@ -75,8 +75,8 @@ class JsonLinesFile:
         self, *, start: int = 0, end: int | None = None, max_line_bytes: int = MAX_LINE_BYTES
     ) -> Iterator[tuple[int, bytes | None]]:
         """Lines that begin in [start, end) of the decompressed content, each with the offset where it
-        begins; None stands for a line that is too long. To be called once; only a plain file can be
-        entered at a `start`.
+        begins; None stands for a line that is too long, and blank ones are passed over. To be called once;
+        only a plain file can be entered at a `start`.
         """
         offset = 0
         if start:
@@ -90,7 +90,8 @@ class JsonLinesFile:
                 size += len(chunk)
             if size == 0:
                 return
-            yield offset, line
+            if line is None or line.strip():
+                yield offset, line
             offset += size
 
     def _one_line(self, max_line_bytes: int) -> Iterator[bytes]:
@@ -147,7 +148,7 @@ def parse_document(line: bytes | None) -> Document | str:
     if line is None:
         return "too_long"
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return "invalid_unicode"
     except (ValueError, RecursionError):

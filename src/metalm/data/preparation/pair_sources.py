@@ -13,13 +13,15 @@ from __future__ import annotations
 import csv
 import json
 import mmap
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from metalm.data.captions import listed, read_captions, usable_captions
 from metalm.data.shards import MAX_MEMBER_BYTES, scan_shard
-from metalm.errors import DataError
+from metalm.errors import BadSample, DataError
 from metalm.modalities import Media
 
 COCO_SUFFIX = ".json"
@@ -46,19 +48,26 @@ def read_record(record: PairRecord, modality: Media) -> Pair | str:
     """The pair of a record, or the cause of its absence."""
     name = modality.name
     try:
-        if record.media.stat().st_size > MAX_MEMBER_BYTES:
+        status = record.media.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            return f"unreadable_{name}"
+        if status.st_size > MAX_MEMBER_BYTES:
             return f"oversize_{name}"
         captions = record.captions
         if captions is None:
             text, description = record.media.with_suffix(".txt"), record.media.with_suffix(".json")
-            captions = _captions(
-                text.read_bytes() if text.is_file() else b"",
-                description.read_bytes() if description.is_file() else b"",
+            captions = tuple(
+                read_captions(
+                    text.read_bytes() if text.is_file() else b"",
+                    description.read_bytes() if description.is_file() else b"",
+                )
             )
         return Pair(record.media.read_bytes(), captions)
+    except BadSample as bad:
+        return bad.cause
     except FileNotFoundError:
         return f"missing_{name}"
-    except OSError:
+    except (OSError, ValueError):  # a path that no file can have is a ValueError
         return f"unreadable_{name}"
 
 
@@ -83,9 +92,16 @@ def read_tar(path: Path, modality: Media) -> Iterator[tuple[float, Pair | str]]:
                         _member(data, start + int(record[f"{name}_offset"]), int(record[f"{name}_size"]))
                         for name in ("main", "caption", "json")
                     )
-                    yield (start + int(record["size"])) / len(data), Pair(media, _captions(text, description))
+                    yield (start + int(record["size"])) / len(data), _pair(media, text, description)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _pair(media: bytes, text: bytes, description: bytes) -> Pair | str:
+    try:
+        return Pair(media, tuple(read_captions(text, description)))
+    except BadSample as bad:
+        return bad.cause
 
 
 def _member(data: mmap.mmap, offset: int, size: int) -> bytes:
@@ -140,7 +156,7 @@ def _coco_records(source: Path, root: Path) -> list[PairRecord]:
         content = json.loads(source.read_bytes())
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(str(annotation["caption"]))
+            captions[annotation["image_id"]] += usable_captions([annotation["caption"]])
         return [
             PairRecord(root / image["file_name"], tuple(captions[image["id"]])) for image in content["images"]
         ]
@@ -155,8 +171,8 @@ def _table_records(source: Path, root: Path, path_column: str, caption_column: s
     captions: dict[str, list[str]] = {}
     for line, row in _rows(source):
         try:
-            found = row["captions"] if isinstance(row.get("captions"), list) else [row[caption_column]]
-            captions.setdefault(str(row[path_column]), []).extend(map(str, found))
+            found = listed(row["captions"]) if row.get("captions") else [row[caption_column]]
+            captions.setdefault(str(row[path_column]), []).extend(usable_captions(found))
         except KeyError as error:
             raise DataError(
                 f"{source}, line {line}: there is no {error}; it has {', '.join(map(str, row))}. Name the "
@@ -167,29 +183,26 @@ def _table_records(source: Path, root: Path, path_column: str, caption_column: s
 
 def _rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The rows of a table by column name, with line numbers."""
-    with source.open(encoding="utf-8", newline="") as file:
+    with source.open(encoding="utf-8-sig", newline="") as file:
         if source.suffix != ".jsonl":
-            rows = csv.DictReader(file, delimiter="\t" if source.suffix == ".tsv" else ",")
-            yield from ((rows.line_num, row) for row in rows)
+            csv.field_size_limit(MAX_MEMBER_BYTES)
+            rows: csv.DictReader[str]
+            if source.suffix == ".tsv":  # where a quote is a character like any other
+                rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            else:
+                rows = csv.DictReader(file, strict=True)
+            try:
+                yield from ((rows.line_num, row) for row in rows)
+            except csv.Error as error:
+                raise DataError(f"{source}, line {rows.line_num}: {error}") from error
             return
         for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{source}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise DataError(f"{source}, line {number}: expected an object, found {type(row).__name__}")
             yield number, row
-
-
-def _captions(text: bytes, description: bytes) -> tuple[str, ...]:
-    """Captions from the content of a .txt and a .json: all "captions", else the text, else "caption"."""
-    try:
-        parsed = json.loads(description) if description else {}
-    except (ValueError, RecursionError):
-        parsed = {}
-    fields = parsed if isinstance(parsed, dict) else {}
-    found = fields.get("captions")
-    if not isinstance(found, list):
-        found = [text.decode("utf-8", "replace")] if text else [fields.get("caption")]
-    return tuple(caption for caption in found if isinstance(caption, str))
