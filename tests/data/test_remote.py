@@ -225,6 +225,21 @@ def test_a_stream_that_breaks_is_opened_again(
     assert "attempt 1 of 5" in caplog.text and "attempt 2 of 5" in caplog.text
 
 
+def test_no_secret_of_a_url_is_logged(
+    text: tuple[Path, Path],
+    make_config: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("metalm.data.remote.DELAY_S", 0.01)
+    for url in ("http://me:hunter2@127.0.0.1:9/{shard}?key=hunter2", "pipe:KEY=hunter2 false {shard}"):
+        config = make_config({"prose": {"path": text[0], "kind": "text", "url": url}})
+        with opened(config) as data, pytest.raises(DataError, match=r"cannot read .*text-0000") as raised:
+            next(data)
+        assert "hunter2" not in str(raised.value) + caplog.text
+    assert "attempt 1 of 5" in caplog.text
+
+
 def test_a_stream_that_stays_broken_ends_the_run_with_its_url_and_place(
     text: tuple[Path, Path], make_config: Callable[..., RunConfig], serve: Callable[[Path], Server]
 ) -> None:

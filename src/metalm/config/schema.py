@@ -1,7 +1,8 @@
 """The configuration of a run as frozen pydantic models that refuse unknown keys.
 
 A field marked *open* has a value that the paper (arXiv 2206.06336) does not give; its default is ours.
-Paths are relative to the folder in which the command is started.
+Paths to be read are looked for beside the pipeline file first; all are relative to the folder in which the
+command is started.
 """
 
 from __future__ import annotations

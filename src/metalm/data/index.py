@@ -24,6 +24,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from metalm.config.secrets import shown_url
 from metalm.data.remote import RemoteShard, attempt, shard_url
 from metalm.data.shards import (
     FORMATS,
@@ -264,7 +265,7 @@ def scan_remote(
         with RemoteShard(shard_url(url, name)) as stream:
             return scan_stream(stream, name, kind, max_member_bytes=max_member_bytes)
 
-    return attempt(shard_url(url, name), scan)
+    return attempt(shard_url(shown_url(url), name), scan)
 
 
 def _local_shards(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 
+from metalm.config.secrets import shown_url
 from metalm.data.index import SampleLocation, ShardIndex, check_shard_size
 from metalm.data.remote import RemoteShard, attempt, shard_url
 from metalm.data.tar import BLOCK, parse_size
@@ -117,8 +118,8 @@ class RemoteReader:
         return memoryview(data)[BLOCK:]
 
     def path_of(self, shard: int) -> str:
-        """The URL of a shard."""
-        return shard_url(self._url, self._index.shards[shard].name)
+        """Where a shard is, as it may be shown."""
+        return shard_url(shown_url(self._url), self._index.shards[shard].name)
 
     def close(self) -> None:
         """Ends the stream."""
@@ -127,13 +128,13 @@ class RemoteReader:
             self._stream = None
 
     def _read_range(self, shard: int, first: int, end: int) -> bytes:
-        stream, url = self._stream, self.path_of(shard)
+        stream = self._stream
         if stream is None or self._stream_shard != shard or stream.position > first:
             self.close()
-            stream = self._stream = RemoteShard(url)
+            stream = self._stream = RemoteShard(shard_url(self._url, self._index.shards[shard].name))
             self._stream_shard = shard
             if first:
-                logger.info("%s: reading on from byte %d", url, first)
+                logger.info("%s: reading on from byte %d", self.path_of(shard), first)
         try:
             stream.skip_to(first)
             data = stream.read(end - first)

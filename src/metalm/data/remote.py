@@ -78,7 +78,7 @@ class RemoteShard:
         try:
             self._pipe = gopen(url, "rb", bufsize=0)
         except ValueError as error:
-            raise ConfigError(f"webdataset refuses to open {url}: {error}") from error
+            raise ConfigError(f"webdataset refuses to open the url of a source: {error}") from error
         self._poll = select.poll()
         self._poll.register(self._pipe.stream, select.POLLIN)
         self.position = 0
@@ -124,8 +124,11 @@ class RemoteShard:
             self._pipe.close()
 
 
-def attempt(url: str, read: Callable[[], Result]) -> Result:
+def attempt(place: str, read: Callable[[], Result]) -> Result:
     """What `read` returns, at one of `ATTEMPTS` attempts.
+
+    Args:
+        place: what is read, as it may be shown.
 
     Raises:
         DataError: all of them failed.
@@ -136,8 +139,8 @@ def attempt(url: str, read: Callable[[], Result]) -> Result:
             return read()
         except (OSError, EOFError) as error:
             failure = error
-        logger.warning("attempt %d of %d to read %s failed: %s", number, ATTEMPTS, url, failure)
+        logger.warning("attempt %d of %d to read %s failed: %s", number, ATTEMPTS, place, failure)
         if number < ATTEMPTS:
             time.sleep(delay_s)
             delay_s *= 2
-    raise DataError(f"cannot read {url}: {failure} ({ATTEMPTS} attempts)") from failure
+    raise DataError(f"cannot read {place}: {failure} ({ATTEMPTS} attempts)") from failure

@@ -144,7 +144,7 @@ def test_only_the_place_is_left_of_an_address(make_config: Any) -> None:
     )
     shown = without_secrets(config)
     assert shown["data"]["sources"]["text"]["url"] == "https://host:8080/pile/{shard}"
-    assert shown["data"]["sources"]["scenes"]["url"] == "pipe:..."
+    assert shown["data"]["sources"]["scenes"]["url"] == "pipe:... {shard}"
     assert PASSWORD not in yaml.safe_dump(shown)
     assert shown | {"data": None} == config.model_dump(mode="json") | {"data": None}
 
