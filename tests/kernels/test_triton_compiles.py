@@ -33,7 +33,7 @@ def compile_table() -> dict[str, dict[str, Any]]:
             reports[name] = compile_ahead(
                 variant.kernel, variant.head_block, config, has_bias=has_bias, has_dropout=has_dropout
             )
-    odd = LaunchConfig(32, 32, 4, 2)
+    odd = LaunchConfig(64, 32, 8, 2)
     for kernel in get_args(Kernel):
         reports[f"{kernel}, 80 of grouped heads"] = compile_ahead(
             kernel, 80, odd, has_bias=True, has_dropout=True, groups=2

@@ -49,7 +49,7 @@ _HOPPER: dict[Variant, LaunchConfig] = {
     Variant("forward", 64, False, False): LaunchConfig(128, 64, 8, 3),
     Variant("forward", 64, False, True): LaunchConfig(64, 64, 8, 2),
     Variant("forward", 128, False, False): LaunchConfig(128, 64, 8, 3),
-    Variant("forward", 128, False, True): LaunchConfig(128, 32, 8, 3),
+    Variant("forward", 128, False, True): LaunchConfig(64, 32, 8, 2),
     Variant("query_gradient", 64, False, False): LaunchConfig(128, 64, 8, 3),
     Variant("query_gradient", 64, False, True): LaunchConfig(64, 32, 8, 2),
     Variant("query_gradient", 128, False, False): LaunchConfig(128, 64, 8, 3),
