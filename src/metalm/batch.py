@@ -41,6 +41,10 @@ class EncoderShare:
     """For an encoder with `joint_layers`, int64 slots of the elements of each of its feed-forwards, all L of
     them in each of two partitions: `separate` into `vision` (patches) and `language` (text, padding); `joint`
     into the same two, of spans of one modality alone, and `joint`, spans of an image with text."""
+    segment_bounds: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """[N + 1] int32; where spans and padding begin, and L. Empty where nobody has looked for them."""
+    longest_segment: int = 0
+    has_padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class SemiCausalBatch:
     which then predicts its own token. M is 0 with the semi-causal objective."""
     replacement_draws: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     """[M] float64 in [0, 1); where in the decoder's cumulated probabilities the replacement is taken."""
+    segment_bounds: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """[N + 1] int32; where documents and padding begin in the rows laid end to end, and B * S. Empty where
+    positions see more than their document up to themselves."""
+    longest_segment: int = 0
+    has_padding: bool = False
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> SemiCausalBatch:
         """The same batch with every tensor on `device`."""
@@ -139,6 +148,8 @@ def _map_leaves(value: Any, leaf: type, change: Any) -> Any:
         return change(value)
     if isinstance(value, (tuple, list)):
         return type(value)(_map_leaves(item, leaf, change) for item in value)
+    if isinstance(value, int):
+        return value
     if isinstance(value, dict):
         return {key: _map_leaves(item, leaf, change) for key, item in value.items()}
     fields = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}

@@ -251,13 +251,53 @@ def test_compiled_kernels_never_wait_for_the_device_nor_compile_again(
 
     inputs = draw_inputs(2, 2, 128, 64, dtype=torch.bfloat16).to(torch.bfloat16, "cuda")
     run("triton", inputs, make_documents(2, 128, 0))
-    compiled = sum(len(cache[0]) for cache in forward_kernel.fn.device_caches.values())
+    compiled = sum(len(cache[0]) for cache in forward_kernel.device_caches.values())
     mask = make_documents(2, 128, 1).to("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = interval_attention(inputs.q, inputs.k, inputs.v, mask)
+        out = interval_attention(inputs.q, inputs.k, inputs.v, mask, backend="triton")
         torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert backend_counts()["triton"] == 2
-    assert compiled == sum(len(cache[0]) for cache in forward_kernel.fn.device_caches.values())
+    assert compiled == sum(len(cache[0]) for cache in forward_kernel.device_caches.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal documents", "whole spans"])
+def test_flash_takes_segments_by_itself_and_never_waits(head_size: int, is_causal: bool) -> None:
+    edges = torch.tensor([[0, 1, 130, 300], [0, 40, 41, 220]])  # and padding in the second row
+    start = torch.full((2, 300), -1 if is_causal else 0)
+    end = torch.zeros(2, 300, dtype=torch.int64)
+    for row in range(2):
+        for first, last in edges[row].unfold(0, 2, 1).tolist():
+            start[row, first:last], end[row, first:last] = first, last
+    mask = IntervalMask.packed_documents(start) if is_causal else IntervalMask.packed_spans(start, end)
+    inputs = draw_inputs(2, 4, 300, head_size, num_key_heads=2, dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(False)
+    check_against_sdpa("flash", "cuda", inputs, mask, torch.bfloat16)
+    on_device = inputs.to(torch.bfloat16, "cuda")
+    mask = mask.to("cuda")
+    interval_attention(on_device.q, on_device.k, on_device.v, mask)  # checks the backend's values
+    reset_backend_counts()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = interval_attention(on_device.q, on_device.k, on_device.v, mask)
+        torch.autograd.grad(out, on_device[:3], on_device.grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert backend_counts() == {"flash": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_deterministic_runs_and_extras_keep_to_triton() -> None:
+    inputs = draw_inputs(1, 2, 64, 64, dtype=torch.bfloat16).to(torch.bfloat16, "cuda")
+    mask = IntervalMask.causal(64, device="cuda")
+    reset_backend_counts()
+    interval_attention(inputs.q, inputs.k, inputs.v, mask)  # the fixture has made algorithms deterministic
+    torch.use_deterministic_algorithms(False)
+    interval_attention(inputs.q, inputs.k, inputs.v, mask, dropout=0.1)
+    assert backend_counts() == {"triton": 2}

@@ -153,6 +153,11 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"{where}.dropout = {decoder.dropout} is for normalization: deepnorm, not {decoder.normalization}"
         )
+    if decoder.dropout and config.data.sequence_length % 4:
+        yield (
+            f"data.sequence_length = {config.data.sequence_length} must be a multiple of 4 with "
+            f"{where}.dropout, which draws for four keys at once"
+        )
     yield from _position_problems(config)
 
 

@@ -8,6 +8,7 @@ Shape letters as in `metalm.batch`; K spans, D documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
 from metalm.config.schema import EncoderConfig, ModelConfig
 from metalm.data.balance import assign_spans, span_costs
 from metalm.data.row import NO_TOKEN, Row, RowSpans
+from metalm.kernels import Segments, find_segments
 from metalm.modalities import modality_of_encoder
 
 SHARE_MULTIPLE = 16
@@ -70,6 +72,7 @@ def collate(
     }
     for span in spans.values():
         tokens.reshape(-1)[span.positions] = pad_id
+    segments = find_segments(attention_start, attention_end)
     return SemiCausalBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -80,7 +83,19 @@ def collate(
         source_ids=torch.tensor([row.source_id for row in rows]),
         dropout_seeds=torch.tensor([row.dropout_seed for row in rows], dtype=torch.int64),
         encoders=encoders,
+        **_segment_fields(segments if segments is not None and segments.is_causal else None),
     )
+
+
+def _segment_fields(segments: Segments | None) -> dict[str, Any]:
+    """Of a batch or share."""
+    if segments is None:
+        return {}
+    return {
+        "segment_bounds": segments.bounds,
+        "longest_segment": segments.longest,
+        "has_padding": segments.has_padding,
+    }
 
 
 class _RowsSpans:
@@ -201,16 +216,19 @@ def _share(
     attention_end = layout.spread(layout.starts + layout.lengths, np.int32)
     if not len(chosen):
         attention_end[0] = 1  # the dummy element sees itself
+    attention_start = layout.spread(layout.starts, np.int32)
+    segments = find_segments(attention_start[None], attention_end[None])
     return EncoderShare(
         token_ids=_tensor(token_ids),
         positions=_tensor(positions),
-        attention_start=_tensor(layout.spread(layout.starts, np.int32)),
+        attention_start=_tensor(attention_start),
         attention_end=_tensor(attention_end),
         media=_tensor(media),
         patch_slots=_tensor(slots),
         dropout_seeds=_tensor(layout.spread(spans.seeds[chosen], np.int64)),
         dropout_positions=_tensor(span_positions),
         routes=_routes(layout) if routed else {},
+        **_segment_fields(segments),
     )
 
 

@@ -5,12 +5,15 @@ from metalm.kernels.dropout import hidden_dropout, site_seeds
 from metalm.kernels.interval_mask import BlockRanges, IntervalMask
 from metalm.kernels.linear_cross_entropy import linear_cross_entropy
 from metalm.kernels.relative_bias import RelativeBias, t5_relative_buckets
+from metalm.kernels.segments import Segments, find_segments
 
 __all__ = [
     "BlockRanges",
     "IntervalMask",
     "RelativeBias",
+    "Segments",
     "backend_counts",
+    "find_segments",
     "hidden_dropout",
     "interval_attention",
     "linear_cross_entropy",

@@ -150,8 +150,7 @@ def _without_mask(
 ) -> IntervalMask:
     """Every key, or in a causal layer those up to the query."""
     if not (getattr(module, "is_causal", False) if is_causal is None else is_causal):
-        end = torch.full((1, num_queries), num_keys, dtype=torch.int32, device=device)
-        return IntervalMask(torch.zeros_like(end), end, num_keys)
+        return IntervalMask.whole(num_queries, num_keys, device=device)
     if num_queries not in (1, num_keys):
         raise ValueError(
             f"{type(module).__name__} is causal and was given no mask for {num_queries} queries of "

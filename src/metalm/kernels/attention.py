@@ -12,11 +12,12 @@ from torch import Tensor
 
 from metalm.kernels.dense import dense_attention
 from metalm.kernels.dropout import attention_pattern
+from metalm.kernels.flash import flash_attention, is_trusted, why_not_flash
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.relative_bias import RelativeBias
 from metalm.kernels.tiled import tiled_attention
 
-Backend = Literal["triton", "tiled", "dense"]
+Backend = Literal["flash", "triton", "tiled", "dense"]
 
 _logger = logging.getLogger(__name__)
 _counts: Counter[str] = Counter()
@@ -52,8 +53,9 @@ def interval_attention(
             their spans. Elements 4i to 4i + 3 must be consecutive, from a multiple of 4.
         dropout_head_offset: number of this rank's first head among all ranks' heads.
         bias: relative-position bias with one row of values for each of the H heads.
-        backend: forces "triton" (CUDA, or Triton's interpreter), "tiled" (any device) or "dense" (quadratic
-            reference); by default triton for what it supports on CUDA, else tiled.
+        backend: forces "flash" (CUDA, masks of known segments, no bias, no dropout), "triton" (CUDA, or
+            Triton's interpreter), "tiled" (any device) or "dense" (quadratic reference); by default the first
+            of them that supports the call. The first use of flash checks its values.
 
     Returns:
         `[B, H, Sq, D]` of q's dtype. Queries that see nothing give zeros.
@@ -77,11 +79,17 @@ def interval_attention(
             device=q.device,
         )
     by_distance = None if bias is None else bias.by_distance(mask.num_queries, mask.num_keys)
-    backend = _choose(q, by_distance) if backend is None else backend
+    has_extras = by_distance is not None or pattern is not None
+    if backend is None:
+        backend = _choose(q, k, mask, by_distance, has_extras=has_extras)
+    elif backend == "flash" and (reason := why_not_flash(q, k, mask, has_extras=has_extras)):
+        raise ValueError(f"the flash backend {reason}")
     if backend not in _counts:
         _logger.info("interval attention runs on the %s backend (%s, %s)", backend, q.device.type, q.dtype)
     _counts[backend] += 1
     arguments = (q, k, v, mask, by_distance, scale, pattern)
+    if backend == "flash":
+        return flash_attention(q, k, v, mask, scale)
     if backend == "dense":
         return dense_attention(*arguments)
     if backend == "tiled":
@@ -103,7 +111,11 @@ def reset_backend_counts() -> None:
     _counts.clear()
 
 
-def _choose(q: Tensor, by_distance: Tensor | None) -> Backend:
+def _choose(
+    q: Tensor, k: Tensor, mask: IntervalMask, by_distance: Tensor | None, *, has_extras: bool
+) -> Backend:
+    if why_not_flash(q, k, mask, has_extras=has_extras) is None and is_trusted(q, k, mask):
+        return "flash"
     if torch.are_deterministic_algorithms_enabled() and by_distance is not None:
         return "tiled"  # the Triton kernel adds the bias's gradient up by atomics
     if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] > 256:

@@ -24,7 +24,9 @@ from metalm.kernels.attention import interval_attention
 from metalm.kernels.interval_mask import IntervalMask
 
 MASK_KINDS = ("causal", "packed documents", "semi-causal packed", "encoder")
-PEERS = ("interval", "sdpa dense", "sdpa per document", "flex")
+BACKENDS = ("flash", "triton")
+"""Of ours, forced by name."""
+PEERS = ("interval", *BACKENDS, "sdpa dense", "sdpa per document", "flex")
 # Matrix products of head_size multiply-adds per visible pair: two forward, five backward.
 _FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 4, 10
 
@@ -92,14 +94,19 @@ def measure(
     """
     mask = case.mask(device)
     generator = torch.Generator(device).manual_seed(0)
-    shape = (case.batch_size, case.num_heads, case.length, case.head_size)
-    q, k, v, grad = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(4))
+    # In memory as a model's projections leave it: the heads of a position side by side.
+    shape = (case.batch_size, case.length, case.num_heads, case.head_size)
+    drawn = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(4))
+    q, k, v, grad = (x.transpose(1, 2) for x in drawn)
     inputs = [x.requires_grad_(backward) for x in (q, k, v)]
     records, runs = [], {}
     for peer in peers:
         record = {
             "mask": case.kind,
             "length": case.length,
+            "batch_size": case.batch_size,
+            "num_heads": case.num_heads,
+            "head_size": case.head_size,
             "pass": "forward + backward" if backward else "forward",
             "peer": peer,
         }
@@ -188,6 +195,8 @@ def _peer(
 ) -> Attention:
     if peer == "interval":
         return lambda q, k, v: interval_attention(q, k, v, mask)
+    if peer in BACKENDS:
+        return _forced(peer, mask)
     if peer == "sdpa per document":
         return _per_document(case, mask)
     if peer == "flex":
@@ -198,6 +207,18 @@ def _peer(
         dense = mask.to_dense()[:, None]
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
     raise ValueError(f"unknown peer {peer!r}, expected one of {', '.join(PEERS)}")
+
+
+def _forced(backend: Any, mask: IntervalMask) -> Attention:
+    """Ours by one backend; that it does not take a call is a result."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        try:
+            return interval_attention(q, k, v, mask, backend=backend)
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+
+    return attention
 
 
 def _per_document(case: Case, mask: IntervalMask) -> Attention:
@@ -248,6 +269,7 @@ def _flex(mask: IntervalMask, device: torch.device) -> Attention:
         mask_mod=visible,
         seq_lengths=(mask.num_queries, mask.num_keys),
     )
+    torch._dynamo.reset()  # else shapes of earlier cases make it compile for any, which is slower
     compiled = torch.compile(flex_attention)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
 

@@ -26,8 +26,11 @@ _POINTERS = {"seeds": "*i64", "query_positions": "*i32", "key_positions": "*i32"
 _POINTERS |= {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32"}
 _FLOAT32 = ("log_sum", "delta", "bias", "grad_bias")
 _FLOATS = ("scale", "scale_log2", "keep_scale")
-_OF_BIAS, _OF_DROPOUT = ("bias_ptr", "grad_bias_ptr"), ("seeds_ptr", "query_positions_ptr")
-_OF_DROPOUT += ("key_positions_ptr", "threshold", "keep_scale", "head_offset")
+_OF_BIAS = ("bias_ptr", "grad_bias_ptr")
+_OF_DROPOUT = (
+    *("seeds_ptr", "query_positions_ptr", "key_positions_ptr"),
+    *("threshold", "keep_scale", "head_offset"),
+)
 
 
 @dataclass(frozen=True)

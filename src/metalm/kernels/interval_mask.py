@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from metalm.kernels.segments import Segments, find_segments
+
 T = TypeVar("T")
 
 _INT32_MAX = torch.iinfo(torch.int32).max
@@ -41,6 +43,8 @@ class IntervalMask:
         start: int32 `[B, Sq]`. B may be 1, and then holds for every row of a batch.
         end: int32 `[B, Sq]`; a row with `end == start` sees nothing and its output is zero.
         num_keys: number of keys Sk.
+        segments: the same mask as runs that see only themselves, where it is of that form and the host knows
+            it: see `find_segments`.
 
     The tensors must not be written to afterwards: derived views are cached.
 
@@ -51,6 +55,7 @@ class IntervalMask:
     start: Tensor
     end: Tensor
     num_keys: int
+    segments: Segments | None = None
     _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,7 +103,35 @@ class IntervalMask:
             )
         first = num_keys - num_queries + 1
         end = torch.arange(first, num_keys + 1, dtype=torch.int32, device=device).expand(batch_size, -1)
-        return cls(torch.zeros_like(end), end, num_keys)
+        segments = None
+        if num_keys == num_queries:
+            segments = Segments.of_rows(batch_size, num_queries, is_causal=True, device=device)
+        return cls(torch.zeros_like(end), end, num_keys, segments)
+
+    @classmethod
+    def whole(
+        cls, num_queries: int, num_keys: int, *, device: torch.device | str | None = None
+    ) -> IntervalMask:
+        """Every query sees every key, in all rows of a batch."""
+        end = torch.full((1, num_queries), num_keys, dtype=torch.int32, device=device)
+        segments = None
+        if num_keys == num_queries:
+            segments = Segments.of_rows(1, num_queries, is_causal=False, device=device)
+        return cls(torch.zeros_like(end), end, num_keys, segments)
+
+    @classmethod
+    def joined(cls, start: Tensor, end: Tensor, segments: Segments | None) -> IntervalMask:
+        """The rows `[B, S]` of a mask over its own queries, end to end as one row `[1, B * S]`.
+
+        Args:
+            start: int32 `[B, S]`.
+            end: int32 `[B, S]`.
+            segments: of all rows, if known.
+        """
+        num_rows, length = start.shape
+        offset = torch.arange(num_rows, dtype=torch.int32, device=start.device)[:, None] * length
+        offset = torch.where(end > start, offset, 0)
+        return cls((start + offset).view(1, -1), (end + offset).view(1, -1), num_rows * length, segments)
 
     @classmethod
     def padded(cls, lengths: Tensor, num_positions: int) -> IntervalMask:
@@ -151,8 +184,13 @@ class IntervalMask:
         return cls(torch.where(real, start, 0), torch.where(real, end, 0), start.shape[-1])
 
     def to(self, device: torch.device | str) -> IntervalMask:
-        """This mask on another device."""
-        return IntervalMask(self.start.to(device), self.end.to(device), self.num_keys)
+        """This mask on another device; leaving the CPU, it takes along which segments it is made of."""
+        segments = self.segments
+        if segments is None and self.device.type == "cpu" and self.num_queries == self.num_keys:
+            segments = find_segments(self.start.numpy(), self.end.numpy())
+        if segments is not None:
+            segments = segments.to(device)
+        return IntervalMask(self.start.to(device), self.end.to(device), self.num_keys, segments)
 
     def validate(self) -> IntervalMask:
         """Checks the values, waiting for the device, and returns the mask.

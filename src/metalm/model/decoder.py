@@ -20,13 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config import DecoderConfig, ModelConfig
-from metalm.kernels import IntervalMask, linear_cross_entropy
+from metalm.kernels import linear_cross_entropy
 from metalm.model.decoder_layer import Visibility, decoder_block_spec
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
 from metalm.model.positions import rotary_angles, sinusoidal_positions
+from metalm.model.visibility import batch_mask
 from metalm.parallel.megatron_on_cpu import let_megatron_allocate_on_cpu
 from metalm.parallel.regions import gather_last_dimension
 from metalm.parallel.topology import Topology
@@ -119,7 +120,11 @@ class Decoder(nn.Module):
         return losses if logits is None else (losses, logits)
 
     def _input(self, batch: SemiCausalBatch, encoded: dict[str, Tensor]) -> Tensor:
-        """Input of the first layer, [S, B, D], whole on every TP rank."""
+        """Input of the first layer, [B * S, 1, D], whole on every TP rank.
+
+        To Megatron a micro-batch is one row, in which the mask keeps apart what is apart: the rows laid end
+        to end are what attention takes without copies.
+        """
         rows, length = batch.tokens.shape
         config, embedding = self.config, self.gpt.embedding
         embedded = embedding.word_embeddings(batch.tokens)
@@ -131,7 +136,7 @@ class Decoder(nn.Module):
             hidden = hidden + sinusoidal_positions(batch.positions, config.hidden_size).to(hidden.dtype)
         elif config.positions == "learned":
             hidden = hidden + embedding.position_embeddings(batch.positions)
-        return hidden.transpose(0, 1).contiguous()
+        return hidden.reshape(rows * length, 1, -1)
 
     def _layers(self, hidden: Tensor, batch: SemiCausalBatch) -> Tensor:
         """Output of the last layer, [B * S, D]; calls Megatron's layers itself, to recompute them if asked.
@@ -139,9 +144,8 @@ class Decoder(nn.Module):
         Megatron's own recomputation and its block's forward under sequence parallelism need CUDA.
         """
         block, rotary = self.gpt.decoder, self._rotary(batch)
-        mask = IntervalMask(batch.attention_start, batch.attention_end, batch.tokens.shape[1])
         dropout = self._dropout(batch)
-        seen = Visibility(mask, dropout)
+        seen = Visibility(batch_mask(batch), dropout)
 
         def run(layer: nn.Module, hidden: Tensor) -> Tensor:
             output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
@@ -163,25 +167,31 @@ class Decoder(nn.Module):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tensor_group
             )
-        return hidden.transpose(0, 1).reshape(batch.tokens.numel(), -1)
+        return hidden.squeeze(1)
 
     def _dropout(self, batch: SemiCausalBatch) -> RowDropout | None:
         config = self.config
         if not self.training or not config.dropout:
             return None
-        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        rows, length = batch.tokens.shape
+        positions = torch.arange(length, dtype=torch.int32, device=batch.tokens.device).repeat(rows)
+        held = slice(None)
         if self.sequence_parallel:
-            positions = positions.chunk(self.tensor_size)[self.tensor_rank]
+            share = rows * length // self.tensor_size
+            held = slice(self.tensor_rank * share, (self.tensor_rank + 1) * share)
         first_head = self.tensor_rank * config.num_heads // self.tensor_size
-        return RowDropout(config.dropout, batch.dropout_seeds, positions, first_head)
+        seeds = batch.dropout_seeds.repeat_interleave(length, output_size=rows * length)
+        return RowDropout(config.dropout, seeds, positions, held, first_head)
 
     def _rotary(self, batch: SemiCausalBatch) -> Tensor | None:
-        """Angles [S, B, 1, K] of each row's own positions, as Megatron applies them."""
+        """Angles [B * S, 1, 1, K] of each row's own positions, as Megatron applies them."""
         config = self.config
         if config.positions != "rope":
             return None
-        angles = rotary_angles(batch.positions, config.head_size, config.rope_base, config.rope_scaling)
-        return angles.transpose(0, 1)[:, :, None]
+        angles = rotary_angles(
+            batch.positions.flatten(), config.head_size, config.rope_base, config.rope_scaling
+        )
+        return angles[:, None, None]
 
 
 def dock(embedded: Tensor, encoded: dict[str, Tensor], spans: dict[str, EncoderBatch]) -> Tensor:

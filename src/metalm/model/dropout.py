@@ -40,16 +40,23 @@ class RowDropout:
     """Of the decoder's rows, on one tensor-parallel rank."""
 
     rate: float
-    seeds: Tensor  # [B] int64
-    positions: Tensor  # [S] int64: indices in the row of the positions that the rank holds between layers
+    seeds: Tensor  # [B * S] int64, of the positions' rows
+    positions: Tensor  # [B * S] int32: indices in the row
+    held: slice
+    """Of the positions, those that the rank holds between layers."""
     first_head: int
     """Of the rank."""
 
     def drop(self, hidden: Tensor, site: int) -> Tensor:
-        """[S, B, D] to [S, B, D]."""
-        return hidden_dropout(hidden, self.rate, self.seeds[None], self.positions[:, None], site)
+        """[B * S, 1, D] to the same, of what the rank holds."""
+        seeds, positions = self.seeds[self.held, None], self.positions[self.held, None]
+        return hidden_dropout(hidden, self.rate, seeds, positions, site)
 
     def of_attention(self, site: int) -> dict[str, Any]:
         """Arguments of `interval_attention`."""
-        seeds = site_seeds(self.seeds, site)
-        return {"dropout": self.rate, "dropout_seed": seeds, "dropout_head_offset": self.first_head}
+        return {
+            "dropout": self.rate,
+            "dropout_seed": site_seeds(self.seeds, site)[None],
+            "dropout_positions": self.positions[None],
+            "dropout_head_offset": self.first_head,
+        }

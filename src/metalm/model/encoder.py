@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
-from metalm.kernels import IntervalMask, RelativeBias
+from metalm.kernels import RelativeBias
 from metalm.modalities import modality_of_encoder
 from metalm.model.connector import build_connector, build_detection_head
 from metalm.model.deepnorm import deepnorm_divisor
@@ -22,6 +22,7 @@ from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.encoder_layer import EncoderLayer, Where, build_norm
 from metalm.model.initialization import Draw, constant, normal, xavier_std
 from metalm.model.positions import rotary_angles
+from metalm.model.visibility import share_mask
 
 EMBEDDING_STD = 0.02
 
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
         hidden, dropout = self._embed(share), self._dropout(share)
         if dropout is not None:
             hidden = dropout.drop(hidden, SITES_PER_LAYER * len(self.layers))
-        mask = IntervalMask(share.attention_start[None], share.attention_end[None], hidden.shape[0])
+        mask = share_mask(share)
         where = self._where(share)
         for layer in self.layers:
             if self.config.recompute:

@@ -25,6 +25,7 @@ from metalm.kernels import IntervalMask
 from metalm.kernels.adapters import register_interval_attention
 from metalm.modalities import Media, modality_of_encoder
 from metalm.model.connector import build_connector
+from metalm.model.visibility import share_mask
 
 CHECK_LENGTHS = (5, 160)
 """Of the two spans on which packing is tried."""
@@ -60,8 +61,9 @@ class PretrainedEncoder(nn.Module):
         return vectors.new_zeros(length, vectors.shape[1]).index_copy(0, slots, vectors)
 
     def _encode_text(self, share: EncoderShare) -> Tensor:
-        mask = IntervalMask(share.attention_start[None], share.attention_end[None], len(share.token_ids))
-        return encode_packed(self.model, share.token_ids, share.positions + self.first_position, mask)
+        return encode_packed(
+            self.model, share.token_ids, share.positions + self.first_position, share_mask(share)
+        )
 
 
 def encode_packed(model: nn.Module, token_ids: Tensor, positions: Tensor, mask: IntervalMask) -> Tensor:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,15 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": git_commit(),
         "python": sys.version.split()[0],
-        "versions": {"metalm": __version__, **{package: version(package) for package in packages}},
+        "versions": {"metalm": __version__, **{package: _version(package) for package in packages}},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a plain folder, by PYTHONPATH
+        return "not installed"
 
 
 def _make_deterministic() -> None:

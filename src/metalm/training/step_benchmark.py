@@ -1,0 +1,204 @@
+"""Optimizer steps of a pipeline on made-up rows, timed and looked into: what `tools/check_gpu.py` reports.
+
+The step is the trainer's own, from batches in pinned host memory to the update; reading data is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from metalm.batch import SemiCausalBatch
+from metalm.config import RunConfig
+from metalm.config.schema import EncoderConfig
+from metalm.data.collate import collate
+from metalm.data.rows import Row, RowSpans
+from metalm.kernels import backend_counts
+from metalm.model.flops import count_training_flops
+from metalm.parallel.launch import find_launch, open_process_group
+from metalm.parallel.topology import build_topology, close_topology
+from metalm.training.engines import build_engines, gradient_accumulation_steps
+from metalm.training.guards import StepGuard
+from metalm.training.objective import build_objective
+from metalm.training.step import TrainStep
+
+WARM_UP_STEPS = 3
+NUM_KERNELS = 10
+"""Most expensive ones that are told."""
+_MEAN_DOCUMENT = 1000
+_PREFIX, _CAPTION = 8, 24
+"""Text tokens that an image's encoder reads with it, and that the decoder generates of it."""
+
+
+def measure_steps(
+    config: RunConfig, *, num_steps: int, matmul_tflops: float, one_document: bool
+) -> dict[str, Any]:
+    """Time and profile steps of one process alone.
+
+    Args:
+        config: of a run with one rank.
+        num_steps: timed ones, after `WARM_UP_STEPS`.
+        matmul_tflops: what the utilisation is a share of.
+        one_document: each row is one document; else they are packed, with the spans of the config.
+
+    Collective: a process group is opened and closed.
+    """
+    device = open_process_group(find_launch(os.environ), config.parallel.timeout_minutes)
+    topology = build_topology(config.parallel.tensor, device)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            engines = build_engines(config, topology)
+        guard = StepGuard(config.guards, device)
+        objective = build_objective(config.training.replaced_tokens)
+        step = TrainStep(engines, topology, len(config.data.sources), guard, objective)
+        batches = made_up_batches(config, one_document=one_document)
+        positions = sum(batch.tokens.numel() for batch in batches)
+        flops = sum(count_training_flops(batch, config.model) for batch in batches)
+        if device.type == "cuda":
+            batches = [batch.pin_memory() for batch in batches]
+        rate = config.training.optimizer.learning_rate / 100
+
+        def run() -> None:
+            step.run(batches, rate)
+
+        seconds = [_timed(run, device) for _ in range(WARM_UP_STEPS + num_steps)]
+        median = statistics.median(seconds[WARM_UP_STEPS:])
+        figures = {
+            "positions_per_step": positions,
+            "first_step_s": seconds[0],
+            "step_s": median,
+            "steps_s": seconds[WARM_UP_STEPS:],
+            "tokens_per_s": positions / median,
+            "tflops": flops / median / 1e12,
+            "utilisation_of_matmul": flops / median / 1e12 / matmul_tflops,
+            "attention_backends": backend_counts(),
+        }
+        if device.type == "cuda":
+            figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            figures |= _look_into(run, device)
+        return figures
+    finally:
+        close_topology()
+
+
+def made_up_batches(config: RunConfig, *, one_document: bool) -> list[SemiCausalBatch]:
+    """The micro-batches of one step of a rank alone: random tokens, in rows like those of the sources."""
+    generator = np.random.default_rng(config.run.seed)
+    length, rows_each = config.data.sequence_length, config.training.micro_batch_size
+    sources = list(config.data.sources.values())
+    weights = np.array([source.weight for source in sources])
+    batches = []
+    for _ in range(gradient_accumulation_steps(config, 1)):
+        rows = []
+        for _ in range(rows_each):
+            number = int(generator.choice(len(sources), p=weights / weights.sum()))
+            source = sources[number]
+            encoder = config.model.encoders.get(source.encoder) if source.encoder else None
+            if source.kind == "image_text" and encoder is not None:
+                row = _row_of_pairs(config, str(source.encoder), encoder, number, generator)
+            else:
+                row = _row_of_text(
+                    config, source.encoder if encoder else None, number, one_document, generator
+                )
+            rows.append(row)
+        batches.append(collate(rows, model_config=config.model, sequence_length=length, tp_size=1, pad_id=0))
+    return batches
+
+
+def _row_of_text(
+    config: RunConfig, encoder: str | None, source_id: int, one_document: bool, generator: np.random.Generator
+) -> Row:
+    length = config.data.sequence_length
+    ends: list[int] = []
+    while not ends or ends[-1] < length:
+        size = length if one_document else 2 + int(generator.exponential(_MEAN_DOCUMENT))
+        ends.append(min((ends[-1] if ends else 0) + size, length))
+    spans = {}
+    settings = config.data.spans
+    if encoder is not None and settings is not None:
+        bounds, place = [], 1
+        while True:
+            size = int(generator.integers(settings.min_length, settings.max_length + 1))
+            place += int(size * (1 / settings.fraction - 1))
+            if place + size >= length:
+                break
+            if not any(place < end < place + size + 1 for end in ends):
+                bounds.append((place, place + size))
+            place += size
+        found = np.array(bounds, np.int64).reshape(-1, 2)
+        spans[encoder] = RowSpans(found, np.zeros(len(found), np.int64))
+    return Row(_tokens(config, length, generator), ends, 1, spans, source_id, int(generator.integers(2**40)))
+
+
+def _row_of_pairs(
+    config: RunConfig, name: str, encoder: EncoderConfig, source_id: int, generator: np.random.Generator
+) -> Row:
+    assert encoder.image is not None
+    patches = encoder.image.num_patches
+    whole = 1 + patches + _PREFIX + _CAPTION
+    count = config.data.sequence_length // whole
+    starts = np.arange(count) * whole + 1
+    bounds = np.stack([starts, starts + patches + _PREFIX], axis=1)
+    shape = (count * patches, 3 * encoder.image.patch_size**2)
+    media = generator.integers(0, 256, shape, dtype=np.uint8)
+    return Row(
+        _tokens(config, count * whole, generator),
+        [int(end) for end in (np.arange(count) + 1) * whole],
+        spans={name: RowSpans(bounds, np.full(count, patches), media)},
+        source_id=source_id,
+        dropout_seed=int(generator.integers(2**40)),
+    )
+
+
+def _tokens(config: RunConfig, length: int, generator: np.random.Generator) -> np.ndarray:
+    return generator.integers(1, config.model.vocab_size, length).astype(np.int32)
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _look_into(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
+    """Share of a profiled step's time in which no kernel ran, and the kernels that took most."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize(device)
+    events = [event for event in profiled.events() or () if event.device_type.name == "CUDA"]
+    busy = 0.0
+    spent: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    intervals = sorted((event.time_range.start, event.time_range.end) for event in events)
+    if not intervals:
+        return {}
+    reached = intervals[0][0]
+    for start, end in intervals:
+        busy += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    for event in events:
+        spent[event.name][0] += event.time_range.elapsed_us() / 1000
+        spent[event.name][1] += 1
+    most = sorted(spent.items(), key=lambda item: -item[1][0])[:NUM_KERNELS]
+    return {
+        "idle_share": 1.0 - busy / (reached - intervals[0][0]),
+        "num_kernels": len(events),
+        "busy_ms": busy / 1000,
+        "kernels": [{"name": name[:120], "ms": ms, "calls": calls} for name, (ms, calls) in most],
+    }
