@@ -23,10 +23,11 @@ from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError
 from metalm.parallel.topology import Topology
 from metalm.training.checkpoint import CheckpointStore
-from metalm.training.engines import Engines
+from metalm.training.engines import Engines, build_engines
 from metalm.training.generate import evaluating, generate_greedily
 from metalm.training.objective import build_objective
 from metalm.training.session import open_session
+from metalm.training.start import decide_start
 
 GENERATION_BATCH = 32
 TEXT_PROMPT_TOKENS = 32
@@ -115,20 +116,22 @@ def evaluate(config: RunConfig, num_samples: int) -> int:
         raise ConfigError("data.evaluation has no source to evaluate on")
     with open_session(config) as session:
         store = CheckpointStore(session.run_folder, config, session.topology)
-        folder = store.newest_whole()
-        if folder is None:
+        start = decide_start(config, store)
+        if start.checkpoint is None:
             raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
-        state = store.load(folder, session.engines)
-        losses = held_out_losses(session.engines, session.topology, config)
+        engines = build_engines(config, session.topology, start.given)
+        state = store.load(start.checkpoint, engines)
+        session.log.open()
+        losses = held_out_losses(engines, session.topology, config)
         for name in config.data.evaluation:
             samples = generate_samples(
-                session.engines, session.topology, config, name, num_samples, config.monitor.sample_new_tokens
+                engines, session.topology, config, name, num_samples, config.monitor.sample_new_tokens
             )
             if session.is_first and samples:
                 lines = (json.dumps({"reference": s.reference, "generated": s.generated}) for s in samples)
                 _replace(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
         if session.is_first:
-            result = {"step": state["step"], "losses": losses}
+            result = {"step": state.step, "losses": losses}
             _replace(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
             unit = "nats per token" if config.training.replaced_tokens is None else ""
             for name, loss in losses.items():
