@@ -157,3 +157,21 @@ def test_a_checkpoint_that_was_moved_away_and_linked_back_is_pruned_as_a_link(
     assert "could not be removed" not in ranks.output()
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000015", "step_00000020"]
     assert is_whole(tmp_path / "cold")
+
+
+def test_what_one_rank_may_not_read_all_pass_over(start: Start, run: Path, finished: Path) -> None:
+    fault = ("unreadable", {"victim": 1, "part": "step_00000010"})
+    ranks = start(run, "training.steps=10", fault=fault)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "cannot be read: Permission denied" in ranks.output()
+    assert "step 5 of 10, resumed" in ranks.output()
+    assert content_of_newest(run) == content_of_newest(finished)
+
+
+def test_what_one_rank_cannot_load_all_refuse_together(start: Start, run: Path) -> None:
+    before = contents(run)
+    fault = ("readable_until_loaded", {"victim": 1, "part": "step_00000010"})
+    ranks = start(run, "training.steps=12", fault=fault)
+    assert ranks.wait(all_by_themselves=True) == [EXIT_DATA] * 2, ranks.output()
+    assert "cannot be read" in ranks.output() and "Traceback" not in ranks.output()
+    assert contents(run) == before

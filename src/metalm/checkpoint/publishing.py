@@ -16,7 +16,7 @@ from metalm.checkpoint.folders import partial_folder
 from metalm.checkpoint.format import INDEX_NAME, ParameterIndex, Piece, piece_name, rank_file, write_index
 from metalm.checkpoint.manifest import FileRecord, publish, record_file, remove, write_manifest
 from metalm.checkpoint.reader import CONFIG_NAME
-from metalm.checkpoint.state import STATE_NAME, RunState
+from metalm.checkpoint.state import STATE_NAME, RunFacts, RunState
 from metalm.checkpoint.writer import Shape, write_stream
 
 Files = dict[str, FileRecord]
@@ -67,20 +67,20 @@ def complete_checkpoint(
 
 @contextmanager
 def checkpoint_of_weights(
-    checkpoints: Path, components: tuple[str, ...], origin: Path, config: bytes | None
+    checkpoints: Path, components: tuple[str, ...], facts: RunFacts, config: bytes | None
 ) -> Iterator[WeightsWriter]:
     """A checkpoint of step 0 that one process makes of weights alone; published when the block ends.
 
     Args:
         checkpoints: folder of checkpoints of a run.
         components: that will be written.
-        origin: where the weights come from.
+        facts: such as the tokenizer and where the weights come from.
         config: see `complete_checkpoint`.
 
     Raises:
         OSError: a file could not be written. Then, as after any error, no checkpoint is left.
     """
-    state = RunState.of_weights(components, str(origin))
+    state = RunState.of_weights(components, facts)
     partial = begin_checkpoint(checkpoints, 0)
     try:
         writer = WeightsWriter(partial)

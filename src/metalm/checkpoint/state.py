@@ -83,12 +83,12 @@ class RunState(RunFacts):
         return self
 
     @classmethod
-    def of_weights(cls, components: Iterable[str], origin: str) -> RunState:
+    def of_weights(cls, components: Iterable[str], facts: RunFacts) -> RunState:
         """The state of a checkpoint that was made from weights alone: a run begins there."""
         names = tuple(components)
         return cls(
+            **dict(facts),
             step=0,
-            origin=origin,
             topology=WrittenBy(tensor=1, data=1),
             zero_stages=dict.fromkeys(names, 0),
             optimizer_steps=dict.fromkeys(names, 0.0),

@@ -19,6 +19,7 @@ from metalm.checkpoint.folders import CHECKPOINTS_NAME
 from metalm.checkpoint.format import piece_name
 from metalm.checkpoint.manifest import PARTIAL_SUFFIX, remove
 from metalm.checkpoint.publishing import checkpoint_of_weights
+from metalm.checkpoint.state import RunFacts
 from metalm.config import ModelConfig
 from metalm.conversion.foreign_decoders import ForeignDecoder, read_foreign_decoder
 from metalm.conversion.foreign_tokenizer import complete_tokenizer, extend_embedding
@@ -72,7 +73,8 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
         rules = conversion_rules(model)
         _check(weights, foreign, rules)
         masters = _masters(rules, weights, foreign, tokenizer, vocab_size)
-        with checkpoint_of_weights(partial / CHECKPOINTS_NAME, ("decoder",), folder, None) as writer:
+        facts = RunFacts(tokenizer=tokenizer.fingerprint, origin=str(folder))
+        with checkpoint_of_weights(partial / CHECKPOINTS_NAME, ("decoder",), facts, None) as writer:
             writer.write("decoder", {rule.name: rule.shape for rule in rules}, _STATES, masters)
         (partial / PIPELINE_NAME).write_text(_pipeline(model, foreign, folder, out))
         partial.replace(out)

@@ -19,6 +19,7 @@ from metalm.checkpoint.folders import CHECKPOINTS_NAME, step_folder
 from metalm.checkpoint.format import STATES, piece_name
 from metalm.checkpoint.publishing import checkpoint_of_weights
 from metalm.checkpoint.reader import read_json
+from metalm.checkpoint.state import RunFacts
 from metalm.config import RunConfig, config_content
 from metalm.conversion.hf_config import model_config
 from metalm.conversion.mapping import Rule, Shape, conversion_rules
@@ -27,6 +28,7 @@ from metalm.conversion.shipped.configuration_metalm import ENCODER_DEFAULTS
 from metalm.conversion.tokenizer_files import TOKENIZER_NAME, is_same_tokenizer
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
+from metalm.run_lock import RunLock
 
 _ARCHITECTURE = (
     "vocab_size",
@@ -61,7 +63,7 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
         The checkpoint.
 
     Raises:
-        ConfigError: the run has checkpoints already, or its model is another one.
+        ConfigError: the run has checkpoints already, or is being trained, or its model is another one.
         CheckpointError: the folder lacks weights, or a write failed. No checkpoint is left.
         DataError: the run's tokenizer is not the folder's.
     """
@@ -75,10 +77,12 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
     rules = conversion_rules(config.model)
     weights.check({name: shape for rule in rules for name, shape in rule.targets.items()})
     components = tuple(dict.fromkeys(rule.component for rule in rules))
+    facts = RunFacts(tokenizer=tokenizer.fingerprint, origin=str(folder))
     content = config_content(config, {"converted_from": str(folder)})
     checkpoint = step_folder(checkpoints, 0)
+    lock = RunLock(run_folder)
     try:
-        with checkpoint_of_weights(checkpoints, components, folder, content) as writer:
+        with checkpoint_of_weights(checkpoints, components, facts, content) as writer:
             for component in components:
                 own = [rule for rule in rules if rule.component == component]
                 shapes = {rule.name: rule.shape for rule in own}
@@ -86,15 +90,10 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
     except OSError as error:
         raise CheckpointError(f"{checkpoint} could not be written: {error}") from error
     finally:
-        if not checkpoint.exists():
-            _remove_empty(checkpoints, run_folder)
+        with suppress(OSError):  # the checkpoint is in it
+            checkpoints.rmdir()
+        lock.release()
     return checkpoint
-
-
-def _remove_empty(*folders: Path) -> None:
-    for folder in folders:
-        with suppress(OSError):  # somebody else's files are in it
-            folder.rmdir()
 
 
 class FolderWeights:
