@@ -24,7 +24,7 @@ main() {
     fi
     ((restart > 0)) || echo "$plan"
     [[ $template != finetune.sbatch ]] || refuse_without_weights "$plan"
-    run_folder=$(run_folder_of "$plan")
+    run_folder=$(value_of "$plan" 'run folder')
     attempts=$run_folder/logs/attempts.jsonl
     stop_file=$run_folder/stop
     mkdir -p "$run_folder/logs" || give_up "$EXIT_USAGE" "cannot write to $run_folder"
@@ -74,23 +74,14 @@ check_nodes() {
     return $code
 }
 
-# A section of the resolved config that the dry run prints.
-section_of() { # PLAN SECTION
-    sed -n "/^$2:/,/^[^ ]/p" <<<"$1"
+# The last lines of the dry run are for this script, a name and a value each. They are never evaluated.
+value_of() { # PLAN NAME
+    sed -n "s/^$2: //p" <<<"$1" | tail -n 1
 }
 
 refuse_without_weights() { # PLAN
-    section_of "$1" initialize | grep -E '^  (decoder|encoders): ' | grep -qv null ||
+    [[ $(value_of "$1" 'initial weights') != none ]] ||
         give_up "$EXIT_USAGE" "nothing to start from: give initialize.decoder=RUN, initialize.encoders=RUN or both"
-}
-
-# run.folder/run.name, from the resolved config that the dry run prints.
-run_folder_of() {
-    local folder name
-    folder=$(section_of "$1" run | sed -n 's/^  folder: //p')
-    name=$(section_of "$1" run | sed -n 's/^  name: //p')
-    folder=${folder#[\'\"]} name=${name#[\'\"]}
-    echo "${folder%[\'\"]}/${name%[\'\"]}"
 }
 
 # shellcheck disable=SC2329  # by its trap
@@ -112,11 +103,15 @@ ask_to_stop() {
     echo "job $SLURM_JOB_ID" >"$stop_file"
 }
 
-# The newest step that a restart would go on from.
+# The newest step that a restart would go on from: of a folder with a manifest, as the trainer sees it.
 checkpoint_step() {
-    local latest
-    latest=$(cat "$run_folder/checkpoints/latest" 2>/dev/null) || latest=step_0
-    echo $((10#${latest#step_}))
+    local manifest folder newest=0
+    for manifest in "$run_folder"/checkpoints/step_*/manifest.json; do
+        folder=${manifest%/*}
+        [[ -s $manifest && ${folder##*/} =~ ^step_([0-9]{8,18})$ ]] || continue
+        ((10#${BASH_REMATCH[1]} <= newest)) || newest=$((10#${BASH_REMATCH[1]}))
+    done
+    echo "$newest"
 }
 
 # A stop file that an operator wrote while the job was waiting holds; one that a job wrote, whose ranks were

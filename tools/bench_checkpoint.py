@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from metalm.checkpoint.folders import prune_checkpoints, step_folder
+from metalm.checkpoint.state import RunFacts
 from metalm.cli import ToolParser, run_tool
 from metalm.config import RunConfig, write_config
 from metalm.parallel.launch import find_launch, open_process_group
@@ -76,7 +77,7 @@ def _measure(folder: Path, topology: Topology, num_layers: int, repetitions: int
                 _save_plainly(plain, folder / f"plain_{topology.rank}")
                 plain_s = _meet() - began
             else:
-                store.save(engines, step, None, {}, background=background)
+                store.save(engines, step, None, RunFacts(), background=background)
                 returned_s = _meet() - began
                 store.finish()
                 saved_s = _meet() - began

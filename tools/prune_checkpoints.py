@@ -1,4 +1,4 @@
-"""Remove old checkpoints of a run and what killed saves left. Not while the run is saving.
+"""Remove old checkpoints of a run and what killed saves left. Refused while the run is training.
 
 Example: python tools/prune_checkpoints.py runs/demo --keep-last 2 --keep-every-steps 1000
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metalm.checkpoint.folders import find_checkpoint, prune_checkpoints
+from metalm.checkpoint.folders import CHECKPOINTS_NAME, checkpoints_of, list_checkpoints, prune_checkpoints
 from metalm.cli import ToolParser, run_tool
+from metalm.errors import CheckpointError
+from metalm.run_lock import RunLock
 
 
 def main() -> None:
@@ -19,9 +21,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.keep_last < 1:
         parser.error("--keep-last must be at least 1: the only whole checkpoint is never removed")
-    checkpoints = find_checkpoint(options.run).parent
-    for folder in prune_checkpoints(checkpoints, options.keep_last, options.keep_every_steps):
-        print(f"removed {folder}")
+    checkpoints = checkpoints_of(options.run)
+    if not list_checkpoints(checkpoints):
+        raise CheckpointError(f"{options.run} is no run folder that holds a checkpoint")
+    lock = RunLock(checkpoints.parent if checkpoints.name == CHECKPOINTS_NAME else checkpoints)
+    try:
+        for folder in prune_checkpoints(checkpoints, options.keep_last, options.keep_every_steps):
+            print(f"removed {folder}")
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":

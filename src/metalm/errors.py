@@ -43,6 +43,12 @@ class CheckpointError(MetaLMError):
     exit_code = EXIT_DATA
 
 
+class BusyError(MetaLMError):
+    """What the run needs is not free yet: the same command works later."""
+
+    exit_code = EXIT_RESTART
+
+
 class FaultError(MetaLMError):
     """The run cannot go on, by no fault of its config or data; starting it again may help."""
 

@@ -6,6 +6,9 @@ STOP_NAME = "stop"
 ANSWERED_STOP_NAME = "stop_answered"
 """In `logs/`: the stop file that the run has last ended for. A batch script starts such a run no more."""
 
+LOCK_NAME = "lock"
+"""Held by the process that trains the run; see `run_lock`."""
+
 METRICS_NAME = "metrics.jsonl"
 """In `logs/`: the figures of the run, a JSON object a line."""
 

@@ -40,9 +40,11 @@ def make_checkpoint(folder: Path, step: int = 1, **changes: object) -> Path:
     write_index(partial / "decoder", {"w": replace(index, **changes)})
     state = {
         "step": step,
+        "progress": {"trained_tokens": 7.0},
         "topology": {"tensor": 2, "data": 2},
         "zero_stages": {"decoder": 1},
         "optimizer_steps": {"decoder": 1.0},
+        "engine_counters": {"decoder": {"global_steps": 1, "skipped_steps": 0}},
     }
     (partial / "state.json").write_text(json.dumps(state))
     files = [path for path in partial.rglob("*") if path.is_file()]

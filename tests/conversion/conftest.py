@@ -114,7 +114,9 @@ def write_run(
         "step": 200,
         "progress": {"trained_tokens": 12345.0},
         "topology": {"tensor": tensor_size, "data": zero_size},
-        "zero_stages": {"decoder": 1, "encoders": 3},
+        "zero_stages": {name: 1 if name == "decoder" else 3 for name in model.parameters},
+        "optimizer_steps": dict.fromkeys(model.parameters, 200.0),
+        "engine_counters": {name: {"global_steps": 200, "skipped_steps": 0} for name in model.parameters},
         **(state or {}),
     }
     (partial / "state.json").write_text(json.dumps(content))

@@ -50,7 +50,7 @@ def test_a_component_starts_from_a_checkpoint_and_new_parts_from_scratch(
     )
     assert code == 0, output
     before, after = (CheckpointReader(find_checkpoint(run)) for run in (source, tmp_path / "grown"))
-    assert after.state["optimizer_steps"] == {"decoder": 1.0, "encoders": 1.0}
+    assert after.state.optimizer_steps == {"decoder": 1.0, "encoders": 1.0}
     new = set()
     for component in ("decoder", "encoders"):
         for name in after.parameters(component):

@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from metalm.checkpoint import manifest, reader
 from metalm.training import loop
 from metalm.training.step import TrainStep
 from metalm.training.stopping import StopRequest
@@ -99,6 +101,33 @@ def slow_steps(rank: int, *, seconds: float) -> None:
         return batches
 
     _before_each_step(wait)
+
+
+def unreadable(rank: int, *, victim: int, part: str) -> None:
+    """The victim may not read files of checkpoints whose path holds a word; all others may."""
+    if rank != victim:
+        return
+    record_file, open_tensors = manifest.record_file, reader.safe_open
+
+    def refuse_to_hash(path: Path) -> Any:
+        if part in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return record_file(path)
+
+    def refuse_to_open(path: Path, framework: str) -> Any:
+        if part in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_tensors(path, framework)
+
+    manifest.record_file = refuse_to_hash
+    reader.safe_open = refuse_to_open
+
+
+def readable_until_loaded(rank: int, *, victim: int, part: str) -> None:
+    """As `unreadable`, but hashing works: the disk fails later."""
+    record_file = manifest.record_file
+    unreadable(rank, victim=victim, part=part)
+    manifest.record_file = record_file
 
 
 def _before_each_step(change: Callable[[int, TrainStep, list[Any]], list[Any]]) -> None:

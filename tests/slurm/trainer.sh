@@ -23,7 +23,7 @@ for word in "$@"; do
     esac
 done
 if [[ " $* " = *" --dry-run "* ]]; then
-    printf 'run:\n  name: run\n  folder: %s\n' "$folder"
+    printf 'run folder: %s/run\ninitial weights: none\n' "$folder"
     exit 0
 fi
 
@@ -36,10 +36,16 @@ fi
 run=$folder/run asked=''
 mkdir -p "$run/checkpoints"
 trap 'asked=yes' TERM USR2
-step=$(cat "$run/checkpoints/latest" 2>/dev/null || echo step_0)
-step=$((10#${step#step_})) resumed=$step
+newest=$(find "$run/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 1)
+step=${newest##*/step_}
+step=$((10#${step:-0})) resumed=$step
 save() {
-    [[ $SLURM_PROCID != 0 ]] || printf 'step_%08d\n' "$step" >"$run/checkpoints/latest"
+    local name
+    printf -v name 'step_%08d' "$step"
+    [[ $SLURM_PROCID = 0 ]] || return 0
+    mkdir -p "$run/checkpoints/$name"
+    echo '{}' >"$run/checkpoints/$name/manifest.json"
+    echo "$name" >"$run/checkpoints/latest"
 }
 echo "rank $SLURM_PROCID goes on from step $step"
 while :; do

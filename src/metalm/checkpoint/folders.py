@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import shutil
 from pathlib import Path
 
-from metalm.checkpoint.manifest import LATEST_NAME, PARTIAL_SUFFIX, check_files, read_manifest
+from metalm.checkpoint.manifest import PARTIAL_SUFFIX, check_files, read_manifest, remove
 from metalm.errors import CheckpointError
 
-_STEP = re.compile(r"step_(\d{8,})")
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS_NAME = "checkpoints"
+_STEP = re.compile(r"step_([0-9]{8,})")
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -17,34 +20,57 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
+def partial_folder(checkpoints: Path, step: int) -> Path:
+    """Folder in which the checkpoint of a step is written before it is published."""
+    return checkpoints / f"step_{step:08d}{PARTIAL_SUFFIX}"
+
+
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    found = {
-        int(m[1]): p for p in checkpoints.glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()
-    }
-    return [found[step] for step in sorted(found)]
+    """Published checkpoints, whole or not, oldest first."""
+    steps = [int(found[1]) for path in checkpoints.glob("step_*") if (found := _STEP.fullmatch(path.name))]
+    folders = (step_folder(checkpoints, step) for step in sorted(set(steps)))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def checkpoints_of(path: Path) -> Path:
+    """The folder of checkpoints that a path means: a run's, or its `checkpoints` folder itself."""
+    inside = path / CHECKPOINTS_NAME
+    return inside if inside.is_dir() else path
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: a step folder, a run folder, or its `checkpoints` folder.
+    """The checkpoint that a path means: a step folder, or the newest one of a run or `checkpoints` folder.
+
+    The newest is the last whose manifest can be read and whose files are there with their sizes; others
+    are named in the log. Contents are not hashed.
 
     Raises:
         CheckpointError: there is none.
     """
     if _STEP.fullmatch(path.name) and path.is_dir():
         return path
-    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    latest = checkpoints / LATEST_NAME
-    if (
-        latest.is_file()
-        and _STEP.fullmatch(name := latest.read_text().strip())
-        and (checkpoints / name).is_dir()
-    ):
-        return checkpoints / name
-    published = list_checkpoints(checkpoints)
+    published = list_checkpoints(checkpoints_of(path))
     if not published:
         raise CheckpointError(f"{path} is neither a checkpoint nor a run folder that holds one")
-    return published[-1]
+    for folder in reversed(published):
+        problems = find_problems(folder, hashed=False)
+        if not problems:
+            return folder
+        logger.warning("checkpoint %s is passed over: %s", folder, "; ".join(problems[:3]))
+    raise CheckpointError(f"none of the {len(published)} checkpoint(s) of {path} is whole")
+
+
+def find_problems(folder: Path, *, hashed: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, one line each; nothing if every file is as its manifest says."""
+    try:
+        return check_files(folder, read_manifest(folder).items(), hashed=hashed)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is as its manifest says."""
+    return not find_problems(folder)
 
 
 def prune_checkpoints(
@@ -54,15 +80,17 @@ def prune_checkpoints(
 
     Multiples of `keep_every_steps` stay for ever, and so does the newest whole checkpoint where all that
     would be kept are damaged. A folder loses its name before its content, so that nothing half-removed
-    looks like a checkpoint.
+    looks like a checkpoint. Of a checkpoint that was moved away and linked back, the link goes.
 
     Args:
         checkpoints: folder of a run's checkpoints.
         keep_last: at least 1.
         keep_every_steps: None to keep none for ever.
         whole: one of the kept that is known to be whole; without it they are hashed.
+
+    Raises:
+        OSError: something could not be removed; the rest is gone.
     """
-    removed = list(checkpoints.glob("step_*" + PARTIAL_SUFFIX))
     published = list_checkpoints(checkpoints)
     doomed = [
         folder
@@ -73,21 +101,25 @@ def prune_checkpoints(
     if doomed and whole not in kept and not any(map(is_whole, reversed(kept))):
         spared = next(filter(is_whole, reversed(doomed)), None)
         doomed = [folder for folder in doomed if folder != spared]
-    for folder in doomed:
-        nameless = folder.with_name(folder.name + PARTIAL_SUFFIX)
-        folder.replace(nameless)
-        removed.append(nameless)
-    for folder in removed:
-        shutil.rmtree(folder)
+    removed: list[Path] = []
+    errors: list[OSError] = []
+    for folder in [*checkpoints.glob("step_*" + PARTIAL_SUFFIX), *doomed]:
+        try:
+            removed.append(_remove_nameless(folder))
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return removed
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint is as its manifest says."""
-    try:
-        return not check_files(folder, read_manifest(folder).items())
-    except CheckpointError:
-        return False
+def _remove_nameless(folder: Path) -> Path:
+    nameless = folder
+    if not folder.name.endswith(PARTIAL_SUFFIX):
+        nameless = folder.with_name(folder.name + PARTIAL_SUFFIX)
+        folder.replace(nameless)
+    remove(nameless)
+    return nameless
 
 
 def _step_of(folder: Path) -> int:

@@ -10,17 +10,23 @@ from __future__ import annotations
 import bisect
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from metalm.checkpoint.layout import ShardLayout
+from metalm.checkpoint.manifest import read_regular_file
+from metalm.checkpoint.state import first_mistake
 from metalm.errors import CheckpointError
 
 INDEX_NAME = "index.json"
 STATES = ("master", "exp_avg", "exp_avg_sq")
 """fp32 weight and Adam's two moments."""
+
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,16 @@ class Piece:
     """A flat range of one tensor-parallel shard of a parameter."""
 
     file: str
-    tensor_rank: int
-    start: int
-    size: int
+    tensor_rank: Count
+    start: Count
+    size: Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True)
 class ParameterIndex:
     """Where a parameter is found."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     """Of the whole parameter, all tensor-parallel shards together."""
     partition_dim: int | None
     """None: replicated over tensor-parallel ranks, and written by the first."""
@@ -78,7 +84,7 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def write_index(folder: Path, parameters: dict[str, ParameterIndex]) -> None:
+def write_index(folder: Path, parameters: Mapping[str, ParameterIndex]) -> None:
     """Write a component's index."""
     content = {"version": 1, "parameters": {name: asdict(index) for name, index in parameters.items()}}
     (folder / INDEX_NAME).write_text(json.dumps(content))
@@ -93,32 +99,25 @@ def read_index(folder: Path) -> dict[str, ParameterIndex]:
     """
     path = folder / INDEX_NAME
     try:
-        content = json.loads(path.read_text())
-        if content["version"] != 1:
-            raise CheckpointError(f"{path} has version {content['version']!r}, this program reads 1")
-        parameters = {name: read_parameter(entry) for name, entry in content["parameters"].items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint index: {error!r}") from None
+        parameters = _Index.model_validate_json(read_regular_file(path)).parameters
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is not a checkpoint index: {first_mistake(error)}") from None
     for name, parameter in parameters.items():
         _check(path, name, parameter)
     return parameters
 
 
-def read_parameter(entry: dict[str, Any]) -> ParameterIndex:
-    """An entry of an index, as `asdict` made it."""
-    return ParameterIndex(
-        shape=tuple(int(size) for size in entry["shape"]),
-        partition_dim=None if entry["partition_dim"] is None else int(entry["partition_dim"]),
-        partition_stride=int(entry["partition_stride"]),
-        tensor_size=int(entry["tensor_size"]),
-        pieces=tuple(
-            Piece(str(p["file"]), int(p["tensor_rank"]), int(p["start"]), int(p["size"]))
-            for p in entry["pieces"]
-        ),
-        states=tuple(str(state) for state in entry.get("states", STATES)),
-    )
+def read_parameters(content: Any) -> dict[str, ParameterIndex]:
+    """The entries of an index, as `asdict` made them."""
+    return _PARAMETERS.validate_python(content)
+
+
+class _Index(BaseModel):
+    version: Literal[1]
+    parameters: dict[str, ParameterIndex]
+
+
+_PARAMETERS = TypeAdapter(dict[str, ParameterIndex])
 
 
 def _check(path: Path, name: str, parameter: ParameterIndex) -> None:
@@ -131,12 +130,14 @@ def _check(path: Path, name: str, parameter: ParameterIndex) -> None:
         shard_size = parameter.layout.shard_size
     except ValueError as error:
         raise CheckpointError(f"{path}: {name} cannot be cut as it says: {error}") from None
-    for tensor_rank in range(parameter.tensor_size):
-        own = sorted((p.start, p.size) for p in parameter.pieces if p.tensor_rank == tensor_rank)
-        end = 0
-        for start, size in own:
-            if start != end or size <= 0:
-                raise CheckpointError(f"{path}: the pieces of {name} overlap or leave a gap at {end}")
-            end += size
-        if end != shard_size:
-            raise CheckpointError(f"{path}: the pieces of {name} hold {end} of {shard_size}")
+    tiled: dict[int, int] = {}
+    for piece in sorted(parameter.pieces, key=lambda piece: (piece.tensor_rank, piece.start)):
+        end = tiled.get(piece.tensor_rank, 0)
+        if piece.start != end:
+            raise CheckpointError(f"{path}: the pieces of {name} overlap or leave a gap at {end}")
+        tiled[piece.tensor_rank] = end + piece.size
+    # Without a loop over the shards: an index may claim any number of them.
+    if shard_size and tiled.keys() != set(range(min(parameter.tensor_size, len(tiled) + 1))):
+        raise CheckpointError(f"{path}: the pieces of {name} hold 0 of {shard_size} of a shard")
+    if wrong := [end for end in tiled.values() if end != shard_size]:
+        raise CheckpointError(f"{path}: the pieces of {name} hold {wrong[0]} of {shard_size}")

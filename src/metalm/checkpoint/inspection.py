@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from metalm.checkpoint.manifest import read_manifest
 from metalm.checkpoint.reader import CheckpointReader
 
 
@@ -26,11 +25,10 @@ class Difference:
 
 def describe_checkpoint(reader: CheckpointReader) -> str:
     """Step, layout, components and sizes, a line each."""
-    files = read_manifest(reader.folder)
-    topology = reader.state["topology"]
+    files, state = reader.files, reader.state
     lines = [
         f"{'step':<14}{reader.step}",
-        f"{'written by':<14}tensor {topology['tensor']} x data {topology['data']}",
+        f"{'written by':<14}tensor {state.topology.tensor} x data {state.topology.data}",
         f"{'files':<14}{len(files)}, {sum(record.size for record in files.values()) / 2**20:,.1f} MiB",
     ]
     for component in reader.components():
@@ -38,8 +36,8 @@ def describe_checkpoint(reader: CheckpointReader) -> str:
         count = sum(math.prod(shape) for shape in shapes.values())
         lines.append(
             f"{component:<14}{len(shapes)} parameters, {count:,} values, "
-            f"ZeRO {reader.state['zero_stages'][component]}, "
-            f"{reader.state['optimizer_steps'][component]:.0f} updates"
+            f"ZeRO {state.zero_stages[component]}, "
+            f"{state.optimizer_steps[component]:.0f} updates"
         )
     return "\n".join(lines)
 

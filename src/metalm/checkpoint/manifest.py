@@ -1,7 +1,8 @@
 """The manifest of a checkpoint folder, and the steps by which a folder becomes a checkpoint.
 
 A folder is written as `step_N.partial`, gets a manifest (size and sha256 of every other file), is
-renamed, and then `latest` is replaced: whoever sees `step_N` sees all of it.
+renamed, and then `latest` is replaced: whoever sees `step_N` sees all of it. What the manifest does not
+list is no part of the checkpoint. `latest` is for people: no program of ours asks it.
 """
 
 from __future__ import annotations
@@ -9,23 +10,43 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
+from metalm.checkpoint.state import first_mistake
 from metalm.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
 PARTIAL_SUFFIX = ".partial"
+REPLACED_SUFFIX = ".replaced" + PARTIAL_SUFFIX
+"""Of a folder that a checkpoint of the same step has taken the place of."""
+
+
+def _inside(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    if not parts or "\0" in name or name != "/".join(parts) or {"..", "."} & set(parts) or "/" in parts:
+        raise ValueError(f"{name!r} is no file inside the checkpoint")
+    return name
 
 
 @dataclass(frozen=True)
 class FileRecord:
     """What the manifest says of one file."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    version: Literal[1]
+    files: Annotated[dict[Annotated[str, AfterValidator(_inside)], FileRecord], Field(min_length=1)]
 
 
 def record_file(path: Path) -> FileRecord:
@@ -49,37 +70,79 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     """The manifest of a published checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is malformed.
+        CheckpointError: there is none, it is malformed, lists nothing, or names a file outside the folder.
     """
     path = folder / MANIFEST_NAME
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}")
     try:
-        files = json.loads(path.read_text())["files"]
-        return {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in files.items()}
+        return _Manifest.model_validate_json(read_regular_file(path)).files
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged: {first_mistake(error)}") from None
+
+
+def read_regular_file(path: Path) -> bytes:
+    """The content of a file of a checkpoint; never waits, as opening a named pipe does.
+
+    Raises:
+        CheckpointError: it is missing, unreadable or no regular file.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as handle:
+            if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+                raise CheckpointError(f"{path} is no regular file")
+            return handle.read()
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from None
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def check_files(folder: Path, files: Iterable[tuple[str, FileRecord]]) -> list[str]:
-    """What is wrong with these files of a folder, one line each; nothing if they are as recorded."""
+def check_files(folder: Path, files: Iterable[tuple[str, FileRecord]], *, hashed: bool = True) -> list[str]:
+    """What is wrong with these files of a folder, one line each; nothing if they are as recorded.
+
+    Args:
+        folder: a checkpoint.
+        files: names and records of its manifest.
+        hashed: compare contents; else sizes alone.
+    """
     problems = []
     for name, record in files:
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            problems.append(f"{name} lies outside the checkpoint")
-        elif not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != record.size:
-            problems.append(f"{name} has {path.stat().st_size} bytes, expected {record.size}")
-        elif record_file(path).sha256 != record.sha256:
-            problems.append(f"{name} is damaged (its sha256 differs)")
+        try:
+            problem = _check_file(folder, name, record, hashed)
+        except OSError as error:
+            problem = f"{name} cannot be read: {error.strerror}"
+        if problem:
+            problems.append(problem)
     return problems
 
 
+def _check_file(folder: Path, name: str, record: FileRecord, hashed: bool) -> str | None:
+    path = folder / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return f"{name} lies outside the checkpoint"
+    if not path.exists():
+        return f"{name} is missing"
+    if not path.is_file():
+        return f"{name} is no regular file"
+    if path.stat().st_size != record.size:
+        return f"{name} has {path.stat().st_size} bytes, expected {record.size}"
+    if hashed and record_file(path).sha256 != record.sha256:
+        return f"{name} is damaged (its sha256 differs)"
+    return None
+
+
 def publish(partial: Path) -> Path:
-    """Turn a complete `step_N.partial` into `step_N` and point `latest` at it."""
+    """Turn a complete `step_N.partial` into `step_N` and write its name into `latest`.
+
+    A `step_N` that is there already, such as a damaged one that was passed over, gives way; pruning
+    removes it.
+    """
     folder = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
+    if os.path.lexists(folder):
+        replaced = folder.with_name(folder.name + REPLACED_SUFFIX)
+        remove(replaced)
+        folder.replace(replaced)
     partial.replace(folder)
     _sync(folder.parent)
     latest = folder.parent / (LATEST_NAME + PARTIAL_SUFFIX)
@@ -88,6 +151,18 @@ def publish(partial: Path) -> Path:
     latest.replace(folder.parent / LATEST_NAME)
     _sync(folder.parent)
     return folder
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a link to one: what a link points to stays. Nothing to remove is fine.
+
+    Raises:
+        OSError: something of it could not be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

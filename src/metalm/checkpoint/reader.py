@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ from torch import Tensor
 
 from metalm.checkpoint.format import INDEX_NAME, ParameterIndex, Piece, piece_name, read_index
 from metalm.checkpoint.layout import ShardLayout
-from metalm.checkpoint.manifest import check_files, read_manifest
+from metalm.checkpoint.manifest import check_files, read_manifest, read_regular_file
+from metalm.checkpoint.state import STATE_NAME, RunState, parse_state
 from metalm.errors import CheckpointError
 
-STATE_NAME = "state.json"
 CONFIG_NAME = "config.yaml"
+DATA_FOLDER = "data"
+_LANES = re.compile(rf"{DATA_FOLDER}/lanes_[0-9]+\.json")
 
 
 class CheckpointReader:
-    """One `step_N` folder."""
+    """One `step_N` folder: what its manifest lists of it."""
 
     def __init__(self, folder: Path, *, verify: bool = False) -> None:
         """Open a folder.
@@ -33,18 +37,18 @@ class CheckpointReader:
             CheckpointError: the folder is no whole checkpoint; every damaged file is named.
         """
         self.folder = folder
-        manifest = read_manifest(folder)
-        problems = check_files(folder, manifest.items()) if verify else []
+        self.files = read_manifest(folder)
+        problems = check_files(folder, self.files.items()) if verify else []
         if problems:
-            raise CheckpointError(
-                "\n".join([f"checkpoint {folder} is damaged", *(f"  {p}" for p in problems)])
-            )
-        self.state: dict[str, Any] = read_json(folder / STATE_NAME)
+            raise damaged(folder, problems)
+        self.state: RunState = parse_state(
+            read_regular_file(self.path_of(STATE_NAME)), str(folder / STATE_NAME)
+        )
         self._indices = {
-            part.name: read_index(part)
-            for part in sorted(folder.iterdir())
-            if part.is_dir() and (part / INDEX_NAME).exists()
+            component: read_index(self.path_of(f"{component}/{INDEX_NAME}").parent)
+            for component in self.state.zero_stages
         }
+        self._check_pieces()
         self._files: dict[Path, Any] = {}
         self.bytes_read = 0
         """Of tensors, so far."""
@@ -52,7 +56,32 @@ class CheckpointReader:
     @property
     def step(self) -> int:
         """Optimizer steps that were done when it was written."""
-        return int(self.state["step"])
+        return self.state.step
+
+    def path_of(self, name: str) -> Path:
+        """A file of the checkpoint.
+
+        Raises:
+            CheckpointError: the manifest does not list it.
+        """
+        if name not in self.files:
+            raise CheckpointError(f"checkpoint {self.folder} has no {name} in its manifest")
+        return self.folder / name
+
+    def lane_states(self) -> dict[int, Any]:
+        """The data lanes' states, of all ranks that wrote the checkpoint; none if it is of weights alone.
+
+        Raises:
+            CheckpointError: a file of them is malformed.
+        """
+        states: dict[int, Any] = {}
+        for name in sorted(filter(_LANES.fullmatch, self.files)):
+            path = self.path_of(name)
+            try:
+                states |= {int(lane): state for lane, state in read_json(path).items()}
+            except ValueError as error:
+                raise CheckpointError(f"{path} holds no states of lanes: {error}") from None
+        return states
 
     def components(self) -> list[str]:
         """`decoder` and, where the model has them, `encoders`."""
@@ -121,6 +150,25 @@ class CheckpointReader:
         """Forget the open files."""
         self._files.clear()
 
+    def _check_pieces(self) -> None:
+        """Every piece lies in a file that the manifest lists and that has room for it.
+
+        Raises:
+            CheckpointError: one does not.
+        """
+        needed: Counter[str] = Counter()
+        for component, index in self._indices.items():
+            for parameter in index.values():
+                for piece in parameter.pieces:
+                    needed[f"{component}/{piece.file}"] += 4 * piece.size * len(parameter.states)
+        for name, size in needed.items():
+            self.path_of(name)
+            if size > self.files[name].size:
+                raise CheckpointError(
+                    f"checkpoint {self.folder}: {name} has {self.files[name].size} bytes, "
+                    f"its index places {size} in it"
+                )
+
     def _index_of(self, component: str) -> dict[str, ParameterIndex]:
         if component not in self._indices:
             known = ", ".join(self._indices) or "none"
@@ -152,15 +200,20 @@ class CheckpointReader:
         return found
 
 
+def damaged(folder: Path, problems: list[str]) -> CheckpointError:
+    """The error that names everything that is wrong with a checkpoint."""
+    return CheckpointError("\n".join([f"checkpoint {folder} is damaged", *(f"  {p}" for p in problems)]))
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
+    """A JSON object of a checkpoint or of a model's folder.
 
     Raises:
         CheckpointError: the file is missing or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(read_regular_file(path))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold an object")

@@ -1,6 +1,6 @@
 """What a run is: schema, loading and the rules that hold across sections."""
 
-from metalm.config.load import load_config, write_config
+from metalm.config.load import config_content, load_config, write_config
 from metalm.config.schema import (
     AudioConfig,
     CheckpointConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "SourceConfig",
     "SpanConfig",
     "TrainingConfig",
+    "config_content",
     "load_config",
     "write_config",
 ]

@@ -98,11 +98,16 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_config(config: RunConfig, path: Path, provenance: Mapping[str, Any]) -> None:
-    """Write the resolved config, with where it comes from (versions, commit), readable as a pipeline."""
+def config_content(config: RunConfig, provenance: Mapping[str, Any]) -> bytes:
+    """The resolved config as YAML, with where it comes from (versions, commit), readable as a pipeline."""
     content = config.model_dump(mode="json") | {"provenance": dict(provenance)}
+    return yaml.safe_dump(content, sort_keys=False).encode()
+
+
+def write_config(config: RunConfig, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Write `config_content` to a file, which is replaced at once."""
     partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(content, sort_keys=False))
+    partial.write_bytes(config_content(config, provenance))
     partial.replace(path)
 
 

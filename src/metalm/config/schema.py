@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -39,11 +39,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+def _one_line(path: Path) -> Path:
+    if not str(path).isprintable():
+        raise ValueError("a folder's name may not hold control characters")
+    return path
+
+
 class RunSection(Section):
     """Name and place of the run: everything it writes goes to `folder/name`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    folder: Path = Path("runs")
+    folder: Annotated[Path, AfterValidator(_one_line)] = Path("runs")
     seed: NonNegativeInt = 1
 
 

@@ -65,8 +65,9 @@ def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> Checkpoin
     """
     folder = find_checkpoint(path)
     reader = CheckpointReader(folder, verify=True)
-    config = load_resolved_config(folder / CONFIG_NAME)
-    content = yaml.safe_load((folder / CONFIG_NAME).read_text())
+    config_path = reader.path_of(CONFIG_NAME)
+    config = load_resolved_config(config_path)
+    content = yaml.safe_load(config_path.read_text())
     for name, encoder in config.model.encoders.items():
         if encoder.connector == "detection":
             raise ConfigError(
@@ -109,7 +110,7 @@ def _check_tokenizer(tokenizer: Tokenizer, reader: CheckpointReader, config: Run
             f"the tokenizer {path} has {tokenizer.size} ids, the model {config.model.vocab_size}: "
             "give the run's own with --tokenizer"
         )
-    trained_with = reader.state.get("tokenizer")
+    trained_with = reader.state.tokenizer
     if trained_with is not None and trained_with != tokenizer.fingerprint:
         raise DataError(
             f"the run was trained with the tokenizer {trained_with[:16]}, but {path} is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -79,11 +80,9 @@ def export_checkpoint(
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
     source = open_checkpoint(checkpoint, tokenizer)
     report(f"checkpoint {source.folder}, step {source.reader.step}: every file is as its manifest says")
-    partial = out.with_name(out.name + PARTIAL_SUFFIX)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")  # nobody else's
     try:
+        partial.mkdir(parents=True)
         result = _write(source, partial, out, dtype, max_shard_bytes, with_proof, license_name, report)
         partial.replace(out)
     except OSError as error:

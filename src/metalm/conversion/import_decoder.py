@@ -6,27 +6,25 @@ that fits. Weights are streamed; memory is needed for one parameter.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 from torch import Tensor
 
-from metalm.checkpoint.folders import step_folder
-from metalm.checkpoint.format import ParameterIndex, Piece, piece_name, rank_file, write_index
-from metalm.checkpoint.manifest import PARTIAL_SUFFIX, publish, record_file, write_manifest
-from metalm.checkpoint.reader import STATE_NAME
+from metalm.checkpoint.folders import CHECKPOINTS_NAME
+from metalm.checkpoint.format import piece_name
+from metalm.checkpoint.manifest import PARTIAL_SUFFIX, remove
+from metalm.checkpoint.publishing import checkpoint_of_weights
+from metalm.checkpoint.state import RunFacts
 from metalm.config import ModelConfig
 from metalm.conversion.foreign_decoders import ForeignDecoder, read_foreign_decoder
 from metalm.conversion.foreign_tokenizer import complete_tokenizer, extend_embedding
 from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.conversion.restore import FolderWeights
-from metalm.conversion.shards import write_safetensors
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import CheckpointError, ConfigError
 
@@ -66,22 +64,24 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
     weights = FolderWeights(folder)
     foreign = read_foreign_decoder(folder, weights.names)
-    partial = out.with_name(out.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")  # nobody else's
     try:
+        partial.mkdir(parents=True)
         tokenizer = complete_tokenizer(folder, partial / TOKENIZER_FOLDER)
         vocab_size = max(foreign.vocab_size, tokenizer.size)
         model = ModelConfig(vocab_size=vocab_size, decoder=foreign.decoder)
         rules = conversion_rules(model)
         _check(weights, foreign, rules)
-        _write_checkpoint(partial, rules, _masters(rules, weights, foreign, tokenizer, vocab_size), folder)
+        masters = _masters(rules, weights, foreign, tokenizer, vocab_size)
+        facts = RunFacts(tokenizer=tokenizer.fingerprint, origin=str(folder))
+        with checkpoint_of_weights(partial / CHECKPOINTS_NAME, ("decoder",), facts, None) as writer:
+            writer.write("decoder", {rule.name: rule.shape for rule in rules}, _STATES, masters)
         (partial / PIPELINE_NAME).write_text(_pipeline(model, foreign, folder, out))
         partial.replace(out)
     except OSError as error:
         raise CheckpointError(f"{out} could not be written: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     count = sum(math.prod(shape) for rule in rules for shape in rule.targets.values())
     return ImportedDecoder(out, count, out / PIPELINE_NAME, foreign.longest)
 
@@ -118,33 +118,6 @@ def _masters(
     for rule in rules:
         whole = rule.join([read(target, shape) for target, shape in rule.targets.items()])
         yield piece_name(rule.name, _STATES[0]), whole.flatten()
-
-
-def _write_checkpoint(
-    out: Path, rules: list[Rule], masters: Iterator[tuple[str, Tensor]], origin: Path
-) -> None:
-    folder = step_folder(out / "checkpoints", 0)
-    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
-    (partial / "decoder").mkdir(parents=True)
-    file = rank_file(0)
-    sizes = {piece_name(rule.name, _STATES[0]): (math.prod(rule.shape),) for rule in rules}
-    write_safetensors(partial / "decoder" / file, masters, sizes, torch.float32)
-    index = {}
-    for rule in rules:
-        piece = Piece(file, 0, 0, math.prod(rule.shape))
-        index[rule.name] = ParameterIndex(rule.shape, None, 1, 1, (piece,), _STATES)
-    write_index(partial / "decoder", index)
-    state = {
-        "step": 0,
-        "imported_from": str(origin),
-        "topology": {"tensor": 1, "data": 1},
-        "zero_stages": {"decoder": 0},
-        "optimizer_steps": {"decoder": 0},
-    }
-    (partial / STATE_NAME).write_text(json.dumps(state, indent=1))
-    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-    write_manifest(partial, {str(path.relative_to(partial)): record_file(path) for path in files})
-    publish(partial)
 
 
 def _pipeline(model: ModelConfig, foreign: ForeignDecoder, origin: Path, out: Path) -> str:

@@ -115,15 +115,14 @@ def _figures(source: CheckpointSource, dtype: torch.dtype, num_parameters: int) 
     yield "Row length", f"{config.data.sequence_length:,} tokens"
     yield "Steps", f"{source.reader.step:,} of {training.steps:,}"
     yield "Rows per step", f"{training.global_batch_size:,}"
-    if "trained_tokens" in state["progress"]:
-        yield "Trained positions", f"{state['progress']['trained_tokens']:,.0f}"
+    yield "Trained positions", f"{state.progress.trained_tokens:,.0f}"
     sources = config.data.sources.items()
     yield "Data", ", ".join(f"{name} ({_readers(one)}weight {one.weight:g})" for name, one in sources)
     yield "Precision", training.precision
     yield "Learning rate", f"{training.optimizer.learning_rate:g}, {training.schedule.decay} decay"
-    topology = state["topology"]
-    yield "Layout", f"tensor {topology['tensor']} x data {topology['data']}"
-    yield "ZeRO stages", ", ".join(f"{name} {stage}" for name, stage in state["zero_stages"].items())
+    topology = state.topology
+    yield "Layout", f"tensor {topology.tensor} x data {topology.data}"
+    yield "ZeRO stages", ", ".join(f"{name} {stage}" for name, stage in state.zero_stages.items())
     yield "Seed", str(config.run.seed)
     yield "Code", str(source.provenance.get("commit"))
     versions = source.provenance.get("versions", {})

@@ -6,10 +6,8 @@ optimizer moments zero, data from the beginning. Padded vocabulary rows, which t
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from metalm.checkpoint.folders import step_folder
-from metalm.checkpoint.format import STATES, ParameterIndex, Piece, piece_name, rank_file, write_index
-from metalm.checkpoint.manifest import PARTIAL_SUFFIX, publish, record_file, write_manifest
-from metalm.checkpoint.reader import CONFIG_NAME, STATE_NAME, read_json
-from metalm.config import RunConfig, write_config
+from metalm.checkpoint.folders import CHECKPOINTS_NAME, step_folder
+from metalm.checkpoint.format import STATES, piece_name
+from metalm.checkpoint.publishing import checkpoint_of_weights
+from metalm.checkpoint.reader import read_json
+from metalm.checkpoint.state import RunFacts
+from metalm.config import RunConfig, config_content
 from metalm.conversion.hf_config import model_config
 from metalm.conversion.mapping import Rule, Shape, conversion_rules
-from metalm.conversion.shards import INDEX_NAME, WEIGHTS_NAME, write_safetensors
+from metalm.conversion.shards import INDEX_NAME, WEIGHTS_NAME
 from metalm.conversion.shipped.configuration_metalm import ENCODER_DEFAULTS
 from metalm.conversion.tokenizer_files import TOKENIZER_NAME, is_same_tokenizer
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
+from metalm.run_lock import RunLock
 
 _ARCHITECTURE = (
     "vocab_size",
@@ -63,29 +63,37 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
         The checkpoint.
 
     Raises:
-        ConfigError: the run has checkpoints already, or its model is another one.
+        ConfigError: the run has checkpoints already, or is being trained, or its model is another one.
         CheckpointError: the folder lacks weights, or a write failed. No checkpoint is left.
         DataError: the run's tokenizer is not the folder's.
     """
     run_folder = config.run.folder / config.run.name
-    checkpoint = step_folder(run_folder / "checkpoints", 0)
-    if checkpoint.parent.exists():
+    checkpoints = run_folder / CHECKPOINTS_NAME
+    if checkpoints.exists():
         raise ConfigError(f"the run {run_folder} has checkpoints already; choose another run.name")
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_model(folder, config, tokenizer)
     weights = FolderWeights(folder)
     rules = conversion_rules(config.model)
     weights.check({name: shape for rule in rules for name, shape in rule.targets.items()})
-    partial = checkpoint.with_name(checkpoint.name + PARTIAL_SUFFIX)
-    partial.mkdir(parents=True)
+    components = tuple(dict.fromkeys(rule.component for rule in rules))
+    facts = RunFacts(tokenizer=tokenizer.fingerprint, origin=str(folder))
+    content = config_content(config, {"converted_from": str(folder)})
+    checkpoint = step_folder(checkpoints, 0)
+    lock = RunLock(run_folder)
     try:
-        _write(partial, rules, weights, config, folder)
-        return publish(partial)
-    except BaseException as error:
-        shutil.rmtree(checkpoint.parent)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{checkpoint} could not be written: {error}") from error
-        raise
+        with checkpoint_of_weights(checkpoints, components, facts, content) as writer:
+            for component in components:
+                own = [rule for rule in rules if rule.component == component]
+                shapes = {rule.name: rule.shape for rule in own}
+                writer.write(component, shapes, STATES, _pieces(own, weights))
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint} could not be written: {error}") from error
+    finally:
+        with suppress(OSError):  # the checkpoint is in it
+            checkpoints.rmdir()
+        lock.release()
+    return checkpoint
 
 
 class FolderWeights:
@@ -159,34 +167,6 @@ def _check_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
         raise DataError(
             f"the run's tokenizer {config.data.tokenizer} is not that of {folder}: its ids mean other tokens"
         )
-
-
-def _write(partial: Path, rules: list[Rule], weights: FolderWeights, config: RunConfig, origin: Path) -> None:
-    components = list(dict.fromkeys(rule.component for rule in rules))
-    for component in components:
-        own = [rule for rule in rules if rule.component == component]
-        (partial / component).mkdir()
-        sizes = {piece_name(rule.name, state): (math.prod(rule.shape),) for rule in own for state in STATES}
-        file = rank_file(0)
-        write_safetensors(partial / component / file, _pieces(own, weights), sizes, torch.float32)
-        index = {
-            rule.name: ParameterIndex(rule.shape, None, 1, 1, (Piece(file, 0, 0, math.prod(rule.shape)),))
-            for rule in own
-        }
-        write_index(partial / component, index)
-    (partial / "data").mkdir()
-    state = {
-        "step": 0,
-        "progress": {"trained_tokens": 0.0},
-        "topology": {"tensor": 1, "data": 1},
-        "zero_stages": dict.fromkeys(components, 0),
-        "optimizer_steps": dict.fromkeys(components, 0),
-        "engine_counters": {name: {"global_steps": 0, "skipped_steps": 0} for name in components},
-    }
-    (partial / STATE_NAME).write_text(json.dumps(state, indent=1))
-    write_config(config, partial / CONFIG_NAME, {"converted_from": str(origin)})
-    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-    write_manifest(partial, {str(path.relative_to(partial)): record_file(path) for path in files})
 
 
 def _pieces(rules: list[Rule], weights: FolderWeights) -> Iterator[tuple[str, Tensor]]:

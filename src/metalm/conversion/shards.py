@@ -1,8 +1,4 @@
-"""Write safetensors shards tensor by tensor: no shard is ever held in memory.
-
-The library's own writer wants all tensors of a file at once. The format makes streaming easy: the
-header gives every tensor's place in advance, and the contents follow end to end.
-"""
+"""Write a model's weights as Hugging Face lays them out: one safetensors file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -14,14 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metalm.checkpoint.writer import Shape, write_stream
 from metalm.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_ALIGNMENT = 8
-
-Shape = tuple[int, ...]
 
 
 def plan_shards(shapes: Mapping[str, Shape], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
@@ -67,9 +60,9 @@ def write_shards(
         paths = [
             folder / f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
         ]
-    stream = iter(tensors)
+    stream = _stored(tensors, dtype)
     for path, names in zip(paths, shards, strict=True):
-        write_safetensors(path, stream, {name: shapes[name] for name in names}, dtype)
+        write_stream(path, stream, {name: shapes[name] for name in names}, dtype)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         weight_map = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
@@ -78,24 +71,9 @@ def write_shards(
     return paths
 
 
-def write_safetensors(
-    path: Path, tensors: Iterator[tuple[str, Tensor]], shapes: Mapping[str, Shape], dtype: torch.dtype
-) -> None:
-    """Write one file: as many tensors of the stream as `shapes` has; see `write_shards`."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, shape in shapes.items():
-            found, tensor = next(tensors)
-            if found != name or tuple(tensor.shape) != shape:
-                raise CheckpointError(f"{name} is {list(shape)}, not {found} of {list(tensor.shape)}")
-            stored = tensor.to(dtype).contiguous()
-            if not torch.isfinite(stored).all():
-                raise CheckpointError(f"{name} holds values that are not finite in {dtype}")
-            file.write(stored.view(torch.uint8).numpy().data)
+def _stored(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        stored = tensor.to(dtype)
+        if not torch.isfinite(stored).all():
+            raise CheckpointError(f"{name} holds values that are not finite in {dtype}")
+        yield name, stored

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, Part
 
 NO_TOKEN = -1
@@ -49,6 +48,20 @@ def empty_row() -> Row:
     return Row(np.empty(0, np.int32), np.empty(0, np.float32), [])
 
 
+class FrameIds(Protocol):
+    """The tokens around documents, which a tokenizer has."""
+
+    @property
+    def start_id(self) -> int:
+        """Of `<s>`."""
+        ...
+
+    @property
+    def document_id(self) -> int:
+        """Of `</d>`."""
+        ...
+
+
 class _Span(NamedTuple):
     start: int
     end: int
@@ -56,7 +69,7 @@ class _Span(NamedTuple):
 
 
 def lay_out(
-    documents: Sequence[Document], tokenizer: Tokenizer, source_id: int = 0, next_token: int = NO_TOKEN
+    documents: Sequence[Document], frame: FrameIds, source_id: int = 0, next_token: int = NO_TOKEN
 ) -> Row:
     """Lay documents end to end in one row.
 
@@ -72,7 +85,7 @@ def lay_out(
     weighted: list[tuple[int, int, float]] = []  # tokens of another weight than 1
     ends: list[int] = []
     spans: dict[str, list[_Span]] = {}
-    start, end = (np.array([token], np.int32) for token in (tokenizer.start_id, tokenizer.document_id))
+    start, end = (np.array([token], np.int32) for token in (frame.start_id, frame.document_id))
     at = 0
     for document in documents:
         if document.begins:

@@ -138,7 +138,9 @@ def is_trained(config: EncoderConfig, name: str) -> bool:
 
 def _build_encoder(encoder: EncoderConfig, config: ModelConfig) -> nn.Module:
     if encoder.pretrained is None:
-        return Encoder(encoder, config.padded_vocab_size, config.decoder.hidden_size)
+        with torch.device("meta"):  # torch would draw weights that `initialize_parameters` draws anew
+            module = Encoder(encoder, config.padded_vocab_size, config.decoder.hidden_size)
+        return module.to_empty(device="cpu")
     from metalm.model.pretrained import PretrainedEncoder  # needs transformers, which takes seconds
 
     return PretrainedEncoder(encoder, config.decoder.hidden_size)
@@ -166,13 +168,12 @@ def encoder_draw(config: ModelConfig, name: str, pretrained: PretrainedWeights |
     """How a parameter of the EncoderBank starts. Embedding scale and connector are *open* in the paper.
 
     Args:
-        pretrained: from `load_pretrained_weights`; None where a checkpoint is about to be restored.
+        pretrained: from `load_pretrained_weights`; not needed for the other parameters.
     """
     _, encoder_name, *rest = name.split(".")
     encoder = config.encoders[encoder_name]
     if encoder.pretrained is not None and rest[0] == "model":
-        if pretrained is None:
-            return constant(0.0)
+        assert pretrained is not None
         value = pretrained[encoder_name][".".join(rest[1:])]
         return lambda whole, generator: whole.copy_(value)
     leaf, kind = rest[-2], rest[-1]

@@ -7,7 +7,8 @@ on every topology, and adding an encoder changes no other parameter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ def initialize_parameters(
     draw_for: Callable[[str], Draw],
     tensor_rank: int,
     tensor_size: int,
+    given: Collection[str] = (),
 ) -> None:
     """Fill every parameter of `module` in place, on the CPU in float32.
 
@@ -35,8 +37,12 @@ def initialize_parameters(
         draw_for: what to do for a parameter name.
         tensor_rank: which part of each sharded parameter is kept.
         tensor_size: number of parts.
+        given: parameters whose values come from elsewhere: NaN until then, so that a gap cannot go unseen.
     """
     for name, parameter in module.named_parameters():
+        if name in given:
+            torch.nn.init.constant_(parameter, math.nan)
+            continue
         digest = hashlib.sha256(f"init/{seed}/{component}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         sharding = sharding_of(parameter)

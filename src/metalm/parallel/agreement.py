@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,3 +45,20 @@ def raise_together(error: MetaLMError | None) -> None:
         if found is not None:
             kind, message = found
             raise kind(message) from error
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block without collectives whose MetaLMError, met by any rank, is raised by every rank.
+
+    Raises:
+        MetaLMError: of the first rank that has one.
+
+    Collective: all ranks, at the end of the block.
+    """
+    error = None
+    try:
+        yield
+    except MetaLMError as found:
+        error = found
+    raise_together(error)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -16,7 +19,6 @@ import torch
 from deepspeed.comm.torch import build_shm_op
 from torch import nn
 
-from metalm.checkpoint.folders import list_checkpoints
 from metalm.config import OptimizerConfig, RunConfig
 from metalm.config.load import load_deepspeed_json
 from metalm.model.decoder import Decoder, decoder_draw
@@ -45,41 +47,65 @@ def gradient_accumulation_steps(config: RunConfig, data_size: int) -> int:
     return config.training.global_batch_size // (data_size * config.training.micro_batch_size)
 
 
-def build_engines(config: RunConfig, topology: Topology) -> Engines:
-    """Build, initialise and shard the model.
+def build_engines(
+    config: RunConfig, topology: Topology, given: Mapping[str, Collection[str]] = MappingProxyType({})
+) -> Engines:
+    """Build and shard the model, with the weights that a new run starts with.
+
+    Args:
+        config: of the run.
+        topology: this rank's place.
+        given: by component, parameters that are read from a checkpoint afterwards. They are not drawn,
+            and are no numbers until then.
+
+    Raises:
+        ConfigError: the folder of a pretrained encoder, whose weights are not given, cannot be used.
 
     Collective: every rank of the job.
     """
     _prepare_extensions()
-    deepspeed.init_distributed(verbose=False)
-    decoder = Decoder(
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints on every rank
+        deepspeed.init_distributed(verbose=False)
+        decoder = _build_decoder(config, topology, given.get("decoder", ()))
+        encoders = _build_encoders(config, topology, given.get("encoders", ()))
+    return Engines(decoder, encoders)
+
+
+def _build_decoder(config: RunConfig, topology: Topology, given: Collection[str]) -> Any:
+    module = Decoder(
         config.model,
         config.data.sequence_length,
         topology,
         sequence_parallel=config.parallel.sequence_parallel,
     )
     initialize_parameters(
-        decoder,
+        module,
         "decoder",
         config.run.seed,
         lambda name: decoder_draw(config.model.decoder, name),
         topology.tensor_rank,
         topology.tensor_size,
+        given,
     )
-    decoder_engine = _build_engine(config, decoder, config.deepspeed.decoder, decoder_mpu(topology), topology)
+    return _build_engine(config, module, config.deepspeed.decoder, decoder_mpu(topology), topology)
+
+
+def _build_encoders(config: RunConfig, topology: Topology, given: Collection[str]) -> Any | None:
     if not config.model.encoders:
-        return Engines(decoder_engine, None)
-    encoders = EncoderBank(config.model)
-    # A run that goes on needs the folders of pretrained encoders no more.
-    goes_on = bool(list_checkpoints(config.run.folder / config.run.name / "checkpoints"))
-    pretrained = None if goes_on else load_pretrained_weights(config.model)
+        return None
+    module = EncoderBank(config.model)
+    is_given = all(name in given for name, _ in module.named_parameters())
+    pretrained = {} if is_given else load_pretrained_weights(config.model)
     initialize_parameters(
-        encoders, "encoders", config.run.seed, lambda name: encoder_draw(config.model, name, pretrained), 0, 1
+        module,
+        "encoders",
+        config.run.seed,
+        lambda name: encoder_draw(config.model, name, pretrained),
+        0,
+        1,
+        given,
     )
-    encoder_engine = _build_engine(
-        config, encoders, config.deepspeed.encoders, encoders_mpu(topology), topology
-    )
-    return Engines(decoder_engine, encoder_engine)
+    return _build_engine(config, module, config.deepspeed.encoders, encoders_mpu(topology), topology)
 
 
 def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mpu, topology: Topology) -> Any:

@@ -11,7 +11,9 @@ from metalm.evaluation.generation import generate_samples
 from metalm.evaluation.losses import held_out_losses
 from metalm.objectives import build_objective
 from metalm.training.checkpoint import CheckpointStore
+from metalm.training.engines import build_engines
 from metalm.training.session import open_session
+from metalm.training.start import decide_start
 
 
 def evaluate(corpus: Corpus, num_samples: int) -> int:
@@ -29,14 +31,16 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
     objective = build_objective(config)
     with open_session(corpus) as session:
         store = CheckpointStore(session.run_folder, config, session.topology)
-        folder = store.newest_whole()
-        if folder is None:
+        start = decide_start(corpus, store)
+        if start.checkpoint is None:
             raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
-        state = store.load(folder, session.engines)
-        losses = held_out_losses(session.engines, session.topology, corpus, objective)
+        engines = build_engines(config, session.topology, start.given)
+        state = store.load(start.checkpoint, engines)
+        session.log.open()
+        losses = held_out_losses(engines, session.topology, corpus, objective)
         for name, source in corpus.held_out.items() if objective.generates else ():
             samples = generate_samples(
-                session.engines,
+                engines,
                 session.topology,
                 corpus,
                 source,
@@ -47,7 +51,7 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
                 lines = (json.dumps({"reference": s.reference, "generated": s.generated}) for s in samples)
                 _replace(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
         if session.is_first:
-            result = {"step": state["step"], "losses": losses}
+            result = {"step": state.step, "losses": losses}
             _replace(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
             for name, loss in losses.items():
                 print(f"{name:<40} {loss:8.4f} {objective.loss_unit}".rstrip())

@@ -6,12 +6,11 @@ nothing that it did not wait for before.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metalm.checkpoint.state import GuardState
 from metalm.config import GuardConfig
 
 FINE, NOT_FINITE, SPIKE = range(3)
@@ -58,20 +57,21 @@ class StepGuard:
         """Forget what is usual: the run does not go on from where it was."""
         self._filled = torch.zeros_like(self._filled)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> GuardState:
         """For `state.json`. Waits for the device."""
-        return {
+        content = {
             "window": self._window.tolist(),
             "filled": int(self._filled),
             "skipped": self.skipped.tolist(),
         }
+        return GuardState.model_validate(content)
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: GuardState) -> None:
         """Go on from a saved state. A window of another length starts empty."""
-        self.skipped.copy_(torch.tensor(state["skipped"]))
-        if len(state["window"][0]) == self._size:
-            self._window.copy_(torch.tensor(state["window"], dtype=torch.float64))
-            self._filled.fill_(state["filled"])
+        self.skipped.copy_(torch.tensor(state.skipped))
+        if len(state.window[0]) == self._size:
+            self._window.copy_(torch.tensor(state.window, dtype=torch.float64))
+            self._filled.fill_(state.filled)
 
     @property
     def _size(self) -> int:

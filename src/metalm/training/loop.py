@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
 
 from metalm.batch import SemiCausalBatch
-from metalm.checkpoint.reader import CONFIG_NAME
-from metalm.config import RunConfig, write_config
+from metalm.checkpoint.state import Progress, RunFacts, RunState
+from metalm.config import RunConfig
 from metalm.config.secrets import without_secrets
 from metalm.data.corpus import Corpus
-from metalm.data.loader import TrainingData
 from metalm.errors import EXIT_DONE, EXIT_RESTART, FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
 from metalm.evaluation.losses import held_out_losses
 from metalm.objectives import Objective, build_objective
 from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
-from metalm.training.checkpoint import CheckpointStore
 from metalm.training.drift import find_drift
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
@@ -31,11 +27,11 @@ from metalm.training.monitor.json_lines import read_metrics
 from metalm.training.monitor.monitor import Monitor
 from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
-from metalm.training.session import Session, open_session, provenance
+from metalm.training.session import Session, open_session
 from metalm.training.slow_ranks import SlowRanks
+from metalm.training.start import StartedRun, start_run
 from metalm.training.step import StepResult, TrainStep
 from metalm.training.stopping import StopRequest
-from metalm.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +50,9 @@ def train(corpus: Corpus) -> int:
 
     Collective: all ranks of the job.
     """
-    objective = build_objective(corpus.config)
-    with open_session(corpus) as session:
-        run = _Run(corpus.config, session, objective)
+    config, objective = corpus.config, build_objective(corpus.config)
+    with open_session(corpus) as session, start_run(corpus, objective, session) as started:
+        run = _Run(config, session, objective, started)
         try:
             return run.train()
         finally:
@@ -66,37 +62,34 @@ def train(corpus: Corpus) -> int:
 class _Run:
     """A run in progress on this rank."""
 
-    def __init__(self, config: RunConfig, session: Session, objective: Objective) -> None:
+    def __init__(
+        self, config: RunConfig, session: Session, objective: Objective, started: StartedRun
+    ) -> None:
         self._config, self._session = config, session
+        self._engines, self._store, self._data = started.engines, started.store, started.data
+        self._watchdog, self._lock = started.watchdog, started.lock
+        self._lane_states = started.lane_states
         topology = session.topology
-        guards = config.guards
-        self._watchdog = Watchdog(session.run_folder / "logs", topology.rank, guards.hang_minutes)
         self._stop = StopRequest(session.run_folder, config.training.time_limit_minutes)
-        if session.is_first:
-            (session.run_folder / "checkpoints").mkdir(exist_ok=True)
-            write_config(config, session.run_folder / CONFIG_NAME, provenance())
-        self._store = CheckpointStore(session.run_folder, config, topology)
-        self._guard = StepGuard(guards, topology.device)
+        self._guard = StepGuard(config.guards, topology.device)
         self._objective = objective
         self._train_step = TrainStep(
-            session.engines,
+            self._engines,
             topology,
             len(config.data.sources),
             self._guard,
             self._objective,
         )
-        self._slow_ranks = SlowRanks(topology, guards.slow_rank_ratio)
+        self._slow_ranks = SlowRanks(topology, config.guards.slow_rank_ratio)
         self._tokenizer_fingerprint = session.corpus.tokenizer.fingerprint
         self._step = self._fingerprint = 0
         self._saved_step: int | None = None
         self._failed_saves = self._rewinds = self._skipped_in_a_row = self._skipped_steps = 0
         self._trained_tokens = torch.zeros((), dtype=torch.float64)
-        self._lane_states: dict[int, Any] | None = None
-        self._restore()
-        self._data = self._open_data()
+        if started.state is not None:
+            self._take_up(started.state)
         first_step = 0 if self._saved_step is None else self._step + 1
-        timer = self._train_step.timer
-        self._monitor = Monitor(config, topology, session.run_folder, first_step, timer)
+        self._monitor = Monitor(config, topology, session.run_folder, first_step, self._train_step.timer)
 
     def train(self) -> int:
         self._announce()
@@ -119,57 +112,15 @@ class _Run:
         return EXIT_DONE
 
     def close(self) -> None:
-        self._watchdog.close()
-        self._store.close()
-        if self._data is not None:
-            self._data.close()
         self._monitor.close()
 
-    def _restore(self) -> None:
-        folder = self._store.newest_whole()
-        if folder is None:
-            self._initialize()
-            return
-        self._load(folder)
-        # None in a checkpoint that was made from a Hugging Face folder.
-        self._lane_states = self._store.lane_states(folder) or None
-        logger.info("resumed from %s", folder)
-
-    def _load(self, folder: Path) -> None:
-        """Everything but the place in the data."""
-        state = self._store.load(folder, self._session.engines)
-        self._step = self._saved_step = int(state["step"])
-        self._trained_tokens.fill_(state["progress"]["trained_tokens"])
-        self._skipped_steps = self._session.engines.decoder.skipped_steps
-        if "guard" in state:
-            self._guard.load(state["guard"])
-
-    def _initialize(self) -> None:
-        """Take the weights of other runs where the config says so."""
-        initialize = self._config.initialize
-        for component in ("decoder", "encoders"):
-            path = getattr(initialize, component)
-            if path is not None:
-                self._store.initialize(path, component, self._session.engines, initialize.new)
-                logger.info("the %s start(s) from %s", component, path)
-
-    def _open_data(self) -> TrainingData | None:
-        """The data of this rank's TP group, on its first rank."""
-        topology, data, error = self._session.topology, None, None
-        if topology.tensor_rank == 0:
-            try:
-                data = TrainingData(
-                    self._session.corpus,
-                    self._objective,
-                    dp_rank=topology.data_rank,
-                    dp_size=topology.data_size,
-                    tp_size=topology.tensor_size,
-                    lane_states=self._lane_states,
-                )
-            except MetaLMError as found:
-                error = found
-        raise_together(error)
-        return data
+    def _take_up(self, state: RunState) -> None:
+        """Everything but the place in the data and what the engines hold."""
+        self._step = self._saved_step = state.step
+        self._trained_tokens.fill_(state.progress.trained_tokens)
+        self._skipped_steps = self._engines.decoder.skipped_steps
+        if state.guard is not None:
+            self._guard.load(state.guard)
 
     def _announce(self) -> None:
         config, session = self._config, self._session
@@ -186,13 +137,16 @@ class _Run:
 
         Data that is fetched but not trained on does not count: lane states follow the steps done.
         """
-        batches, error, wait_s = None, None, 0.0
+        batches, wait_s = None, 0.0
+        error: MetaLMError | None = None
         if self._data is not None:
             try:
                 batches = next(self._data)
                 wait_s = self._data.wait_s
             except MetaLMError as found:
                 error = found
+        if self._lock is not None and self._lock.is_lost():
+            error = FaultError(f"a later start of this job has taken the run {self._session.run_folder}")
         own = Verdict.FAIL if error else Verdict.STOP if self._stop.is_asked() else Verdict.GO_ON
         began = time.perf_counter()
         verdict, save_failed = agree(own, self._store.has_failed())
@@ -250,7 +204,7 @@ class _Run:
         folder = self._store.newest_whole()
         if folder is None:
             raise FaultError(f"{problem}, and there is no checkpoint to go back to")
-        self._load(folder)
+        self._take_up(self._store.load(folder, self._engines))
         self._guard.reset()
         self._rewinds += 1
         self._skipped_in_a_row = 0
@@ -263,7 +217,7 @@ class _Run:
         Raises:
             FaultError: on all ranks alike.
         """
-        problems = find_drift(self._session.engines, self._session.topology)
+        problems = find_drift(self._engines, self._session.topology)
         if problems:
             shown = [f"  {problem}" for problem in problems[:10]]
             raise FaultError(
@@ -274,7 +228,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         config, session = self._config, self._session
-        monitor, parts = config.monitor, (session.engines, session.topology, session.corpus)
+        monitor, parts = config.monitor, (self._engines, session.topology, session.corpus)
         if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
             self._watchdog.beat("evaluating")
             with self._monitor.apart("evaluate", self._step):
@@ -316,17 +270,15 @@ class _Run:
         return self._step % every == 0 or self._step == self._config.training.steps
 
     def _save(self, *, background: bool) -> None:
-        facts = {
-            "progress": {"trained_tokens": float(self._trained_tokens)},
-            "tokenizer": self._tokenizer_fingerprint,
-            "guard": self._guard.state(),
-        }
+        facts = RunFacts(
+            progress=Progress(trained_tokens=float(self._trained_tokens)),
+            tokenizer=self._tokenizer_fingerprint,
+            guard=self._guard.state(),
+        )
         lane_states = self._lane_states if self._data is not None else None
         self._watchdog.beat("saving")
         with self._monitor.apart("save", self._step):
-            problem = self._store.save(
-                self._session.engines, self._step, lane_states, facts, background=background
-            )
+            problem = self._store.save(self._engines, self._step, lane_states, facts, background=background)
         self._tell_failed_save(problem)
         self._saved_step = self._step
         self._watchdog.beat(f"step {self._step + 1}")

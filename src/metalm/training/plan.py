@@ -21,8 +21,14 @@ def describe_plan(config: RunConfig, world_size: int) -> str:
 
 
 def print_plan(config: RunConfig, world_size: int) -> int:
-    """Print the resolved config and the plan of a run on so many ranks."""
+    """Print the resolved config and the plan of a run on so many ranks.
+
+    The last lines are for the batch script: a name and a value, as it is.
+    """
     plan = describe_plan(config, world_size)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    print(plan)
+    print(f"{plan}\n")
+    initial = [name for name in ("decoder", "encoders") if getattr(config.initialize, name) is not None]
+    print(f"run folder: {config.run.folder / config.run.name}")
+    print(f"initial weights: {', '.join(initial) or 'none'}")
     return 0

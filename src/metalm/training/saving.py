@@ -7,13 +7,12 @@ while the training does.
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,20 @@ import torch
 from torch import Tensor
 
 from metalm.checkpoint.folders import prune_checkpoints
-from metalm.checkpoint.format import ParameterIndex, Piece, piece_name, rank_file, read_parameter, write_index
-from metalm.checkpoint.manifest import PARTIAL_SUFFIX, FileRecord, publish, record_file, write_manifest
-from metalm.checkpoint.reader import CONFIG_NAME, STATE_NAME, read_json
+from metalm.checkpoint.format import ParameterIndex, Piece, piece_name, rank_file, read_parameters
+from metalm.checkpoint.manifest import PARTIAL_SUFFIX, FileRecord, remove
+from metalm.checkpoint.publishing import complete_checkpoint, write_json
+from metalm.checkpoint.reader import DATA_FOLDER, read_json
+from metalm.checkpoint.state import RunState
 from metalm.checkpoint.writer import write_tensors
 from metalm.config import CheckpointConfig
+from metalm.errors import CheckpointError
 from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
 from metalm.training.pieces import owned_ranges, shard_shape
 
 logger = logging.getLogger(__name__)
 
-DATA_FOLDER = "data"
 _POLL_S = 0.05
 
 
@@ -96,9 +97,10 @@ class SaveJob:
     snapshots: Mapping[str, Snapshot]
     lane_states: Mapping[int, Any] | None
     """Of this rank's lanes; None where another rank of the TP group has them."""
-    state: Mapping[str, Any]
+    state: RunState
     topology: Topology
-    run_config: Path
+    config: bytes
+    """Of the run, as YAML."""
     keep: CheckpointConfig
 
     @property
@@ -120,7 +122,8 @@ class SaveJob:
                 written[name] = write_tensors(self.partial / name, snapshot.tensors)
         if self.lane_states is not None:
             name = f"{DATA_FOLDER}/lanes_{self.topology.data_rank:05d}.json"
-            written[name] = _write_json(self.partial / name, self.lane_states)
+            (self.partial / DATA_FOLDER).mkdir(exist_ok=True)
+            written[name] = write_json(self.partial / name, self.lane_states)
         record = {
             "files": {name: asdict(entry) for name, entry in written.items()},
             "indices": {
@@ -129,7 +132,7 @@ class SaveJob:
             },
         }
         path = _record_path(self.partial, self.topology.rank)
-        _write_json(path.with_suffix(PARTIAL_SUFFIX), record)
+        write_json(path.with_suffix(PARTIAL_SUFFIX), record)
         path.with_suffix(PARTIAL_SUFFIX).replace(path)
 
     def publish(self, abandoned: threading.Event) -> None:
@@ -149,17 +152,10 @@ class SaveJob:
             record = read_json(path)
             files |= {name: FileRecord(**entry) for name, entry in record["files"].items()}
             for component, index in record["indices"].items():
-                for name, entry in index.items():
-                    _add_pieces(indices[component], name, read_parameter(entry))
+                for name, own in read_parameters(index).items():
+                    _add_pieces(indices[component], name, own)
             path.unlink()
-        for component, index in indices.items():
-            write_index(self.partial / component, index)
-            files[f"{component}/index.json"] = record_file(self.partial / component / "index.json")
-        files[STATE_NAME] = _write_json(self.partial / STATE_NAME, self.state, indent=1)
-        shutil.copyfile(self.run_config, self.partial / CONFIG_NAME)
-        files[CONFIG_NAME] = record_file(self.partial / CONFIG_NAME)
-        write_manifest(self.partial, files)
-        publish(self.partial)
+        complete_checkpoint(self.partial, files, indices, self.state, self.config)
         try:
             keep = self.keep
             prune_checkpoints(self.folder.parent, keep.keep_last, keep.keep_every_steps, whole=self.folder)
@@ -203,7 +199,8 @@ class RunningSave:
         self._abandoned.set()
         self._pool.shutdown(wait=True)
         if self.job.topology.rank == 0:
-            shutil.rmtree(self.job.partial, ignore_errors=True)
+            with suppress(OSError):  # it is in nobody's way: the next save of this step removes it
+                remove(self.job.partial)
 
     def close(self) -> float:
         """End the threads; answer the seconds since the job began."""
@@ -213,7 +210,7 @@ class RunningSave:
 
 def _problem(part: Future[None]) -> str | None:
     error = part.exception()
-    if error is not None and not isinstance(error, OSError | Abandoned):
+    if error is not None and not isinstance(error, OSError | CheckpointError | Abandoned):
         raise error
     return None if error is None else str(error)
 
@@ -227,8 +224,3 @@ def _add_pieces(merged: dict[str, ParameterIndex], name: str, own: ParameterInde
 
 def _record_path(partial: Path, rank: int) -> Path:
     return partial / f"written_{rank:05d}.json"
-
-
-def _write_json(path: Path, content: Any, indent: int | None = None) -> FileRecord:
-    path.write_text(json.dumps(content, indent=indent))
-    return record_file(path)

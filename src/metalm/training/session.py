@@ -1,9 +1,7 @@
-"""What training and evaluation start with: ranks, topology, logs, engines."""
+"""What training and evaluation start with: ranks, topology, logs."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import sys
@@ -11,29 +9,26 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from metalm import __version__
-from metalm.commit import git_commit
 from metalm.data.corpus import Corpus
+from metalm.errors import MetaLMError
 from metalm.parallel.launch import Launch, find_launch, open_process_group
 from metalm.parallel.topology import Topology, build_topology, close_topology
-from metalm.training.engines import Engines, build_engines
 
 
 @dataclass(frozen=True)
 class Session:
-    """The ranks of a job with the model built on them."""
+    """The ranks of a job, joined; nothing is built or written yet."""
 
     launch: Launch
     topology: Topology
     corpus: Corpus
-    engines: Engines
     run_folder: Path
+    log: RunLog
 
     @property
     def is_first(self) -> bool:
@@ -43,7 +38,10 @@ class Session:
 
 @contextmanager
 def open_session(corpus: Corpus) -> Iterator[Session]:
-    """Join the ranks and build the model.
+    """Join the ranks.
+
+    What is logged goes to the run's folder from `session.log.open` on; also when the block ends by a fault
+    of ours before that, but not when it ends by a refusal, which changes nothing on disk.
 
     Args:
         corpus: from `check_start`.
@@ -53,34 +51,63 @@ def open_session(corpus: Corpus) -> Iterator[Session]:
     launch = find_launch(os.environ)
     config = corpus.config
     run_folder = config.run.folder / config.run.name
-    _open_log(run_folder, launch)
+    log = RunLog(launch, run_folder)
     if config.training.deterministic:
         _make_deterministic()
     device = open_process_group(launch, config.parallel.timeout_minutes)
     topology = build_topology(config.parallel.tensor, device)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the libraries greet on every rank
-            engines = build_engines(config, topology)
-        yield Session(launch, topology, corpus, engines, run_folder)
+        yield Session(launch, topology, corpus, run_folder, log)
+    except MetaLMError:
+        raise
+    except Exception:
+        log.open()
+        raise
     finally:
         close_topology()
 
 
-def provenance() -> dict[str, Any]:
-    """Versions and code that a run was started with."""
-    packages = ("torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy")
-    return {
-        "commit": git_commit(),
-        "python": sys.version.split()[0],
-        "versions": {"metalm": __version__, **{package: _version(package) for package in packages}},
-    }
+class RunLog:
+    """Everything that is logged: to `logs/rank_N.log` of the run, warnings of rank 0 to the terminal as well.
 
+    Until the start is accepted, lines are kept in memory.
+    """
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a plain folder, by PYTHONPATH
-        return "not installed"
+    def __init__(self, launch: Launch, run_folder: Path) -> None:
+        self._path = run_folder / "logs" / f"rank_{launch.rank:05d}.log"
+        self._form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._kept: MemoryHandler | None = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
+        root = logging.getLogger()
+        root.setLevel(logging.INFO)
+        root.addHandler(self._kept)
+        if launch.rank == 0:
+            terminal = logging.StreamHandler()
+            terminal.setLevel(logging.WARNING)
+            terminal.setFormatter(self._form)
+            terminal.addFilter(lambda record: record.name != "py.warnings")
+            root.addHandler(terminal)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        logging.captureWarnings(True)
+        deepspeed_logger = logging.getLogger("DeepSpeed")
+        deepspeed_logger.handlers.clear()
+        deepspeed_logger.propagate = True
+        deepspeed_logger.setLevel(logging.INFO)
+        logging.getLogger("metalm").info(
+            "rank %d of %d, started by %s", launch.rank, launch.world_size, launch.launcher
+        )
+
+    def open(self) -> None:
+        """Write what was kept, and all that follows, to the rank's file."""
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        log_file = logging.FileHandler(self._path)
+        log_file.setFormatter(self._form)
+        kept.setTarget(log_file)
+        kept.flush()
+        logging.getLogger().removeHandler(kept)
+        logging.getLogger().addHandler(log_file)
 
 
 def _make_deterministic() -> None:
@@ -89,30 +116,3 @@ def _make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def _open_log(run_folder: Path, launch: Launch) -> None:
-    """Everything to `logs/rank_N.log`; warnings of rank 0 to the terminal as well."""
-    folder = run_folder / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    log_file = logging.FileHandler(folder / f"rank_{launch.rank:05d}.log")
-    log_file.setFormatter(form)
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.addHandler(log_file)
-    if launch.rank == 0:
-        terminal = logging.StreamHandler()
-        terminal.setLevel(logging.WARNING)
-        terminal.setFormatter(form)
-        terminal.addFilter(lambda record: record.name != "py.warnings")
-        root.addHandler(terminal)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.captureWarnings(True)
-    deepspeed_logger = logging.getLogger("DeepSpeed")
-    deepspeed_logger.handlers.clear()
-    deepspeed_logger.propagate = True
-    deepspeed_logger.setLevel(logging.INFO)
-    logging.getLogger("metalm").info(
-        "rank %d of %d, started by %s", launch.rank, launch.world_size, launch.launcher
-    )

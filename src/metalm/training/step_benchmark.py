@@ -6,13 +6,14 @@ The step is the trainer's own, from batches in pinned host memory to the update;
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,16 +21,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
-from metalm.config.schema import EncoderConfig
+from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
 from metalm.data.collate import collate
-from metalm.data.rows import Row, RowSpans
+from metalm.data.documents.text import text_document
+from metalm.data.row import lay_out
+from metalm.document import Document, Part
 from metalm.kernels import backend_counts
+from metalm.modalities import modality_of_encoder
 from metalm.model.flops import count_training_flops
+from metalm.objectives import build_objective
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.engines import build_engines, gradient_accumulation_steps
 from metalm.training.guards import StepGuard
-from metalm.training.objective import build_objective
 from metalm.training.step import TrainStep
 
 WARM_UP_STEPS = 3
@@ -59,7 +63,7 @@ def measure_steps(
         with contextlib.redirect_stdout(io.StringIO()):
             engines = build_engines(config, topology)
         guard = StepGuard(config.guards, device)
-        objective = build_objective(config.training.replaced_tokens)
+        objective = build_objective(config)
         step = TrainStep(engines, topology, len(config.data.sources), guard, objective)
         batches = made_up_batches(config, one_document=one_document)
         positions = sum(batch.tokens.numel() for batch in batches)
@@ -102,62 +106,68 @@ def made_up_batches(config: RunConfig, *, one_document: bool) -> list[SemiCausal
         rows = []
         for _ in range(rows_each):
             number = int(generator.choice(len(sources), p=weights / weights.sum()))
-            source = sources[number]
-            encoder = config.model.encoders.get(source.encoder) if source.encoder else None
-            if source.kind == "image_text" and encoder is not None:
-                row = _row_of_pairs(config, str(source.encoder), encoder, number, generator)
-            else:
-                row = _row_of_text(
-                    config, source.encoder if encoder else None, number, one_document, generator
-                )
-            rows.append(row)
+            documents = _documents(config, sources[number], generator, one_document=one_document)
+            row = lay_out(documents, _FRAME, number)
+            rows.append(dataclasses.replace(row, dropout_seed=int(generator.integers(2**40))))
         batches.append(collate(rows, model_config=config.model, sequence_length=length, tp_size=1, pad_id=0))
     return batches
 
 
-def _row_of_text(
-    config: RunConfig, encoder: str | None, source_id: int, one_document: bool, generator: np.random.Generator
-) -> Row:
-    length = config.data.sequence_length
-    ends: list[int] = []
-    while not ends or ends[-1] < length:
-        size = length if one_document else 2 + int(generator.exponential(_MEAN_DOCUMENT))
-        ends.append(min((ends[-1] if ends else 0) + size, length))
-    spans = {}
+class _Frame(NamedTuple):
+    """What stands around documents."""
+
+    start_id: int
+    document_id: int
+
+
+_FRAME = _Frame(1, 2)
+
+
+def _documents(
+    config: RunConfig, source: SourceConfig, generator: np.random.Generator, *, one_document: bool
+) -> list[Document]:
+    """Of one full row."""
+    encoders, length = config.model.encoders, config.data.sequence_length
+    readers = {modality: name for modality, name in source.readers.items() if name in encoders}
+    for modality, name in readers.items():
+        if modality != TEXT:
+            num_vectors = modality_of_encoder(encoders[name]).max_vectors(encoders[name])
+            pair_size = num_vectors + _PREFIX + _CAPTION + 2
+            return [_pair(config, name, encoders[name], generator) for _ in range(length // pair_size)]
+    documents: list[Document] = []
+    left = length
+    while left > 0:
+        size = length if one_document else 3 + int(generator.exponential(_MEAN_DOCUMENT))
+        size = min(size, left) if left - size > 2 else left
+        body = _tokens(config, size - 2, generator)
+        spans = _spans(config, len(body), generator) if TEXT in readers else []
+        documents.append(text_document(body, spans, readers.get(TEXT)))
+        left -= size
+    return documents
+
+
+def _spans(config: RunConfig, length: int, generator: np.random.Generator) -> list[tuple[int, int]]:
     settings = config.data.spans
-    if encoder is not None and settings is not None:
-        bounds, place = [], 1
-        while True:
-            size = int(generator.integers(settings.min_length, settings.max_length + 1))
-            place += int(size * (1 / settings.fraction - 1))
-            if place + size >= length:
-                break
-            if not any(place < end < place + size + 1 for end in ends):
-                bounds.append((place, place + size))
-            place += size
-        found = np.array(bounds, np.int64).reshape(-1, 2)
-        spans[encoder] = RowSpans(found, np.zeros(len(found), np.int64))
-    return Row(_tokens(config, length, generator), ends, 1, spans, source_id, int(generator.integers(2**40)))
+    found: list[tuple[int, int]] = []
+    place = 0
+    while True:
+        size = int(generator.integers(settings.min_length, settings.max_length + 1))
+        place += int(size * (1 / settings.fraction - 1))
+        if place + size > length:
+            return found
+        found.append((place, place + size))
+        place += size
 
 
-def _row_of_pairs(
-    config: RunConfig, name: str, encoder: EncoderConfig, source_id: int, generator: np.random.Generator
-) -> Row:
-    assert encoder.image is not None
-    patches = encoder.image.num_patches
-    whole = 1 + patches + _PREFIX + _CAPTION
-    count = config.data.sequence_length // whole
-    starts = np.arange(count) * whole + 1
-    bounds = np.stack([starts, starts + patches + _PREFIX], axis=1)
-    shape = (count * patches, 3 * encoder.image.patch_size**2)
-    media = generator.integers(0, 256, shape, dtype=np.uint8)
-    return Row(
-        _tokens(config, count * whole, generator),
-        [int(end) for end in (np.arange(count) + 1) * whole],
-        spans={name: RowSpans(bounds, np.full(count, patches), media)},
-        source_id=source_id,
-        dropout_seed=int(generator.integers(2**40)),
-    )
+def _pair(config: RunConfig, name: str, encoder: EncoderConfig, generator: np.random.Generator) -> Document:
+    modality = modality_of_encoder(encoder)
+    none, num_vectors = modality.no_media(encoder), modality.max_vectors(encoder)
+    (rows,) = modality.rows_of_media(np.array([num_vectors]))
+    content = generator.integers(0, 256, (rows, *none.shape[1:])).astype(none.dtype)
+    placeholders = np.zeros(num_vectors, np.int32)
+    prefix, caption = _tokens(config, _PREFIX, generator), _tokens(config, _CAPTION, generator)
+    media = Part(modality.name, placeholders, name, content=content)
+    return Document((media, Part(TEXT, prefix, name), Part(TEXT, caption)))
 
 
 def _tokens(config: RunConfig, length: int, generator: np.random.Generator) -> np.ndarray:

@@ -52,6 +52,7 @@ class Watchdog:
 
     def _bark(self, silent_s: float) -> None:
         message = f"rank {self._rank} has hung for {silent_s:.0f} s while {self._doing}"
+        self._stacks.parent.mkdir(parents=True, exist_ok=True)  # a run may hang before it begins to write
         with self._stacks.open("w") as handle:
             handle.write(message + "\n")
             handle.flush()

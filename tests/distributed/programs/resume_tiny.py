@@ -38,7 +38,7 @@ def main() -> None:
         state = CheckpointStore(Path(folder), config, topology).load(Path(checkpoint), engines)
         step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses = []
-        for number in range(state["step"], state["step"] + int(steps)):
+        for number in range(state.step, state.step + int(steps)):
             batches = micro_batches(global_batch(number), config, topology.data_rank, topology.data_size)
             result = step.run(batches, rate_of(number))
             losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))

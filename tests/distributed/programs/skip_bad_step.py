@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distributed.tiny import global_batch, micro_batches, tiny_config
+from metalm.checkpoint.state import RunFacts
 from metalm.config import write_config
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
@@ -49,7 +50,7 @@ def main() -> None:
         result = step.run(batches, 1e-2)
         skipped.append(result.skipped_steps)
         norms.append(float(result.norms.joint))
-        store.save(engines, number + 1, None, {})
+        store.save(engines, number + 1, None, RunFacts())
     print("RESULT " + json.dumps({"rank": launch.rank, "skipped": skipped, "norms": norms}), flush=True)
     close_topology()
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from conversion.cases import PROMPTS, prompt_row, run_config
+from metalm.checkpoint.state import Progress, RunFacts
 from metalm.config import write_config
 from metalm.config.schema import DeepSpeedConfig, ParallelConfig
 from metalm.data.collate import collate
@@ -73,8 +74,8 @@ def main() -> None:
     for rate in RATES:
         result = step.run(batches, rate)
         losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))
-    state = {"progress": {"trained_tokens": 100.0}}
-    CheckpointStore(folder, config, topology).save(engines, len(RATES), None, state)
+    facts = RunFacts(progress=Progress(trained_tokens=100.0))
+    CheckpointStore(folder, config, topology).save(engines, len(RATES), None, facts)
     logits = {}
     with evaluating(engines):
         for name, prompt in zip(PROMPTS, prompts, strict=True):

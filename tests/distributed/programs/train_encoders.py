@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distributed.encoder_variants import variant_batch, variant_config
 from distributed.tiny import RATES, STEPS, micro_batches
+from metalm.checkpoint.state import RunFacts
 from metalm.config import write_config
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
@@ -44,12 +45,12 @@ def main() -> None:
             write_config(config, run_folder / "config.yaml", {})
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
-        first = 0 if start == "new" else int(store.load(Path(start), engines)["step"])
+        first = 0 if start == "new" else store.load(Path(start), engines).step
         step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses = []
         for number in range(first, STEPS + 1):
             if number in SAVED_STEPS:
-                store.save(engines, number, None, {})
+                store.save(engines, number, None, RunFacts())
             if number == STEPS:
                 break
             rows = variant_batch(number)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from distributed.tiny import STEPS, global_batch, micro_batches, rate_of, tiny_config
+from metalm.checkpoint.state import RunFacts
 from metalm.config import write_config
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
@@ -51,7 +52,7 @@ def main() -> None:
             write_config(config, run_folder / "config.yaml", {})
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
-        store.save(engines, 0, None, {})
+        store.save(engines, 0, None, RunFacts())
         step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
         losses, norms = [], []
         seen = watch_first_layer(engines)
@@ -61,7 +62,7 @@ def main() -> None:
             result = step.run(batches, rate_of(number))
             losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))
             norms.append(float(result.norms.joint))
-        store.save(engines, steps, None, {})
+        store.save(engines, steps, None, RunFacts())
         answer = {
             "zero": pair,
             "losses": losses,

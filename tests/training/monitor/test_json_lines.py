@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from metalm.training.monitor.json_lines import (
@@ -40,3 +41,24 @@ def test_starts_are_counted_with_those_that_are_superseded(tmp_path: Path) -> No
         append_metrics(tmp_path, max(0, first_step - 1), {RESTARTS: start})
         append_metrics(tmp_path, first_step + 7, {"loss": 1.0, RESTARTS: start})
     assert [(e["step"], e[RESTARTS]) for e in read_metrics(tmp_path)] == [(0, 1), (4, 2), (12, 2)]
+
+
+def test_torn_lines_anywhere_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for step in (1, 2, 3):
+        append_metrics(tmp_path, step, {"loss/all": float(step)})
+    path = tmp_path / "logs" / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    torn = (
+        b"\0" * 600 + b"\n",
+        b"\n",
+        second[:9] + second,
+        b"[1]}\n",
+        b'{"loss/all": 3}\n',
+        b'{"step": "}\n',
+    )
+    path.write_bytes(first + b"".join(torn) + b"\xff\xfe{}\n" + third + third[:-5])
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 3]
+    drop_superseded(tmp_path, 3)
+    append_metrics(tmp_path, 3, {})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]

@@ -51,17 +51,31 @@ def append_metrics(run_folder: Path, step: int, figures: Mapping[str, float]) ->
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """All figures written so far, one dictionary per write, in order; a line cut short is left out."""
+    """All figures written so far, one dictionary per write, in order; a line that is torn is left out.
+
+    A line is torn at the end of the file while it is written, and inside where a machine went down.
+    """
     path = _path(run_folder)
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    found = map(_parse, path.read_bytes().splitlines())
+    return [entry for entry in found if entry is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_entry = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    return entry if is_entry else None
 
 
 def count_starts(run_folder: Path) -> int:
     """How often the run was started before, steps that are superseded included."""
     return 1 + max(
-        (int(entry[RESTARTS]) for entry in read_metrics(run_folder) if RESTARTS in entry), default=-1
+        (entry[RESTARTS] for entry in read_metrics(run_folder) if isinstance(entry.get(RESTARTS), int)),
+        default=-1,
     )
 
 

@@ -1,0 +1,232 @@
+"""How a run starts: fresh, from its own newest checkpoint, or from weights of other runs.
+
+Decided once, under the run folder's lock and before the model is built, so that weights which a checkpoint
+has are not drawn first. Until ranks, data, model and weights are there, nothing in the run's folder
+changes: a start that is refused leaves no trace.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from metalm.checkpoint.folders import CHECKPOINTS_NAME
+from metalm.checkpoint.reader import CONFIG_NAME, CheckpointReader
+from metalm.checkpoint.state import RunState, first_mistake
+from metalm.config import ModelConfig, RunConfig, write_config
+from metalm.data.corpus import Corpus
+from metalm.data.loader import TrainingData
+from metalm.errors import CheckpointError, ConfigError
+from metalm.objectives import Objective
+from metalm.parallel.agreement import together
+from metalm.parallel.topology import Topology
+from metalm.run_lock import RunLock
+from metalm.training.checkpoint import CheckpointStore
+from metalm.training.engines import Engines, build_engines
+from metalm.training.provenance import provenance
+from metalm.training.session import Session
+from metalm.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+_FREE_TO_CHANGE = ("dropout", "recompute", "trained_layers", "pretrained.path")
+"""Ends of keys of the model's section that may differ from start to start: the weights keep their meaning."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from."""
+
+    checkpoint: Path | None = None
+    """Its own newest whole checkpoint."""
+    initial: Mapping[str, Path] = field(default_factory=dict)
+    """Of a new run: by component, the checkpoint of another run whose weights it takes."""
+    given: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By component, the parameters that these checkpoints hold."""
+
+
+@dataclass(frozen=True)
+class StartedRun:
+    """A run whose start has been accepted, on this rank."""
+
+    engines: Engines
+    store: CheckpointStore
+    data: TrainingData | None
+    """Of this rank's TP group, on its first rank."""
+    state: RunState | None
+    """That it goes on from; None: it is new."""
+    lane_states: Mapping[int, Any] | None
+    watchdog: Watchdog
+    lock: RunLock | None
+    """Of the run's folder, on the first rank."""
+
+
+@contextmanager
+def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterator[StartedRun]:
+    """Take the run's folder, decide what the run starts from, build it, and begin to write.
+
+    Raises:
+        ConfigError: another run has the folder, or the checkpoint is of another model or tokenizer.
+        BusyError: the folder's last holder may still live.
+        CheckpointError, DataError: checkpoints or data cannot be used.
+
+    Collective: all ranks.
+    """
+    config, topology, folder = corpus.config, session.topology, session.run_folder
+    with ExitStack() as stack:
+        with together():
+            lock = RunLock(folder) if session.is_first else None
+        if lock is not None:
+            stack.callback(lock.release)
+        store = CheckpointStore(folder, config, topology)
+        stack.callback(store.close)
+        start = decide_start(corpus, store)
+        engines = build_engines(config, topology, start.given)
+        watchdog = Watchdog(folder / "logs", topology.rank, config.guards.hang_minutes)
+        stack.callback(watchdog.close)
+        state = load_start(start, config, store, engines)
+        lane_states = None
+        if start.checkpoint is not None:  # no lanes in one that was made of weights alone
+            lane_states = store.open(start.checkpoint).lane_states() or None
+        data = _open_data(corpus, objective, topology, lane_states)
+        if data is not None:
+            stack.callback(data.close)
+        if lock is not None:
+            lock.accept()
+            (folder / CHECKPOINTS_NAME).mkdir(exist_ok=True)
+            write_config(config, folder / CONFIG_NAME, provenance())
+        session.log.open()
+        yield StartedRun(engines, store, data, state, lane_states, watchdog, lock)
+
+
+def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
+    """What a run starts from; the checkpoints are hashed, and the run's own compared with its config.
+
+    Raises:
+        ConfigError: the run's checkpoint is of another model or tokenizer.
+        CheckpointError: a checkpoint is missing or damaged.
+
+    Collective: all ranks.
+    """
+    config = corpus.config
+    own = store.newest_whole()
+    if own is not None:
+        reader = store.open(own)
+        with together():
+            _refuse_another_model(corpus, reader)
+        given = {name: frozenset(reader.parameters(name)) for name in reader.components()}
+        return Start(checkpoint=own, given=given)
+    initial, given = {}, {}
+    for component in ("decoder", "encoders"):
+        path: Path | None = getattr(config.initialize, component)
+        if path is None:
+            continue
+        if component == "encoders" and not config.model.encoders:
+            raise CheckpointError(f"the model has no {component} to start from {path}")
+        initial[component] = store.find_whole(path)
+        reader = store.open(initial[component])
+        with together():
+            given[component] = frozenset(reader.parameters(component))
+    return Start(initial=initial, given=given)
+
+
+def load_start(start: Start, config: RunConfig, store: CheckpointStore, engines: Engines) -> RunState | None:
+    """Read what the engines of a run start from; answer its state if it goes on.
+
+    Raises:
+        CheckpointError: a checkpoint does not fit the model.
+
+    Collective: all ranks.
+    """
+    for component, folder in start.initial.items():
+        store.initialize(folder, component, engines, config.initialize.new)
+        logger.info("the %s start(s) from %s", component, folder)
+    if start.checkpoint is None:
+        return None
+    state = store.load(start.checkpoint, engines)
+    logger.info("resumed from %s", start.checkpoint)
+    return state
+
+
+def _refuse_another_model(corpus: Corpus, reader: CheckpointReader) -> None:
+    """Refuse to go on from a checkpoint whose weights mean something else under this config.
+
+    Raises:
+        ConfigError: naming every key that differs.
+        CheckpointError: the checkpoint's config cannot be read.
+    """
+    advice = (
+        "\ngive the run's own values; or start a new run from its weights: another run.name, with "
+        f"initialize.decoder and initialize.encoders={reader.folder}"
+    )
+    if CONFIG_NAME in reader.files:
+        changes = list(_changes("model", _model_of(reader), corpus.config.model.model_dump(mode="json")))
+        if changes:
+            lines = [f"  {key}: {old} in the checkpoint, {new} in the config" for key, old, new in changes]
+            raise ConfigError(
+                "\n".join([f"{reader.folder} is of another model than the config's:", *lines]) + advice
+            )
+    tokenizer = corpus.tokenizer
+    if reader.state.tokenizer not in (None, tokenizer.fingerprint):
+        raise ConfigError(
+            f"data.tokenizer: {corpus.config.data.tokenizer} ({tokenizer.fingerprint[:16]}) is not the "
+            f"tokenizer that {reader.folder} was trained with ({reader.state.tokenizer[:16]}): "
+            "ids mean other tokens" + advice
+        )
+
+
+def _model_of(reader: CheckpointReader) -> dict[str, Any]:
+    """The model's section of the config that a checkpoint was written with; later keys have their default."""
+    path = reader.path_of(CONFIG_NAME)
+    try:
+        section = yaml.safe_load(path.read_text())["model"]
+        return ModelConfig.model_validate(section).model_dump(mode="json")
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} is of another version of this program: model.{first_mistake(error)}"
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Keys whose values differ, with both values.
+
+    What transformers says of a pretrained model has other keys in other versions: those of both count.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        is_foreign = key.endswith((".pretrained.definition", ".pretrained.processor"))
+        for name in old.keys() & new.keys() if is_foreign else dict.fromkeys([*old, *new]):
+            yield from _changes(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new and not key.endswith(tuple(f".{name}" for name in _FREE_TO_CHANGE)):
+        yield key, _shown(old), _shown(new)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "absent"
+    return "present" if isinstance(value, dict) else repr(value)
+
+
+def _open_data(
+    corpus: Corpus, objective: Objective, topology: Topology, lane_states: Mapping[int, Any] | None
+) -> TrainingData | None:
+    data = None
+    with together():
+        if topology.tensor_rank == 0:
+            data = TrainingData(
+                corpus,
+                objective,
+                dp_rank=topology.data_rank,
+                dp_size=topology.data_size,
+                tp_size=topology.tensor_size,
+                lane_states=None if lane_states is None else dict(lane_states),
+            )
+    return data

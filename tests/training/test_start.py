@@ -1,0 +1,219 @@
+"""What a run starts from is decided before its model is built, and what a checkpoint holds is not drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoint.test_checkpoint import make_checkpoint
+from checkpoint.test_damage import rewrite
+from distributed.tiny import tiny_config
+from metalm.checkpoint.reader import CheckpointReader
+from metalm.checkpoint.state import RunFacts
+from metalm.config import RunConfig, config_content
+from metalm.data.tokenizer import load_tokenizer, train_tokenizer
+from metalm.errors import CheckpointError, ConfigError
+from metalm.training import engines as engines_module
+from metalm.training.checkpoint import CheckpointStore
+from metalm.training.engines import build_engines
+from metalm.training.start import decide_start, load_start
+
+OTHER_ENCODER = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_text_positions": 8}
+
+
+@pytest.fixture(autouse=True)
+def _as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DeepSpeed asks of whoever has joined the ranks."""
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def weights(engines: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{component}/{name}": parameter.detach().clone()
+        for component, engine in engines.by_component().items()
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+def config_with(folder: Path, **changes: Any) -> RunConfig:
+    """The tiny run with a tokenizer; both ZeRO stages leave parameters whole."""
+    if not (folder / "tokenizer").exists():
+        train_tokenizer(["the quick brown fox"], 300, folder / "tokenizer")
+    stages = {
+        "decoder": "deepspeed_configs/decoder_zero1.json",
+        "encoders": "deepspeed_configs/encoders_zero1.json",
+    }
+    content = tiny_config(str(folder), **stages).model_dump(mode="json")
+    content["data"]["tokenizer"] = str(folder / "tokenizer")
+    content["model"]["vocab_size"] = 300
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        section = content
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return RunConfig.model_validate(content)
+
+
+def refuse(*arguments: Any) -> Any:
+    raise AssertionError("a weight was drawn")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it: from then on drawing a weight is an error."""
+
+    def forbid() -> None:
+        for name in ("decoder_draw", "encoder_draw"):
+            monkeypatch.setattr(engines_module, name, refuse)
+
+    return forbid
+
+
+def test_a_resumed_run_draws_no_weight_and_covers_all(
+    topology: Any, tmp_path: Path, drawn: Callable[[], None]
+) -> None:
+    config = config_with(tmp_path)
+    store = CheckpointStore(tmp_path / "tiny", config, topology)
+    first = build_engines(config, topology)
+    expected = weights(first)
+    store.save(first, 3, {0: "somewhere"}, RunFacts())
+    drawn()
+    start = decide_start(config, store)
+    assert start.checkpoint == tmp_path / "tiny" / "checkpoints" / "step_00000003"
+    second = build_engines(config, topology, start.given)
+    assert all(tensor.isnan().all() for tensor in weights(second).values())
+    state = load_start(start, config, store, second)
+    assert state is not None and state.step == 3
+    found = weights(second)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    on_disk = load_file(start.checkpoint / "encoders" / "rank_00000.safetensors")
+    for name in second.encoders.module.state_dict():
+        assert torch.equal(found[f"encoders/{name}"].flatten(), on_disk[f"{name}|master"])
+    assert store.open(start.checkpoint).lane_states() == {0: "somewhere"}
+
+
+def test_what_a_checkpoint_lacks_is_an_error(topology: Any, tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    store = CheckpointStore(tmp_path / "tiny", config, topology)
+    store.save(build_engines(config, topology), 3, None, RunFacts())
+    folder = tmp_path / "tiny" / "checkpoints" / "step_00000003"
+    index = json.loads((folder / "encoders" / "index.json").read_text())
+    del index["parameters"][min(index["parameters"])]
+    rewrite(folder, "encoders/index.json", json.dumps(index).encode())
+    start = decide_start(config, store)
+    engines = build_engines(config, topology, start.given)
+    with pytest.raises(CheckpointError, match=r"lacks 1 parameter\(s\), such as encoders"):
+        load_start(start, config, store, engines)
+
+
+def test_a_new_run_draws_only_what_its_sources_lack(
+    topology: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = config_with(tmp_path)
+    built = build_engines(source, topology)
+    CheckpointStore(tmp_path / "tiny", source, topology).save(built, 3, None, RunFacts())
+    content = source.model_dump(mode="json")
+    content["run"] |= {"name": "grown", "seed": 77}
+    content["model"]["encoders"]["extra"] = content["model"]["encoders"]["text"]
+    content["initialize"] = {"encoders": str(tmp_path / "tiny"), "new": ["encoders.extra.*"]}
+    config = RunConfig.model_validate(content)
+    store = CheckpointStore(tmp_path / "grown", config, topology)
+    names: list[str] = []
+    draw = engines_module.encoder_draw
+
+    def count(model: Any, name: str, pretrained: Any) -> Any:
+        names.append(name)
+        return draw(model, name, pretrained)
+
+    monkeypatch.setattr(engines_module, "encoder_draw", count)
+    start = decide_start(config, store)
+    assert start.checkpoint is None
+    engines = build_engines(config, topology, start.given)
+    assert load_start(start, config, store, engines) is None
+    assert {name.split(".")[1] for name in names} == {"extra"}
+    monkeypatch.setattr(engines_module, "encoder_draw", draw)
+    fresh, found, before = weights(build_engines(config, topology)), weights(engines), weights(built)
+    for name, tensor in found.items():
+        is_taken = name in before and name.startswith("encoders/")
+        assert torch.equal(tensor, before[name] if is_taken else fresh[name]), name
+
+
+@pytest.fixture
+def store(topology: Any, tmp_path: Path) -> CheckpointStore:
+    """Of a run with a hand-made checkpoint, which `config_with(tmp_path)` describes."""
+    config = config_with(tmp_path)
+    folder = make_checkpoint(tmp_path / "tiny" / "checkpoints", 4)
+    rewrite(folder, "config.yaml", config_content(config, {}))
+    state = json.loads((folder / "state.json").read_text())
+    state["tokenizer"] = load_tokenizer(config.data.tokenizer).fingerprint
+    rewrite(folder, "state.json", json.dumps(state).encode())
+    return CheckpointStore(tmp_path / "tiny", config, topology)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("model__decoder__hidden_size", 64, "model.decoder.hidden_size: 32 in the checkpoint, 64 in the"),
+        ("model__decoder__activation", "gelu_tanh", "model.decoder.activation: 'gelu' in the checkpoint"),
+        ("model__decoder__num_heads", 8, "model.decoder.num_heads: 4 in the checkpoint, 8 in the config"),
+        ("model__encoders__text__positions", "rope", "model.encoders.text.positions: 'learned'"),
+        ("model__encoders__other", OTHER_ENCODER, "model.encoders.other: absent in the checkpoint, present"),
+    ],
+)
+def test_another_model_is_refused_by_key_before_it_is_built(
+    store: CheckpointStore, tmp_path: Path, key: str, value: Any, line: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        decide_start(config_with(tmp_path, **{key: value}), store)
+    assert line in str(refusal.value)
+    assert "another run.name, with initialize.decoder" in str(refusal.value)
+
+
+def test_another_tokenizer_is_refused(store: CheckpointStore, tmp_path: Path) -> None:
+    train_tokenizer(["other words than those"], 300, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"data.tokenizer: .*other.* is not the tokenizer that"):
+        decide_start(config_with(tmp_path, data__tokenizer=str(tmp_path / "other")), store)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model__decoder__recompute", True),
+        ("model__decoder__dropout", 0.1),
+        ("model__encoders__text__trained_layers", 1),
+        ("training__steps", 7),
+        ("training__optimizer__learning_rate", 0.1),
+    ],
+)
+def test_what_leaves_the_weights_their_meaning_may_change(
+    store: CheckpointStore, tmp_path: Path, key: str, value: Any
+) -> None:
+    start = decide_start(config_with(tmp_path, **{key: value}), store)
+    assert start.checkpoint == tmp_path / "tiny" / "checkpoints" / "step_00000004"
+
+
+def test_a_config_of_another_version_is_said(store: CheckpointStore, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny" / "checkpoints" / "step_00000004"
+    rewrite(folder, "config.yaml", b"model: {vocab_size: 300, decoder: {number_of_layers: 2}}")
+    with pytest.raises(CheckpointError, match=r"is of another version .*model\.decoder\."):
+        decide_start(config_with(tmp_path), store)
+
+
+def test_a_damaged_newest_is_passed_over_and_a_state_that_does_not_parse_is_damage(
+    store: CheckpointStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    newest = make_checkpoint(checkpoints, 5)
+    rewrite(newest, "state.json", b"[" * 100_000)
+    assert store.newest_whole() == checkpoints / "step_00000004"
+    assert f"{newest} is passed over" in caplog.text
+    CheckpointReader(checkpoints / "step_00000004", verify=True)
