@@ -27,7 +27,7 @@ from metalm.training.engines import Engines, build_engines
 from metalm.training.generate import evaluating, generate_greedily
 from metalm.training.objective import build_objective
 from metalm.training.session import open_session
-from metalm.training.start import decide_start
+from metalm.training.start import decide_start, load_start
 
 GENERATION_BATCH = 32
 TEXT_PROMPT_TOKENS = 32
@@ -120,7 +120,7 @@ def evaluate(config: RunConfig, num_samples: int) -> int:
         if start.checkpoint is None:
             raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
         engines = build_engines(config, session.topology, start.given)
-        state = store.load(start.checkpoint, engines)
+        load_start(start, config, session.topology, engines)
         session.log.open()
         losses = held_out_losses(engines, session.topology, config)
         for name in config.data.evaluation:
@@ -131,7 +131,7 @@ def evaluate(config: RunConfig, num_samples: int) -> int:
                 lines = (json.dumps({"reference": s.reference, "generated": s.generated}) for s in samples)
                 _replace(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
         if session.is_first:
-            result = {"step": state.step, "losses": losses}
+            result = {"step": start.checkpoint.step, "losses": losses}
             _replace(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
             unit = "nats per token" if config.training.replaced_tokens is None else ""
             for name, loss in losses.items():
