@@ -87,18 +87,19 @@ def test_a_resumed_run_draws_no_weight_and_covers_all(
     store.save(first, 3, {0: "somewhere"}, RunFacts())
     drawn()
     start = decide_start(config, store)
-    assert start.checkpoint == tmp_path / "tiny" / "checkpoints" / "step_00000003"
+    assert start.checkpoint is not None
+    assert start.checkpoint.folder == tmp_path / "tiny" / "checkpoints" / "step_00000003"
     second = build_engines(config, topology, start.given)
     assert all(tensor.isnan().all() for tensor in weights(second).values())
-    state = load_start(start, config, store, second)
+    state = load_start(start, config, topology, second)
     assert state is not None and state.step == 3
     found = weights(second)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    on_disk = load_file(start.checkpoint / "encoders" / "rank_00000.safetensors")
+    on_disk = load_file(start.checkpoint.folder / "encoders" / "rank_00000.safetensors")
     for name in second.encoders.module.state_dict():
         assert torch.equal(found[f"encoders/{name}"].flatten(), on_disk[f"{name}|master"])
-    assert store.open(start.checkpoint).lane_states() == {0: "somewhere"}
+    assert start.checkpoint.lane_states() == {0: "somewhere"}
 
 
 def test_what_a_checkpoint_lacks_is_an_error(topology: Any, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_what_a_checkpoint_lacks_is_an_error(topology: Any, tmp_path: Path) -> N
     start = decide_start(config, store)
     engines = build_engines(config, topology, start.given)
     with pytest.raises(CheckpointError, match=r"lacks 1 parameter\(s\), such as encoders"):
-        load_start(start, config, store, engines)
+        load_start(start, config, topology, engines)
 
 
 def test_a_new_run_draws_only_what_its_sources_lack(
@@ -138,7 +139,7 @@ def test_a_new_run_draws_only_what_its_sources_lack(
     start = decide_start(config, store)
     assert start.checkpoint is None
     engines = build_engines(config, topology, start.given)
-    assert load_start(start, config, store, engines) is None
+    assert load_start(start, config, topology, engines) is None
     assert {name.split(".")[1] for name in names} == {"extra"}
     monkeypatch.setattr(engines_module, "encoder_draw", draw)
     fresh, found, before = weights(build_engines(config, topology)), weights(engines), weights(built)
@@ -198,7 +199,8 @@ def test_what_leaves_the_weights_their_meaning_may_change(
     store: CheckpointStore, tmp_path: Path, key: str, value: Any
 ) -> None:
     start = decide_start(config_with(tmp_path, **{key: value}), store)
-    assert start.checkpoint == tmp_path / "tiny" / "checkpoints" / "step_00000004"
+    assert start.checkpoint is not None
+    assert start.checkpoint.folder == tmp_path / "tiny" / "checkpoints" / "step_00000004"
 
 
 def test_a_config_of_another_version_is_said(store: CheckpointStore, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from metalm.objectives import build_objective
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
 from metalm.training.session import open_session
-from metalm.training.start import decide_start
+from metalm.training.start import decide_start, load_start
 
 
 def evaluate(corpus: Corpus, num_samples: int) -> int:
@@ -35,7 +35,7 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
         if start.checkpoint is None:
             raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
         engines = build_engines(config, session.topology, start.given)
-        state = store.load(start.checkpoint, engines)
+        load_start(start, config, session.topology, engines)
         session.log.open()
         losses = held_out_losses(engines, session.topology, corpus, objective)
         for name, source in corpus.held_out.items() if objective.generates else ():
@@ -51,7 +51,7 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
                 lines = (json.dumps({"reference": s.reference, "generated": s.generated}) for s in samples)
                 _replace(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
         if session.is_first:
-            result = {"step": state.step, "losses": losses}
+            result = {"step": start.checkpoint.step, "losses": losses}
             _replace(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
             for name, loss in losses.items():
                 print(f"{name:<40} {loss:8.4f} {objective.loss_unit}".rstrip())

@@ -171,7 +171,8 @@ class _Run:
         is_skipped = result.skipped_steps > self._skipped_steps
         self._skipped_steps = result.skipped_steps
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
-        self._trained_tokens += result.loss_counts.sum().cpu()
+        if not is_skipped:
+            self._trained_tokens += result.loss_counts.sum().cpu()
         if self._data is not None:
             self._lane_states = self._data.lane_states()
         if self._is_logged(self._step):

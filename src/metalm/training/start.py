@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -33,6 +32,7 @@ from metalm.training.engines import Engines, build_engines
 from metalm.training.provenance import provenance
 from metalm.training.session import Session
 from metalm.training.watchdog import Watchdog
+from metalm.training.weights import adopt, restore
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,18 @@ _FREE_TO_CHANGE = ("dropout", "recompute", "trained_layers", "pretrained.path")
 class Start:
     """What a run starts from."""
 
-    checkpoint: Path | None = None
+    checkpoint: CheckpointReader | None = None
     """Its own newest whole checkpoint."""
-    initial: Mapping[str, Path] = field(default_factory=dict)
+    initial: Mapping[str, CheckpointReader] = field(default_factory=dict)
     """Of a new run: by component, the checkpoint of another run whose weights it takes."""
-    given: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """By component, the parameters that these checkpoints hold."""
+
+    @property
+    def given(self) -> dict[str, frozenset[str]]:
+        """By component, the parameters that these checkpoints hold: they need not be drawn."""
+        readers = self.initial
+        if self.checkpoint is not None:
+            readers = dict.fromkeys(self.checkpoint.components(), self.checkpoint)
+        return {component: frozenset(reader.parameters(component)) for component, reader in readers.items()}
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,11 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
         engines = build_engines(config, topology, start.given)
         watchdog = Watchdog(folder / "logs", topology.rank, config.guards.hang_minutes)
         stack.callback(watchdog.close)
-        state = load_start(start, config, store, engines)
+        state = load_start(start, config, topology, engines)
         lane_states = None
-        if start.checkpoint is not None:  # no lanes in one that was made of weights alone
-            lane_states = store.open(start.checkpoint).lane_states() or None
+        if start.checkpoint is not None:
+            with together():  # one that was made of weights alone has no lanes
+                lane_states = start.checkpoint.lane_states() or None
         data = _open_data(corpus, objective, topology, lane_states)
         if data is not None:
             stack.callback(data.close)
@@ -121,23 +128,21 @@ def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
         reader = store.open(own)
         with together():
             _refuse_another_model(corpus, reader)
-        given = {name: frozenset(reader.parameters(name)) for name in reader.components()}
-        return Start(checkpoint=own, given=given)
-    initial, given = {}, {}
-    for component in ("decoder", "encoders"):
-        path: Path | None = getattr(config.initialize, component)
+        return Start(checkpoint=reader)
+    initial = {}
+    for component, path in (("decoder", config.initialize.decoder), ("encoders", config.initialize.encoders)):
         if path is None:
             continue
         if component == "encoders" and not config.model.encoders:
             raise CheckpointError(f"the model has no {component} to start from {path}")
-        initial[component] = store.find_whole(path)
-        reader = store.open(initial[component])
+        reader = store.open(store.find_whole(path))
         with together():
-            given[component] = frozenset(reader.parameters(component))
-    return Start(initial=initial, given=given)
+            reader.parameters(component)  # refused if it has no such component
+        initial[component] = reader
+    return Start(initial=initial)
 
 
-def load_start(start: Start, config: RunConfig, store: CheckpointStore, engines: Engines) -> RunState | None:
+def load_start(start: Start, config: RunConfig, topology: Topology, engines: Engines) -> RunState | None:
     """Read what the engines of a run start from; answer its state if it goes on.
 
     Raises:
@@ -145,14 +150,14 @@ def load_start(start: Start, config: RunConfig, store: CheckpointStore, engines:
 
     Collective: all ranks.
     """
-    for component, folder in start.initial.items():
-        store.initialize(folder, component, engines, config.initialize.new)
-        logger.info("the %s start(s) from %s", component, folder)
+    for component, reader in start.initial.items():
+        adopt(reader, component, engines, config.initialize.new, topology)
+        logger.info("the %s start(s) from %s", component, reader.folder)
     if start.checkpoint is None:
         return None
-    state = store.load(start.checkpoint, engines)
-    logger.info("resumed from %s", start.checkpoint)
-    return state
+    restore(start.checkpoint, engines, topology)
+    logger.info("resumed from %s", start.checkpoint.folder)
+    return start.checkpoint.state
 
 
 def _refuse_another_model(corpus: Corpus, reader: CheckpointReader) -> None:
