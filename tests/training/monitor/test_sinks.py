@@ -212,14 +212,27 @@ def test_wandb_has_every_figure_of_an_offline_run(make_config: Any, run_folder: 
 
 
 @needs_wandb
+@pytest.mark.parametrize("key", [None, "a" * 40], ids=["no key", "no network"])
 def test_wandb_without_a_key_or_a_network_is_written_to_files(
-    make_config: Any, run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_config: Any,
+    run_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    key: str | None,
 ) -> None:
+    import wandb
+
+    wandb.teardown()  # settings are read once in a process
+    monkeypatch.setattr("metalm.training.monitor.weights_and_biases._INIT_S", 2)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("NETRC", str(run_folder / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     show(make_config("monitor.sinks.wandb={}"), run_folder)
     assert "the run is written to files" in caplog.text
+    assert ("no key" in caplog.text) == (key is None)
+    assert key is None or key not in caplog.text
     assert any("loss/all" in line for line in history(run_folder))
 
 
