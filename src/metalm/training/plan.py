@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 
 from metalm.config import RunConfig
+from metalm.config.secrets import without_secrets
 from metalm.planning.devices import find_device
 from metalm.planning.plan import plan_run
 from metalm.planning.report import describe_batch, describe_memory
@@ -23,6 +24,6 @@ def describe_plan(config: RunConfig, world_size: int) -> str:
 def print_plan(config: RunConfig, world_size: int) -> int:
     """Print the resolved config and the plan of a run on so many ranks."""
     plan = describe_plan(config, world_size)
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    print(yaml.safe_dump(without_secrets(config), sort_keys=False))
     print(plan)
     return 0

@@ -21,6 +21,7 @@ from metalm.training.monitor.json_lines import JsonLines, read_metrics
 from metalm.training.monitor.sink import About, Sink
 from metalm.training.monitor.sinks import AllSinks, check_sinks, open_sinks
 from metalm.training.monitor.terminal import Terminal
+from metalm.training.plan import print_plan
 
 REPOSITORY = Path(__file__).parents[3]
 FIGURES = {
@@ -147,6 +148,12 @@ def test_only_the_place_is_left_of_an_address(make_config: Any) -> None:
     assert shown["data"]["sources"]["scenes"]["url"] == "pipe:... {shard}"
     assert PASSWORD not in yaml.safe_dump(shown)
     assert shown | {"data": None} == config.model_dump(mode="json") | {"data": None}
+
+
+def test_the_plan_of_a_run_shows_no_secret(make_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(make_config(f"data.sources.text.url=https://me:{PASSWORD}@host/{{shard}}"), world_size=2)
+    shown = capsys.readouterr().out
+    assert "url: https://host/{shard}" in shown and PASSWORD not in shown
 
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
