@@ -20,6 +20,7 @@ import yaml
 from metalm.cli import ToolParser, run_tool
 from metalm.commit import git_commit
 from metalm.config import load_config
+from metalm.config.secrets import without_secrets
 from metalm.errors import ConfigError
 from metalm.operations.submission import Submission
 from metalm.training.plan import describe_plan
@@ -65,7 +66,7 @@ def main() -> None:
         [*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)]
     )
     if arguments.dry_run:
-        print(yaml.safe_dump(submission.config.model_dump(mode="json"), sort_keys=False))
+        print(yaml.safe_dump(without_secrets(submission.config), sort_keys=False))
         print(plan, line, sep="\n\n")
         return
     if not shutil.which(words[0]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 
 from metalm.config import RunConfig
+from metalm.config.secrets import without_secrets
 from metalm.planning.devices import find_device
 from metalm.planning.plan import plan_run
 from metalm.planning.report import describe_batch, describe_memory
@@ -26,7 +27,7 @@ def print_plan(config: RunConfig, world_size: int) -> int:
     The last lines are for the batch script: a name and a value, as it is.
     """
     plan = describe_plan(config, world_size)
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    print(yaml.safe_dump(without_secrets(config), sort_keys=False))
     print(f"{plan}\n")
     initial = [name for name in ("decoder", "encoders") if getattr(config.initialize, name) is not None]
     print(f"run folder: {config.run.folder / config.run.name}")

@@ -21,6 +21,7 @@ from metalm.training.monitor.json_lines import JsonLines, read_metrics
 from metalm.training.monitor.sink import About, Sink
 from metalm.training.monitor.sinks import AllSinks, check_sinks, open_sinks
 from metalm.training.monitor.terminal import Terminal
+from metalm.training.plan import print_plan
 
 REPOSITORY = Path(__file__).parents[3]
 FIGURES = {
@@ -149,6 +150,12 @@ def test_only_the_place_is_left_of_an_address(make_config: Any) -> None:
     assert shown | {"data": None} == config.model_dump(mode="json") | {"data": None}
 
 
+def test_the_plan_of_a_run_shows_no_secret(make_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(make_config(f"data.sources.text.url=https://me:{PASSWORD}@host/{{shard}}"), world_size=2)
+    shown = capsys.readouterr().out
+    assert "url: https://host/{shard}" in shown and PASSWORD not in shown
+
+
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 
 
@@ -212,14 +219,27 @@ def test_wandb_has_every_figure_of_an_offline_run(make_config: Any, run_folder: 
 
 
 @needs_wandb
+@pytest.mark.parametrize("key", [None, "a" * 40], ids=["no key", "no network"])
 def test_wandb_without_a_key_or_a_network_is_written_to_files(
-    make_config: Any, run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_config: Any,
+    run_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    key: str | None,
 ) -> None:
+    import wandb
+
+    wandb.teardown()  # settings are read once in a process
+    monkeypatch.setattr("metalm.training.monitor.weights_and_biases._INIT_S", 2)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("NETRC", str(run_folder / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     show(make_config("monitor.sinks.wandb={}"), run_folder)
     assert "the run is written to files" in caplog.text
+    assert ("no key" in caplog.text) == (key is None)
+    assert key is None or key not in caplog.text
     assert any("loss/all" in line for line in history(run_folder))
 
 

@@ -24,7 +24,7 @@ from metalm.training.monitor.sink import About, Sink
 
 logger = logging.getLogger(__name__)
 
-_INIT_S, _FINISH_S = 30, 60
+_INIT_S, _FINISH_S = 20, 60
 """How long a start waits for the server, and an end for what is left to upload."""
 
 
@@ -93,6 +93,7 @@ class WeightsAndBiases(Sink):
         import wandb
 
         try:
+            wandb.setup(wandb.Settings(silent=True))
             if wandb.login(prompt=False, verify=False):
                 run = self._init("online")
                 logger.info("shown at %s", run.url)
@@ -100,6 +101,7 @@ class WeightsAndBiases(Sink):
             problem: Any = "no key; set WANDB_API_KEY, or call `wandb login`"
         except Exception as error:
             problem = error
+            wandb.teardown()  # its service holds the run's id
         logger.warning("Weights & Biases cannot be used online, and the run is written to files: %s", problem)
         return None
 
