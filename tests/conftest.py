@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest_plugins = ["corpora"]
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
