@@ -57,6 +57,16 @@ def test_extending_oneself_is_refused(tmp_path: Path) -> None:
         ("training.step=3", "training.step: unknown key; did you mean 'steps'?"),
         ("model.encoders.text.num_layer=3", "did you mean 'num_layers'?"),
         ("data.sources.text.wieght=3", "did you mean 'weight'?"),
+        (
+            "data.sources.scenes.encoder=scene",
+            "data.sources.scenes.encoder: no longer a key; write `readers: {text: scene}` for text, "
+            "`readers: {image: scene, text: scene}` for images with captions, `readers: {audio: scene}` for "
+            "clips with captions",
+        ),
+        (
+            "data.evaluation.text.kind=text",
+            "data.evaluation.text.kind: no longer a key; leave it out, the index of the shards says what",
+        ),
         ("nonsense=1", "known keys: run, parallel"),
         ("training.steps=many", "training.steps: "),
         ("training.steps", "not of the form section.key=value"),

@@ -55,18 +55,28 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
             "model.decoder={normalization: pre_ln, dropout: 0.1}",
             "model.decoder.dropout = 0.1 is for normalization: deepnorm, not pre_ln",
         ),
-        ("model.encoders.text.connector=detection", "detection is for a run with training.replaced_tokens"),
-        ("training.replaced_tokens={}", "training.replaced_tokens trains one encoder; model.encoders has 2"),
-        ("training.replaced_tokens={}", "model.encoders.scene must be of text, our own, and trained in all"),
-        ("training.replaced_tokens={}", "model.encoders.text.connector must be detection, not linear"),
-        ("training.replaced_tokens={}", "is above model.encoders.text.max_text_positions = 32"),
-        ("training.replaced_tokens={}", "model.decoder.spans must be bidirectional"),
-        ("training.replaced_tokens={}", "must be text without an encoder of its own"),
         ("model.encoders.text.joint_layers=1", "model.encoders.text.joint_layers is given, but"),
         ("model.encoders.text.trained_layers=2", "text.trained_layers = 2 is above num_layers = 1"),
-        ("model.encoders.scene.image=null", "is image_text, but its encoder 'scene' has no `image` section"),
-        ("data.sources.scenes.encoder=null", "pairs need an encoder of images or audio"),
-        ("data.sources.text.encoder=txt", "'txt' is not in model.encoders (text, scene)"),
+        (
+            "model.encoders.scene.image=null",
+            "data.sources.scenes.readers.image = 'scene', but that encoder has no `image` section",
+        ),
+        (
+            "data.sources.scenes.readers.image=text",
+            "data.sources.scenes.readers.image = 'text', but that encoder has no `image` section",
+        ),
+        (
+            "data.sources.scenes.readers.image=scen",
+            "data.sources.scenes.readers.image = 'scen' is not in model.encoders (text, scene)",
+        ),
+        (
+            "data.sources.text.readers.text=txet",
+            "data.sources.text.readers.text = 'txet' is not in model.encoders: did you mean 'text'?",
+        ),
+        (
+            "data.evaluation.text.readers.txt=text",
+            "data.evaluation.text.readers.txt: no such modality; known: text, image, audio",
+        ),
         ("data.spans.max_length=64", "data.spans.max_length = 64 is above model.encoders.text.max_text"),
         ("data.spans.min_length=33", "min_length = 33 is above data.spans.max_length = 32"),
         ("data.sequence_length=16", "16 patches, start, one caption token and end do not fit"),
@@ -79,6 +89,11 @@ def test_contradictions_are_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(DEMO, [*SIZES, override])
     assert message in str(caught.value)
+
+
+def test_text_may_name_an_encoder_that_the_model_lacks() -> None:
+    config = load_config(DEMO, [*SIZES, "data.sources.text.readers.text=grammar"])
+    assert config.data.sources["text"].readers == {"text": "grammar"}
 
 
 @pytest.mark.parametrize(

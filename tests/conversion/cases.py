@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from metalm.config import RunConfig
-from metalm.modalities.image import fit_patches
 from metalm.data.row import Row, RowSpans
 from metalm.data.tokenizer import Tokenizer
+from metalm.modalities.image import fit_patches
 
 VOCABULARY = 330
 """Not a multiple of 128, so the embedding has padding rows; more ids than the tokenizer has."""

@@ -12,7 +12,9 @@ import numpy as np
 
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import RunConfig
+from metalm.data.corpus import Corpus
 from metalm.data.loader import TrainingData
+from metalm.objectives.semi_causal import SemiCausal
 
 ROW_FIELDS = ("tokens", "labels", "loss_weights", "positions", "attention_start", "attention_end")
 
@@ -21,9 +23,13 @@ def with_data(config: RunConfig, **changes: Any) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
+def data_of(config: RunConfig, **arguments: Any) -> TrainingData:
+    return TrainingData(Corpus(config), SemiCausal(), **arguments)
+
+
 @contextmanager
 def opened(config: RunConfig, **arguments: Any) -> Iterator[TrainingData]:
-    data = TrainingData(config, **{"dp_rank": 0, "dp_size": 1, "tp_size": 1, **arguments})
+    data = data_of(config, **{"dp_rank": 0, "dp_size": 1, "tp_size": 1, **arguments})
     try:
         yield data
     finally:

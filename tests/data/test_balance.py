@@ -14,6 +14,7 @@ from data.steps import opened
 from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig
 from metalm.data.balance import assign_spans, group_rows, imbalance_over_ranks, row_costs, span_costs
 from metalm.data.row import Row, RowSpans
+from reference.rows import loss_weights
 
 SHAPE = {"num_layers": 3, "hidden_size": 16, "num_heads": 2, "max_text_positions": 16}
 TEXT = EncoderConfig.model_validate(SHAPE)
@@ -39,7 +40,11 @@ def test_cost_of_a_span_is_that_of_its_multiplications() -> None:
 
 def test_a_row_costs_what_its_spans_cost() -> None:
     spans = RowSpans(np.array([[1, 6], [8, 20]]), np.array([4, 4]))
-    rows = [Row(np.zeros(30), [30], spans={"vision": spans}), Row(np.zeros(30), [30])]
+    tokens = np.zeros(30, np.int32)
+    rows = [
+        Row(tokens, loss_weights(30, [30], spans.bounds.tolist()), [30], spans={"vision": spans}),
+        Row(tokens, loss_weights(30, [30], []), [30]),
+    ]
     costs = row_costs(rows, {"text": TEXT, "vision": VISION})
     np.testing.assert_array_equal(costs, [[0, span_costs(np.array([5, 12]), VISION).sum()], [0, 0]])
 

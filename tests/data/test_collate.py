@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,9 +10,13 @@ from hypothesis import strategies as st
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import ModelConfig
 from metalm.data.collate import collate
-from metalm.modalities.image import fit_patches
-from metalm.data.row import Row, RowSpans, empty_row, media_prompt, text_prompt
+from metalm.data.row import Row, RowSpans, empty_row, lay_out
+from metalm.data.tokenizer import Tokenizer
+from metalm.document import Document, Part
 from metalm.kernels import IntervalMask
+from metalm.modalities import MEDIA
+from metalm.modalities.image import cut_patches, encode_png
+from reference.rows import loss_weights
 
 PAD, PATCHES, PATCH_BYTES = 4, 4, 192
 SHAPE = {"num_layers": 1, "hidden_size": 8, "num_heads": 2}
@@ -43,6 +44,7 @@ def text_row(length: int, spans: list[tuple[int, int]], *, next_token: int = -1)
     bounds = np.array(spans, np.int64).reshape(-1, 2)
     return Row(
         np.arange(10, 10 + length, dtype=np.int32),
+        loss_weights(length, [length], spans, goes_on=next_token != -1),
         [length],
         next_token,
         {"text": RowSpans(bounds, np.zeros(len(bounds), np.int64))},
@@ -100,7 +102,8 @@ def test_elements_are_routed_by_the_modality_of_their_span() -> None:
     spans = RowSpans(
         np.array([[1, 7], [8, 12], [13, 16]]), np.array([4, 4, 0]), np.zeros((8, PATCH_BYTES), np.uint8)
     )
-    row = Row(np.arange(20, dtype=np.int32), [20], spans={"vision": spans})
+    weights = loss_weights(20, [20], spans.bounds.tolist())
+    row = Row(np.arange(20, dtype=np.int32), weights, [20], spans={"vision": spans})
     batch = collate([row], model_config=model, sequence_length=24, tp_size=1, pad_id=PAD)
     (share,) = batch.encoders["vision"].shares
     found = {
@@ -143,7 +146,9 @@ def rows_of_one_batch(draw: st.DrawFn) -> tuple[list[Row], int]:
                 spans[name] = RowSpans(np.array(bounds), count, patches if name == "vision" else None)
         tokens = random.integers(5, 300, num_tokens).astype(np.int32)
         next_token = int(random.integers(5, 300)) if full and random.random() < 0.5 else -1
-        rows.append(Row(tokens, ends, next_token, spans))
+        all_bounds = [*found["text"], *found["vision"]]
+        weights = loss_weights(num_tokens, ends, all_bounds, goes_on=next_token != -1)
+        rows.append(Row(tokens, weights, ends, next_token, spans))
     return rows, length
 
 
@@ -228,15 +233,17 @@ def check_encoder(batch: SemiCausalBatch, rows: list[Row], name: str, length: in
         assert len(share.media) == len(share.patch_slots)
 
 
-def test_prompts_are_left_open_and_dock_what_they_encode(pixels: np.ndarray) -> None:
-    image = MODEL.encoders["vision"].image
-    assert image is not None
-    patches = fit_patches(pixels, image)
-    row = media_prompt(
-        patches, len(patches), encoder="vision", start_id=0, paragraph_id=1, prefix_ids=[7, 8], ids=[9]
-    )
+def test_prompts_are_left_open_and_dock_what_they_encode(tokenizer: Tokenizer) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    encoder = MODEL.encoders["vision"]
+    reader = MEDIA["image"].reader(encoder)
+    data = encode_png(pixels)
+    image = MEDIA["image"].part(data, reader, "vision", tokenizer.paragraph_id)
+    asked = Document((image, text([7, 8], "vision"), text([9])), ends=False)
+    row = lay_out([asked.decoded(lambda _: reader.read(data))], tokenizer)
     assert row.tokens.tolist() == [0, 1, 1, 1, 1, 7, 8, 9]
-    batch = collated([row, text_prompt(np.array([5, 6, 7]), start_id=0, encoder="text", span=(1, 3))], 8)
+    spanned = Document((text([5]), text([6, 7], "text")), ends=False)
+    batch = collated([row, lay_out([spanned], tokenizer)], 8)
     assert batch.tokens.tolist() == [[0] + [PAD] * 6 + [9], [0, 5] + [PAD] * 6]
     assert batch.attention_end[1].tolist() == [1, 2, 3, 4, 0, 0, 0, 0]
     assert batch.encoders["vision"].dock_positions.tolist() == [1, 2, 3, 4, 5, 6]
@@ -244,13 +251,10 @@ def test_prompts_are_left_open_and_dock_what_they_encode(pixels: np.ndarray) -> 
     assert batch.encoders["text"].shares[0].token_ids[:2].tolist() == [6, 7]
     assert batch.loss_weights[0].tolist() == [1, 0, 0, 0, 0, 0, 1, 0]
     assert batch.labels[0, 0] == 1
+    (share,) = batch.encoders["vision"].shares
+    assert encoder.image is not None
+    np.testing.assert_array_equal(share.media, cut_patches(pixels, encoder.image))
 
 
-@pytest.fixture
-def pixels() -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (16, 16, 3)).astype(np.uint8)
-
-
-@pytest.mark.parametrize("convert", [np.asarray, torch.tensor, list])
-def test_prompt_ids_may_be_any_sequence(convert: Callable[[list[int]], object]) -> None:
-    assert text_prompt(convert([5, 6]), start_id=0).tokens.tolist() == [0, 5, 6]
+def text(ids: list[int], reader: str | None = None) -> Part:
+    return Part("text", np.array(ids, np.int32), reader)

@@ -7,21 +7,21 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from metalm.config.schema import RunConfig, SourceConfig
-from metalm.data.held_out import evaluation_batches
+from data.steps import opened
+from metalm.config.schema import RunConfig
+from metalm.data.corpus import Corpus
+from metalm.data.held_out import evaluation_batches, held_out_samples
 from metalm.data.index import build_index, open_index
-from metalm.data.loader import TrainingData
 from metalm.data.order import SampleOrder
-from metalm.data.sources import read_samples
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
+from metalm.objectives.semi_causal import SemiCausal
 
 
 def bomb() -> bytes:
@@ -39,7 +39,7 @@ def one_lane(config: RunConfig) -> RunConfig:
 
 def run_steps(config: RunConfig, steps: int) -> tuple[dict[str, float], Counter[int], Counter[int]]:
     """The counters of the source, how often each sample was read, and how often of those it still waits."""
-    with closing(TrainingData(one_lane(config), dp_rank=0, dp_size=1, tp_size=1)) as data:
+    with opened(one_lane(config)) as data:
         for _ in range(steps):
             next(data)
         counts = {key.removeprefix("source/"): count for key, count in data.counters().items()}
@@ -129,8 +129,10 @@ def test_too_many_failures_in_a_row_stop_the_run_with_the_shards_name(
         {"source": {"path": tmp_path, "readers": {"image": "vision", "text": "vision"}}},
         data={"max_consecutive_failures": 10},
     )
-    data = TrainingData(config, dp_rank=0, dp_size=1, tp_size=1)
-    with pytest.raises(DataError, match=r"10 bad samples in a row, the last in shard .*rotten.tar: undecod"):
+    with (
+        opened(config) as data,
+        pytest.raises(DataError, match=r"10 bad samples in a row, the last in shard .*rotten.tar: undecod"),
+    ):
         for _ in range(50):
             next(data)
 
@@ -147,8 +149,10 @@ def test_a_shard_replaced_under_the_run_by_one_of_the_same_size_is_found_out(
     write_shard(tmp_path / "a.tar", [{"u16": np.full(n, 9, "<u2").tobytes()} for n in range(239, 199, -1)])
     assert (tmp_path / "a.tar").stat().st_size == size
     config = make_config({"source": {"path": tmp_path}})
-    data = TrainingData(config, dp_rank=0, dp_size=1, tp_size=1)
-    with pytest.raises(DataError, match=r"a\.tar holds no member of \d+ bytes.*replaced"):
+    with (
+        opened(config) as data,
+        pytest.raises(DataError, match=r"a\.tar holds no member of \d+ bytes.*replaced"),
+    ):
         next(data)
 
 
@@ -157,7 +161,6 @@ def test_evaluation_and_samples_leave_bad_pairs_out(
     make_config: Callable[..., RunConfig],
     write_shard: Callable[..., None],
     jpeg: Callable[..., bytes],
-    tokenizer: Tokenizer,
 ) -> None:
     good = jpeg((1, 2, 3))
     write_shard(
@@ -172,18 +175,29 @@ def test_evaluation_and_samples_leave_bad_pairs_out(
     build_index(tmp_path, kind="image_text")
     source = {"path": tmp_path, "readers": {"image": "vision", "text": "vision"}}
     config = make_config({"source": source}, evaluation={"source": source})
-    batches = list(evaluation_batches(config, "source", num_rows=2, dp_rank=0, dp_size=1, tp_size=1))
+    corpus = Corpus(config)
+    source = corpus.held_out["source"]
+    ranks = {"dp_rank": 0, "dp_size": 1, "tp_size": 1}
+    batches = list(evaluation_batches(corpus, source, SemiCausal(), num_rows=2, **ranks))
     assert sum(len(batch.encoders["vision"].shares[0].media) for batch in batches) == 2 * 4
-    samples = read_samples(SourceConfig.model_validate(source), 9, tokenizer)
+    samples = held_out_samples(corpus, source, 9)
     assert [sample.captions for sample in samples] == [("fox",), ("dog", "a dog")]
     assert all(sample.media is not None and sample.media.shape == (20, 24, 3) for sample in samples)
 
 
 def test_samples_of_text_are_its_text(
-    text_source: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path, write_shard: Callable[..., None]
+    make_config: Callable[..., RunConfig],
+    text_source: Callable[..., Path],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    write_shard: Callable[..., None],
 ) -> None:
     write_shard(tmp_path / "a.tar", [{"txt": b"a fox\n\nand a dog"}] * 3)
     build_index(tmp_path, kind="text")
-    samples = read_samples(SourceConfig(path=tmp_path), 2, tokenizer)
-    assert [sample.text for sample in samples] == ["a fox\n\nand a dog"] * 2
-    assert len(read_samples(SourceConfig(path=text_source([3]), kind="text"), 9, tokenizer)) == 3
+    held_out = {"raw": {"path": tmp_path}, "tokens": {"path": text_source([3])}}
+    corpus = Corpus(make_config(held_out, evaluation=held_out))
+    samples = held_out_samples(corpus, corpus.held_out["raw"], 2)
+    texts = [tokenizer.decode(np.concatenate([p.tokens for p in s.document.parts])) for s in samples]
+    assert texts == ["a fox\n\nand a dog"] * 2
+    assert all(sample.media is None for sample in samples)
+    assert len(held_out_samples(corpus, corpus.held_out["tokens"], 9)) == 3

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from metalm.config.schema import SourceConfig
 from metalm.data.index import build_index, open_index
 from metalm.data.shards import scan_shard
-from metalm.data.sources import open_sources
+from metalm.data.sources import open_source
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
+from metalm.modalities.image import decode_image
 
 FINGERPRINT = "f" * 64
 
@@ -88,10 +88,10 @@ def test_shards_of_img2dataset_are_read(
     (tmp_path / "00000.parquet").write_bytes(b"")
     (tmp_path / "00000_stats.json").write_text("{}")
     build_index(tmp_path, kind="image_text")
-    (source,) = open_sources({"web": SourceConfig(path=tmp_path, readers={"image": "v", "text": "v"})}, tokenizer)
+    source = open_source("web", tmp_path, tokenizer)
     locations = source.index.locate(np.arange(3))
     assert [source.captions(location) for location in locations] == [[f"a fox {n}"] for n in range(3)]
-    assert source.pixels(locations[0]).shape == (20, 24, 3)
+    assert decode_image(source.main_member(locations[0])).shape == (20, 24, 3)
 
 
 def test_shards_that_the_index_names_are_read_by_plain_webdataset(text_source: Callable[..., Path]) -> None:
@@ -253,13 +253,11 @@ def test_records_that_were_cut_are_refused(text_source: Callable[..., Path]) -> 
     refused(folder, "cannot be used")
 
 
-def test_another_tokenizer_or_kind_is_refused_and_both_sides_are_named(
+def test_another_tokenizer_is_refused_and_both_sides_are_named(
     text_source: Callable[..., Path], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     folder = text_source([3])
-    with pytest.raises(DataError, match=r"is of kind image_text, but .* was indexed as text"):
-        open_sources({"a": SourceConfig(path=folder, readers={"image": "v", "text": "v"})}, tokenizer)
     document = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**document, "tokenizer_fingerprint": FINGERPRINT}))
     with pytest.raises(DataError, match=f"{FINGERPRINT[:16]}.*{tokenizer.fingerprint[:16]}"):
-        open_sources({"a": SourceConfig(path=folder)}, tokenizer)
+        open_source("a", folder, tokenizer)

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.steps import global_rows, opened, with_data
+from data.steps import data_of, global_rows, opened, with_data
 from metalm.config.schema import RunConfig
-from metalm.data.loader import TrainingData
 from metalm.data.workers import WorkerError
 from metalm.errors import ConfigError, DataError
 
@@ -154,10 +153,10 @@ def test_a_state_of_another_order_is_refused(config: RunConfig) -> None:
     with opened(config) as data:
         states = data.lane_states()
     with pytest.raises(ConfigError, match=r"chunks of 3.*but is now.*chunks of 2"):
-        TrainingData(with_data(config, chunk_samples=2), dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
+        data_of(with_data(config, chunk_samples=2), dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
     with pytest.raises(ConfigError, match="not lane 3"):
         del states[3]
-        TrainingData(config, dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
+        data_of(config, dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def test_sizes_that_do_not_fit_are_refused(
     bad = with_data(config, **changes)
     bad = bad.model_copy(update={"training": bad.training.model_copy(update=training)})
     with pytest.raises(ConfigError, match=message):
-        TrainingData(bad, dp_rank=0, dp_size=dp_size, tp_size=1)
+        data_of(bad, dp_rank=0, dp_size=dp_size, tp_size=1)
 
 
 def test_a_killed_worker_is_an_error_with_its_cause(config: RunConfig) -> None:
@@ -224,9 +223,12 @@ def test_an_error_in_a_worker_is_the_error_of_the_step(
 PARENT = """
 import os, signal, sys
 from metalm.config.schema import RunConfig
+from metalm.data.corpus import Corpus
 from metalm.data.loader import TrainingData
+from metalm.objectives.semi_causal import SemiCausal
 if __name__ == "__main__":
-    data = TrainingData(RunConfig.model_validate_json(sys.stdin.read()), dp_rank=0, dp_size=1, tp_size=1)
+    corpus = Corpus(RunConfig.model_validate_json(sys.stdin.read()))
+    data = TrainingData(corpus, SemiCausal(), dp_rank=0, dp_size=1, tp_size=1)
     next(data)
     print(*data.worker_ids, flush=True)
     if sys.argv[1] == "killed":

@@ -25,7 +25,7 @@ from metalm.data import remote
 from metalm.data.index import build_index, open_index
 from metalm.data.order import ShardOrder
 from metalm.data.remote import RemoteShard, shard_url
-from metalm.data.sources import open_sources
+from metalm.data.sources import open_source
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
 
@@ -116,14 +116,12 @@ def config(
             "prose": {
                 "path": text[0],
                 "url": f"pipe:cat {text[1]}/{{shard}}",
-                "kind": "text",
-                "encoder": "text",
+                "readers": {"text": "text"},
             },
             "scenes": {
                 "path": pairs,
                 "url": serve(tmp_path / "pairs").url,
-                "kind": "image_text",
-                "encoder": "vision",
+                "readers": {"image": "vision", "text": "vision"},
             },
         }
     )
@@ -170,8 +168,7 @@ def test_streamed_text_is_the_text_of_the_files(
 ) -> None:
     index, shards = text
     server = serve(shards)
-    config = SourceConfig(path=index, url=server.url)
-    (streamed,) = open_sources({"a": config}, tokenizer)
+    streamed = open_source("a", index, tokenizer, url=server.url)
     locations = streamed.index.locate(np.arange(streamed.index.num_samples))
     for shard in range(4):
         window = [location for location in locations if location.shard == shard]
@@ -180,7 +177,7 @@ def test_streamed_text_is_the_text_of_the_files(
             for location in reversed(half):
                 content = (shards / streamed.index.shards[shard].name).read_bytes()
                 expected = content[location.offset : location.offset + location.size]
-                np.testing.assert_array_equal(streamed.document(location), np.frombuffer(expected, "<u2"))
+                np.testing.assert_array_equal(streamed.token_ids(location), np.frombuffer(expected, "<u2"))
     assert server.asked == [f"/text-0000{n}.tar" for n in range(4)]
     streamed.reader.close()
 
@@ -303,7 +300,7 @@ def test_nothing_of_an_index_is_executed(
 )
 def test_urls_that_cannot_be_opened_are_refused_in_the_config(url: str) -> None:
     with pytest.raises(ValidationError, match="url"):
-        SourceConfig(path=Path("a"), kind="text", url=url)
+        SourceConfig(path=Path("a"), url=url)
 
 
 def test_held_out_sources_lie_on_a_file_system(make_config: Callable[..., RunConfig]) -> None:

@@ -15,10 +15,10 @@ from metalm.batch import EncoderShare
 from metalm.config.pretrained import fill_in_pretrained
 from metalm.config.pretrained_audio import _of_mel_frames
 from metalm.config.schema import EncoderConfig
-from metalm.modalities.audio import Clip, ClipReader
-from metalm.modalities.image import cut_patches
 from metalm.errors import ConfigError
 from metalm.kernels.attention import backend_counts, reset_backend_counts
+from metalm.modalities.audio import Clip, ClipReader
+from metalm.modalities.image import cut_patches
 from metalm.model.pretrained import PretrainedEncoder, count_parameters, load_weights, trained_names
 from reference.pretrained import AUDIO, MEAN, STD, VISION, save_pretrained, vision_model
 

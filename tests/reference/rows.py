@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,34 @@ class PlainRow:
     documents: list[Document]
     source: int
     dropout_seed: int = 0
+
+
+def loss_weights(
+    num_tokens: int,
+    document_ends: Sequence[int],
+    spans: Sequence[Sequence[int]],
+    *,
+    goes_on: bool = False,
+    token_weights: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Weights [num_tokens] of the losses in a row; position p predicts the token at p + 1 (PAPER section 3).
+
+    A position is trained unless it is inside a span before its last position, or the last position of a
+    document that ends in the row.
+
+    Args:
+        document_ends: exclusive.
+        spans: start and end (exclusive) of each, of all encoders.
+        goes_on: the last document goes on in the next row.
+        token_weights: [num_tokens + 1] of the tokens and of the next row's first; None: all are learnt.
+    """
+    weights = np.zeros(num_tokens, np.float32)
+    for p in range(num_tokens):
+        in_span = any(start <= p < end - 1 for start, end in spans)
+        is_last = p + 1 in document_ends and not (goes_on and p + 1 == num_tokens)
+        if not in_span and not is_last:
+            weights[p] = 1.0 if token_weights is None else token_weights[p + 1]
+    return weights
 
 
 def random_rows(seed: int, num_rows: int, vocab_size: int, length: int) -> list[PlainRow]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from metalm.config.pretrained import fill_in_pretrained
 from metalm.config.rules import check_config
-from metalm.config.schema import RunConfig
+from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError
 from metalm.project_files import find_file
 
@@ -30,6 +30,15 @@ _READ_FROM = (
     "initialize.encoders",
 )
 """Keys whose paths are looked for beside the pipeline file."""
+
+_REPLACED_KEYS: dict[tuple[type[BaseModel], str], str] = {
+    (SourceConfig, "kind"): "leave it out, the index of the shards says what they hold",
+    (SourceConfig, "encoder"): (
+        "write `readers: {{text: {given}}}` for text, `readers: {{image: {given}, text: {given}}}` for images "
+        "with captions, `readers: {{audio: {given}}}` for clips with captions"
+    ),
+}
+"""Keys of sections in earlier versions, and what to write instead of `key: given`."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -182,7 +191,10 @@ def _describe(problem: Any) -> str:
     location = [str(part) for part in problem["loc"] if part != "[key]"]
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        section = _section(location[:-1])
+        if (replacement := _REPLACED_KEYS.get((section, location[-1]))) is not None:
+            return f"{where}: no longer a key; {replacement.format(given=problem['input'])}"
+        known = list(section.model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
@@ -191,7 +203,7 @@ def _describe(problem: Any) -> str:
     return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _section(location: list[str]) -> type[BaseModel]:
     model: type[BaseModel] = RunConfig
     names = iter(location)
     for name in names:
@@ -202,4 +214,4 @@ def _known_keys(location: list[str]) -> list[str]:
         if isinstance(annotation, types.UnionType):
             annotation = next(option for option in annotation.__args__ if option is not type(None))
         model = annotation
-    return list(model.model_fields)
+    return model

@@ -1,4 +1,4 @@
-"""Small raw corpora, and a way to start the tools as a user does."""
+"""Small raw corpora, and tools that stop in the middle of their work."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-TOOLS = Path(__file__).parents[3] / "tools"
+from corpora import TOOLS
+
 WriteLines = Callable[[Path, Iterable[Any]], None]
-RunTool = Callable[..., tuple[int, str, str]]
 SUBSETS = ("Pile-CC", "Github", "ArXiv", "Wikipedia (en)")
 
 
@@ -136,15 +136,3 @@ class PausedTool:
     def go_on(self) -> None:
         """Lets its processes that are left work on."""
         self._end.touch()
-
-
-@pytest.fixture(scope="session")
-def run_tool() -> RunTool:
-    """Runs a tool as a user does, to its end: exit code, standard output, standard error."""
-
-    def run(name: str, *arguments: object) -> tuple[int, str, str]:
-        command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        return done.returncode, done.stdout, done.stderr
-
-    return run

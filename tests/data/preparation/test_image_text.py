@@ -16,9 +16,9 @@ import webdataset
 from PIL import Image
 
 from metalm.data.index import open_index
-from metalm.modalities.image import prepare_image
 from metalm.data.preparation.pairs import prepare_pairs
 from metalm.errors import ConfigError, DataError
+from metalm.modalities.image import prepare_image
 
 ImageBytes = Callable[..., bytes]
 ReadSamples = Callable[[Path], dict[str, dict[str, bytes]]]

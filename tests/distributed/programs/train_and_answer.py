@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from metalm.training.objective import encode
 from safetensors.torch import save_file
 
 from conversion.cases import PROMPTS, prompt_row, run_config
@@ -20,13 +21,12 @@ from metalm.config.schema import DeepSpeedConfig, ParallelConfig
 from metalm.data.collate import collate
 from metalm.data.row import Row
 from metalm.data.tokenizer import load_tokenizer
+from metalm.evaluation.generation import evaluating
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
-from metalm.evaluation.generation import evaluating
 from metalm.training.guards import StepGuard
-from metalm.training.objective import encode
 from metalm.training.step import TrainStep
 
 RATES = (3e-3, 3e-3, 3e-3)

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metalm.config.schema import ImageConfig, RunConfig, SourceConfig
+from metalm.config.schema import EncoderConfig, ImageConfig, SourceConfig
+from metalm.data.documents.pairs import PairMaker
 from metalm.data.index import build_index
-from metalm.data.lanes import Lane, Mixture
-from metalm.modalities.image import ImageReader
 from metalm.data.order import SampleOrder
 from metalm.data.packing.whole import WholePacker
 from metalm.data.row import Row
@@ -21,6 +20,7 @@ from metalm.data.sources import Source, open_sources
 from metalm.data.streams import Stream
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
+from metalm.modalities.image import ImageReader
 
 IMAGE = ImageConfig(image_size=16, patch_size=8)
 
@@ -34,12 +34,12 @@ def order_of(source: Source) -> SampleOrder:
 def packer_of(
     source: Source, length: int, image: ImageConfig = IMAGE, state: dict | None = None
 ) -> WholePacker:
+    encoder = EncoderConfig(num_layers=1, hidden_size=16, num_heads=2, max_text_positions=6, image=image)
     return WholePacker(
         source,
         order_of(source),
         0,
-        reader=ImageReader(image),
-        max_text_positions=6,
+        maker=PairMaker(source, {"vision": ImageReader(image)}, {"vision": encoder}, length),
         sequence_length=length,
         draws=Stream(1, "draws"),
         max_consecutive_failures=3,
@@ -48,9 +48,19 @@ def packer_of(
 
 
 @pytest.fixture
-def source(pair_source: Callable[..., Path], tokenizer: Tokenizer) -> Source:
-    config = SourceConfig(path=pair_source([30, 10]), readers={"image": "vision", "text": "vision"})
-    return open_sources({"scenes": config}, tokenizer)[0]
+def open_pairs(tokenizer: Tokenizer, encoders: dict[str, EncoderConfig]) -> Callable[[Path], Source]:
+    """Opens a folder of pairs whose encoder reads prefixes too."""
+
+    def open_folder(folder: Path) -> Source:
+        config = SourceConfig(path=folder, readers={"image": "vision", "text": "vision"})
+        return open_sources({"scenes": config}, tokenizer, encoders)[0]
+
+    return open_folder
+
+
+@pytest.fixture
+def source(pair_source: Callable[..., Path], open_pairs: Callable[[Path], Source]) -> Source:
+    return open_pairs(pair_source([30, 10]))
 
 
 def pairs_of(row: Row, tokenizer: Tokenizer) -> list[tuple[str, int, np.ndarray]]:
@@ -93,7 +103,11 @@ def test_every_pair_that_was_read_is_used_once_with_its_own_image(source: Source
 
 
 def test_prefixes_are_uniform_below_the_caption_and_the_encoders_limit(
-    tmp_path: Path, tokenizer: Tokenizer, write_shard: Callable[..., None], jpeg: Callable[..., bytes]
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    open_pairs: Callable[[Path], Source],
+    write_shard: Callable[..., None],
+    jpeg: Callable[..., bytes],
 ) -> None:
     caption = "abcdefgh"
     num_tokens = len(tokenizer.encode([caption])[0])
@@ -102,8 +116,7 @@ def test_prefixes_are_uniform_below_the_caption_and_the_encoders_limit(
     short = {"jpg": jpeg((1, 2, 3)), "txt": b"a"}
     write_shard(tmp_path / "a.tar", [sample] * 20 + [short] * 20)
     build_index(tmp_path, kind="image_text")
-    config = SourceConfig(path=tmp_path, readers={"image": "vision", "text": "vision"})
-    (source,) = open_sources({"scenes": config}, tokenizer)
+    source = open_pairs(tmp_path)
     packer = packer_of(source, 64)
     counts: Counter[int] = Counter()
     while packer.counters.rows < 300:
@@ -118,26 +131,31 @@ def test_prefixes_are_uniform_below_the_caption_and_the_encoders_limit(
 
 
 def test_all_captions_of_an_image_are_used(
-    tmp_path: Path, tokenizer: Tokenizer, write_shard: Callable[..., None], jpeg: Callable[..., bytes]
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    open_pairs: Callable[[Path], Source],
+    write_shard: Callable[..., None],
+    jpeg: Callable[..., bytes],
 ) -> None:
     captions = ["fox", "dog", "lazy"]
     sample = {"jpg": jpeg((1, 2, 3)), "json": json.dumps({"captions": captions}).encode(), "txt": b"no"}
     write_shard(tmp_path / "a.tar", [sample])
     build_index(tmp_path, kind="image_text")
-    config = SourceConfig(path=tmp_path, readers={"image": "vision", "text": "vision"})
-    (source,) = open_sources({"scenes": config}, tokenizer)
+    source = open_pairs(tmp_path)
     packer = packer_of(source, 64)
     used = {text for _ in range(20) for text, _, _ in pairs_of(packer.next_row(), tokenizer)}
     assert used == set(captions)
 
 
 def test_long_captions_are_cut_to_the_row_and_counted(
-    tmp_path: Path, tokenizer: Tokenizer, write_shard: Callable[..., None], jpeg: Callable[..., bytes]
+    tmp_path: Path,
+    open_pairs: Callable[[Path], Source],
+    write_shard: Callable[..., None],
+    jpeg: Callable[..., bytes],
 ) -> None:
     write_shard(tmp_path / "a.tar", [{"jpg": jpeg((1, 2, 3)), "txt": b"quick " * 40}])
     build_index(tmp_path, kind="image_text")
-    config = SourceConfig(path=tmp_path, readers={"image": "vision", "text": "vision"})
-    (source,) = open_sources({"scenes": config}, tokenizer)
+    source = open_pairs(tmp_path)
     packer = packer_of(source, 20)
     row = packer.next_row()
     assert len(row.tokens) == 20
@@ -158,7 +176,10 @@ def test_a_packer_goes_on_from_its_state_after_any_row(source: Source) -> None:
 
 
 def test_padding_of_natural_captions_is_below_8_percent(
-    tmp_path: Path, tokenizer: Tokenizer, write_shard: Callable[..., None], jpeg: Callable[..., bytes]
+    tmp_path: Path,
+    open_pairs: Callable[[Path], Source],
+    write_shard: Callable[..., None],
+    jpeg: Callable[..., bytes],
 ) -> None:
     # Caption lengths like those of COCO and Conceptual Captions: 6 to 60, most about 12.
     random = np.random.default_rng(0)
@@ -167,8 +188,7 @@ def test_padding_of_natural_captions_is_below_8_percent(
     samples = [{"jpg": data, "txt": bytes(random.integers(97, 123, n).astype(np.uint8))} for n in lengths]
     write_shard(tmp_path / "a.tar", samples)
     build_index(tmp_path, kind="image_text")
-    config = SourceConfig(path=tmp_path, readers={"image": "vision", "text": "vision"})
-    (source,) = open_sources({"scenes": config}, tokenizer)
+    source = open_pairs(tmp_path)
     image = ImageConfig(image_size=56, patch_size=4)  # 196 patches, as 224 / 16
     packer = packer_of(source, 2048, image)
     for _ in range(60):
@@ -177,11 +197,3 @@ def test_padding_of_natural_captions_is_below_8_percent(
     padding = counted.padding_tokens / (counted.padding_tokens + counted.tokens)
     print(f"padding of pair rows: {padding:.4f}")
     assert padding < 0.08
-
-
-def test_pairs_need_an_encoder_with_an_image(source: Source, make_config: Callable[..., RunConfig]) -> None:
-    path = source.config.path
-    config = make_config({"scenes": {"path": path, "readers": {"image": "text", "text": "text"}}})
-    opened = open_sources(config.data.sources, source.tokenizer)
-    with pytest.raises(ConfigError, match="source scenes is image_text: its encoder must"):
-        Lane(Mixture(config, opened), 0)

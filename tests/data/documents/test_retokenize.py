@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ import tokenizers
 
 from metalm.config.schema import EncoderConfig, ModelConfig, SourceConfig, SpanConfig
 from metalm.data.collate import collate
+from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
+from metalm.data.documents.spans import SpanSampler
 from metalm.data.index import build_index
 from metalm.data.order import SequentialOrder
-from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
-from metalm.data.sources import Source, open_sources
-from metalm.data.documents.spans import SpanSampler
-from metalm.data.streams import Stream
 from metalm.data.packing.continuous import ContinuousPacker
+from metalm.data.sources import Source, open_sources
+from metalm.data.streams import Stream
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
 from reference.encoder_tokenizer import save_tokenizer
@@ -27,7 +28,12 @@ LONGEST = 40
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, write_shard) -> Source:
+def source(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: Tokenizer,
+    encoders: dict[str, EncoderConfig],
+    write_shard: Callable[..., None],
+) -> Source:
     """Forty documents of ASCII words, a tenth of them of one word."""
     folder = tmp_path_factory.mktemp("words")
     draw = np.random.default_rng(5)
@@ -38,7 +44,9 @@ def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, write
         samples.append({"u16": body.astype("<u2").tobytes()})
     write_shard(folder / "words-00000.tar", samples)
     build_index(folder, kind="text", tokenizer_fingerprint=tokenizer.fingerprint)
-    return open_sources({"words": SourceConfig(path=folder, readers={"text": "text"})}, tokenizer)[0]
+    return open_sources({"words": SourceConfig(path=folder, readers={"text": "text"})}, tokenizer, encoders)[
+        0
+    ]
 
 
 @pytest.fixture(scope="module", params=["bytes", "words"])

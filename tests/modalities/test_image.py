@@ -12,7 +12,7 @@ from PIL import Image
 
 from metalm.config.schema import ImageConfig
 from metalm.errors import BadSample
-from metalm.modalities.image import MAX_PIXELS, cut_patches, decode_image, fit_patches
+from metalm.modalities.image import MAX_PIXELS, ImageReader, cut_patches, decode_image, encode_png
 
 
 def photograph(size: tuple[int, int]) -> Image.Image:
@@ -50,8 +50,9 @@ def test_images_are_squeezed_not_cropped() -> None:
     wide = np.zeros((20, 80, 3), np.uint8)
     wide[:, :8] = 255
     wide[:, -8:] = 255
-    whole = fit_patches(wide, ImageConfig(image_size=20, patch_size=20)).reshape(20, 20, 3)
-    for pixels in (whole, decode_image(encoded(Image.fromarray(wide), "PNG"), image_size=20)):
+    data = encode_png(wide)
+    whole = ImageReader(ImageConfig(image_size=20, patch_size=20)).read(data).reshape(20, 20, 3)
+    for pixels in (whole, decode_image(data, image_size=20)):
         assert pixels[:, 0].mean() > 200
         assert pixels[:, -1].mean() > 200
         assert pixels[:, 10].mean() < 20

@@ -1,9 +1,11 @@
-"""Small corpora and configurations for the tests of the data engine."""
+"""Small corpora and configurations, and a way to start the tools as a user does: fixtures of all tests."""
 
 from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from metalm.config.schema import RunConfig
+from metalm.config.schema import EncoderConfig, RunConfig
 from metalm.data.index import build_index
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
+TOOLS = Path(__file__).parents[1] / "tools"
 ShardWriter = Callable[..., None]
+RunTool = Callable[..., tuple[int, str, str]]
 
 IMAGE_SIZE, PATCH_SIZE = 16, 8
 VOCABULARY = 300
@@ -107,8 +111,22 @@ def pair_source(
     return make
 
 
+_SHAPE = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
+
+
 @pytest.fixture(scope="session")
-def make_config(tokenizer_folder: Path) -> Callable[..., RunConfig]:
+def encoders() -> dict[str, EncoderConfig]:
+    """Of text and of images, those of the runs of `make_config`."""
+    image = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
+    sections = {
+        "text": {**_SHAPE, "max_text_positions": 16},
+        "vision": {**_SHAPE, "max_text_positions": 6, "image": image},
+    }
+    return {name: EncoderConfig.model_validate(section) for name, section in sections.items()}
+
+
+@pytest.fixture(scope="session")
+def make_config(tokenizer_folder: Path, encoders: dict[str, EncoderConfig]) -> Callable[..., RunConfig]:
     """A run on given sources, with keys of `data` and `training` to change."""
 
     def make(
@@ -119,18 +137,13 @@ def make_config(tokenizer_folder: Path) -> Callable[..., RunConfig]:
         evaluation: dict[str, dict[str, Any]] | None = None,
         seed: int = 3,
     ) -> RunConfig:
-        shape = {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
-        image = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
         return RunConfig.model_validate(
             {
                 "run": {"name": "test", "seed": seed},
                 "model": {
                     "vocab_size": VOCABULARY,
-                    "decoder": shape,
-                    "encoders": {
-                        "text": {**shape, "max_text_positions": 16},
-                        "vision": {**shape, "max_text_positions": 6, "image": image},
-                    },
+                    "decoder": _SHAPE,
+                    "encoders": encoders,
                 },
                 "data": {
                     "tokenizer": tokenizer_folder,
@@ -154,3 +167,15 @@ def make_config(tokenizer_folder: Path) -> Callable[..., RunConfig]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_tool() -> RunTool:
+    """Runs a tool as a user does, to its end: exit code, standard output, standard error."""
+
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        return done.returncode, done.stdout, done.stderr
+
+    return run

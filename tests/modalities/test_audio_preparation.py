@@ -11,10 +11,9 @@ import pytest
 import soundfile
 import webdataset
 
-from metalm.modalities.audio import decode_clip
-from metalm.errors import BadSample
 from metalm.data.index import open_index
-from metalm.modalities.audio import prepare_clip
+from metalm.errors import BadSample
+from metalm.modalities.audio import decode_clip, prepare_clip
 
 RunTool = Callable[..., tuple[int, str, str]]
 

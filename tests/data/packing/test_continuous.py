@@ -8,19 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metalm.config.schema import RunConfig, SourceConfig, SpanConfig
+from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig, SpanConfig
+from metalm.data.corpus import Corpus
+from metalm.data.documents.spans import SpanSampler
 from metalm.data.index import build_index
 from metalm.data.lanes import Lane, Mixture
 from metalm.data.order import SequentialOrder
-from metalm.data.sources import Source, open_sources
-from metalm.data.documents.spans import SpanSampler
-from metalm.data.streams import Stream
 from metalm.data.packing.continuous import ContinuousPacker
+from metalm.data.sources import Source, open_sources
+from metalm.data.streams import Stream
 from metalm.data.tokenizer import Tokenizer
+
+NO_SPANS = SpanSampler(SpanConfig(fraction=0.0), Stream(1, "no spans"))
 
 
 def packer_of(
-    source: Source, length: int, spans: SpanSampler | None = None, state: dict | None = None
+    source: Source, length: int, spans: SpanSampler = NO_SPANS, state: dict | None = None
 ) -> ContinuousPacker:
     return ContinuousPacker(
         source,
@@ -34,10 +37,12 @@ def packer_of(
 
 
 @pytest.fixture
-def source(text_source: Callable[..., Path], tokenizer: Tokenizer) -> Source:
+def source(
+    text_source: Callable[..., Path], tokenizer: Tokenizer, encoders: dict[str, EncoderConfig]
+) -> Source:
     folder = text_source([25, 15])
     config = SourceConfig(path=folder, readers={"text": "text"})
-    return open_sources({"prose": config}, tokenizer)[0]
+    return open_sources({"prose": config}, tokenizer, encoders)[0]
 
 
 def framed_documents(source: Source) -> list[list[int]]:

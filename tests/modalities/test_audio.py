@@ -17,19 +17,21 @@ import transformers
 
 from metalm.config.load import load_config
 from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig
-from metalm.data import audio as audio_module
-from metalm.modalities.audio import Clip, ClipReader, decode_clip, resample
 from metalm.data.balance import span_costs
 from metalm.data.checking import check_shards
-from metalm.data.held_out import evaluation_batches
-from metalm.errors import BadSample
+from metalm.data.corpus import Corpus
+from metalm.data.documents.pairs import PairMaker
+from metalm.data.held_out import evaluation_batches, held_out_samples
 from metalm.data.index import build_index
 from metalm.data.order import SampleOrder
 from metalm.data.packing.whole import WholePacker
-from metalm.data.sources import open_sources, read_samples
+from metalm.data.sources import open_sources
 from metalm.data.streams import Stream
 from metalm.data.tokenizer import Tokenizer
-from metalm.errors import ConfigError
+from metalm.errors import BadSample, ConfigError
+from metalm.modalities import audio as audio_module
+from metalm.modalities.audio import Clip, ClipReader, decode_clip, resample
+from metalm.objectives.semi_causal import SemiCausal
 from reference.pretrained import save_pretrained
 
 RATE = 16_000
@@ -123,7 +125,7 @@ def test_a_flac_of_unknown_length_has_a_cause_of_its_own(encoder: EncoderConfig)
     data[21] &= 0xF0
     data[22:26] = bytes(4)
     with pytest.raises(BadSample, match="unknown_length"):
-        reader_of(encoder).count_patches(bytes(data))
+        reader_of(encoder).count_vectors(bytes(data))
 
 
 def test_noise_never_ends_in_anything_but_a_bad_sample(encoder: EncoderConfig) -> None:
@@ -154,9 +156,10 @@ def test_vectors_counted_from_the_header_are_those_of_the_features(
     seconds: float, rate: int, encoder: EncoderConfig
 ) -> None:
     reader, data = reader_of(encoder), encoded(tone(seconds, rate=rate), rate=rate)
-    features, count = reader.features(decode_clip(data))
-    assert count == reader.count_patches(data) <= reader.max_patches == 39
-    np.testing.assert_array_equal(features, reader.read(data))
+    features, decoded = reader.read(data), resample(decode_clip(data), RATE).samples
+    assert encoder.audio is not None
+    count = encoder.audio.count_patches(len(decoded))
+    assert count == reader.count_vectors(data) <= reader.max_vectors == 39
     real = min(round(seconds * rate) * RATE // rate, 800)
     expected = transformers.Wav2Vec2FeatureExtractor()(
         resample(decode_clip(data, max_seconds=0.05), RATE).samples[:800],
@@ -170,7 +173,7 @@ def test_vectors_counted_from_the_header_are_those_of_the_features(
 def test_a_clip_without_a_vector_is_a_bad_sample(encoder: EncoderConfig, tmp_path: Path) -> None:
     for config in (encoder, encoder_of("ast", tmp_path)):
         with pytest.raises(BadSample, match="short_audio"):
-            reader_of(config).count_patches(encoded(tone(0.001)))
+            reader_of(config).count_vectors(encoded(tone(0.001)))
 
 
 def test_an_extractor_of_another_name_is_never_made() -> None:
@@ -185,10 +188,10 @@ def test_an_extractor_of_another_name_is_never_made() -> None:
 def test_settings_that_spoil_the_features_are_refused_or_left_out(tmp_path: Path) -> None:
     config = encoder_of("wav2vec2", tmp_path, clip_seconds=0.05)
     assert config.audio is not None and config.pretrained is not None
-    processor, clip = config.pretrained.processor, Clip(tone(0.02), RATE)
-    expected, _ = ClipReader(config.audio, processor).features(clip)
+    processor, data = config.pretrained.processor, encoded(tone(0.02))
+    expected = ClipReader(config.audio, processor).read(data)
     changed = processor | {"padding_side": "left", "padding_value": float("nan"), "feature_size": 2}
-    np.testing.assert_array_equal(ClipReader(config.audio, changed).features(clip)[0], expected)
+    np.testing.assert_array_equal(ClipReader(config.audio, changed).read(data), expected)
     mel = encoder_of("ast", tmp_path / "ast")
     assert mel.audio is not None and mel.pretrained is not None
     with pytest.raises(ConfigError, match="all of them finite"):
@@ -220,7 +223,7 @@ def test_rows_hold_the_real_vectors_of_each_clip_and_resume(
     audio_source: Path, encoder: EncoderConfig, tokenizer: Tokenizer
 ) -> None:
     config = SourceConfig(path=audio_source, readers={"audio": "audio", "text": "audio"})
-    (source,) = open_sources({"tones": config}, tokenizer)
+    (source,) = open_sources({"tones": config}, tokenizer, {"audio": encoder})
     assert encoder.audio is not None
     reader = reader_of(encoder)
 
@@ -232,8 +235,7 @@ def test_rows_hold_the_real_vectors_of_each_clip_and_resume(
             source,
             order,
             0,
-            reader=reader,
-            max_text_positions=0,
+            maker=PairMaker(source, {"audio": reader}, {"audio": encoder}, 128),
             sequence_length=128,
             draws=Stream(1, "draws"),
             max_consecutive_failures=3,
@@ -255,10 +257,9 @@ def test_rows_hold_the_real_vectors_of_each_clip_and_resume(
             caption = tokenizer.decode(row.tokens[start + 1 + count : end - 1])
             number = int(caption.split()[1])
             heard.add(number)
-            clip = Clip(tone(SECONDS[number % 5], 200 + 50 * number), RATE)
-            expected, vectors = reader.features(clip)
-            assert count == vectors
-            np.testing.assert_allclose(features, expected[0], atol=1e-3)
+            data = in_floats(tone(SECONDS[number % 5], 200 + 50 * number))
+            assert count == reader.count_vectors(data)
+            np.testing.assert_allclose(features, reader.read(data)[0], atol=1e-3)
     assert heard == set(range(25))
     assert packer.counters.skipped.keys() == {"undecodable_audio", "short_audio"}
 
@@ -267,7 +268,7 @@ def test_rows_hold_the_real_vectors_of_each_clip_and_resume(
 def run(audio_source: Path, tmp_path: Path, tokenizer_folder: Path) -> RunConfig:
     save_pretrained("ast", tmp_path / "ast")
     save_pretrained("wav2vec2", tmp_path / "wav2vec2")
-    tones = {"path": str(audio_source), "kind": "audio_text"}
+    tones, mel = ({"path": str(audio_source), "readers": {"audio": name}} for name in ("wave", "spectrogram"))
     content = {
         "run": {"name": "audio"},
         "model": {
@@ -282,11 +283,8 @@ def run(audio_source: Path, tmp_path: Path, tokenizer_folder: Path) -> RunConfig
             "tokenizer": str(tokenizer_folder),
             "sequence_length": 64,
             "lanes": 1,
-            "sources": {"tones": {**tones, "encoder": "wave"}},
-            "evaluation": {
-                "tones": {**tones, "encoder": "wave"},
-                "mel": {**tones, "encoder": "spectrogram"},
-            },
+            "sources": {"tones": tones},
+            "evaluation": {"tones": tones, "mel": mel},
         },
         "training": {
             "steps": 1,
@@ -304,10 +302,11 @@ def run(audio_source: Path, tmp_path: Path, tokenizer_folder: Path) -> RunConfig
 def test_exchanged_clips_stand_under_the_same_captions(
     source: str, encoder_name: str, run: RunConfig
 ) -> None:
+    corpus = Corpus(run)
+    arguments = {"num_rows": 12, "dp_rank": 0, "dp_size": 1, "tp_size": 2}
+    held_out = corpus.held_out[source]
     whole = {
-        wrong: list(
-            evaluation_batches(run, source, num_rows=12, dp_rank=0, dp_size=1, tp_size=2, wrong_media=wrong)
-        )
+        wrong: list(evaluation_batches(corpus, held_out, SemiCausal(), **arguments, wrong_media=wrong))
         for wrong in (False, True)
     }
     captions = {
@@ -328,9 +327,10 @@ def test_exchanged_clips_stand_under_the_same_captions(
 
 
 def test_samples_to_listen_to_and_a_check_of_the_shards(
-    audio_source: Path, tokenizer: Tokenizer, tokenizer_folder: Path, encoder: EncoderConfig
+    audio_source: Path, tokenizer_folder: Path, encoder: EncoderConfig, run: RunConfig
 ) -> None:
-    samples = read_samples(SourceConfig(path=audio_source, kind="audio_text"), 3, tokenizer)
+    corpus = Corpus(run)
+    samples = held_out_samples(corpus, corpus.held_out["tones"], 3)
     assert [sample.captions for sample in samples] == [(f"tone {n} sounds",) for n in range(3)]
     assert isinstance(samples[0].media, Clip) and len(samples[0].media.samples) == 800
     assert np.abs(span_costs(np.array([39, 5]), encoder) - span_costs(np.array([39, 39]), encoder)).max() == 0
@@ -340,8 +340,8 @@ def test_samples_to_listen_to_and_a_check_of_the_shards(
 
 def test_a_source_needs_an_encoder_of_its_kind(run: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"data\.sources\.tones is image_text, but its encoder 'wave' has no"
+        ConfigError, match=r"tones\.readers\.image = 'wave', but that encoder has no `image` section"
     ):
-        load_config(tmp_path / "audio.yaml", ["data.sources.tones.kind=image_text"])
+        load_config(tmp_path / "audio.yaml", ["data.sources.tones.readers.image=wave"])
     with pytest.raises(ConfigError, match=r"39 patches, start, one caption token and end do not fit"):
         load_config(tmp_path / "audio.yaml", ["data.sequence_length=40"])

@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from metalm.data.replaced_tokens import documents_as_spans, mask_tokens
+from metalm.training.objective import Losses, replaced_token_losses, take_by_probability
 from torch.nn import functional
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import ModelConfig, ReplacedTokensConfig
 from metalm.data.collate import collate
-from metalm.data.replaced_tokens import documents_as_spans, mask_tokens
 from metalm.data.row import Row, empty_row
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
-from metalm.training.objective import Losses, replaced_token_losses, take_by_probability
 from reference.encoder import encode_span
 from reference.rows import DOCUMENT, PAD, START, Document, Span
 
