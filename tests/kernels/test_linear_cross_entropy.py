@@ -102,6 +102,44 @@ def test_refused(change: dict[str, object], message: str) -> None:
         linear_cross_entropy(**{"hidden": hidden, "weight": weight, "labels": labels, **change})  # type: ignore[arg-type]
 
 
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is used where there is no GPU")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=on_cpu), pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_size", [10, 64])
+def test_triton_passes_give_what_pytorch_gives(chunk_size: int, dtype: torch.dtype, device: str) -> None:
+    """More columns than a block of the kernel holds, padding beyond them, and labels of none."""
+    generator = torch.Generator().manual_seed(1)
+    vocab_size, num_rows = 5001, 5120
+    hidden = torch.randn(NUM_POSITIONS, HIDDEN_SIZE, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(num_rows, HIDDEN_SIZE, generator=generator).to(device, dtype).requires_grad_()
+    labels = torch.randint(0, vocab_size, (NUM_POSITIONS,), generator=generator).to(device)
+    labels[::5] = -1
+    grad = torch.rand(NUM_POSITIONS, generator=generator).to(device)
+    expected = F.cross_entropy(
+        (hidden @ weight[:vocab_size].T).float(), labels, reduction="none", ignore_index=-1
+    )
+    options = {"vocab_size": vocab_size, "chunk_size": chunk_size}
+    ours = linear_cross_entropy(hidden, weight, labels, backend="triton", **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(ours, (hidden, weight), grad)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for one, other in zip(grads, torch.autograd.grad(expected, (hidden, weight), grad), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert not grads[1][vocab_size:].any()
+
+
+def test_kept_logits_serve_one_backward_and_are_computed_for_a_second() -> None:
+    hidden, weight, labels, grad = draw()
+    losses = linear_cross_entropy(hidden, weight, labels, chunk_size=64)
+    first = torch.autograd.grad(losses, (hidden, weight), grad, retain_graph=True)
+    second = torch.autograd.grad(losses, (hidden, weight), grad)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the elements of the largest tensor that any operation returns, backward included."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: 
         segments.longest,
         scale=scale,
         window_size=(-1, 0) if segments.is_causal else (-1, -1),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **_grouped(q, k),
     )
     assert isinstance(out, Tensor)
     out = out.view(num_rows, length, *out.shape[1:]).transpose(1, 2)
@@ -95,6 +95,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: 
         seen = (mask.end > mask.start)[:, None, :, None]
         out = torch.where(seen, out, 0.0)
     return out
+
+
+def _grouped(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The argument for grouped heads, which PyTorch 2.11 does not have."""
+    return {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
 
 
 def _repeated(segments: Segments | None, num_rows: int, length: int) -> Segments:

@@ -1,16 +1,20 @@
-"""The output layer and its cross entropy in one, vocabulary-parallel, without ever holding all logits.
+"""The output layer and its cross entropy in one, vocabulary-parallel, without holding many logits.
 
-Positions are taken in chunks: a chunk's logits `[chunk, V/tp]` live only while its maximum, sum and target
-are read off, and again in the backward, which recomputes them. What lasts is a few numbers per position.
+Positions are taken in chunks, of so many logits as are kept without harm. Where one chunk holds all
+positions, its logits wait for the backward, which the loss begins; else they are computed again.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Backend = Literal["triton", "torch"]
 
 
 def linear_cross_entropy(
@@ -20,7 +24,8 @@ def linear_cross_entropy(
     *,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Loss of each position under logits `hidden @ weight.T`, whose vocabulary is split over a group.
 
@@ -37,7 +42,10 @@ def linear_cross_entropy(
         group: tensor-parallel group; None when this rank holds the whole vocabulary.
         vocab_size: true size of the whole vocabulary; rows of the weight beyond it are padding, take no part,
             and have zero gradient. All rows count by default.
-        chunk_size: positions per chunk; transient memory is a few times `chunk_size * V/tp` floats.
+        chunk_size: positions per chunk; by default as many as `chunk_positions` tells.
+        backend: forces "triton" (CUDA, or Triton's interpreter), which goes over a chunk's logits once in
+            each direction, or "torch" (any device), which holds them a few times; by default triton on CUDA,
+            but for float64.
 
     Returns:
         float32 `[N]` (float64 for float64 inputs).
@@ -53,78 +61,122 @@ def linear_cross_entropy(
         raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}: expected one dtype")
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels {list(labels.shape)} for hidden {list(hidden.shape)}: expected [N]")
+    if chunk_size is None:
+        chunk_size = chunk_positions(weight.shape[0], weight.dtype.itemsize, on_cpu=not weight.is_cuda)
     if chunk_size < 1 or (vocab_size is not None and vocab_size < 1):
         raise ValueError(f"chunk_size is {chunk_size}, vocab_size is {vocab_size}: expected at least 1")
     first_row = weight.shape[0] * (dist.get_rank(group) if group is not None else 0)
     num_rows = weight.shape[0]
     if vocab_size is not None:
         num_rows = min(max(vocab_size - first_row, 0), num_rows)
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, group, first_row, num_rows, chunk_size)
+    if backend is None:
+        fits = weight.is_cuda and weight.dtype != torch.float64 and importlib.util.find_spec("triton")
+        backend = "triton" if fits else "torch"
+    options = _Options(group, first_row, num_rows, chunk_size, backend)
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, options)
     return losses
+
+
+def chunk_positions(num_rows: int, itemsize: int, *, on_cpu: bool) -> int:
+    """Positions per chunk: their logits, of a weight of `num_rows`, take a gibibyte, on CPU a quarter."""
+    return max(1, (2**28 if on_cpu else 2**30) // (num_rows * itemsize))
+
+
+@dataclass(frozen=True)
+class _Options:
+    group: dist.ProcessGroup | None
+    first_row: int
+    num_rows: int
+    """Of this rank's weight that are no padding."""
+    chunk_size: int
+    backend: Backend
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The rows that are multiplied: on CUDA with the padding, without which memory is out of line."""
+        return weight if self.backend == "triton" else weight[: self.num_rows]
+
+    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp and the labels' logits of a chunk."""
+        if self.backend == "triton":
+            from metalm.kernels.triton_loss import logits_loss
+
+            return logits_loss(logits, labels, self.num_rows)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        target = wide.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+        return wide.logsumexp(1), torch.where(labels >= 0, target, 0)
+
+    def gradients(self, logits: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
+        """Of a chunk's logits, in their dtype; the logits are gone."""
+        if self.backend == "triton":
+            from metalm.kernels.triton_loss import into_gradients
+
+            return into_gradients(logits, labels, log_sum, grad, self.num_rows)
+        found = logits.to(log_sum.dtype).sub_(log_sum[:, None]).exp_()
+        found.scatter_add_(1, labels.clamp(min=0)[:, None], -(labels >= 0)[:, None].to(found.dtype))
+        return found.mul_(grad[:, None]).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        group: dist.ProcessGroup | None,
-        first_row: int,
-        num_rows: int,
-        chunk_size: int,
-    ) -> Tensor:
-        local_labels, owned = _local_labels(labels, first_row, num_rows)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options) -> Tensor:
+        own_labels = _own_labels(labels, options)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         num_positions = hidden.shape[0]
-        maximum = torch.full((num_positions,), float("-inf"), dtype=dtype, device=hidden.device)
-        sum_and_target = torch.zeros((2, num_positions), dtype=dtype, device=hidden.device)
-        for chunk in _chunks(num_positions, chunk_size) if num_rows else ():
-            logits = (hidden[chunk] @ weight[:num_rows].T).to(dtype)
-            target = logits.gather(1, local_labels[chunk, None]).squeeze(1)
-            maximum[chunk] = logits.amax(1)
-            sum_and_target[0, chunk] = logits.sub_(maximum[chunk, None]).exp_().sum(1)
-            sum_and_target[1, chunk] = torch.where(owned[chunk], target, 0)
-        if group is not None:
-            local_maximum = maximum.clone()
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-            sum_and_target[0] *= torch.exp(local_maximum - maximum)
-            dist.all_reduce(sum_and_target, group=group)
-        log_sum = maximum + sum_and_target[0].log()
+        log_sum = torch.full((num_positions,), float("-inf"), dtype=dtype, device=hidden.device)
+        target = torch.zeros_like(log_sum)
+        chunks = _chunks(num_positions, options.chunk_size) if options.num_rows else ()
+        ctx.logits = None
+        for chunk in chunks:
+            logits = hidden[chunk] @ options.rows(weight).T
+            log_sum[chunk], target[chunk] = options.loss(logits, own_labels[chunk])
+            if len(chunks) == 1 and any(ctx.needs_input_grad[:2]):
+                ctx.logits = logits
+        if options.group is not None:
+            maximum = log_sum.clone()
+            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=options.group)
+            together = torch.stack([torch.exp(log_sum - maximum), target])
+            dist.all_reduce(together, group=options.group)
+            log_sum, target = maximum + together[0].log(), together[1]
         ctx.save_for_backward(hidden, weight, labels, log_sum)
-        ctx.group, ctx.first_row, ctx.num_rows, ctx.chunk_size = group, first_row, num_rows, chunk_size
-        return torch.where(labels >= 0, log_sum - sum_and_target[1], 0)
+        ctx.options = options
+        return torch.where(labels >= 0, log_sum - target, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_sum = ctx.saved_tensors
+        options, kept = ctx.options, ctx.logits
+        ctx.logits = None  # its memory is about to hold the gradients
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        local_labels, owned = _local_labels(labels, ctx.first_row, ctx.num_rows)
+        own_labels = _own_labels(labels, options)
         grad_losses = torch.where(labels >= 0, grads[0], 0)
-        rows = weight[: ctx.num_rows]
+        rows = options.rows(weight)
+        chunks = _chunks(hidden.shape[0], options.chunk_size) if options.num_rows else ()
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # Many chunks are added up: in the losses' precision.
-        grad_weight = torch.zeros_like(weight, dtype=log_sum.dtype) if needs_weight else None
-        for chunk in _chunks(hidden.shape[0], ctx.chunk_size) if ctx.num_rows else ():
-            grad_logits = (hidden[chunk] @ rows.T).to(log_sum.dtype).sub_(log_sum[chunk, None]).exp_()
-            grad_logits.scatter_add_(1, local_labels[chunk, None], -owned[chunk, None].to(log_sum.dtype))
-            grad_logits = grad_logits.mul_(grad_losses[chunk, None]).to(hidden.dtype)
+        # Many chunks are added up in the losses' precision; one needs no sum.
+        grad_weight = None
+        if needs_weight:
+            grad_weight = torch.zeros_like(weight, dtype=weight.dtype if len(chunks) == 1 else log_sum.dtype)
+        for chunk in chunks:
+            logits = hidden[chunk] @ rows.T if kept is None else kept
+            grad_logits = options.gradients(logits, own_labels[chunk], log_sum[chunk], grad_losses[chunk])
+            del logits
             if grad_hidden is not None:
-                grad_hidden[chunk] = grad_logits @ rows
-            if grad_weight is not None:
-                grad_weight[: ctx.num_rows] += grad_logits.T @ hidden[chunk]
-        if grad_hidden is not None and ctx.group is not None:
-            dist.all_reduce(grad_hidden, group=ctx.group)
+                torch.mm(grad_logits, rows, out=grad_hidden[chunk])
+            if grad_weight is not None and len(chunks) == 1:
+                torch.mm(grad_logits.T, hidden, out=grad_weight[: len(rows)])
+            elif grad_weight is not None:
+                grad_weight[: len(rows)] += grad_logits.T @ hidden[chunk]
+        if grad_hidden is not None and options.group is not None:
+            dist.all_reduce(grad_hidden, group=options.group)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None
 
 
-def _local_labels(labels: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Each label as a row of this rank (0 where another rank holds it), and whether this rank holds it."""
-    owned = (labels >= first_row) & (labels < first_row + num_rows)
-    return torch.where(owned, labels - first_row, 0), owned
+def _own_labels(labels: Tensor, options: _Options) -> Tensor:
+    """Each label as a row of this rank, -1 where another rank holds it, or none."""
+    owned = (labels >= options.first_row) & (labels < options.first_row + options.num_rows)
+    return torch.where(owned, labels - options.first_row, -1)
 
 
 def _chunks(num_positions: int, chunk_size: int) -> list[slice]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, get_args
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -77,14 +77,14 @@ class _TritonAttention(torch.autograd.Function):
         log_sum = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         # The kernels add the bias before they scale.
         raw_bias = None if bias is None else (bias.float() / scale).contiguous()
-        ctx.launch = launch = _Launch.of(q, k, scale, bias is not None, dropout, configs)
+        ctx.launch = launch = _Launch(q, scale, bias is not None, dropout, configs)
         with torch.cuda.device_of(q):
-            config = launch.config("forward")
-            forward_kernel[(triton.cdiv(num_queries, config.block_q), batch_size * num_heads)](
+            options = launch.options("forward")
+            forward_kernel[(triton.cdiv(num_queries, options["BLOCK_Q"]), batch_size * num_heads)](
                 q, k, v, out, log_sum, *_intervals(mask), raw_bias, *launch.pattern,
                 *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], _row_stride(mask),
                 num_heads, num_heads // k.shape[1], num_queries, k.shape[2],
-                launch.scale_log2, *launch.drop, **launch.meta, **config.options(),
+                launch.scale_log2, *launch.drop, **options,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, bias, raw_bias, out, log_sum)
         ctx.mask, ctx.scale = mask, scale
@@ -107,72 +107,78 @@ class _TritonAttention(torch.autograd.Function):
         needs_bias_gradient = ctx.needs_input_grad[3]
         grad_bias = torch.zeros_like(raw_bias) if needs_bias_gradient else None
         with torch.cuda.device_of(q):
-            config = launch.config("query_gradient")
-            query_gradient_kernel[(triton.cdiv(num_queries, config.block_q), batch_size * num_heads)](
+            options = launch.options("query_gradient")
+            query_gradient_kernel[(triton.cdiv(num_queries, options["BLOCK_Q"]), batch_size * num_heads)](
                 q, k, v, out, grad, log_sum, delta, grad_q, *_intervals(ctx.mask), raw_bias, grad_bias,
                 *launch.pattern, *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], _row_stride(ctx.mask),
                 num_heads, groups, num_queries, num_keys, scale, launch.scale_log2, *launch.drop,
-                NEEDS_BIAS_GRADIENT=needs_bias_gradient, **launch.meta, **config.options(),
+                NEEDS_BIAS_GRADIENT=needs_bias_gradient, **options,
             )  # fmt: skip
-            config, seen_by = launch.config("key_gradient"), ctx.mask.transpose()
-            key_gradient_kernel[(triton.cdiv(num_keys, config.block_k), batch_size * num_key_heads)](
+            options, seen_by = launch.options("key_gradient"), ctx.mask.transpose()
+            key_gradient_kernel[(triton.cdiv(num_keys, options["BLOCK_K"]), batch_size * num_key_heads)](
                 q, k, v, grad, log_sum, delta, grad_k, grad_v, *_intervals(seen_by), raw_bias,
                 *launch.pattern, *q.stride()[:3], *k.stride()[:3], *grad.stride()[:3],
                 *grad_k.stride()[:3], _row_stride(seen_by), num_key_heads, num_queries, num_keys,
-                scale, launch.scale_log2, *launch.drop, GROUPS=groups, **launch.meta, **config.options(),
+                scale, launch.scale_log2, *launch.drop, GROUPS=groups, **options,
             )  # fmt: skip
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         return grad_q, grad_k, grad_v, grad_bias, *(None,) * 4
 
 
-@dataclass(frozen=True)
 class _Launch:
     """What the three kernels of one call have in common."""
 
-    scale_log2: float
-    drop: tuple[int | None, float | None, int | None]
-    """Threshold, scale of what is kept, first head; None where nothing is dropped."""
-    pattern: tuple[Tensor | None, ...]
-    meta: dict[str, Any]
-    configs: Configs
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         q: Tensor,
-        k: Tensor,
         scale: float,
         has_bias: bool,
         dropout: DropoutPattern | None,
         configs: Configs | None,
-    ) -> _Launch:
-        head_size = q.shape[-1]
-        meta = {
-            "HEAD_SIZE": head_size,
-            "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-            "HAS_BIAS": has_bias,
-            "HAS_DROPOUT": dropout is not None,
-            # Contraction of multiply and add, which Triton is about to turn off by default.
-            "enable_fp_fusion": True,
-            # TF32 would lose thirteen bits of a float32 product.
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        }
-        if configs is None:
-            has_extras = has_bias or dropout is not None
-            configs = {
-                kernel: launch_config(kernel, head_size, q.dtype, has_extras=has_extras, device=q.device)
-                for kernel in get_args(Kernel)
-            }
-        scale_log2 = scale / math.log(2.0)
-        if dropout is None:
-            return cls(scale_log2, (None, None, None), (None, None, None), meta, configs)
-        drop = (drop_threshold(dropout.rate), dropout.keep_scale, dropout.head_offset)
-        pattern = (dropout.seeds, dropout.query_positions, dropout.key_positions)
-        return cls(scale_log2, drop, pattern, meta, configs)
+    ) -> None:
+        self.scale_log2 = scale / math.log(2.0)
+        self.drop: tuple[int | None, float | None, int | None] = (None, None, None)
+        """Threshold, scale of what is kept, first head; None where nothing is dropped."""
+        self.pattern: tuple[Tensor | None, ...] = (None, None, None)
+        if dropout is not None:
+            self.drop = (drop_threshold(dropout.rate), dropout.keep_scale, dropout.head_offset)
+            self.pattern = (dropout.seeds, dropout.query_positions, dropout.key_positions)
+        self._kind = (q.shape[-1], q.dtype, has_bias, dropout is not None, q.device)
+        self._configs = configs
 
-    def config(self, kernel: Kernel) -> LaunchConfig:
-        return self.configs[kernel]
+    def options(self, kernel: Kernel) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        if self._configs is None:
+            return _options(kernel, *self._kind)
+        return _meta(*self._kind[:4]) | self._configs[kernel].options()
+
+
+@cache
+def _options(
+    kernel: Kernel,
+    head_size: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    has_dropout: bool,
+    device: torch.device,
+) -> dict[str, Any]:
+    has_extras = has_bias or has_dropout
+    config = launch_config(kernel, head_size, dtype, has_extras=has_extras, device=device)
+    return _meta(head_size, dtype, has_bias, has_dropout) | config.options()
+
+
+def _meta(head_size: int, dtype: torch.dtype, has_bias: bool, has_dropout: bool) -> dict[str, Any]:
+    return {
+        "HEAD_SIZE": head_size,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "HAS_BIAS": has_bias,
+        "HAS_DROPOUT": has_dropout,
+        # Contraction of multiply and add, which Triton is about to turn off by default.
+        "enable_fp_fusion": True,
+        # TF32 would lose thirteen bits of a float32 product.
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
 
 
 def _intervals(mask: IntervalMask) -> tuple[Tensor, Tensor]:

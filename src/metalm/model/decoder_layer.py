@@ -126,11 +126,11 @@ class DeepNormLayer(MegatronModule, BaseTransformerLayer):
         dropout, site = attention_mask.dropout, SITES_PER_LAYER * (self.layer_number - 1)
         if dropout is not None:
             attended = dropout.drop(attended, site + 1)
-        hidden = self.attention_norm(self.residual_scale * hidden_states + attended)
+        hidden = self.attention_norm(torch.add(attended, hidden_states, alpha=self.residual_scale))
         output = _with_bias(*self.mlp(hidden))
         if dropout is not None:
             output = dropout.drop(output, site + 2)
-        return self.mlp_norm(self.residual_scale * hidden + output), None
+        return self.mlp_norm(torch.add(output, hidden, alpha=self.residual_scale)), None
 
 
 def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:

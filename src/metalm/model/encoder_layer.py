@@ -90,8 +90,9 @@ class EncoderLayer(nn.Module):
         """[L, D] to [L, D]."""
         if self.post_norm:
             attended = self._attend(hidden, mask, where, dropout)
-            hidden = self.attention_norm(self.residual_scale * hidden + attended)
-            return self.ffn_norm(self.residual_scale * hidden + self._feed_forward(hidden, routes, dropout))
+            hidden = self.attention_norm(torch.add(attended, hidden, alpha=self.residual_scale))
+            output = self._feed_forward(hidden, routes, dropout)
+            return self.ffn_norm(torch.add(output, hidden, alpha=self.residual_scale))
         hidden = hidden + self._attend(self.attention_norm(hidden), mask, where, dropout)
         return hidden + self._feed_forward(self.ffn_norm(hidden), routes, dropout)
 

@@ -11,14 +11,13 @@ import math
 from dataclasses import dataclass
 
 from metalm.config import DecoderConfig, EncoderConfig, RunConfig
+from metalm.kernels.linear_cross_entropy import chunk_positions
 from metalm.model.flops import Work
 from metalm.model.parameters import ParameterCount, count_decoder, count_encoders
 from metalm.planning.zero import ZeroSettings, zero_settings
 
 MASTER_AND_MOMENTS = 12
 """Bytes per parameter: fp32 master and two moments; DeepSpeed keeps masters in fp32 training, too."""
-LOSS_CHUNK = 1024
-"""Positions whose logits are held at once by `metalm.kernels.linear_cross_entropy`."""
 INNER_KEPT = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4}
 """Tensors of the inner width that a feed-forward keeps, by activation."""
 SHARE_MULTIPLE = 16
@@ -161,7 +160,9 @@ def _engine(
 
 
 def _loss_buffers(config: RunConfig, size: int) -> float:
-    """Of the output layer's backward: the weight's gradient in fp32, and a chunk of logits three times."""
+    """Of the output layer's backward: a chunk of logits, and the weight's gradient, fp32 if it is a sum."""
     rows = config.model.padded_vocab_size // config.parallel.tensor
-    positions = min(LOSS_CHUNK, config.training.micro_batch_size * config.data.sequence_length)
-    return 4 * rows * config.model.decoder.hidden_size + positions * rows * (4 + 4 + size)
+    all_positions = config.training.micro_batch_size * config.data.sequence_length
+    positions = min(chunk_positions(rows, size, on_cpu=False), all_positions)
+    gradient = rows * config.model.decoder.hidden_size * (size if positions == all_positions else 4)
+    return gradient + positions * rows * size
