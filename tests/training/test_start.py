@@ -17,6 +17,7 @@ from distributed.tiny import tiny_config
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.state import RunFacts
 from metalm.config import RunConfig, config_content
+from metalm.data.corpus import Corpus
 from metalm.data.tokenizer import load_tokenizer, train_tokenizer
 from metalm.errors import CheckpointError, ConfigError
 from metalm.training import engines as engines_module
@@ -86,7 +87,7 @@ def test_a_resumed_run_draws_no_weight_and_covers_all(
     expected = weights(first)
     store.save(first, 3, {0: "somewhere"}, RunFacts())
     drawn()
-    start = decide_start(config, store)
+    start = decide_start(Corpus(config), store)
     assert start.checkpoint is not None
     assert start.checkpoint.folder == tmp_path / "tiny" / "checkpoints" / "step_00000003"
     second = build_engines(config, topology, start.given)
@@ -110,7 +111,7 @@ def test_what_a_checkpoint_lacks_is_an_error(topology: Any, tmp_path: Path) -> N
     index = json.loads((folder / "encoders" / "index.json").read_text())
     del index["parameters"][min(index["parameters"])]
     rewrite(folder, "encoders/index.json", json.dumps(index).encode())
-    start = decide_start(config, store)
+    start = decide_start(Corpus(config), store)
     engines = build_engines(config, topology, start.given)
     with pytest.raises(CheckpointError, match=r"lacks 1 parameter\(s\), such as encoders"):
         load_start(start, config, topology, engines)
@@ -136,7 +137,7 @@ def test_a_new_run_draws_only_what_its_sources_lack(
         return draw(model, name, pretrained)
 
     monkeypatch.setattr(engines_module, "encoder_draw", count)
-    start = decide_start(config, store)
+    start = decide_start(Corpus(config), store)
     assert start.checkpoint is None
     engines = build_engines(config, topology, start.given)
     assert load_start(start, config, topology, engines) is None
@@ -174,7 +175,7 @@ def test_another_model_is_refused_by_key_before_it_is_built(
     store: CheckpointStore, tmp_path: Path, key: str, value: Any, line: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
-        decide_start(config_with(tmp_path, **{key: value}), store)
+        decide_start(Corpus(config_with(tmp_path, **{key: value})), store)
     assert line in str(refusal.value)
     assert "another run.name, with initialize.decoder" in str(refusal.value)
 
@@ -182,7 +183,7 @@ def test_another_model_is_refused_by_key_before_it_is_built(
 def test_another_tokenizer_is_refused(store: CheckpointStore, tmp_path: Path) -> None:
     train_tokenizer(["other words than those"], 300, tmp_path / "other")
     with pytest.raises(ConfigError, match=r"data.tokenizer: .*other.* is not the tokenizer that"):
-        decide_start(config_with(tmp_path, data__tokenizer=str(tmp_path / "other")), store)
+        decide_start(Corpus(config_with(tmp_path, data__tokenizer=str(tmp_path / "other"))), store)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_another_tokenizer_is_refused(store: CheckpointStore, tmp_path: Path) ->
 def test_what_leaves_the_weights_their_meaning_may_change(
     store: CheckpointStore, tmp_path: Path, key: str, value: Any
 ) -> None:
-    start = decide_start(config_with(tmp_path, **{key: value}), store)
+    start = decide_start(Corpus(config_with(tmp_path, **{key: value})), store)
     assert start.checkpoint is not None
     assert start.checkpoint.folder == tmp_path / "tiny" / "checkpoints" / "step_00000004"
 
@@ -207,7 +208,7 @@ def test_a_config_of_another_version_is_said(store: CheckpointStore, tmp_path: P
     folder = tmp_path / "tiny" / "checkpoints" / "step_00000004"
     rewrite(folder, "config.yaml", b"model: {vocab_size: 300, decoder: {number_of_layers: 2}}")
     with pytest.raises(CheckpointError, match=r"is of another version .*model\.decoder\."):
-        decide_start(config_with(tmp_path), store)
+        decide_start(Corpus(config_with(tmp_path)), store)
 
 
 def test_a_damaged_newest_is_passed_over_and_a_state_that_does_not_parse_is_damage(
