@@ -1,14 +1,15 @@
-"""All that a process opens of a run's data, once: tokenizer, sources, and what encoders read files with."""
+"""All that a process opens of a run's data, once: tokenizer, sources, and what encoders read files with.
+
+Data workers import this, so torch comes in only where batches are made.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from metalm.batch import SemiCausalBatch
 from metalm.config.schema import TEXT, RunConfig
-from metalm.data.collate import collate
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.row import Row
@@ -16,6 +17,9 @@ from metalm.data.sources import Source, open_sources
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import ConfigError
 from metalm.modalities import Media, MediaReader, modality_of_encoder
+
+if TYPE_CHECKING:
+    from metalm.batch import SemiCausalBatch
 
 
 class RowObjective(Protocol):
@@ -107,6 +111,8 @@ class Corpus:
 
     def micro_batch(self, rows: Sequence[Row], objective: RowObjective, tp_size: int) -> SemiCausalBatch:
         """A micro-batch of arranged rows: see `collate`."""
+        from metalm.data.collate import collate
+
         config = self.config
         batch = collate(
             rows,
