@@ -31,18 +31,20 @@ import numpy as np
 import torch
 import webdataset
 from bench_data_peers import installed_peers, pack
-from metalm.modalities.image import decode_image
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from metalm.cli import ToolParser, run_tool
 from metalm.config.schema import RunConfig
+from metalm.data.corpus import Corpus
 from metalm.data.index import build_index
 from metalm.data.loader import TrainingData
 from metalm.data.preparation.text import prepare_text
-from metalm.data.sources import open_sources
+from metalm.data.sources import open_source
 from metalm.data.tar import member_header, padding
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from metalm.modalities.image import decode_image
+from metalm.objectives.semi_causal import SemiCausal
 
 LENGTH = 2048
 PHOTOGRAPHS = {"512 to 1024 pixels": [(640, 480), (1024, 768), (512, 512)], "256 pixels": [(256, 256)]}
@@ -228,7 +230,7 @@ def config_of(root: Path, folder: Path, *, lanes: int = 16, workers: int = 0) ->
 
 def open_data(config: RunConfig, states: dict | None = None) -> TrainingData:
     """All lanes, on this rank."""
-    return TrainingData(config, dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
+    return TrainingData(Corpus(config), SemiCausal(), dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
 
 
 def rate(items: Iterator[Any], amount: Callable[[Any], int]) -> float:
@@ -277,13 +279,12 @@ def rate_of_raw_rows(folder: Path, tokenizer: Tokenizer) -> float:
 
 def rate_of_samples(folder: Path, tokenizer: Tokenizer) -> float:
     """Documents in random order, found by index, read by byte range and checked."""
-    config = config_of(folder, folder).data.sources["text"]
-    (source,) = open_sources({"text": config}, tokenizer)
+    source = open_source("text", folder, tokenizer)
     order = np.random.default_rng(1).permutation(source.index.num_samples)
 
     def documents() -> Iterator[np.ndarray]:
         for block in np.array_split(order, max(1, len(order) // 256)):
-            yield from map(source.document, source.index.locate(block))
+            yield from map(source.token_ids, source.index.locate(block))
 
     result = rate(documents(), lambda _: 1)
     source.reader.close()
@@ -292,8 +293,7 @@ def rate_of_samples(folder: Path, tokenizer: Tokenizer) -> float:
 
 def rate_of_images(folder: Path, tokenizer: Tokenizer) -> float:
     """Images in the order of the index, decoded and resized."""
-    config = config_of(folder, folder).data.sources["text"].model_copy(update={"kind": "image_text"})
-    (source,) = open_sources({"photographs": config}, tokenizer)
+    source = open_source("photographs", folder, tokenizer)
     locations = source.index.locate(np.arange(source.index.num_samples))
     data = (source.reader.read(place.shard, place.offset, place.size) for place in locations)
     result = rate((decode_image(item, image_size=224) for item in data), lambda _: 1)

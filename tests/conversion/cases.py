@@ -11,7 +11,9 @@ import numpy as np
 from metalm.config import RunConfig
 from metalm.data.row import Row, RowSpans
 from metalm.data.tokenizer import Tokenizer
-from metalm.modalities.image import fit_patches
+from metalm.modalities import MEDIA
+from metalm.modalities.image import encode_png
+from reference.rows import loss_weights
 
 VOCABULARY = 330
 """Not a multiple of 128, so the embedding has padding rows; more ids than the tokenizer has."""
@@ -156,8 +158,8 @@ def prompt_row(parts: tuple[Part, ...], tokenizer: Tokenizer, config: RunConfig)
     for part in parts:
         start, patches = len(tokens), None
         if part.image is not None:
-            image = config.model.encoders[part.encoder].image
-            patches = fit_patches(pictures()[part.image], image)
+            reader = MEDIA["image"].reader(config.model.encoders[part.encoder])
+            patches = reader.read(encode_png(pictures()[part.image]))
             tokens += [tokenizer.paragraph_id] * len(patches)
         tokens += tokenizer.encode([part.text])[0].tolist()
         if part.encoder is not None:
@@ -170,4 +172,6 @@ def prompt_row(parts: tuple[Part, ...], tokenizer: Tokenizer, config: RunConfig)
             num_patches=np.array([0 if patches is None else len(patches) for *_, patches in members]),
             media=np.concatenate(images) if images else None,
         )
-    return Row(np.array(tokens, np.int32), np.array([len(tokens)]), spans=spans)
+    bounds = [(start, end) for members in found.values() for start, end, _ in members]
+    weights = loss_weights(len(tokens), [len(tokens)], bounds)
+    return Row(np.array(tokens, np.int32), weights, [len(tokens)], spans=spans)

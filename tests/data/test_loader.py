@@ -144,7 +144,7 @@ def test_a_source_may_come_go_and_change_its_weight(
         before = data.counters()
         next(data)
         after = data.counters()
-    for part in ("poems is new", "scenes is gone", "weight 2 is now 5"):
+    for part in ("poems is new", "scenes was removed", "weight 2 is now 5"):
         assert part in caplog.text
     assert after["prose/samples"] >= before["prose/samples"] > 0
 

@@ -10,7 +10,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.data.collate import collate
 from metalm.data.row import Row, RowSpans
-from reference.rows import PAD, PlainRow, lonely_rows, random_rows
+from reference.rows import PAD, PlainRow, lonely_rows, loss_weights, random_rows
 
 GLOBAL_ROWS, LENGTH, VOCAB = 8, 40, 90
 STEPS = 5
@@ -165,6 +165,12 @@ def to_row(plain: PlainRow) -> Row:
         )
         for encoder, members in found.items()
     }
+    bounds = [pair for members in spans.values() for pair in members.bounds.tolist()]
     return Row(
-        np.array(tokens, np.int32), ends, spans=spans, source_id=plain.source, dropout_seed=plain.dropout_seed
+        np.array(tokens, np.int32),
+        loss_weights(len(tokens), ends, bounds),
+        ends,
+        spans=spans,
+        source_id=plain.source,
+        dropout_seed=plain.dropout_seed,
     )

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from metalm.data.replaced_tokens import documents_as_spans, mask_tokens
-from metalm.training.objective import Losses, replaced_token_losses, take_by_probability
 from torch.nn import functional
 
 from metalm.batch import SemiCausalBatch
-from metalm.config import ModelConfig, ReplacedTokensConfig
+from metalm.config import ModelConfig, ReplacedTokensConfig, RunConfig
 from metalm.data.collate import collate
 from metalm.data.row import Row, empty_row
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw
 from metalm.model.initialization import initialize_parameters
+from metalm.objectives import Losses
+from metalm.objectives.replaced_tokens import ReplacedTokens, take_by_probability
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
 from reference.encoder import encode_span
-from reference.rows import DOCUMENT, PAD, START, Document, Span
+from reference.rows import DOCUMENT, PAD, START, Document, Span, loss_weights
 
 LENGTH, VOCAB, SPECIAL = 24, 8, (START, 1, DOCUMENT, PAD)
 SETTINGS = ReplacedTokensConfig(mask_fraction=0.3, detection_weight=7.0)
@@ -31,6 +34,22 @@ MODEL = ModelConfig.model_validate(
         "encoders": {"text": {**ENCODER, "connector": "detection"}},
     }
 )
+
+CONFIG = RunConfig.model_validate(
+    {
+        "run": {"name": "detection"},
+        "model": MODEL,
+        "data": {
+            "tokenizer": "unused",
+            "sequence_length": LENGTH,
+            "lanes": 1,
+            "sources": {"text": {"path": "unused"}},
+        },
+        "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+    }
+)
+OBJECTIVE = ReplacedTokens(CONFIG, SETTINGS)
+TOKENIZER: Any = SimpleNamespace(pad_id=PAD, special_ids=SPECIAL)
 
 
 @pytest.fixture
@@ -50,13 +69,14 @@ def row(*sizes: int, seed: int) -> Row:
     generator = np.random.default_rng(seed)
     documents = [[START, *generator.integers(4, VOCAB, size - 2), DOCUMENT] for size in sizes]
     tokens = np.concatenate(documents).astype(np.int32)
-    return Row(tokens, np.cumsum(sizes).tolist(), dropout_seed=seed)
+    ends = np.cumsum(sizes).tolist()
+    return Row(tokens, loss_weights(len(tokens), ends, []), ends, dropout_seed=seed)
 
 
 def masked_batch(rows: list[Row], tp_size: int = 1, model: ModelConfig = MODEL) -> SemiCausalBatch:
-    rows = documents_as_spans(rows, "text")
+    rows = OBJECTIVE.arrange(rows)
     batch = collate(rows, model_config=model, sequence_length=LENGTH, tp_size=tp_size, pad_id=PAD)
-    return mask_tokens(batch, rows, SETTINGS.mask_fraction, SPECIAL, PAD)
+    return OBJECTIVE.complete(batch, rows, TOKENIZER)
 
 
 def rows_of_all_kinds() -> list[Row]:
@@ -110,7 +130,7 @@ def test_a_token_is_taken_by_its_probability() -> None:
 
 
 def losses_of(engines: Engines, batch: SemiCausalBatch, topology: Topology) -> Losses:
-    return replaced_token_losses(engines, batch, topology, SETTINGS)
+    return OBJECTIVE.losses(engines, batch, topology)
 
 
 def test_losses_equal_those_of_each_document_by_itself(engines: Engines, topology: Topology) -> None:
@@ -163,9 +183,10 @@ def test_no_gradient_goes_from_the_detection_to_the_decoder(engines: Engines, to
 
 def generator_logits(engines: Engines, tokens: torch.Tensor) -> torch.Tensor:
     """Of one document with its masked tokens: alone in a row, all of it in one span that nothing docks in."""
-    alone = Row(tokens.numpy().astype(np.int32), [len(tokens)])
+    size = len(tokens)
+    alone = Row(tokens.numpy().astype(np.int32), loss_weights(size, [size], []), [size])
     batch = collate(
-        documents_as_spans([alone], "text"), model_config=MODEL, sequence_length=LENGTH, tp_size=1, pad_id=PAD
+        OBJECTIVE.arrange([alone]), model_config=MODEL, sequence_length=LENGTH, tp_size=1, pad_id=PAD
     )
     batch.tokens[0, : len(tokens)] = tokens
     batch.encoders.clear()

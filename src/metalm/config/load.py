@@ -34,8 +34,8 @@ _READ_FROM = (
 _REPLACED_KEYS: dict[tuple[type[BaseModel], str], str] = {
     (SourceConfig, "kind"): "leave it out, the index of the shards says what they hold",
     (SourceConfig, "encoder"): (
-        "write `readers: {{text: {given}}}` for text, `readers: {{image: {given}, text: {given}}}` for images "
-        "with captions, `readers: {{audio: {given}}}` for clips with captions"
+        "write `readers: {{text: {given}}}` for text, `readers: {{image: {given}, text: {given}}}` for "
+        "images with captions, `readers: {{audio: {given}}}` for clips with captions"
     ),
 }
 """Keys of sections in earlier versions, and what to write instead of `key: given`."""

@@ -22,6 +22,7 @@ from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
+from reference.rows import loss_weights
 
 
 def main(out: Path, pipelines: dict[str, str], rows: list[list[list[int]]]) -> None:
@@ -37,10 +38,7 @@ def main(out: Path, pipelines: dict[str, str], rows: list[list[list[int]]]) -> N
         store.initialize(config.initialize.decoder, "decoder", engines, ())
         length = config.data.sequence_length
         batch = collate(
-            [
-                Row(np.concatenate(documents).astype(np.int32), np.cumsum([len(d) for d in documents]))
-                for documents in rows
-            ],
+            [_row(documents) for documents in rows],
             model_config=config.model,
             sequence_length=length,
             tp_size=launch.world_size,
@@ -55,6 +53,11 @@ def main(out: Path, pipelines: dict[str, str], rows: list[list[list[int]]]) -> N
         save_file(results, out)
         print("RESULT true", flush=True)
     close_topology()
+
+
+def _row(documents: list[list[int]]) -> Row:
+    ends = np.cumsum([len(document) for document in documents]).tolist()
+    return Row(np.concatenate(documents).astype(np.int32), loss_weights(ends[-1], ends, []), ends)
 
 
 if __name__ == "__main__":

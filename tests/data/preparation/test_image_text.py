@@ -18,6 +18,7 @@ from PIL import Image
 from metalm.data.index import open_index
 from metalm.data.preparation.pairs import prepare_pairs
 from metalm.errors import ConfigError, DataError
+from metalm.modalities import MEDIA
 from metalm.modalities.image import prepare_image
 
 ImageBytes = Callable[..., bytes]
@@ -42,7 +43,7 @@ def prepare_image_text(
 ) -> dict[str, Any]:
     convert = functools.partial(prepare_image, shorter_side=shorter_side)
     settings = {"shorter_side": shorter_side}
-    return prepare_pairs(inputs, out, kind="image_text", convert=convert, settings=settings, **options)
+    return prepare_pairs(inputs, out, modality=MEDIA["image"], convert=convert, settings=settings, **options)
 
 
 def captions_of(sample: dict[str, bytes]) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from metalm.training.objective import encode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed.planned import measured_batches, planned_config
+from metalm.objectives import encode
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import Topology, build_topology, close_topology
 from metalm.training.engines import build_engines

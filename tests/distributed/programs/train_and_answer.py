@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from metalm.training.objective import encode
 from safetensors.torch import save_file
 
 from conversion.cases import PROMPTS, prompt_row, run_config
@@ -22,6 +21,7 @@ from metalm.data.collate import collate
 from metalm.data.row import Row
 from metalm.data.tokenizer import load_tokenizer
 from metalm.evaluation.generation import evaluating
+from metalm.objectives import encode
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
