@@ -5,21 +5,42 @@ RANKS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# What meets transformers, Triton, DeepSpeed and Megatron.
+VERSIONED_TESTS := tests/conversion tests/kernels tests/distributed
+
 DEMO := data/demo
 RUN := runs/demo
 
-.PHONY: setup demo test test-slurm soak check clean
+.PHONY: setup constraints demo test test-newest test-oldest test-slurm soak check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
 
-# torch comes first and by its exact version: an unpinned torch pulls gigabytes of CUDA packages.
-$(VENV)/ready: pyproject.toml
+# In the versions of constraints.txt. torch comes first: where it has a build without CUDA, that is taken.
+$(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/pip install --quiet --constraint constraints.txt "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# The newest and the oldest versions that pyproject.toml allows, each in an environment of its own.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSIONED_TESTS)
+
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tools/lower_bounds.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt --editable ".[dev]"
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSIONED_TESTS)
+
+# Writes constraints.txt anew from the environment, once its tests have passed.
+constraints: setup
+	{ sed '/^[^#]/d' constraints.txt; $(BIN)/pip list --format freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
 
 demo: setup $(DEMO)/ready
 	$(BIN)/torchrun --nproc-per-node $(RANKS) -m metalm train pipelines/demo.yaml
@@ -34,8 +55,7 @@ $(DEMO)/ready: | setup
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-		--ignore tests/slurm
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/slurm
 	$(BIN)/python -m pytest tests/slurm
 
 # On a cluster of virtual nodes of its own, which wants the machine for itself: hence after the other tests.

@@ -50,7 +50,7 @@ _TEMPLATE = """\
 
 
 def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, folder: Path) -> None:
-    """Write config.json, generation_config.json, processor_config.json and the chat template.
+    """Write the configs of model, generation, processor and image processor, and the chat template.
 
     Raises:
         ConfigError: the model has encoders of images of different sizes.
@@ -63,7 +63,15 @@ def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, f
         "transformers_version": _transformers_version(config),
     }
     _write(folder / "generation_config.json", generation)
-    _write(folder / "processor_config.json", processor_config(config))
+    processor = processor_config(config)
+    _write(folder / "processor_config.json", processor)
+    if processor["image_size"] is not None:
+        images = {
+            "image_processor_type": "MetaLMImageProcessor",
+            "auto_map": {"AutoImageProcessor": "image_processing_metalm.MetaLMImageProcessor"},
+            "image_size": processor["image_size"],
+        }
+        _write(folder / "preprocessor_config.json", images)
     write_own_tokenizers(config, tokenizer, folder)
     if config.model.encoders:
         (folder / CHAT_TEMPLATE_NAME).write_text(chat_template(config))
@@ -80,6 +88,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
             "AutoModel": "modeling_metalm.MetaLMModel",
             "AutoModelForCausalLM": "modeling_metalm.MetaLMForConditionalGeneration",
             "AutoModelForImageTextToText": "modeling_metalm.MetaLMForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_metalm.MetaLMForConditionalGeneration",
         },
         FORMAT_NAME: FORMAT_VERSION,
         "transformers_version": _transformers_version(config),
@@ -104,6 +113,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "encoders": {name: _encoder(encoder) for name, encoder in sorted(model.encoders.items())},
         "image_encoder": image_encoder(config),
         "image_token_id": tokenizer.image_id,
+        "own_token_offset": model.vocab_size,
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": tokenizer.document_id,
         "pad_token_id": tokenizer.pad_id,

@@ -55,6 +55,8 @@ class MetaLMConfig(PreTrainedConfig):
             and `image_std` are then of its pixels in 0..1, `first_position` of its text.
         image_encoder: the encoder of images that come without span tensors.
         image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
+        own_token_offset: added to the tokens of encoders that have a tokenizer of their own, and as large as
+            `vocab_size` (None) until tokens are added to that.
     """
 
     model_type = "metalm"
@@ -82,6 +84,7 @@ class MetaLMConfig(PreTrainedConfig):
         encoders: dict[str, dict[str, Any]] | None = None,
         image_encoder: str | None = None,
         image_token_id: int | None = None,
+        own_token_offset: int | None = None,
         bos_token_id: int | None = 0,
         eos_token_id: int | None = 2,
         pad_token_id: int | None = 4,
@@ -110,6 +113,7 @@ class MetaLMConfig(PreTrainedConfig):
         self.encoders = {name: ENCODER_DEFAULTS | sizes for name, sizes in sorted((encoders or {}).items())}
         self.image_encoder = image_encoder
         self.image_token_id = image_token_id
+        self.own_token_offset = vocab_size if own_token_offset is None else own_token_offset
         self.use_cache = use_cache
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id

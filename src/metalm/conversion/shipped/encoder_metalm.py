@@ -26,8 +26,8 @@ class Spans:
     """What the encoders read, and where their vectors stand; all [B, S] int64."""
 
     input_ids: Tensor
-    """The token that the encoder reads, plus `vocab_size` if it has a tokenizer of its own; the image token
-    where it reads a patch."""
+    """The token that the encoder reads, plus `own_token_offset` if it has a tokenizer of its own; the image
+    token where it reads a patch."""
     encoders: Tensor
     """0: the decoder's own token. k: the k-th encoder in alphabetical order."""
     numbers: Tensor
@@ -87,6 +87,7 @@ class MetaLMEncoder(nn.Module):
         sizes = config.encoders[name]
         hidden = sizes["hidden_size"]
         self.config = config
+        self.max_text, self.max_elements = sizes["max_text_positions"], _max_elements(sizes)
         self.patch_size = sizes["patch_size"]
         self.token_embedding = nn.Embedding(config.vocab_size, hidden)
         self.rope_base = sizes["rope_base"] if sizes["positions"] == "rope" else None
@@ -129,7 +130,7 @@ class MetaLMEncoder(nn.Module):
         if self.rope_base is None:
             last = self.text_positions.num_embeddings - 1
             hidden = hidden + self.text_positions((index - num_patches).clamp(min=0, max=last))
-        if pixel_values is not None and len(pixel_values):
+        if pixel_values is not None and self.patch_size is not None:
             patches = self.patch_embedding(self._cut(pixel_values.to(dtype)))
             patches = patches + self.image_positions.weight
             hidden = hidden.masked_scatter(is_patch[..., None], patches)
@@ -170,7 +171,9 @@ class MetaLMEncoder(nn.Module):
         images, channels, height, width = pixels.shape
         patch = self.patch_size
         cells = pixels.view(images, channels, height // patch, patch, width // patch, patch)
-        return cells.permute(0, 2, 4, 3, 5, 1).reshape(images, -1, patch * patch * channels)
+        return cells.permute(0, 2, 4, 3, 5, 1).reshape(
+            images, self.image_positions.num_embeddings, patch * patch * channels
+        )
 
 
 class MetaLMPretrainedEncoder(nn.Module):
@@ -183,7 +186,8 @@ class MetaLMPretrainedEncoder(nn.Module):
         self.model = AutoModel.from_config(AutoConfig.for_model(definition.pop("model_type"), **definition))
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None
-        self.vocab_size, self.first_position = config.vocab_size, sizes["first_position"]
+        self.token_offset, self.first_position = config.own_token_offset, sizes["first_position"]
+        self.max_text, self.max_elements = sizes["max_text_positions"], _max_elements(sizes)
         self.reads_images = sizes["image_size"] is not None
         self.num_patches = (sizes["image_size"] // sizes["patch_size"]) ** 2 if self.reads_images else 0
         self.image_mean, self.image_std = sizes["image_mean"], sizes["image_std"]
@@ -200,13 +204,14 @@ class MetaLMPretrainedEncoder(nn.Module):
         if not self.reads_images:
             index = torch.arange(input_ids.shape[1], device=input_ids.device)
             found = self.model(
-                input_ids=(input_ids - self.vocab_size).clamp(min=0),
+                input_ids=(input_ids - self.token_offset).clamp(min=0),
                 attention_mask=(index < num_elements[:, None]).long(),
                 position_ids=(index + self.first_position).expand_as(input_ids),
                 token_type_ids=torch.zeros_like(input_ids),
             )
             return self.connector(found.last_hidden_state)
-        if pixel_values is None or bool((num_elements != self.num_patches).any()):
+        is_checked = not torch.compiler.is_compiling()
+        if pixel_values is None or (is_checked and bool((num_elements != self.num_patches).any())):
             raise ValueError("this encoder of images reads no text")
         mean, deviation = (
             torch.tensor(values, device=pixel_values.device)[:, None, None]
@@ -230,6 +235,19 @@ class MetaLMEncoders(nn.ModuleDict):
             }
         )
         self.image_token_id = config.image_token_id
+        self.image_encoder, self.num_patches = config.image_encoder, config.num_patches
+
+    def encode_images(self, pixel_values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Images by themselves, [images, 3, height, width] to [images, patches, decoder's hidden size].
+
+        Raises:
+            ValueError: the model has no image encoder.
+        """
+        if self.image_encoder is None:
+            raise ValueError("pixel_values were given, but this model has no image encoder")
+        shape = (pixel_values.shape[0], self.num_patches)
+        ids = torch.full(shape, self.image_token_id, device=pixel_values.device)
+        return self[self.image_encoder](ids, ids.new_full(shape[:1], self.num_patches), pixel_values, dtype)
 
     def dock(self, hidden: Tensor, spans: Spans, pixel_values: Tensor | None) -> Tensor:
         """Encode the spans and put their vectors where they stand in the decoder's input.
@@ -244,15 +262,22 @@ class MetaLMEncoders(nn.ModuleDict):
         """
         starts = spans.image_starts(self.image_token_id)
         given = 0 if pixel_values is None else pixel_values.shape[0]
-        if int(starts.sum()) != given:
+        if torch.compiler.is_compiling():
+            torch._assert_async(starts.sum() == given, "the prompts and pixel_values have different images")
+        elif int(starts.sum()) != given:
             raise ValueError(f"the prompts have {int(starts.sum())} image(s), pixel_values has {given}")
         for place, encoder in enumerate(self.values(), start=1):
             rows, columns = (spans.encoders == place).nonzero(as_tuple=True)  # [N], row after row
-            if not len(rows):
+            if torch.compiler.is_compiling():
+                if pixel_values is None and not encoder.max_text:
+                    continue
+            elif not len(rows):
                 continue
+            elif encoder.max_elements == encoder.max_text and bool((starts[rows, columns]).any()):
+                raise ValueError("an image stands in a span of an encoder that reads no images")
             own = None if pixel_values is None else pixel_values[spans.encoders[starts] == place]
             ids, numbers = spans.input_ids[rows, columns], spans.numbers[rows, columns]
-            vectors = _encode(encoder, ids, rows, numbers, own, hidden.dtype)
+            vectors = _encode(encoder, ids, rows, numbers, own, hidden.dtype, hidden.shape[1])
             hidden = hidden.index_put((rows, columns), vectors.to(hidden.device, hidden.dtype))
         return hidden
 
@@ -264,16 +289,32 @@ def _encode(
     numbers: Tensor,
     pixel_values: Tensor | None,
     dtype: torch.dtype,
+    row_length: int,
 ) -> Tensor:
-    """The vectors [N, ...] of the docked positions [N], through a padded grid of spans."""
+    """The vectors [N, ...] of the docked positions [N], through a padded grid of spans.
+
+    The grid is as wide as the longest span. Where the model is compiled, which knows neither lengths nor
+    whether there is a span, it is as wide as the longest that there can be, with one more row.
+    """
     is_first = torch.ones_like(rows, dtype=torch.bool)
     is_first[1:] = (rows[1:] != rows[:-1]) | (numbers[1:] != numbers[:-1])
     span = is_first.cumsum(dim=0) - 1
-    lengths = span.bincount()
-    element = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(dim=0) - lengths)[span]
-    padded = ids.new_zeros(len(lengths), int(lengths.max()))
+    (begins,) = is_first.nonzero(as_tuple=True)
+    lengths = torch.zeros_like(begins).index_add(0, span, torch.ones_like(span))
+    element = torch.arange(len(rows), device=rows.device) - begins[span]
+    if torch.compiler.is_compiling():
+        padded = ids.new_zeros((len(begins) + 1, min(row_length, encoder.max_elements)))
+        lengths = functional.pad(lengths, (0, 1), value=1)
+    else:
+        padded = ids.new_zeros((len(begins), int(lengths.max())))
     padded[span, element] = ids
     return encoder(padded, lengths, pixel_values, dtype)[span, element]
+
+
+def _max_elements(sizes: dict[str, Any]) -> int:
+    """Of the longest span that an encoder of these sizes reads."""
+    num_patches = 0 if sizes["image_size"] is None else (sizes["image_size"] // sizes["patch_size"]) ** 2
+    return num_patches + sizes["max_text_positions"]
 
 
 def _connector(kind: str, encoder_size: int, decoder_size: int) -> nn.Sequential:

@@ -17,13 +17,17 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_metalm import MetaLMConfig
-from .encoder_metalm import MetaLMEncoders, Spans, spans_of_images
+from .encoder_metalm import MetaLMEncoder, MetaLMEncoders, Spans, spans_of_images
 from .layers_metalm import MetaLMCausalAttention, MetaLMDecoderLayer, MetaLMLinear, build_norm
 
 logger = logging.get_logger(__name__)
@@ -94,6 +98,21 @@ class MetaLMPreTrainedModel(PreTrainedModel):
                 register_interval_attention()
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As any model's, and the tokens of the encoders alike: they may read any token in a span."""
+        resized = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for encoder in self.modules():
+            if isinstance(encoder, MetaLMEncoder):
+                old = encoder.token_embedding
+                new = self._get_resized_embeddings(old, self.config.vocab_size, mean_resizing=mean_resizing)
+                encoder.token_embedding = new.requires_grad_(old.weight.requires_grad)
+        return resized
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -156,6 +175,22 @@ class MetaLMModel(MetaLMPreTrainedModel):
             is_image = (inputs_embeds == image_token).all(dim=-1)
             input_ids = torch.where(is_image, self.config.image_token_id, self.config.pad_token_id)
         return spans_of_images(input_ids, self.config)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """What the decoder sees of images that are encoded by themselves.
+
+        Args:
+            pixel_values: [images, 3, height, width], x / 127.5 - 1 of 8-bit pixels.
+
+        Returns:
+            [images, patches, D], both as `last_hidden_state` and as `pooler_output`.
+
+        Raises:
+            ValueError: the model has no image encoder.
+        """
+        vectors = self.encoders.encode_images(pixel_values, self.embed_tokens.weight.dtype)
+        return BaseModelOutputWithPooling(last_hidden_state=vectors, pooler_output=vectors)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -328,6 +363,10 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
             )
         cache = outputs.get(CACHE_NAME)
         return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As `MetaLMModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     def generate(
         self,

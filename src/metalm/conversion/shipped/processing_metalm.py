@@ -13,7 +13,6 @@ it text, and is itself written as two there; elsewhere a backslash is a backslas
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,13 +22,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
-try:  # in a try, or transformers asks for Pillow before it loads this file
-    from PIL import Image
-except ImportError:  # for text it is not needed
-    Image = None
+from .image_processing_metalm import MetaLMImageProcessor
 
 IMAGE_MARKER = "<image>"
 OWN_TOKENIZER_NAME = "tokenizer_of_{}.json"
@@ -90,6 +85,7 @@ class MetaLMProcessor(ProcessorMixin):
         self.image_size = image_size
         self.image_token = IMAGE_MARKER
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+        self._image_processor = None if image_size is None else MetaLMImageProcessor(image_size)
         self._own_tokenizers: dict[str, Tokenizer] = {}
 
     @classmethod
@@ -126,9 +122,13 @@ class MetaLMProcessor(ProcessorMixin):
                 self._own_tokenizers[name] = own
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """As any processor's, with the tokenizers of encoders that have their own."""
+        """As any processor's, with the image processor and the tokenizers of encoders that have their own."""
         is_pushed, place = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         saved = super().save_pretrained(save_directory, **kwargs)
+        if self._image_processor is not None:
+            if self._auto_class is not None:  # from a folder, whose code is saved with it
+                self._image_processor.register_for_auto_class()
+            self._image_processor.save_pretrained(save_directory)
         for name, own in self._own_tokenizers.items():
             own.save(str(Path(save_directory) / OWN_TOKENIZER_NAME.format(name)))
         if is_pushed:  # all files, those of the tokenizers, too
@@ -184,7 +184,7 @@ class MetaLMProcessor(ProcessorMixin):
             raise ValueError("truncation is not supported, because it would cut spans: shorten the prompt")
         texts = [text] if isinstance(text, str) else list(text)
         prompts = [self._prompt(one, add_special_tokens) for one in texts]
-        pixels = [self.prepare_image(image) for image in _flat_images(images, prompts)]
+        pixels = [self._prepare_image(image) for image in _flat_images(images, prompts)]
         lengths = [len(prompt.input_ids) for prompt in prompts]
         if max_length is not None and max(lengths) > max_length:
             raise ValueError(f"the longest prompt has {max(lengths)} tokens, max_length is {max_length}")
@@ -208,38 +208,10 @@ class MetaLMProcessor(ProcessorMixin):
             data["pixel_values"] = torch.stack(pixels) if return_tensors == "pt" else np.stack(pixels)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def prepare_image(self, image: Any) -> torch.Tensor:
-        """One image as in training: opaque RGB, resized to a square, x / 127.5 - 1.
-
-        Returns:
-            [3, image_size, image_size] float32.
-
-        Raises:
-            ValueError: this model reads no images.
-            ImportError: Pillow is not installed.
-        """
-        if self.image_size is None:
+    def _prepare_image(self, image: Any) -> torch.Tensor:
+        if self._image_processor is None:
             raise ValueError("an image was given, but this model reads text only")
-        if Image is None:
-            raise ImportError("images need Pillow: pip install pillow")
-        side = self.image_size
-        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            image = load_image(image)
-        elif isinstance(image, str | Path | bytes):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            if image.format == "JPEG":
-                image.draft("RGB", (side, side))
-        elif not isinstance(image, Image.Image):
-            image = Image.fromarray(np.asarray(image))
-        if image.mode != "RGB":
-            if image.has_transparency_data:
-                layer = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            image = image.convert("RGB")
-        if image.size != (side, side):
-            image = image.resize((side, side), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return pixels.to(torch.float32) / 127.5 - 1.0
+        return self._image_processor.prepare_image(image)
 
     def escape(self, text: str) -> str:
         """A text as a prompt in which nothing of it is a marker or a special token."""
