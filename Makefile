@@ -28,6 +28,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 # The newest and the oldest versions that pyproject.toml allows, each in an environment of its own.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet "$(TORCH)"
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSIONED_TESTS)
 
