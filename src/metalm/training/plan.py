@@ -8,6 +8,7 @@ from metalm.config import RunConfig
 from metalm.planning.devices import find_device
 from metalm.planning.plan import plan_run
 from metalm.planning.report import describe_batch, describe_memory
+from metalm.run_lock import find_holder
 
 
 def describe_plan(config: RunConfig, world_size: int) -> str:
@@ -29,6 +30,9 @@ def print_plan(config: RunConfig, world_size: int) -> int:
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     print(f"{plan}\n")
     initial = [name for name in ("decoder", "encoders") if getattr(config.initialize, name) is not None]
-    print(f"run folder: {config.run.folder / config.run.name}")
+    run_folder = config.run.folder / config.run.name
+    print(f"run folder: {run_folder}")
+    if (holder := find_holder(run_folder)) is not None:
+        print(f"held by: {holder}")
     print(f"initial weights: {', '.join(initial) or 'none'}")
     return 0
