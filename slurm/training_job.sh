@@ -25,6 +25,9 @@ main() {
     ((restart > 0)) || echo "$plan"
     [[ $template != finetune.sbatch ]] || refuse_without_weights "$plan"
     run_folder=$(value_of "$plan" 'run folder')
+    local holder
+    holder=$(value_of "$plan" 'held by')
+    [[ -z $holder ]] || give_up "$EXIT_USAGE" "the run $run_folder is held by $holder"
     attempts=$run_folder/logs/attempts.jsonl
     stop_file=$run_folder/stop
     mkdir -p "$run_folder/logs" || give_up "$EXIT_USAGE" "cannot write to $run_folder"

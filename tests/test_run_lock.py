@@ -17,7 +17,7 @@ import pytest
 
 from metalm import run_lock
 from metalm.errors import EXIT_RESTART, EXIT_USAGE, BusyError, ConfigError
-from metalm.run_lock import RunLock
+from metalm.run_lock import RunLock, find_holder
 
 HOLD = """
 import sys, time
@@ -218,3 +218,18 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write to the run folder"):
         RunLock(tmp_path / "file" / "run")
+
+
+def test_the_holder_is_found_without_taking_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_holder(tmp_path / "run") is None
+    monkeypatch.setenv("SLURM_JOB_ID", "80")
+    lock = RunLock(tmp_path / "run")
+    lock.accept()
+    holder = find_holder(tmp_path / "run")
+    assert holder is not None and (holder.pid, holder.job) == (os.getpid(), "80")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert find_holder(tmp_path / "run") is None  # it would be let in
+    lock.release()
+    left_behind(tmp_path / "run")
+    assert find_holder(tmp_path / "run") is None
+    assert (tmp_path / "run" / "lock").exists()

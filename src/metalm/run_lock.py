@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
 SILENCE_S = 35.0
 """A holder on another node that has not touched the file for so long is dead."""
+_PROBE_S = 0.5
+"""`find_holder` has the lock for less."""
+_MOST_BYTES = 1 << 16
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -63,6 +66,22 @@ class Holder:
         """Whether this is a later start of the same chain of jobs."""
         same_start = (self.job, self.restart) == (other.job, other.restart)
         return self.chain is not None and self.chain == other.chain and not same_start
+
+
+def find_holder(run_folder: Path) -> Holder | None:
+    """Who holds a run's folder, if this process could not take it; None as well where locks tell nothing."""
+    path = run_folder / LOCK_NAME
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # nobody, or not for this user to see
+        return None
+    try:
+        if _lock(descriptor, path) is not False:
+            return None
+        holder = _parse(os.pread(descriptor, _MOST_BYTES, 0))
+        return None if holder is None or _this_process().comes_after(holder) else holder
+    finally:
+        os.close(descriptor)
 
 
 class RunLock:
@@ -119,11 +138,11 @@ class RunLock:
         """The descriptor of the locked file, and what a dead holder has left in it."""
         while True:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            is_locked = _lock(descriptor, self._path)
+            is_locked = _lock(descriptor, self._path, patience_s=_PROBE_S)
             if not _is_at(self._path, descriptor):  # removed or replaced since it was opened
                 os.close(descriptor)
                 continue
-            content = os.pread(descriptor, 1 << 16, 0)
+            content = os.pread(descriptor, _MOST_BYTES, 0)
             holder = _parse(content)
             if is_locked is not False and (holder is None or self._is_dead(holder, bool(is_locked))):
                 return descriptor, content
@@ -209,16 +228,20 @@ def _parse(content: bytes) -> Holder | None:
         return None
 
 
-def _lock(descriptor: int, path: Path) -> bool | None:
+def _lock(descriptor: int, path: Path, patience_s: float = 0.0) -> bool | None:
     """Whether the lock could be taken; None where the file system knows no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            return False
-        logger.warning("%s: no locks on this file system (%s); its heartbeat alone guards it", path, error)
-        return None
-    return True
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                logger.warning("%s: no locks here (%s); its heartbeat alone guards the folder", path, error)
+                return None
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(_PROBE_S / 10)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

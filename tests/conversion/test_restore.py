@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conversion.conftest import PROOF_FILES, Workshop
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import RunConfig
 from metalm.conversion.export import export_checkpoint
-from metalm.conversion.restore import restore_checkpoint
+from metalm.conversion.restore import FolderWeights, restore_checkpoint
 from metalm.data.tokenizer import train_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
 
@@ -80,6 +81,13 @@ def test_a_folder_without_all_weights_is_refused(workshop: Workshop, tmp_path: P
     with pytest.raises(CheckpointError, match="cannot be read"):
         restore_checkpoint(tmp_path / "exported", further(workshop, "deepnorm", tmp_path))
     assert not (tmp_path / "further").exists()
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "..", ""])
+def test_weights_outside_the_folder_are_refused(tmp_path: Path, file: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": file}}))
+    with pytest.raises(CheckpointError, match="points outside its folder"):
+        FolderWeights(tmp_path)
 
 
 def test_a_run_with_checkpoints_is_not_touched(workshop: Workshop, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from distributed.tiny import tiny_config
 from metalm.errors import ConfigError
+from metalm.run_lock import RunLock
 from metalm.training.plan import print_plan
 from tiny_pipeline import REPOSITORY
 
@@ -64,6 +65,15 @@ def test_initial_weights_are_named_whatever_their_path(capsys: pytest.CaptureFix
     content["initialize"]["encoders"] = "runs/null"
     print_plan(type(tiny_config("runs")).model_validate(content), 1)
     assert call("value_of", capsys.readouterr().out, "initial weights") == "encoders"
+
+
+def test_who_holds_the_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = RunLock(tmp_path / "tiny")
+    print_plan(tiny_config(str(tmp_path)), 1)
+    lock.release()
+    assert call("value_of", capsys.readouterr().out, "held by").startswith(f"process {os.getpid()} on ")
+    print_plan(tiny_config(str(tmp_path)), 1)
+    assert call("value_of", capsys.readouterr().out, "held by") == ""
 
 
 def test_a_folder_of_two_lines_is_refused() -> None:

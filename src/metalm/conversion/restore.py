@@ -150,9 +150,12 @@ class FolderWeights:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        return {str(name): Path(file).name for name, file in read_json(path)["weight_map"].items()}
+        files = {str(name): str(file) for name, file in read_json(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is not an index of weights") from None
+    if outside := [file for file in files.values() if Path(file).name != file or file in ("", "..")]:
+        raise CheckpointError(f"{path} points outside its folder, to {outside[0]!r}")
+    return files
 
 
 def _check_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,11 @@ from metalm.training.engines import Engines
 from metalm.training.pieces import optimizer_step
 from metalm.training.provenance import provenance
 from metalm.training.saving import HostBuffers, RunningSave, SaveJob
-from metalm.training.weights import adopt, restore
+from metalm.training.weights import restore
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CheckpointStore:
@@ -143,7 +145,7 @@ class CheckpointStore:
 
         Collective: all ranks.
         """
-        published = self._list()
+        published = self._as_first(list_checkpoints(self._folder))
         for folder in reversed(published):
             problems = self.check(folder)
             if not problems:
@@ -175,7 +177,8 @@ class CheckpointStore:
         Collective: all ranks.
         """
         with together():
-            folder = find_checkpoint(path)
+            folder = find_checkpoint(path) if self._topology.rank == 0 else path
+        folder = self._as_first(folder)
         if problems := self.check(folder):
             raise damaged(folder, problems)
         return folder
@@ -208,16 +211,6 @@ class CheckpointStore:
         restore(reader, engines, self._topology)
         return reader.state
 
-    def initialize(self, path: Path, component: str, engines: Engines, new: Sequence[str]) -> None:
-        """Take one component's weights from another run's checkpoint; see `adopt`.
-
-        Raises:
-            CheckpointError: the checkpoint does not fit the model.
-
-        Collective: all ranks.
-        """
-        adopt(self.open(find_checkpoint(path)), component, engines, new, self._topology)
-
     def open(self, folder: Path) -> CheckpointReader:
         """A reader of a checkpoint.
 
@@ -229,9 +222,9 @@ class CheckpointStore:
         with together():
             return CheckpointReader(folder)
 
-    def _list(self) -> list[Path]:
-        """The published checkpoints as the first rank sees them: a network file system may be late."""
-        found: list[Any] = [list_checkpoints(self._folder) if self._topology.rank == 0 else None]
+    def _as_first(self, own: T) -> T:
+        """What the first rank has found: a network file system may show others less."""
+        found = [own]
         dist.broadcast_object_list(found)
         return found[0]
 

@@ -9,6 +9,7 @@ from metalm.config.secrets import without_secrets
 from metalm.planning.devices import find_device
 from metalm.planning.plan import plan_run
 from metalm.planning.report import describe_batch, describe_memory
+from metalm.run_lock import find_holder
 
 
 def describe_plan(config: RunConfig, world_size: int) -> str:
@@ -30,6 +31,9 @@ def print_plan(config: RunConfig, world_size: int) -> int:
     print(yaml.safe_dump(without_secrets(config), sort_keys=False))
     print(f"{plan}\n")
     initial = [name for name in ("decoder", "encoders") if getattr(config.initialize, name) is not None]
-    print(f"run folder: {config.run.folder / config.run.name}")
+    run_folder = config.run.folder / config.run.name
+    print(f"run folder: {run_folder}")
+    if (holder := find_holder(run_folder)) is not None:
+        print(f"held by: {holder}")
     print(f"initial weights: {', '.join(initial) or 'none'}")
     return 0

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from metalm.checkpoint.folders import find_checkpoint
+from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import load_config
 from metalm.data.collate import collate
 from metalm.data.row import Row
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
-from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
+from metalm.training.weights import adopt
 from reference.rows import loss_weights
 
 
@@ -33,9 +35,9 @@ def main(out: Path, pipelines: dict[str, str], rows: list[list[list[int]]]) -> N
     for name, pipeline in pipelines.items():
         config = load_config(Path(pipeline), [f"parallel.tensor={launch.world_size}"])
         engines = build_engines(config, topology)
-        store = CheckpointStore(out.parent / "run", config, topology)
         assert config.initialize.decoder is not None
-        store.initialize(config.initialize.decoder, "decoder", engines, ())
+        reader = CheckpointReader(find_checkpoint(config.initialize.decoder))
+        adopt(reader, "decoder", engines, (), topology)
         length = config.data.sequence_length
         batch = collate(
             [_row(documents) for documents in rows],
