@@ -77,8 +77,8 @@ def _attention(keep: Keep, peers: tuple[str, ...]) -> None:
 
     from metalm.kernels.benchmark import MASK_KINDS, Case, measure
 
-    for heads, size in reversed(HEADS):
-        for kind in MASK_KINDS:
+    for kind in reversed(MASK_KINDS):
+        for heads, size in reversed(HEADS):
             case = Case(kind, LENGTH, DOCUMENTS, BATCH_SIZE, heads, size)
             for backward in (False, True):
                 for record in measure(
