@@ -21,8 +21,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINES = {"decoder": "pretrain_language", "language": "pretrain_language"}
 PIPELINES |= {"vision_language": "pretrain_vision_language"}
+ENCODERS_AT_1 = "deepspeed.encoders=deepspeed_configs/encoders_zero1.json"
 LENGTH, BATCH_SIZE, DOCUMENTS = 8192, 4, 8
 HEADS = ((32, 64), (16, 128))
+
+LONG = ("kernels", "gaps", "overrides", "steps_s")
+"""Figures that the table leaves out, or shows in lines of their own."""
 
 Record = dict[str, Any]
 Keep = Callable[[Record], None]
@@ -73,8 +77,8 @@ def _attention(keep: Keep, peers: tuple[str, ...]) -> None:
 
     from metalm.kernels.benchmark import MASK_KINDS, Case, measure
 
-    for heads, size in reversed(HEADS):
-        for kind in MASK_KINDS:
+    for kind in reversed(MASK_KINDS):
+        for heads, size in reversed(HEADS):
             case = Case(kind, LENGTH, DOCUMENTS, BATCH_SIZE, heads, size)
             for backward in (False, True):
                 for record in measure(
@@ -157,8 +161,8 @@ def loss(keep: Keep, arguments: argparse.Namespace) -> None:
         keep(record | {"peak_mib": peak_memory(run, gpu)})
 
 
-def step_section(name: str) -> Callable[[Keep, argparse.Namespace], None]:
-    """A step of a pipeline on made-up rows."""
+def step_section(name: str, *more: str) -> Callable[[Keep, argparse.Namespace], None]:
+    """Steps of a pipeline on made-up rows, with more overrides."""
 
     def section(keep: Keep, arguments: argparse.Namespace) -> None:
         import torch
@@ -169,7 +173,7 @@ def step_section(name: str) -> Callable[[Keep, argparse.Namespace], None]:
 
         os.chdir(ROOT)
         overrides = ["parallel.tensor=1", "training.global_batch_size=16", "data.lanes=16"]
-        overrides += ["training.micro_batch_size=4", *arguments.overrides]
+        overrides += ["training.micro_batch_size=4", *more, *arguments.overrides]
         if name == "decoder":
             overrides += ["model.encoders=null", "data.evaluation=null"]
             overrides += ["data.sources={pile: {path: data/pile/shards/train, kind: text, encoder: null}}"]
@@ -212,6 +216,8 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "peer": (peer, 60),
     "language": (step_section("language"), 90),
     "vision_language": (step_section("vision_language"), 90),
+    "language_zero1": (step_section("language", ENCODERS_AT_1), 90),
+    "vision_language_zero1": (step_section("vision_language", ENCODERS_AT_1), 90),
     "loss": (loss, 30),
     "tests": (tests, 170),
     "tuning": (tuning, 120),
@@ -298,10 +304,10 @@ def _lines(name: str, records: list[Record]) -> list[str]:
         return [_attention_line(record) for record in records]
     if name == "tuning":
         return []
-    short = [{key: _round(value) for key, value in record.items() if key != "kernels"} for record in records]
+    short = [{key: _round(value) for key, value in record.items() if key not in LONG} for record in records]
     lines = [f"{name}: {json.dumps(record)}" for record in short]
     for record in records:
-        for kernel in record.get("kernels", ()):
+        for kernel in record.get("kernels", ())[:10]:
             lines.append(f"    {kernel['ms']:8.2f} ms {kernel['calls']:6} x {kernel['name'][:80]}")
     return lines
 

@@ -4,6 +4,7 @@ The Triton kernels run in Triton's interpreter on CPU, and compiled where there 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -263,29 +264,42 @@ def test_compiled_kernels_never_wait_for_the_device_nor_compile_again(
     assert compiled == sum(len(cache[0]) for cache in forward_kernel.device_caches.values())
 
 
+def segments_of(edges: list[list[int]], length: int, *, is_causal: bool) -> IntervalMask:
+    """Runs between the edges of each row, and padding beyond them."""
+    start = torch.full((len(edges), length), -1 if is_causal else 0)
+    end = torch.zeros(len(edges), length, dtype=torch.int64)
+    for row, bounds in enumerate(edges):
+        for first, last in pairwise(bounds):
+            start[row, first:last], end[row, first:last] = first, last
+    return IntervalMask.packed_documents(start) if is_causal else IntervalMask.packed_spans(start, end)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("head_size", [64, 80, 128])
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal documents", "whole spans"])
-def test_flash_takes_segments_by_itself_and_never_waits(head_size: int, is_causal: bool) -> None:
-    edges = torch.tensor([[0, 1, 130, 300], [0, 40, 41, 220]])  # and padding in the second row
-    start = torch.full((2, 300), -1 if is_causal else 0)
-    end = torch.zeros(2, 300, dtype=torch.int64)
-    for row in range(2):
-        for first, last in edges[row].unfold(0, 2, 1).tolist():
-            start[row, first:last], end[row, first:last] = first, last
-    mask = IntervalMask.packed_documents(start) if is_causal else IntervalMask.packed_spans(start, end)
-    inputs = draw_inputs(2, 4, 300, head_size, num_key_heads=2, dtype=torch.bfloat16)
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "whole"])
+@pytest.mark.parametrize(
+    "edges", [[[0, 1, 130, 300], [0, 40, 41, 220]], [[0, 150, 300], [0, 150, 300]]], ids=["ragged", "uniform"]
+)
+def test_flash_takes_segments(head_size: int, is_causal: bool, edges: list[list[int]]) -> None:
+    mask = segments_of(edges, 300, is_causal=is_causal)
+    inputs = draw_inputs(2, 4, 300, head_size, dtype=torch.bfloat16)
     torch.use_deterministic_algorithms(False)
     check_against_sdpa("flash", "cuda", inputs, mask, torch.bfloat16)
-    on_device = inputs.to(torch.bfloat16, "cuda")
-    mask = mask.to("cuda")
-    interval_attention(on_device.q, on_device.k, on_device.v, mask)  # checks the backend's values
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_segments_of_one_length_go_to_flash_by_themselves_and_never_wait() -> None:
+    inputs = draw_inputs(2, 4, 300, 64, dtype=torch.bfloat16).to(torch.bfloat16, "cuda")
+    mask = segments_of([[0, 150, 300]] * 2, 300, is_causal=True).to("cuda")
+    torch.use_deterministic_algorithms(False)
+    interval_attention(inputs.q, inputs.k, inputs.v, mask)  # checks the backend's values
     reset_backend_counts()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = interval_attention(on_device.q, on_device.k, on_device.v, mask)
-        torch.autograd.grad(out, on_device[:3], on_device.grad)
+        out = interval_attention(inputs.q, inputs.k, inputs.v, mask)
+        torch.autograd.grad(out, inputs[:3], inputs.grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert backend_counts() == {"flash": 1}

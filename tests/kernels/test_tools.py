@@ -47,8 +47,8 @@ def test_bench_attention_writes_json(tmp_path: Path) -> None:
         "bench_attention.py", *arguments, "--device", "cpu", "--dtype", "float32", "--peers", *peers
     )
     results = json.loads(path.read_text())["results"]
-    # Four masks, forward and with backward.
-    assert len(results) == 4 * 2 * len(peers)
+    # Five masks, forward and with backward.
+    assert len(results) == 5 * 2 * len(peers)
     assert {record["peer"] for record in results} == set(peers)
     assert all(record["ms"] > 0 and record["times_ours"] > 0 for record in results)
     assert "semi-causal packed" in out

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metalm.kernels.dense import dense_attention
 from metalm.kernels.dropout import attention_pattern
-from metalm.kernels.flash import flash_attention, is_trusted, why_not_flash
+from metalm.kernels.flash import flash_attention, is_faster, is_trusted, why_not_flash
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.relative_bias import RelativeBias
 from metalm.kernels.tiled import tiled_attention
@@ -54,8 +54,8 @@ def interval_attention(
         dropout_head_offset: number of this rank's first head among all ranks' heads.
         bias: relative-position bias with one row of values for each of the H heads.
         backend: forces "flash" (CUDA, masks of known segments, no bias, no dropout), "triton" (CUDA, or
-            Triton's interpreter), "tiled" (any device) or "dense" (quadratic reference); by default the first
-            of them that supports the call. The first use of flash checks its values.
+            Triton's interpreter), "tiled" (any device) or "dense" (quadratic reference); by default the
+            fastest that supports the call. The first use of flash checks its values.
 
     Returns:
         `[B, H, Sq, D]` of q's dtype. Queries that see nothing give zeros.
@@ -114,7 +114,8 @@ def reset_backend_counts() -> None:
 def _choose(
     q: Tensor, k: Tensor, mask: IntervalMask, by_distance: Tensor | None, *, has_extras: bool
 ) -> Backend:
-    if why_not_flash(q, k, mask, has_extras=has_extras) is None and is_trusted(q, k, mask):
+    takes = why_not_flash(q, k, mask, has_extras=has_extras) is None
+    if takes and is_faster(q, mask) and is_trusted(q, k, mask):
         return "flash"
     if torch.are_deterministic_algorithms_enabled() and by_distance is not None:
         return "tiled"  # the Triton kernel adds the bias's gradient up by atomics

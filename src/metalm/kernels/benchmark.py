@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from metalm.kernels.attention import interval_attention
 from metalm.kernels.interval_mask import IntervalMask
 
-MASK_KINDS = ("causal", "packed documents", "semi-causal packed", "encoder")
+MASK_KINDS = ("causal", "packed documents", "semi-causal packed", "encoder", "images")
+_IMAGE = 256
 BACKENDS = ("flash", "triton")
 """Of ours, forced by name."""
 PEERS = ("interval", *BACKENDS, "sdpa dense", "sdpa per document", "flex")
@@ -35,7 +36,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One mask and shape. Documents differ in length: the first is half as long as the last."""
+    """One mask and shape. Documents differ in length, the first half as long as the last; images do not."""
 
     kind: str
     length: int
@@ -48,6 +49,8 @@ class Case:
         """Where documents start, and the length; one document under the causal mask."""
         if self.kind == "causal":
             return [0, self.length]
+        if self.kind == "images":
+            return [*range(0, self.length, min(_IMAGE, self.length)), self.length]
         steps = torch.linspace(1.0, 2.0, self.num_documents).cumsum(0)
         return [0, *(int(edge) for edge in (steps / steps[-1] * self.length).round())]
 
@@ -56,7 +59,7 @@ class Case:
         edges = torch.tensor(self.document_edges(), dtype=torch.int32)
         start = edges[:-1].repeat_interleave(edges.diff().long())[None]
         end = edges[1:].repeat_interleave(edges.diff().long())[None]
-        if self.kind == "encoder":
+        if self.kind in ("encoder", "images"):
             return IntervalMask.packed_spans(start, end).validate().to(device)
         inside = torch.arange(self.length, dtype=torch.int32)[None] - start
         span_end = torch.where(inside % 64 < 24, start + inside // 64 * 64 + 24, 0).minimum(end)
@@ -225,7 +228,7 @@ def _per_document(case: Case, mask: IntervalMask) -> Attention:
     """What one would write by hand: a call per document, with the fastest form of its mask."""
     edges = case.document_edges()
     documents = [slice(first, last) for first, last in pairwise(edges)]
-    options: list[dict[str, Any]] = [{"is_causal": case.kind != "encoder"} for _ in documents]
+    options: list[dict[str, Any]] = [{"is_causal": case.kind not in ("encoder", "images")} for _ in documents]
     if case.kind == "semi-causal packed":
         whole = mask.to_dense()[:, None]
         options = [{"attn_mask": whole[:, :, rows, rows].contiguous()} for rows in documents]

@@ -7,7 +7,7 @@ positions see each other, so the distance of two indices is the distance of two 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -50,12 +50,19 @@ class RelativeBias:
     table: Tensor
     max_distance: int = 128
     bidirectional: bool = True
+    _derived: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def by_distance(self, num_queries: int, num_keys: int) -> Tensor:
         """float32 or wider `[H, Sq + Sk - 1]`: column `k - q + Sq - 1` holds the bias of distance `k - q`.
 
-        Differentiable in the table; linear in the lengths.
+        Differentiable in the table; linear in the lengths. Kept: all layers of a forward share one bias. Who
+        computes layers again in the backward calls it before the first.
         """
+        if (num_queries, num_keys) not in self._derived:
+            self._derived[num_queries, num_keys] = self._by_distance(num_queries, num_keys)
+        return self._derived[num_queries, num_keys]
+
+    def _by_distance(self, num_queries: int, num_keys: int) -> Tensor:
         distance = torch.arange(1 - num_queries, num_keys, device=self.table.device)
         num_buckets = self.table.shape[1]
         bucket = t5_relative_buckets(distance, num_buckets, self.max_distance, self.bidirectional)

@@ -20,7 +20,7 @@ class Segments:
 
     Args:
         bounds: int32 `[N + 1]`, where the runs begin, and B * S. Padding makes runs of its own.
-        longest: elements of the longest run, or more.
+        longest: elements of the longest run.
         is_causal: an element sees its run up to itself, else the whole run.
         has_padding: some run is padding, whose elements see nothing.
     """
@@ -37,6 +37,10 @@ class Segments:
         """Each row is one run."""
         bounds = torch.arange(num_rows + 1, dtype=torch.int32, device=device) * length
         return cls(bounds, length, is_causal, False)
+
+    def is_uniform(self, num_elements: int) -> bool:
+        """Whether all runs of so many elements are of one length, and none is padding; known to the host."""
+        return not self.has_padding and (len(self.bounds) - 1) * self.longest == num_elements
 
     def to(self, device: torch.device | str) -> Segments:
         """The same on another device."""

@@ -78,6 +78,12 @@ def launch_config(
     return configs_of(_capability(device)).get(variant, _SAFE_AND_WIDE if variant.is_wide else _SAFE)
 
 
+def has_measured(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels, without extras, are in the device's table."""
+    variant = Variant("forward", max(64, triton.next_power_of_2(head_size)), dtype == torch.float32, False)
+    return variant in configs_of(_capability(device))
+
+
 def configs_of(capability: tuple[int, int]) -> dict[Variant, LaunchConfig]:
     """The table of a compute capability, empty where nothing was measured."""
     return _HOPPER if capability == (9, 0) else {}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -80,11 +80,25 @@ class DecoderNorm(nn.Module):
         return _sum_gradient(parameter) if self.split else parameter
 
 
+class DecoderColumnParallelLinear(ColumnParallelLinear):
+    """Megatron's column-parallel layer; on one tensor-parallel rank plain, its product adding the bias."""
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, B, in] to [S, B, out / tp], and the bias if it is not added."""
+        if self.tp_group.size() > 1:
+            return super().forward(input_, weight, runtime_gather_output)
+        return functional.linear(input_, self.weight, self.bias), None
+
+
 class DecoderRowParallelLinear(RowParallelLinear):
     """Megatron's row-parallel layer, whose bias has a whole gradient under sequence parallelism, too."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[S, B, in / tp] to [S, B, out], or this rank's [S / tp, B, out]; the bias is not added."""
+        """[S, B, in / tp] to [S, B, out], or this rank's [S / tp, B, out], and a bias that is not added."""
+        if self.tp_group.size() == 1:
+            return functional.linear(input_, self.weight, self.bias), None
         output, bias = super().forward(input_)
         if self.sequence_parallel and bias is not None:
             bias = _sum_gradient(bias)
@@ -138,6 +152,7 @@ def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec()
     attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
     attention.submodules.core_attention = IntervalCoreAttention
+    attention.submodules.linear_qkv = mlp.submodules.linear_fc1 = DecoderColumnParallelLinear
     attention.submodules.linear_proj = mlp.submodules.linear_fc2 = DecoderRowParallelLinear
     if config.normalization == "pre_ln":
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = DecoderNorm

@@ -97,7 +97,10 @@ class Encoder(nn.Module):
 
     def _where(self, share: EncoderShare) -> Where:
         config = self.config
-        bias = self.relative_bias() if config.relative_bias else None
+        bias = None
+        if config.relative_bias:
+            bias, length = self.relative_bias(), share.token_ids.shape[0]
+            bias.by_distance(length, length)  # outside of the layers, which may be computed again
         if config.positions == "learned":
             return Where(bias, None)
         return Where(bias, rotary_angles(share.positions, config.head_size, config.rope_base))

@@ -37,8 +37,8 @@ from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
 
 WARM_UP_STEPS = 3
-NUM_KERNELS = 10
-"""Most expensive ones that are told."""
+NUM_KERNELS, NUM_GAPS = 25, 10
+"""The most expensive kernels and the longest times without one that are told."""
 _MEAN_DOCUMENT = 1000
 _PREFIX, _CAPTION = 8, 24
 """Text tokens that an image's encoder reads with it, and that the decoder generates of it."""
@@ -195,20 +195,27 @@ def _look_into(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
     events = [event for event in profiled.events() or () if event.device_type.name == "CUDA"]
     busy = 0.0
     spent: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-    intervals = sorted((event.time_range.start, event.time_range.end) for event in events)
-    if not intervals:
+    if not events:
         return {}
-    reached = intervals[0][0]
-    for start, end in intervals:
+    events.sort(key=lambda event: event.time_range.start)
+    first = reached = events[0].time_range.start
+    last = ""
+    gaps = []
+    for event in events:
+        start, end = event.time_range.start, event.time_range.end
+        if start > reached:
+            gaps.append({"ms": (start - reached) / 1000, "after": last, "before": event.name[:80]})
         busy += max(end - max(start, reached), 0.0)
-        reached = max(reached, end)
+        if end > reached:
+            reached, last = end, event.name[:80]
     for event in events:
         spent[event.name][0] += event.time_range.elapsed_us() / 1000
         spent[event.name][1] += 1
     most = sorted(spent.items(), key=lambda item: -item[1][0])[:NUM_KERNELS]
     return {
-        "idle_share": 1.0 - busy / (reached - intervals[0][0]),
+        "idle_share": 1.0 - busy / (reached - first),
         "num_kernels": len(events),
         "busy_ms": busy / 1000,
+        "gaps": sorted(gaps, key=lambda gap: -gap["ms"])[:NUM_GAPS],
         "kernels": [{"name": name[:120], "ms": ms, "calls": calls} for name, (ms, calls) in most],
     }
