@@ -12,7 +12,7 @@ VERSIONED_TESTS := tests/conversion tests/kernels tests/distributed
 DEMO := data/demo
 RUN := runs/demo
 
-.PHONY: setup constraints demo test test-newest test-oldest test-slurm soak check clean
+.PHONY: setup constraints demo test test-fast test-newest test-oldest test-slurm soak check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -55,14 +55,21 @@ $(DEMO)/ready: | setup
 	$(BIN)/python tools/prepare_demo.py $(DEMO)
 	touch $@
 
-test: setup
-	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/slurm
-	$(BIN)/python -m pytest tests/slurm
+PYTEST := $(BIN)/python -m pytest
 
-# On a cluster of virtual nodes of its own, which wants the machine for itself: hence after the other tests.
-# Skipped, with the reason, without root or Slurm's packages (tests/slurm/install.sh).
+# All tests but the soak; those on a Slurm cluster after the others, since their jobs time out on a busy machine.
+test: setup
+	$(PYTEST) $(PARALLEL) -m "not slurm"
+	$(MAKE) test-slurm
+
+# For the time between two commits: neither ranks nor commands nor a cluster is started.
+test-fast: setup
+	$(PYTEST) $(PARALLEL) -m "not ranks and not slurm and not slow"
+
+# Each worker has a cluster of virtual nodes of its own; most of a job's time is waiting for Slurm. Skipped, with
+# the reason, without root or Slurm's packages (tests/slurm/install.sh).
 test-slurm: setup
-	$(BIN)/python -m pytest tests/slurm
+	$(PYTEST) -m slurm --numprocesses 3 --dist loadgroup
 
 # 20 runs that are killed 10 times each; `make test` has 2, killed once.
 soak: setup

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from distributed.ranks import run_command
+from distributed.ranks import run_program
 
 REPOSITORY = Path(__file__).parents[1]
 NUM_SCENES = 200
@@ -57,6 +56,7 @@ monitor:
 
 def prepare_tiny(folder: Path) -> None:
     """Write raw data, a tokenizer, shards `text` and `scenes`, and `tiny.yaml` that trains on them."""
+    folder.mkdir(exist_ok=True)
     raw, tokenizer = folder / "raw", folder / "tokenizer"
     texts, scenes = raw / "text/train.jsonl", raw / "scenes/train.jsonl"
     sizes = ("--image-size", 24, "--scenes", NUM_SCENES, "--evaluation-scenes", 20, "--text-mib", 1)
@@ -66,7 +66,7 @@ def prepare_tiny(folder: Path) -> None:
         ("prepare_text", texts, "--tokenizer", tokenizer, "--out", folder / "text"),
         ("prepare_image_text", scenes, "--out", folder / "scenes"),
     ):
-        command = [sys.executable, str(REPOSITORY / "tools" / f"{tool}.py"), *map(str, arguments)]
-        code, output = run_command(command, timeout_s=120)
+        words = [str(REPOSITORY / "tools" / f"{tool}.py"), *map(str, arguments)]
+        code, output = run_program(words, timeout_s=120)
         assert code == 0, output
     (folder / "tiny.yaml").write_text(_PIPELINE.format(folder=folder))

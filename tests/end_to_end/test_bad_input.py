@@ -47,6 +47,21 @@ def test_one_message_and_a_code(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [(["data.tokenizer=absent"], 65), (["parallel.tensor=2"], 64), (["--dry-run"], 0)]
+)
+def test_an_answer_without_training_imports_no_torch(
+    pipeline: list[str], words: list[str], code: int
+) -> None:
+    program = (
+        "import sys; sys.argv = ['metalm', 'train', *sys.argv[1:]]\n"
+        "from metalm.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'deepspeed', 'megatron', 'transformers'} & sys.modules.keys()"
+    )
+    assert run_command([sys.executable, "-c", program, *pipeline, *words], timeout_s=120)[0] == code
+
+
 def test_a_missing_pipeline() -> None:
     code, output = metalm("train", "absent.yaml")
     assert (code, output) == (64, "metalm: error: config absent.yaml does not exist\n")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from distributed.ranks import run_command
+from distributed.ranks import run_program
 from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.reader import CheckpointReader
 from tiny_pipeline import REPOSITORY
@@ -25,8 +24,8 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(data: Path, runs: Path, name: str, *overrides: str) -> tuple[int, str]:
-    start = [sys.executable, "-m", "metalm", "train", str(data / "tiny.yaml"), "data.evaluation=null"]
-    return run_command([*start, f"run.folder={runs}", f"run.name={name}", *overrides], timeout_s=200)
+    start = ["-m", "metalm", "train", str(data / "tiny.yaml"), "data.evaluation=null"]
+    return run_program([*start, f"run.folder={runs}", f"run.name={name}", *overrides], timeout_s=200)
 
 
 @pytest.fixture(scope="module")

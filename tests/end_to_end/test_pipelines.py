@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from distributed.ranks import run_command
+from distributed.ranks import run_program
 from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import load_config
@@ -37,11 +36,10 @@ FOLDERS = {"name", "path", "tokenizer"}
 
 def run(num_ranks: int, path: Path, folder: Path, name: str, *overrides: str) -> dict[int, float]:
     """Train a pipeline in `folder/name`; its losses by step."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "metalm", "train"]
     own = [f"run.folder={folder}", f"run.name={name}", "training.precision=fp32", "training.steps=6"]
     own += ["checkpoint.every_steps=3", "monitor.log_every_steps=1", "monitor.evaluation_rows=2"]
-    code, output = run_command([*launcher, str(path), *own, *overrides], timeout_s=250)
+    words = ["-m", "metalm", "train", str(path), *own, *overrides]
+    code, output = run_program(words, num_ranks, timeout_s=250)
     assert code == 0, output
     return {entry["step"]: entry["loss/all"] for entry in read_metrics(folder / name) if "loss/all" in entry}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distributed.ranks import run_command
+from distributed.ranks import run_program
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.training.monitor.json_lines import read_metrics
 from reference.encoder_tokenizer import save_tokenizer
@@ -84,25 +83,15 @@ def prepare_tones(folder: Path) -> None:
         lines.append(f"{number}.wav,a tone of {100 + 40 * number} hertz")
     table = folder / "tones.csv"
     table.write_text("\n".join(lines) + "\n")
-    tool = [
-        sys.executable,
-        "tools/prepare_audio_text.py",
-        str(table),
-        "--audio-folder",
-        str(folder / "clips"),
-    ]
-    code, output = run_command([*tool, "--resample", "16000", "--out", str(folder / "shards")], timeout_s=60)
+    tool = ["tools/prepare_audio_text.py", str(table), "--audio-folder", str(folder / "clips")]
+    code, output = run_program([*tool, "--resample", "16000", "--out", str(folder / "shards")], timeout_s=60)
     assert code == 0, output
     assert "40" in output
 
 
 def train(pipeline: Path, runs: Path, name: str, num_ranks: int = 1, *overrides: str) -> dict[int, float]:
-    start = [sys.executable, "-m"]
-    if num_ranks > 1:
-        start += ["torch.distributed.run", "--nproc-per-node", str(num_ranks), "--rdzv-backend", "c10d"]
-        start += ["--rdzv-endpoint", "127.0.0.1:0", "-m"]
-    words = ["metalm", "train", str(pipeline), f"run.folder={runs}", f"run.name={name}", *overrides]
-    code, output = run_command([*start, *words], timeout_s=240)
+    words = ["-m", "metalm", "train", str(pipeline), f"run.folder={runs}", f"run.name={name}", *overrides]
+    code, output = run_program(words, num_ranks, timeout_s=240)
     assert code == 0, output
     return losses(runs / name)
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distributed.ranks import run_command
+from distributed.ranks import Ranks, run_program, wait_until
 from metalm.training.monitor.dashboard import PAGE
 from metalm.training.monitor.json_lines import read_metrics
 
@@ -40,37 +40,32 @@ def losses(run: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss/all"] for entry in read_metrics(run) if "loss/all" in entry}
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
-    while max(losses(run), default=0) < step:
-        assert process.poll() is None and time.monotonic() < deadline, "the run does not come forward"
-        time.sleep(0.05)
+def wait_for_step(run: Path, step: int, ranks: Ranks) -> None:
+    reached = wait_until(lambda: max(losses(run), default=0) >= step, ranks, timeout_s=150)
+    assert reached, f"the run does not come forward:\n{ranks.output()}"
 
 
 @pytest.fixture(scope="module")
 def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saved each fourth step, stopped by its file early, killed some steps after a checkpoint, then done."""
     runs = tmp_path_factory.mktemp("board")
-    command = [sys.executable, "-m", "metalm", "train", str(tiny_data / "tiny.yaml"), f"run.folder={runs}"]
+    command = ["-m", "metalm", "train", str(tiny_data / "tiny.yaml"), f"run.folder={runs}"]
     slow = [*command, "run.name=watched", "training.steps=100000", "monitor.sample_every_steps=2"]
     run = runs / "watched"
     for how in ("stopped", "killed"):
-        process = subprocess.Popen(
-            slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY
-        )
+        ranks = Ranks(slow)
         if how == "stopped":
-            wait_for_step(run, 2, process)
+            wait_for_step(run, 2, ranks)
             (run / "stop").touch()
         else:
             saved = int((run / "checkpoints/latest").read_text().strip().removeprefix("step_"))
-            wait_for_step(run, (saved // 4 + 1) * 4 + 2, process)
-            process.kill()
-        output, _ = process.communicate(timeout=100)
-        assert process.returncode == {"stopped": 75, "killed": -signal.SIGKILL}[how], output
+            wait_for_step(run, (saved // 4 + 1) * 4 + 2, ranks)
+            ranks.kill(0)
+        assert ranks.wait(timeout_s=100) == [{"stopped": 75, "killed": -signal.SIGKILL}[how]], ranks.output()
     saved = int((run / "checkpoints/latest").read_text().strip().removeprefix("step_"))
     assert saved < max(losses(run)), "nothing is superseded"
     last = [*command, "run.name=watched", f"training.steps={max(losses(run)) + 4}"]
-    code, output = run_command(
+    code, output = run_program(
         [*last, "monitor.sample_every_steps=2", "monitor.peak_tflops=1"], timeout_s=150
     )
     assert code == 0, output
@@ -193,8 +188,8 @@ def curve_pixels(png: bytes) -> bool:
 
 
 def test_captions_stand_beside_their_images_and_as_text(page: Any, run: Path, tiny_data: Path) -> None:
-    command = [sys.executable, "-m", "metalm", "evaluate", str(tiny_data / "tiny.yaml"), "--samples", "2"]
-    code, output = run_command([*command, f"run.folder={run.parent}", "run.name=watched"], timeout_s=150)
+    command = ["-m", "metalm", "evaluate", str(tiny_data / "tiny.yaml"), "--samples", "2"]
+    code, output = run_program([*command, f"run.folder={run.parent}", "run.name=watched"], timeout_s=150)
     assert code == 0, output
     samples = [json.loads(line) for line in (run / "samples_scenes.jsonl").read_text().splitlines()]
     shown = open_text(page, "captions", "captions/scenes").split()

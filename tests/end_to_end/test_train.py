@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distributed.ranks import run_command
+from distributed.ranks import Ranks, run_command, run_program, wait_until
 from metalm.checkpoint.folders import list_checkpoints
 from metalm.training.monitor.json_lines import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +27,10 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
-def command(num_ranks: int, data: Path, runs: Path, name: str, *overrides: str) -> list[str]:
-    start = [sys.executable, "-m"]
-    if num_ranks > 1:
-        start += ["torch.distributed.run", "--nproc-per-node", str(num_ranks), "--rdzv-backend", "c10d"]
-        start += ["--rdzv-endpoint", "127.0.0.1:0", "-m"]
-    arguments = ["metalm", "train", str(data / "tiny.yaml"), f"run.folder={runs}", f"run.name={name}"]
-    return [*start, *arguments, *overrides]
+def train(data: Path, runs: Path, name: str, *overrides: str) -> list[str]:
+    """The words of `python` that train the tiny run in `runs/name`."""
+    arguments = ["train", str(data / "tiny.yaml"), f"run.folder={runs}", f"run.name={name}"]
+    return ["-m", "metalm", *arguments, *overrides]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -42,7 +41,8 @@ def losses(run: Path) -> dict[int, float]:
 def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Eight steps on two tensor-parallel ranks, not interrupted."""
     runs = tmp_path_factory.mktemp("whole")
-    code, output = run_command(command(2, tiny_data, runs, "whole", "parallel.tensor=2"), timeout_s=200)
+    words = train(tiny_data, runs, "whole", "parallel.tensor=2")
+    code, output = run_command([*TORCHRUN, *words], timeout_s=200)
     assert code == 0, output
     return runs / "whole", output
 
@@ -85,8 +85,10 @@ def test_tensorboard_shows_what_operators_watch(whole_run: tuple[Path, str]) -> 
 def test_a_resumed_run_repeats_the_losses_bit_for_bit(
     tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
 ) -> None:
-    first = command(2, tiny_data, tmp_path, "resumed", "parallel.tensor=2", "checkpoint.every_steps=3")
-    process = subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = train(tiny_data, tmp_path, "resumed", "parallel.tensor=2", "checkpoint.every_steps=3")
+    process = subprocess.Popen(
+        [*TORCHRUN, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     run, deadline = tmp_path / "resumed", time.monotonic() + 200
     while not (run / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -97,7 +99,7 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(
     assert "exitcode  : 75" in output
     assert not (run / "stop").exists()
     assert 3 <= stopped_at < 8
-    code, output = run_command(first, timeout_s=200)
+    code, output = run_program(words, 2, timeout_s=200)
     assert code == 0, output
     assert f"step {stopped_at} of 8, resumed" in output
     assert losses(run) == losses(whole_run[0])
@@ -107,7 +109,7 @@ def test_another_topology_gives_the_same_losses(
     tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
 ) -> None:
     arguments = ("training.micro_batch_size=2", "deepspeed.decoder=deepspeed_configs/decoder_zero2.json")
-    code, output = run_command(command(2, tiny_data, tmp_path, "dp2", *arguments), timeout_s=200)
+    code, output = run_program(train(tiny_data, tmp_path, "dp2", *arguments), 2, timeout_s=200)
     assert code == 0, output
     assert losses(tmp_path / "dp2") == pytest.approx(losses(whole_run[0]), abs=1e-5)
 
@@ -115,11 +117,11 @@ def test_another_topology_gives_the_same_losses(
 def test_a_checkpoint_goes_on_under_another_topology(
     tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
 ) -> None:
-    moved = command(1, tiny_data, tmp_path, "moved", "data.workers=0")
+    moved = train(tiny_data, tmp_path, "moved", "data.workers=0")
     (tmp_path / "moved" / "checkpoints").mkdir(parents=True)
     source = whole_run[0] / "checkpoints" / "step_00000004"
     (tmp_path / "moved" / "checkpoints" / source.name).symlink_to(source)
-    code, output = run_command([*moved, "monitor.evaluate_every_steps=4"], timeout_s=200)
+    code, output = run_program([*moved, "monitor.evaluate_every_steps=4"], timeout_s=200)
     assert code == 0, output
     found = losses(tmp_path / "moved")
     assert sorted(found) == [5, 6, 7, 8]
@@ -134,25 +136,18 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     shutil.copytree(whole_run[0] / "checkpoints", tmp_path / "hurt" / "checkpoints")
     victim = tmp_path / "hurt" / "checkpoints" / "step_00000008" / "decoder" / "rank_00000.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
-    code, output = run_command(command(1, tiny_data, tmp_path, "hurt", "training.steps=5"), timeout_s=200)
+    code, output = run_program(train(tiny_data, tmp_path, "hurt", "training.steps=5"), timeout_s=200)
     assert code == 0, output
     assert "step_00000008 is passed over: decoder/rank_00000.safetensors has" in output
     assert "step 4 of 5, resumed" in output
 
 
 def test_a_signal_stops_a_run_after_saving(tiny_data: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(1, tiny_data, tmp_path, "signalled", "training.steps=2000"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    run, deadline = tmp_path / "signalled", time.monotonic() + 120
-    while not losses(run) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+    ranks = Ranks(train(tiny_data, tmp_path, "signalled", "training.steps=2000"))
+    run = tmp_path / "signalled"
+    wait_until(lambda: losses(run), ranks, timeout_s=120)
+    ranks.processes[0].send_signal(signal.SIGTERM)
+    assert ranks.wait(timeout_s=60) == [75], ranks.output()
     (folder,) = list_checkpoints(run / "checkpoints")
     assert json.loads((folder / "state.json").read_text())["step"] == max(losses(run))
 
@@ -160,17 +155,17 @@ def test_a_signal_stops_a_run_after_saving(tiny_data: Path, tmp_path: Path) -> N
 def test_a_run_leaves_as_a_hugging_face_model_and_speaks(
     tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
 ) -> None:
-    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_to_hf.py")]
-    code, output = run_command([*tool, str(whole_run[0]), str(tmp_path / "hf")], timeout_s=200)
+    tool = str(REPOSITORY / "tools" / "convert_to_hf.py")
+    code, output = run_program([tool, str(whole_run[0]), str(tmp_path / "hf")], timeout_s=200)
     assert code == 0, output
     proof = json.loads((tmp_path / "hf" / "proof.json").read_text())
     assert len(proof) == 3
     assert all(case["largest_difference"] < 1e-4 for case in proof)
     further = [str(tiny_data / "tiny.yaml"), f"run.folder={tmp_path}", "run.name=further", "training.steps=3"]
-    tool = [sys.executable, str(REPOSITORY / "tools" / "convert_from_hf.py")]
-    code, output = run_command([*tool, str(tmp_path / "hf"), *further], timeout_s=200)
+    tool = str(REPOSITORY / "tools" / "convert_from_hf.py")
+    code, output = run_program([tool, str(tmp_path / "hf"), *further], timeout_s=200)
     assert code == 0, output
-    code, output = run_command([sys.executable, "-m", "metalm", "train", *further], timeout_s=200)
+    code, output = run_program(["-m", "metalm", "train", *further], timeout_s=200)
     assert code == 0, output
     assert sorted(losses(tmp_path / "further")) == [1, 2, 3]
     assert losses(tmp_path / "further")[1] < losses(whole_run[0])[1]  # it goes on from what was learnt
@@ -178,20 +173,15 @@ def test_a_run_leaves_as_a_hugging_face_model_and_speaks(
     speak = [sys.executable, "-m", "metalm", "generate", str(tmp_path / "hf"), "--image", str(image)]
     code, output = run_command([*speak, "--prompt", "a", "--max-new-tokens", "4"], timeout_s=200)
     assert code == 0, output
-    code, output = run_command([*speak[:-1], str(tmp_path / "absent.png")], timeout_s=200)
+    code, output = run_program([*speak[1:-1], str(tmp_path / "absent.png")], timeout_s=200)
     assert (code, "absent.png does not exist" in output) == (65, True), output
     assert "Traceback" not in output
 
 
 def test_evaluation_writes_its_figures(tiny_data: Path, whole_run: tuple[Path, str]) -> None:
     run = whole_run[0]
-    code, output = run_command(
-        [
-            *(sys.executable, "-m", "metalm", "evaluate", str(tiny_data / "tiny.yaml"), "--samples", "3"),
-            *(f"run.folder={run.parent}", "run.name=whole"),
-        ],
-        timeout_s=120,
-    )
+    words = ["-m", "metalm", "evaluate", str(tiny_data / "tiny.yaml"), "--samples", "3"]
+    code, output = run_program([*words, f"run.folder={run.parent}", "run.name=whole"], timeout_s=120)
     assert code == 0, output
     found = json.loads((run / "evaluation.json").read_text())
     assert found["step"] == 8
@@ -202,9 +192,8 @@ def test_evaluation_writes_its_figures(tiny_data: Path, whole_run: tuple[Path, s
 
 
 def test_the_dry_run_prints_the_plan_and_starts_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    code, output = run_command(
-        [*command(1, tiny_data, tmp_path, "dry"), "--dry-run", "--ranks", "4"], timeout_s=60
-    )
+    words = train(tiny_data, tmp_path, "dry")
+    code, output = run_command([sys.executable, *words, "--dry-run", "--ranks", "4"], timeout_s=60)
     assert code == 0, output
     assert "4: tensor 1 x data 4" in output
     assert "4 rows = 4 data-parallel ranks x 1 micro-batch(es) x 1 row(s)" in output

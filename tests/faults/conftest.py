@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from end_to_end.conftest import tiny_data  # noqa: F401
-from faults.harness import Ranks
+from distributed.ranks import Ranks
+from faults.harness import Fault, start_ranks
 from tiny_pipeline import REPOSITORY
 
 STEPS = 40
@@ -18,15 +18,11 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def start(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ranks]:  # noqa: F811
+def start(tiny_data: Path) -> Callable[..., Ranks]:
     """Start the tiny run in a folder; its checkpoints come every five steps."""
 
-    terminals = tmp_path_factory.mktemp("terminals")
-
-    def run(
-        folder: Path, *overrides: str, num_ranks: int = 2, fault: tuple[str, dict] | None = None
-    ) -> Ranks:
-        arguments: Sequence[str] = (
+    def run(folder: Path, *overrides: str, num_ranks: int = 2, fault: Fault | None = None) -> Ranks:
+        arguments = [
             *(
                 "train",
                 str(tiny_data / "tiny.yaml"),
@@ -36,9 +32,7 @@ def start(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             *(f"training.steps={STEPS}", "checkpoint.every_steps=5", "data.workers=0"),
             *("training.micro_batch_size=2", "data.evaluation=null"),
             *overrides,
-        )
-        log = terminals / f"{len(list(terminals.iterdir()))}.txt"
-        log.touch()
-        return Ranks(arguments, num_ranks, log, fault)
+        ]
+        return start_ranks(arguments, num_ranks, fault)
 
     return run

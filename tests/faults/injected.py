@@ -1,8 +1,14 @@
-"""Faults, set up in a rank before it starts: each makes one rank do what broken hardware would."""
+"""Faults, set up in a rank before it starts: each makes one rank do what broken hardware would.
+
+`python -m faults.injected JSON ARGUMENTS` is `metalm ARGUMENTS` with the fault `["name", {options}]`.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +17,7 @@ from typing import Any
 
 import torch
 
+from metalm import cli
 from metalm.checkpoint import manifest, reader
 from metalm.training import loop
 from metalm.training.step import TrainStep
@@ -144,3 +151,14 @@ def _before_each_step(change: Callable[[int, TrainStep, list[Any]], list[Any]]) 
 
 def _flip_a_bit(tensor: torch.Tensor) -> None:
     tensor.view(-1).view(torch.int32)[0] ^= 1 << 16
+
+
+def main() -> None:
+    name, options = json.loads(sys.argv.pop(1))
+    globals()[name](int(os.environ["RANK"]), **options)
+    sys.argv[0] = "metalm"
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.harness import Ranks, figures, state_of_newest, wait_until
+from distributed.ranks import Ranks, wait_until
+from faults.harness import figures, state_of_newest
 from metalm.checkpoint.folders import is_whole, list_checkpoints
 from metalm.errors import EXIT_FAULT, EXIT_RESTART
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.harness import Ranks, content_of_newest, figures, wait_until
+from distributed.ranks import Ranks, wait_until
+from faults.harness import content_of_newest, figures
 from metalm.checkpoint.folders import is_whole, list_checkpoints
 from metalm.checkpoint.manifest import PARTIAL_SUFFIX
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from distributed.ranks import PROGRAMS, run_command
+from distributed.ranks import run_ranks
 from metalm.config import load_config
 from metalm.planning.devices import find_device
 from metalm.planning.plan import plan_run
@@ -35,11 +33,7 @@ training: {steps: 300000, global_batch_size: 1024, micro_batch_size: 4}
 def test_a_simulated_rank_holds_what_the_plan_says(rank: int, tmp_path: Path) -> None:
     path = tmp_path / "pipeline.yaml"
     path.write_text(PIPELINE)
-    command = [sys.executable, str(PROGRAMS / "simulate_ranks.py"), str(path), str(rank), str(RANKS)]
-    code, output = run_command(command, timeout_s=120)
-    assert code == 0, output
-    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    found = json.loads(line[7:])
+    (found,) = run_ranks("simulate_ranks", 1, str(path), str(rank), str(RANKS))
     first = rank // TENSOR * TENSOR
     assert found["tensor_ranks"] == list(range(first, first + TENSOR))
     assert found["data_ranks"] == list(range(rank % TENSOR, RANKS, TENSOR))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from built_once import built_once
 from slurm.virtual_cluster import VirtualCluster, why_not
 from tiny_pipeline import prepare_tiny
 
@@ -24,8 +25,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualCluster
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline, longer, split over two tensor ranks and without evaluation."""
-    folder = tmp_path_factory.mktemp("tiny")
+    """The tiny pipeline, longer, split over two tensor ranks and without evaluation; of all workers."""
+    return built_once(tmp_path_factory, "slurm", prepare_pipeline) / "tiny.yaml"
+
+
+def prepare_pipeline(folder: Path) -> None:
     prepare_tiny(folder)
     config = yaml.safe_load((folder / "tiny.yaml").read_text())
     config["parallel"]["tensor"] = 2
@@ -33,4 +37,3 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["training"]["steps"] = 16
     config["checkpoint"]["every_steps"] = 8
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return folder / "tiny.yaml"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distributed.ranks import run_command
+from built_once import built_once
+from distributed.ranks import run_program
 from metalm.operations.history import read_attempts
 from metalm.operations.status import describe_run
 from metalm.training.monitor.json_lines import read_metrics
@@ -31,12 +32,23 @@ def _in_repository(cluster: VirtualCluster, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="module")
-def reference(pipeline: Path) -> dict[int, float]:
-    """The losses of a process alone, without tensor parallelism."""
-    command = [sys.executable, "-m", "metalm", "train", str(pipeline), "run.name=alone", "parallel.tensor=1"]
-    code, output = run_command(command, timeout_s=120)
-    assert code == 0, output
-    return losses(pipeline.parent / "runs/alone")
+def alone(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, without tensor parallelism."""
+
+    def train(run: Path) -> None:
+        words = ["-m", "metalm", "train", str(pipeline), "parallel.tensor=1"]
+        code, output = run_program(
+            [*words, f"run.folder={run.parent}", f"run.name={run.name}"], timeout_s=120
+        )
+        assert code == 0, output
+
+    return built_once(tmp_path_factory, "alone", train)
+
+
+@pytest.fixture(scope="module")
+def reference(alone: Path) -> dict[int, float]:
+    """Its losses."""
+    return losses(alone)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -169,11 +181,10 @@ def test_a_job_that_is_queued_again_runs_what_was_submitted(
 
 
 def test_finetuning_starts_from_another_run(
-    cluster: VirtualCluster, pipeline: Path, reference: dict[int, float], tmp_path: Path
+    cluster: VirtualCluster, pipeline: Path, alone: Path, reference: dict[int, float], tmp_path: Path
 ) -> None:
-    start = pipeline.parent / "runs/alone"
     words = (str(pipeline), "run.name=tuned", "parallel.tensor=1", "training.steps=3")
-    weights = (f"initialize.decoder={start}", f"initialize.encoders={start}")
+    weights = (f"initialize.decoder={alone}", f"initialize.encoders={alone}")
     jobs = [
         cluster.submit(
             "--nodes=1",

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from distributed.ranks import run_command
+from distributed.ranks import run_program
 from slurm.virtual_cluster import VirtualCluster, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 SETTINGS = {"METALM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.xdist_group("templates")  # they look for files that a job leaves in the repository
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +43,8 @@ def test_an_array_prepares_what_one_process_does(
     words = ("tools/prepare_text.py", str(tmp_path / "many"), *tokenizer, "--", *map(str, inputs))
     log = f"--output={tmp_path}/%a.log"
     cluster.submit("--array=0-2", log, "slurm/prepare.sbatch", *words, environment=SETTINGS)
-    command = [sys.executable, "tools/prepare_text.py", *map(str, inputs), *tokenizer]
-    code, output = run_command([*command, "--out", str(tmp_path / "one")], timeout_s=150)
+    alone = ["tools/prepare_text.py", *map(str, inputs), *tokenizer, "--out", str(tmp_path / "one")]
+    code, output = run_program(alone, timeout_s=150)
     assert code == 0, output
     wait_until(lambda: not cluster.command("squeue", "--noheader"), "the tasks have ended", timeout_s=150)
     one, many = contents(tmp_path / "one"), contents(tmp_path / "many")
@@ -68,9 +69,8 @@ def test_a_run_is_evaluated_on_two_nodes_and_converted_after_it(
     """Both jobs are submitted at once, as the template of the second says."""
     text = f"data.evaluation={{text: {{path: {pipeline.parent}/text, readers: {{text: text}}}}}}"
     overrides = (str(pipeline), "run.name=whole", "training.steps=3", "checkpoint.every_steps=3", text)
-    command = (sys.executable, "-m", "metalm")
     for action, *more in (("train", "parallel.tensor=1"), ("evaluate", "parallel.tensor=1", "--samples=1")):
-        code, output = run_command([*command, action, *overrides, *more], timeout_s=120)
+        code, output = run_program(["-m", "metalm", action, *overrides, *more], timeout_s=120)
         assert code == 0, output
     run = pipeline.parent / "runs/whole"
     alone = json.loads((run / "evaluation.json").read_text())
