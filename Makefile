@@ -5,6 +5,7 @@ RANKS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # What meets transformers, Triton, DeepSpeed and Megatron.
 VERSIONED_TESTS := tests/conversion tests/kernels tests/distributed
@@ -55,8 +56,6 @@ $(DEMO)/ready: | setup
 	$(BIN)/python tools/prepare_demo.py $(DEMO)
 	touch $@
 
-PYTEST := $(BIN)/python -m pytest
-
 # All tests but the soak; those on a Slurm cluster after the others, since their jobs time out on a busy machine.
 test: setup
 	$(PYTEST) $(PARALLEL) -m "not slurm"
@@ -73,7 +72,7 @@ test-slurm: setup
 
 # 20 runs that are killed 10 times each; `make test` has 2, killed once.
 soak: setup
-	KILLED_RUNS=20 KILLS_PER_RUN=10 $(BIN)/python -m pytest tests/faults/test_kills.py
+	KILLED_RUNS=20 KILLS_PER_RUN=10 $(PYTEST) tests/faults/test_kills.py
 
 check: setup
 	$(BIN)/ruff format --check .

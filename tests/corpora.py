@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from metalm.config.schema import EncoderConfig, RunConfig
-from metalm.data.index import build_index
+from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 TOOLS = Path(__file__).parents[1] / "tools"

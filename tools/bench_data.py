@@ -37,11 +37,11 @@ from torch.utils.data import DataLoader
 from metalm.cli import ToolParser, run_tool
 from metalm.config.schema import RunConfig
 from metalm.data.corpus import Corpus
-from metalm.data.index import build_index
 from metalm.data.loader import TrainingData
-from metalm.data.preparation.text import prepare_text
+from metalm.data.preparation.text_shards import prepare_text
 from metalm.data.sources import open_source
-from metalm.data.tar import member_header, padding
+from metalm.data.storage.index import build_index
+from metalm.data.storage.tar import member_header, padding
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from metalm.modalities.image import decode_image
 from metalm.objectives.semi_causal import SemiCausal

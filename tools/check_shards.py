@@ -12,7 +12,7 @@ from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
 from metalm.data.checking import ShardCheck, check_shards
-from metalm.data.remote import check_url
+from metalm.data.storage.remote import check_url
 from metalm.errors import EXIT_DATA, EXIT_DONE
 
 

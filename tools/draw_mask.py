@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from metalm.kernels import IntervalMask
-from metalm.kernels.picture import LEGEND, mask_image
+from metalm.kernels.mask_picture import LEGEND, mask_image
 
 KINDS = {
     "causal": "decoder: causal inside documents, spans too",

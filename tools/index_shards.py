@@ -14,10 +14,10 @@ import os
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.index import build_index
 from metalm.data.preparation.progress import ProgressLine
-from metalm.data.remote import check_url, expand_names
-from metalm.data.shards import Shard
+from metalm.data.storage.index import build_index
+from metalm.data.storage.remote import check_url, expand_names
+from metalm.data.storage.shard_scan import Shard
 from metalm.data.tokenizer import load_tokenizer
 from metalm.modalities import MODALITIES
 

@@ -11,8 +11,8 @@ from metalm.cli import ToolParser, run_tool
 from metalm.config import load_config
 from metalm.errors import ConfigError
 from metalm.planning.devices import DEVICES, find_device
-from metalm.planning.picture import plot_memory
 from metalm.planning.plan import Assumptions, plan_run
+from metalm.planning.plan_picture import plot_memory
 from metalm.planning.report import (
     SHOWN_LAYOUTS,
     describe_batch,

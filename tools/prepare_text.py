@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.preparation.report import format_table
-from metalm.data.preparation.text import PAPER_DROPS, SubsetFilter, prepare_text
+from metalm.data.preparation.tally import format_table
+from metalm.data.preparation.text_shards import PAPER_DROPS, SubsetFilter, prepare_text
 
 
 def main() -> None:

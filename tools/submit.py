@@ -23,7 +23,7 @@ from metalm.config import load_config
 from metalm.config.secrets import without_secrets
 from metalm.errors import ConfigError
 from metalm.operations.submission import Submission
-from metalm.training.plan import describe_plan
+from metalm.training.dry_run import describe_plan
 
 
 def parse_arguments() -> argparse.Namespace:

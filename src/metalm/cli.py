@@ -142,7 +142,7 @@ def _train(options: argparse.Namespace) -> int | None:
     config = load_config(options.pipeline, options.overrides)
     check_sinks(config)
     if options.dry_run:
-        from metalm.training.plan import print_plan
+        from metalm.training.dry_run import print_plan
 
         return print_plan(config, options.ranks or find_launch(os.environ).world_size)
     corpus = _prepare_training(config)

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from conversion.conftest import TrainingModel, Workshop, write_run
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import RunConfig
-from metalm.config.pretrained import fill_in_pretrained
+from metalm.config.pretrained_folder import fill_in_pretrained
 from metalm.conversion.export import export_checkpoint
 from metalm.conversion.generate import FolderModel, chat_with_folder
 from metalm.conversion.restore import restore_checkpoint

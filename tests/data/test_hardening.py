@@ -17,8 +17,8 @@ from data.steps import opened
 from metalm.config.schema import RunConfig
 from metalm.data.corpus import Corpus
 from metalm.data.held_out import evaluation_batches, held_out_samples
-from metalm.data.index import build_index, open_index
-from metalm.data.order import SampleOrder
+from metalm.data.order.sample_order import SampleOrder
+from metalm.data.storage.index import build_index, open_index
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
 from metalm.objectives.semi_causal import SemiCausal

@@ -16,7 +16,7 @@ import pytest
 
 from data.steps import data_of, global_rows, opened, with_data
 from metalm.config.schema import RunConfig
-from metalm.data.workers import WorkerError
+from metalm.data.lane_workers import WorkerError
 from metalm.errors import ConfigError, DataError
 
 
@@ -199,7 +199,7 @@ def test_signals_to_the_whole_group_leave_the_workers_to_their_parent(config: Ru
 
 
 def test_workers_do_not_pay_for_torch() -> None:
-    program = "import sys, metalm.data.workers; sys.exit('torch' in sys.modules)"
+    program = "import sys, metalm.data.lane_workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from metalm.data.documents.text import text_document
+from metalm.data.documents.spans import text_document
 from metalm.data.row import Row, lay_out
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, Part

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from metalm.data.index import open_index
+from metalm.data.storage.index import open_index
 
 REPOSITORY = Path(__file__).parents[2]
 

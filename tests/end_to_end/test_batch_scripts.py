@@ -13,7 +13,7 @@ import pytest
 from distributed.tiny import tiny_config
 from metalm.errors import ConfigError
 from metalm.run_lock import RunLock
-from metalm.training.plan import print_plan
+from metalm.training.dry_run import print_plan
 from tiny_pipeline import REPOSITORY
 
 FUNCTIONS = REPOSITORY / "slurm" / "training_job.sh"

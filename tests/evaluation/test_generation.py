@@ -14,9 +14,9 @@ from PIL import Image
 
 from metalm.config.schema import RunConfig
 from metalm.data.corpus import Corpus
-from metalm.data.index import build_index
 from metalm.data.lanes import Lane, Mixture
 from metalm.data.row import Row
+from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
 from metalm.evaluation import generation
 from metalm.evaluation.generation import TEXT_PROMPT_TOKENS, Sample, generate_samples

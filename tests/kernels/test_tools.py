@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metalm.kernels import IntervalMask, benchmark
-from metalm.kernels.picture import FULL, PARTIAL_HIDDEN, PARTIAL_VISIBLE, SKIPPED, mask_image
+from metalm.kernels.mask_picture import FULL, PARTIAL_HIDDEN, PARTIAL_VISIBLE, SKIPPED, mask_image
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,11 +22,11 @@ from metalm.data.checking import check_shards
 from metalm.data.corpus import Corpus
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.held_out import evaluation_batches, held_out_samples
-from metalm.data.index import build_index
-from metalm.data.order import SampleOrder
+from metalm.data.order.sample_order import SampleOrder
+from metalm.data.order.streams import Stream
 from metalm.data.packing.whole import WholePacker
 from metalm.data.sources import open_sources
-from metalm.data.streams import Stream
+from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import BadSample, ConfigError
 from metalm.modalities import audio as audio_module
@@ -54,7 +54,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
 
 
 def encoder_of(kind: str, folder: Path, **keys: Any) -> EncoderConfig:
-    from metalm.config.pretrained import fill_in_pretrained
+    from metalm.config.pretrained_folder import fill_in_pretrained
 
     save_pretrained(kind, folder)
     content = {"model": {"encoders": {"audio": {"pretrained": {"path": str(folder), **keys}}}}}

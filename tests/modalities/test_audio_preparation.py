@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import webdataset
 
-from metalm.data.index import open_index
+from metalm.data.storage.index import open_index
 from metalm.errors import BadSample
 from metalm.modalities.audio import decode_clip, prepare_clip
 

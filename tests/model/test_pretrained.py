@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from metalm.batch import EncoderShare
-from metalm.config.pretrained import fill_in_pretrained
 from metalm.config.pretrained_audio import _of_mel_frames
+from metalm.config.pretrained_folder import fill_in_pretrained
 from metalm.config.schema import EncoderConfig
 from metalm.errors import ConfigError
 from metalm.kernels.attention import backend_counts, reset_backend_counts

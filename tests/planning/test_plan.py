@@ -11,7 +11,7 @@ from metalm.planning.plan import Assumptions, plan_run
 from metalm.planning.report import describe_cost
 from metalm.planning.search import overrides, search_layouts
 from metalm.planning.workload import mean_row
-from metalm.training.plan import describe_plan
+from metalm.training.dry_run import describe_plan
 
 
 def test_the_dry_run_states_the_batch_arithmetic() -> None:

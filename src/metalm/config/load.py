@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from metalm.config.pretrained import fill_in_pretrained
+from metalm.config.pretrained_folder import fill_in_pretrained
 from metalm.config.rules import check_config
 from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError

@@ -17,8 +17,8 @@ from metalm.conversion.checkpoint_source import CheckpointSource, open_checkpoin
 from metalm.conversion.hf_config import write_configs
 from metalm.conversion.model_card import write_model_card
 from metalm.conversion.proof import ProofResult, prove
-from metalm.conversion.shards import write_shards
 from metalm.conversion.tokenizer_files import write_tokenizer
+from metalm.conversion.weight_files import write_shards
 from metalm.errors import CheckpointError, ConfigError
 
 PARTIAL_SUFFIX = ".partial"

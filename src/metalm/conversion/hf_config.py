@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from metalm.config import DecoderConfig, EncoderConfig, PretrainedConfig, RunConfig
-from metalm.config.pretrained import positions_before_text
+from metalm.config.pretrained_folder import positions_before_text
 from metalm.config.schema import TEXT
 from metalm.data.documents.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer

@@ -26,7 +26,7 @@ from metalm.conversion.checkpoint_source import CheckpointSource
 from metalm.conversion.reference import reference_logits
 from metalm.data.collate import collate
 from metalm.data.documents.retokenize import load_retokenizer
-from metalm.data.documents.text import text_document
+from metalm.data.documents.spans import text_document
 from metalm.data.row import Row, lay_out
 from metalm.document import Document, Part
 from metalm.errors import CheckpointError

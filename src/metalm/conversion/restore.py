@@ -23,9 +23,9 @@ from metalm.checkpoint.state import RunFacts
 from metalm.config import RunConfig, config_content
 from metalm.conversion.hf_config import model_config
 from metalm.conversion.mapping import Rule, Shape, conversion_rules
-from metalm.conversion.shards import INDEX_NAME, WEIGHTS_NAME
 from metalm.conversion.shipped.configuration_metalm import ENCODER_DEFAULTS
 from metalm.conversion.tokenizer_files import TOKENIZER_NAME, is_same_tokenizer
+from metalm.conversion.weight_files import INDEX_NAME, WEIGHTS_NAME
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
 from metalm.run_lock import RunLock

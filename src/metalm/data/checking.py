@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from metalm.data.index import ShardIndex, open_index, scan_remote
-from metalm.data.shards import scan_shard
 from metalm.data.sources import open_source
+from metalm.data.storage.index import ShardIndex, open_index, scan_remote
+from metalm.data.storage.shard_scan import scan_shard
 from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import BadSample, DataError
 

@@ -16,15 +16,14 @@ import numpy as np
 from metalm.batch import SemiCausalBatch
 from metalm.data.corpus import Corpus
 from metalm.data.documents.pairs import PairMaker
-from metalm.data.documents.spans import SpanSampler
-from metalm.data.documents.text import text_document
-from metalm.data.index import SampleLocation
+from metalm.data.documents.spans import SpanSampler, text_document
 from metalm.data.micro_batch import RowObjective, make_micro_batch
-from metalm.data.order import SequentialOrder
+from metalm.data.order.sample_order import SequentialOrder
+from metalm.data.order.streams import Stream
 from metalm.data.packing.continuous import ContinuousPacker
 from metalm.data.row import Row, empty_row, lay_out
 from metalm.data.sources import Source
-from metalm.data.streams import Stream
+from metalm.data.storage.index import SampleLocation
 from metalm.document import Document
 from metalm.errors import BadSample, ConfigError, DataError
 

@@ -15,12 +15,12 @@ import numpy as np
 from metalm.config.schema import RunConfig
 from metalm.data.corpus import Corpus
 from metalm.data.documents.spans import SpanSampler
-from metalm.data.order import SampleOrder, ShardOrder
+from metalm.data.order.sample_order import SampleOrder, ShardOrder
+from metalm.data.order.streams import Stream
 from metalm.data.packing.continuous import ContinuousPacker
 from metalm.data.packing.whole import WholePacker
 from metalm.data.row import Row
 from metalm.data.sources import Source
-from metalm.data.streams import Stream
 from metalm.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ import torch
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.data.balance import group_rows, row_costs
 from metalm.data.corpus import Corpus
+from metalm.data.lane_workers import LaneGroup, WorkerPool
 from metalm.data.lanes import Lane, LaneState, Mixture, owned_lanes, saved_state
 from metalm.data.micro_batch import RowObjective, make_micro_batch
-from metalm.data.workers import LaneGroup, WorkerPool
 from metalm.errors import ConfigError
 
 PREFETCH_STEPS = 2

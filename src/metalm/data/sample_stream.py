@@ -13,9 +13,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from metalm.data.failures import FailureGuard
-from metalm.data.index import SampleLocation
 from metalm.data.row import Row
 from metalm.data.sources import Source
+from metalm.data.storage.index import SampleLocation
 from metalm.errors import BadSample, DataError
 
 Decoded = TypeVar("Decoded")

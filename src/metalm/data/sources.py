@@ -10,9 +10,9 @@ import numpy as np
 
 from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
 from metalm.data.captions import decode_utf8, read_captions
-from metalm.data.index import SampleLocation, ShardIndex, open_index
-from metalm.data.reader import FileReader, RemoteReader
-from metalm.data.shards import FORMATS
+from metalm.data.storage.index import SampleLocation, ShardIndex, open_index
+from metalm.data.storage.member_readers import FileReader, RemoteReader
+from metalm.data.storage.shard_scan import FORMATS
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import Media

@@ -23,7 +23,7 @@ from metalm.config import DecoderConfig, ModelConfig
 from metalm.kernels import linear_cross_entropy
 from metalm.model.decoder_layer import Visibility, decoder_block_spec
 from metalm.model.deepnorm import deepnorm_divisor
-from metalm.model.dropout import SITES_PER_LAYER, RowDropout
+from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
 from metalm.model.positions import rotary_angles, sinusoidal_positions

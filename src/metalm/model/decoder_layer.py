@@ -27,7 +27,7 @@ from torch.nn import functional
 from metalm.config import DecoderConfig
 from metalm.kernels import IntervalMask, interval_attention
 from metalm.model.deepnorm import deepnorm_alpha
-from metalm.model.dropout import SITES_PER_LAYER, RowDropout
+from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ from metalm.kernels import RelativeBias
 from metalm.modalities import modality_of_encoder
 from metalm.model.connector import build_connector, build_detection_head
 from metalm.model.deepnorm import deepnorm_divisor
-from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.encoder_layer import EncoderLayer, Where, build_norm
+from metalm.model.hidden_dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.initialization import Draw, constant, normal, xavier_std
 from metalm.model.positions import rotary_angles
 from metalm.model.visibility import share_mask

@@ -14,7 +14,7 @@ from torch.nn import functional
 from metalm.config import EncoderConfig
 from metalm.kernels import IntervalMask, RelativeBias, interval_attention
 from metalm.model.deepnorm import deepnorm_alpha
-from metalm.model.dropout import SITES_PER_LAYER, SpanDropout
+from metalm.model.hidden_dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.positions import turn
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}

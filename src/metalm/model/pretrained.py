@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig
-from metalm.config.pretrained import positions_before_text
+from metalm.config.pretrained_folder import positions_before_text
 from metalm.errors import ConfigError
 from metalm.kernels import IntervalMask
 from metalm.kernels.adapters import register_interval_attention

@@ -20,7 +20,7 @@ from metalm.errors import CheckpointError, FaultError
 from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
-from metalm.training.pieces import optimizer_step
+from metalm.training.owned_ranges import optimizer_step
 from metalm.training.provenance import provenance
 from metalm.training.saving import HostBuffers, RunningSave, SaveJob
 from metalm.training.weights import restore

@@ -13,7 +13,7 @@ from torch import Tensor
 from metalm.parallel.sharding import sharding_of
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
-from metalm.training.pieces import is_partitioned
+from metalm.training.owned_ranges import is_partitioned
 
 _CHUNK = 2**20
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

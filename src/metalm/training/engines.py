@@ -26,7 +26,7 @@ from metalm.model.encoder import EncoderBank, encoder_draw, load_pretrained_weig
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
-from metalm.training.pieces import create_optimizer_state
+from metalm.training.owned_ranges import create_optimizer_state
 
 
 @dataclass(frozen=True)

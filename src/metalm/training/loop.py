@@ -21,11 +21,11 @@ from metalm.objectives import Objective, build_objective
 from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
 from metalm.training.drift import find_drift
+from metalm.training.dry_run import describe_plan
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
 from metalm.training.monitor.json_lines import read_metrics
 from metalm.training.monitor.monitor import Monitor
-from metalm.training.plan import describe_plan
 from metalm.training.schedule import learning_rate
 from metalm.training.session import Session, open_session
 from metalm.training.slow_ranks import SlowRanks

@@ -31,7 +31,7 @@ from metalm.config import CheckpointConfig
 from metalm.errors import CheckpointError
 from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
-from metalm.training.pieces import owned_ranges, shard_shape
+from metalm.training.owned_ranges import owned_ranges, shard_shape
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
 from metalm.data.collate import collate
-from metalm.data.documents.text import text_document
+from metalm.data.documents.spans import text_document
 from metalm.data.row import lay_out
 from metalm.document import Document, Part
 from metalm.kernels import backend_counts

@@ -23,7 +23,7 @@ from metalm.parallel.agreement import together
 from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
-from metalm.training.pieces import kept_ranges, push_masters, set_optimizer_step, set_state, shard_shape
+from metalm.training.owned_ranges import kept_ranges, push_masters, set_optimizer_step, set_state, shard_shape
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from metalm.data.demo.dataset import write_scenes
 from metalm.data.demo.scenes import draw_scene, make_scene
-from metalm.data.index import open_index
+from metalm.data.storage.index import open_index
 from metalm.data.tokenizer import load_tokenizer
 
 TOOLS = Path(__file__).parents[3] / "tools"

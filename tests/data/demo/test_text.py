@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metalm.data.demo.text import DOCUMENTATION, SOURCE, TextDocument, standard_library_documents
+from metalm.data.demo.library_text import DOCUMENTATION, SOURCE, TextDocument, standard_library_documents
 from metalm.errors import DataError
 
 MODULE = '''

@@ -14,11 +14,11 @@ from metalm.config.schema import EncoderConfig, ModelConfig, SourceConfig, SpanC
 from metalm.data.collate import collate
 from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.documents.spans import SpanSampler
-from metalm.data.index import build_index
-from metalm.data.order import SequentialOrder
+from metalm.data.order.sample_order import SequentialOrder
+from metalm.data.order.streams import Stream
 from metalm.data.packing.continuous import ContinuousPacker
 from metalm.data.sources import Source, open_sources
-from metalm.data.streams import Stream
+from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
 from reference.encoder_tokenizer import save_tokenizer

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from metalm.config.schema import SpanConfig
 from metalm.data.documents.spans import SpanSampler
-from metalm.data.streams import Stream
+from metalm.data.order.streams import Stream
 
 PAPER = SpanConfig(fraction=0.25, min_length=64, max_length=128)
 NUM_ROWS = 4000

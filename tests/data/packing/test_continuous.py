@@ -11,12 +11,12 @@ import pytest
 from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig, SpanConfig
 from metalm.data.corpus import Corpus
 from metalm.data.documents.spans import SpanSampler
-from metalm.data.index import build_index
 from metalm.data.lanes import Lane, Mixture
-from metalm.data.order import SequentialOrder
+from metalm.data.order.sample_order import SequentialOrder
+from metalm.data.order.streams import Stream
 from metalm.data.packing.continuous import ContinuousPacker
 from metalm.data.sources import Source, open_sources
-from metalm.data.streams import Stream
+from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
 
 NO_SPANS = SpanSampler(SpanConfig(fraction=0.0), Stream(1, "no spans"))

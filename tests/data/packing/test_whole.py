@@ -12,12 +12,12 @@ import pytest
 
 from metalm.config.schema import EncoderConfig, ImageConfig, SourceConfig
 from metalm.data.documents.pairs import PairMaker
-from metalm.data.index import build_index
-from metalm.data.order import SampleOrder
+from metalm.data.order.sample_order import SampleOrder
+from metalm.data.order.streams import Stream
 from metalm.data.packing.whole import WholePacker
 from metalm.data.row import Row
 from metalm.data.sources import Source, open_sources
-from metalm.data.streams import Stream
+from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
 from metalm.modalities.image import ImageReader

@@ -15,8 +15,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from metalm.data.index import open_index
-from metalm.data.preparation.pairs import prepare_pairs
+from metalm.data.preparation.pair_shards import prepare_pairs
+from metalm.data.storage.index import open_index
 from metalm.errors import ConfigError, DataError
 from metalm.modalities import MEDIA
 from metalm.modalities.image import prepare_image

@@ -19,9 +19,9 @@ import pytest
 import zstandard
 
 from data.preparation.conftest import PausedTool
-from metalm.data.index import open_index
 from metalm.data.preparation.fast_bpe import why_not_gigatoken
-from metalm.data.preparation.text import PAPER_DROPS, SubsetFilter, prepare_text
+from metalm.data.preparation.text_shards import PAPER_DROPS, SubsetFilter, prepare_text
+from metalm.data.storage.index import open_index
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
 

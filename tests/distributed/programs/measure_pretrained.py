@@ -7,7 +7,7 @@ import sys
 
 from distributed.tiny import tiny_config
 from metalm.config import RunConfig
-from metalm.config.pretrained import fill_in_pretrained
+from metalm.config.pretrained_folder import fill_in_pretrained
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.engines import build_engines

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from metalm.data.demo.library_text import standard_library_documents
 from metalm.data.demo.scenes import draw_scene, make_scene
-from metalm.data.demo.text import standard_library_documents
 
 IMAGES_PER_FOLDER = 1000
 

@@ -7,8 +7,13 @@ probability makes the expected number of span tokens the wanted fraction of the 
 
 from __future__ import annotations
 
-from metalm.config.schema import SpanConfig
-from metalm.data.streams import Stream
+from collections.abc import Sequence
+
+import numpy as np
+
+from metalm.config.schema import TEXT, SpanConfig
+from metalm.data.order.streams import Stream
+from metalm.document import Document, Part
 
 _DRAWS_PER_WINDOW = 3
 
@@ -61,3 +66,27 @@ class SpanSampler:
                     spans.append((first, first + length))
                 at += _DRAWS_PER_WINDOW
         return spans
+
+
+def text_document(
+    body: np.ndarray,
+    spans: Sequence[tuple[int, int]] = (),
+    reader: str | None = None,
+    *,
+    begins: bool = True,
+    ends: bool = True,
+) -> Document:
+    """A stretch of a document of text, all of which is trained on.
+
+    Args:
+        body: [n] int32, tokens without `<s>` and `</d>`.
+        spans: start and end (exclusive) in `body` of what `reader` reads, in order and apart.
+    """
+    parts: list[Part] = []
+    at = 0
+    for start, end in spans:
+        # Where one span follows at once on another, a part of no tokens keeps them apart.
+        parts += [Part(TEXT, body[at:start]), Part(TEXT, body[start:end], reader)]
+        at = end
+    parts.append(Part(TEXT, body[at:]))
+    return Document(tuple(parts), begins=begins, ends=ends)

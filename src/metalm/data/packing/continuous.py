@@ -13,8 +13,7 @@ import numpy as np
 
 from metalm.config.schema import TEXT
 from metalm.data.documents.retokenize import SpanRetokenizer
-from metalm.data.documents.spans import SpanSampler
-from metalm.data.documents.text import text_document
+from metalm.data.documents.spans import SpanSampler, text_document
 from metalm.data.failures import FailureGuard
 from metalm.data.row import NO_TOKEN, Row, lay_out
 from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.failures import FailureGuard
-from metalm.data.index import SampleLocation
+from metalm.data.order.streams import Stream
 from metalm.data.row import Row, lay_out
 from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream
 from metalm.data.sources import Source
-from metalm.data.streams import Stream
+from metalm.data.storage.index import SampleLocation
 from metalm.document import Document, Part
 from metalm.errors import BadSample
 

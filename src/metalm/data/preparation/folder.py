@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from metalm.data.index import INDEX_NAME, build_index
-from metalm.data.preparation.report import Tally
-from metalm.data.preparation.shards import PARTIAL_SUFFIX, WrittenShard
+from metalm.data.preparation.shard_writer import PARTIAL_SUFFIX, WrittenShard
+from metalm.data.preparation.tally import Tally
+from metalm.data.storage.index import INDEX_NAME, build_index
 from metalm.errors import ConfigError, DataError
 
 BYTES_PER_INDEX_PROCESS = 1 << 30

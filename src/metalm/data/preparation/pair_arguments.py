@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metalm.data.preparation.pairs import prepare_pairs
-from metalm.data.preparation.report import format_table
+from metalm.data.preparation.pair_shards import prepare_pairs
+from metalm.data.preparation.tally import format_table
 from metalm.modalities import Media
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from metalm.data.captions import listed, read_captions, usable_captions
-from metalm.data.shards import MAX_MEMBER_BYTES, scan_shard
+from metalm.data.storage.shard_scan import MAX_MEMBER_BYTES, scan_shard
 from metalm.errors import BadSample, DataError
 from metalm.modalities import Media
 

@@ -16,7 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.kernels import IntervalMask
-from metalm.kernels.picture import mask_image
+from metalm.kernels.mask_picture import mask_image
 
 PAGE = {
     "Learning": {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metalm.data.tar import HashedStream, Member, Readable, TarEnd, scan_members
+from metalm.data.storage.tar import HashedStream, Member, Readable, TarEnd, scan_members
 from metalm.modalities import MODALITIES, Media, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES
 

@@ -11,9 +11,9 @@ import logging
 import os
 
 from metalm.config.secrets import shown_url
-from metalm.data.index import SampleLocation, ShardIndex, check_shard_size
-from metalm.data.remote import RemoteShard, attempt, shard_url
-from metalm.data.tar import BLOCK, parse_size
+from metalm.data.storage.index import SampleLocation, ShardIndex, check_shard_size
+from metalm.data.storage.remote import RemoteShard, attempt, shard_url
+from metalm.data.storage.tar import BLOCK, parse_size
 from metalm.errors import DataError
 
 logger = logging.getLogger(__name__)

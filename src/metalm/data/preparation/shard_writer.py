@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from metalm.data.tar import BLOCK, member_header, padding
+from metalm.data.storage.tar import BLOCK, member_header, padding
 
 PARTIAL_SUFFIX = ".partial"
 

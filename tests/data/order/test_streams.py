@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from metalm.data.streams import Stream
+from metalm.data.order.streams import Stream
 
 
 def test_words_are_those_of_numpys_philox_at_the_address() -> None:

@@ -25,8 +25,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from metalm.config.secrets import shown_url
-from metalm.data.remote import RemoteShard, attempt, shard_url
-from metalm.data.shards import (
+from metalm.data.storage.remote import RemoteShard, attempt, shard_url
+from metalm.data.storage.shard_scan import (
     FORMATS,
     MAX_MEMBER_BYTES,
     RECORD,
@@ -34,7 +34,7 @@ from metalm.data.shards import (
     scan_shard,
     scan_stream,
 )
-from metalm.data.tar import BLOCK
+from metalm.data.storage.tar import BLOCK
 from metalm.errors import DataError
 from metalm.modalities import Modality, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from metalm.data.index import build_index, open_index
-from metalm.data.shards import scan_shard
 from metalm.data.sources import open_source
+from metalm.data.storage.index import build_index, open_index
+from metalm.data.storage.shard_scan import scan_shard
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
 from metalm.modalities.image import decode_image

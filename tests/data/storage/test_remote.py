@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data.test_order import corpus
 from pydantic import ValidationError
 
 from data.steps import global_rows, opened, with_data
-from data.test_order import corpus
 from data.test_tools import run_tool
 from metalm.config.rules import check_config
 from metalm.config.schema import RunConfig, SourceConfig
-from metalm.data import remote
-from metalm.data.index import build_index, open_index
-from metalm.data.order import ShardOrder
-from metalm.data.remote import RemoteShard, shard_url
+from metalm.data.order.sample_order import ShardOrder
 from metalm.data.sources import open_source
+from metalm.data.storage import remote
+from metalm.data.storage.index import build_index, open_index
+from metalm.data.storage.remote import RemoteShard, shard_url
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
 
@@ -228,7 +228,7 @@ def test_no_secret_of_a_url_is_logged(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("metalm.data.remote.DELAY_S", 0.01)
+    monkeypatch.setattr("metalm.data.storage.remote.DELAY_S", 0.01)
     for url in ("http://me:hunter2@127.0.0.1:9/{shard}?key=hunter2", "pipe:KEY=hunter2 false {shard}"):
         config = make_config({"prose": {"path": text[0], "kind": "text", "url": url}})
         with opened(config) as data, pytest.raises(DataError, match=r"cannot read .*text-0000") as raised:

@@ -15,8 +15,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from metalm.data.index import ShardIndex
-from metalm.data.streams import Stream
+from metalm.data.order.streams import Stream
+from metalm.data.storage.index import ShardIndex
 
 CHUNKS_PER_LANE = 4
 """Chunks of a small corpus are shortened until every lane gets this many per epoch, if it can."""

@@ -30,9 +30,9 @@ from metalm.data.preparation.jsonl import (
     parse_document,
 )
 from metalm.data.preparation.progress import ProgressLine
-from metalm.data.preparation.report import Tally
-from metalm.data.preparation.shards import ShardWriter
-from metalm.data.preparation.workers import Advance, run_tasks
+from metalm.data.preparation.shard_writer import ShardWriter
+from metalm.data.preparation.tally import Tally
+from metalm.data.preparation.task_pool import Advance, run_tasks
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import ConfigError, DataError
 

@@ -20,9 +20,9 @@ from metalm.data.preparation.pair_sources import (
     read_tar,
 )
 from metalm.data.preparation.progress import ProgressLine
-from metalm.data.preparation.report import Tally
-from metalm.data.preparation.shards import ShardWriter
-from metalm.data.preparation.workers import Advance, run_tasks
+from metalm.data.preparation.shard_writer import ShardWriter
+from metalm.data.preparation.tally import Tally
+from metalm.data.preparation.task_pool import Advance, run_tasks
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import Convert, Media
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metalm.data.index import ShardIndex
-from metalm.data.order import SampleOrder, SequentialOrder
-from metalm.data.shards import RECORD, Shard
+from metalm.data.order.sample_order import SampleOrder, SequentialOrder
+from metalm.data.storage.index import ShardIndex
+from metalm.data.storage.shard_scan import RECORD, Shard
 
 
 def corpus(samples_per_shard: list[int]) -> ShardIndex:

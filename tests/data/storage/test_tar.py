@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from metalm.data.tar import HashedStream, Member, TarEnd, member_header, padding, scan_members
+from metalm.data.storage.tar import HashedStream, Member, TarEnd, member_header, padding, scan_members
 
 NAMES = ["a.txt", "folder/b.jpg", "d" * 90 + "/" + "e" * 90 + ".json", "größe.txt"]
 TOO_LONG_FOR_USTAR = "n" * 120 + ".txt"

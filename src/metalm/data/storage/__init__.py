@@ -1,0 +1,1 @@
+"""Where samples lie: tar files, their index, and the reading of members; no meaning."""
