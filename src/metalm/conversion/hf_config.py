@@ -17,6 +17,7 @@ from metalm.config.schema import TEXT
 from metalm.data.documents.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
+from metalm.modalities import modality_of_encoder
 
 SMALLEST_TRANSFORMERS = "5.17.0"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -140,7 +141,8 @@ def _transformers_version(config: RunConfig) -> str:
 def processor_config(config: RunConfig) -> dict[str, Any]:
     """The content of processor_config.json."""
     encoders = config.model.encoders
-    sizes = {encoder.image.image_size for encoder in encoders.values() if encoder.image}
+    settings = [modality_of_encoder(encoder).exported_settings(encoder) for encoder in encoders.values()]
+    sizes = {one["image_size"] for one in settings if "image_size" in one}
     if len(sizes) > 1:
         raise ConfigError(f"encoders of images of different sizes ({sorted(sizes)}) cannot be exported")
     return {
@@ -149,7 +151,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
         "encoders": {
             name: {
                 "max_text_positions": encoder.max_text_positions,
-                "num_patches": encoder.image.num_patches if encoder.image else 0,
+                "num_patches": modality_of_encoder(encoder).max_vectors(encoder),
                 **_own_vocabulary(config, encoder),
             }
             for name, encoder in sorted(encoders.items())
@@ -162,7 +164,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
 
 def image_encoder(config: RunConfig) -> str | None:
     """The encoder that images go to: the one that pairs were trained with, else the first with images."""
-    return _trained_encoder(config, "image", lambda encoder: encoder.image is not None)
+    return _trained_encoder(config, "image", lambda encoder: encoder.section("image") is not None)
 
 
 def text_encoder(config: RunConfig) -> str | None:
@@ -233,8 +235,9 @@ def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
         "relative_bias": encoder.relative_bias.model_dump() if encoder.relative_bias else None,
         "joint_layers": encoder.joint_layers,
         "connector": encoder.connector,
-        "image_size": encoder.image.image_size if encoder.image else None,
-        "patch_size": encoder.image.patch_size if encoder.image else None,
+        "image_size": None,
+        "patch_size": None,
+        **modality_of_encoder(encoder).exported_settings(encoder),
         **(_pretrained(encoder.pretrained) if encoder.pretrained else {}),
     }
 

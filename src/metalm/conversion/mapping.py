@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
+from metalm.modalities import modality_of_encoder
 from metalm.model.pretrained import parameter_shapes
 
 Shape = tuple[int, ...]
@@ -107,11 +108,8 @@ def _own_encoder(config: ModelConfig, encoder: EncoderConfig, source: str, targe
     )
     if encoder.positions == "learned":
         yield _same("encoders", source, target, "text_positions.weight", (encoder.max_text_positions, hidden))
-    if encoder.image:
-        patch = (hidden, 3 * encoder.image.patch_size**2)
-        yield from _renamed("encoders", f"{source}.patch_embedding", f"{target}.patch_embedding", patch)
-        grid = (encoder.image.num_patches, hidden)
-        yield _same("encoders", source, target, "image_positions.weight", grid)
+    for name, shape in modality_of_encoder(encoder).embedding_shapes(encoder).items():
+        yield _same("encoders", source, target, name, shape)
     if encoder.relative_bias:
         name_of_bias = f"{target}.relative_bias.weight"
         table = (encoder.relative_bias.num_buckets, encoder.num_heads)

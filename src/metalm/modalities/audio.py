@@ -46,6 +46,7 @@ class Audio(Media):
     name = "audio"
     kind = "audio_text"
     noun = "clip"
+    is_exported = False
     formats: ClassVar = {"wav": "wav", "flac": "flac", "ogg": "ogg"}
 
     def settings(self, encoder: EncoderConfig) -> AudioConfig | None:

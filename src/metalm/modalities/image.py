@@ -58,6 +58,7 @@ class Image(Media):
     name = "image"
     kind = "image_text"
     noun = "image"
+    is_exported = True
     formats: ClassVar = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
 
     def settings(self, encoder: EncoderConfig) -> ImageConfig | None:
@@ -113,9 +114,17 @@ class Image(Media):
         side = image.image_size
         return f"images of {side} x {side} in {image.num_patches} patches"
 
-    def embedding_parameters(self, encoder: EncoderConfig) -> int:
+    def embedding_shapes(self, encoder: EncoderConfig) -> dict[str, tuple[int, ...]]:
+        image, hidden = _section(encoder), encoder.hidden_size
+        return {
+            "patch_embedding.weight": (hidden, 3 * image.patch_size**2),
+            "patch_embedding.bias": (hidden,),
+            "image_positions.weight": (image.num_patches, hidden),
+        }
+
+    def exported_settings(self, encoder: EncoderConfig) -> dict[str, Any]:
         image = _section(encoder)
-        return (3 * image.patch_size**2 + 1 + image.num_patches) * encoder.hidden_size
+        return {"image_size": image.image_size, "patch_size": image.patch_size}
 
     def decode(self, data: bytes | memoryview) -> np.ndarray:
         return decode_image(data)

@@ -106,14 +106,20 @@ class Modality:
         """The images or clips that an encoder reads, for a model card."""
         return None
 
-    def embedding_parameters(self, encoder: EncoderConfig) -> int:
-        """Parameters that embed images or clips in an encoder of ours."""
-        return 0
+    def embedding_shapes(self, encoder: EncoderConfig) -> dict[str, tuple[int, ...]]:
+        """Of the parameters of `embedding_modules`, by name, in their order."""
+        return {}
+
+    def exported_settings(self, encoder: EncoderConfig) -> dict[str, Any]:
+        """What the shipped model and processor know of it, by the names of their configs."""
+        return {}
 
 
 class Media(Modality, ABC):
     """Images, clips and the like: files that stand in pairs with text, and lead a span of their encoder."""
 
+    is_exported: ClassVar[bool]
+    """Whether the shipped processor takes it."""
     noun: ClassVar[str]
     """What one is called to people."""
 

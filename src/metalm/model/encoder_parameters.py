@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from metalm.config import EncoderConfig, ModelConfig
 from metalm.modalities import modality_of_encoder
 
@@ -59,7 +61,9 @@ def _encoder_embeddings(encoder: EncoderConfig, config: ModelConfig) -> int:
     hidden = encoder.hidden_size
     text_positions = encoder.max_text_positions if encoder.positions == "learned" else 0
     total = (config.padded_vocab_size + text_positions) * hidden
-    total += modality_of_encoder(encoder).embedding_parameters(encoder)
+    total += sum(
+        math.prod(shape) for shape in modality_of_encoder(encoder).embedding_shapes(encoder).values()
+    )
     if encoder.relative_bias is not None:
         total += encoder.relative_bias.num_buckets * encoder.num_heads
     return total
