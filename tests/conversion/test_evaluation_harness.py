@@ -20,7 +20,8 @@ from distributed.ranks import run_command
 from metalm.conversion.checkpoint_source import CheckpointSource, open_checkpoint
 from metalm.conversion.reference import reference_logits
 from metalm.data.collate import collate
-from metalm.data.row import text_prompt
+from metalm.data.row import lay_out
+from metalm.document import Document, Part
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -96,7 +97,7 @@ def evaluate(model: str, exported: Path, folder: Path, tasks: str) -> dict[str, 
 
 def log_likelihood(source: CheckpointSource, ids: np.ndarray, num_given: int) -> float:
     """Of all tokens behind the first `num_given` and `<s>`, by the checkpoint's own model."""
-    row = text_prompt(ids, start_id=source.tokenizer.start_id)
+    row = lay_out([Document((Part("text", ids),), ends=False)], source.tokenizer)
     batch = collate(
         [row],
         model_config=source.config.model,

@@ -33,7 +33,8 @@ def pipeline(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["model.vocab_size=256"], 64, "model.vocab_size is 256, but the tokenizer"),
         (["data.tokenizer=absent"], 65, "absent"),
         (["data.sources.text.path=absent"], 65, "absent"),
-        (["data.sources.text.kind=image_text", "data.sources.text.encoder=image"], 65, "kind"),
+        (["data.sources.text.readers.image=image"], 64, "has a reader of image, but"),
+        (["data.sources.scenes.readers=null"], 64, "must name an encoder of images, such as {image: image}"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -41,8 +41,11 @@ def pipeline(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(folder / "roberta")
     prepare_tones(folder)
     ear = {"path": str(folder / "wav2vec2-masked"), "clip_seconds": 0.05}
-    tones = {"path": str(folder / "shards"), "kind": "audio_text"}
-    heard = {"mel": {**tones, "encoder": "ast"}, "tones": {**tones, "encoder": "ear"}}
+    shards = str(folder / "shards")
+    heard = {
+        name: {"path": shards, "readers": {"audio": encoder}}
+        for name, encoder in (("mel", "ast"), ("tones", "ear"))
+    }
     data = yaml.safe_load((tiny_data / "tiny.yaml").read_text())["data"]["sources"]
     content = {
         "extends": str(tiny_data / "tiny.yaml"),
@@ -57,11 +60,11 @@ def pipeline(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "data": {
             "sources": {
-                "text": {"encoder": "roberta"},
-                "more": {**data["scenes"], "encoder": "vit"},
+                "text": {"readers": {"text": "roberta"}},
+                "more": {**data["scenes"], "readers": {"image": "vit"}},
                 **heard,
             },
-            "evaluation": {"text": {"encoder": "roberta"}, **heard},
+            "evaluation": {"text": {"readers": {"text": "roberta"}}, **heard},
         },
         "training": {"steps": 6},
         "monitor": {"evaluate_every_steps": 6, "sample_every_steps": 6},

@@ -72,7 +72,8 @@ def greedy(row: Row, logits, tokenizer: Tokenizer) -> Tensor:
         row = replace(
             row,
             tokens=np.append(row.tokens, np.int32(tokens[-1])),
-            document_ends=row.document_ends + 1,
+            loss_weights=np.append(row.loss_weights, np.float32(0)),
+            document_ends=[len(row.tokens) + 1],
         )
     return torch.tensor(tokens)
 

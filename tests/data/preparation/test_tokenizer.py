@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metalm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
@@ -40,6 +40,7 @@ def test_fingerprint_is_the_sha256_of_the_file(tokenizer: Tokenizer, tokenizer_f
     assert tokenizer.fingerprint == hashlib.sha256(content).hexdigest()
 
 
+@settings(deadline=None)
 @given(texts=st.lists(TEXT_WITH_MARKUP, max_size=6))
 def test_decoding_gives_back_every_text(tokenizer: Tokenizer, texts: list[str]) -> None:
     encoded = tokenizer.encode(texts)
@@ -47,6 +48,7 @@ def test_decoding_gives_back_every_text(tokenizer: Tokenizer, texts: list[str]) 
     assert [tokenizer.decode(ids) for ids in encoded] == texts
 
 
+@settings(deadline=None)
 @given(text=TEXT_WITH_MARKUP)
 def test_raw_text_yields_no_special_id_but_that_of_blank_lines(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode([text])[0].tolist()
