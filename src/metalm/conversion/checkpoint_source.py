@@ -18,6 +18,7 @@ from metalm.config.load import load_resolved_config
 from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
+from metalm.modalities import Media, modality_of_encoder
 
 MAPPED_BYTES = 2**28
 """Contents that may stay mapped before the files are opened anew."""
@@ -60,7 +61,7 @@ def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> Checkpoin
 
     Raises:
         CheckpointError: damaged, partial, or not of the model that its config describes.
-        ConfigError: the model has an encoder of audio, or is not one to export.
+        ConfigError: the model has an encoder of what the processor does not take, or is not one to export.
         DataError: there is no tokenizer, or it is not the run's.
     """
     folder = find_checkpoint(path)
@@ -74,9 +75,10 @@ def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> Checkpoin
                 f"{folder} is of replaced-token detection: its encoder is for another run to start from, "
                 "by initialize.encoders, and no model to export"
             )
-        if encoder.audio is not None:
+        modality = modality_of_encoder(encoder)
+        if isinstance(modality, Media) and not modality.is_exported:
             raise ConfigError(
-                f"{folder}: encoder {name} reads audio, which the exported processor cannot prepare"
+                f"{folder}: encoder {name} reads {modality.name}, which the exported processor cannot prepare"
             )
     rules = conversion_rules(config.model)
     _check_parameters(reader, rules)
