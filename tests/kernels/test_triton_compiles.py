@@ -23,19 +23,18 @@ PLAIN_SPILLED_BYTES = 48
 
 
 def compile_table() -> dict[str, dict[str, Any]]:
-    """All kernels of the device's table, and the one that drops hidden vectors; features by their names."""
+    """The kernels of the device's table, the one that drops hidden vectors, and an odd head size in groups."""
     from metalm.kernels.compile_report import compile_ahead, compile_function
     from metalm.kernels.triton_configs import configs_of
     from metalm.kernels.triton_hidden_dropout import hidden_dropout_kernel
 
     reports = {"hidden dropout": compile_function(hidden_dropout_kernel, {"BLOCK": 1024}, 4, 2)}
     for variant, config in configs_of((9, 0)).items():
-        features = ((True, True), (False, True)) if variant.has_extras else ((False, False),)
-        for has_bias, has_dropout in features:
-            name = f"{variant.kernel}, {variant.head_block}{', bias' * has_bias}{', dropout' * has_dropout}"
-            reports[name] = compile_ahead(
-                variant.kernel, variant.head_block, config, has_bias=has_bias, has_dropout=has_dropout
-            )
+        extras = variant.has_extras
+        name = f"{variant.kernel}, {variant.head_block}{', bias and dropout' * extras}"
+        reports[name] = compile_ahead(
+            variant.kernel, variant.head_block, config, has_bias=extras, has_dropout=extras
+        )
     for kernel in get_args(Kernel):
         odd = LaunchConfig(32, 64, 8, 2) if kernel == "key_gradient" else LaunchConfig(64, 32, 8, 2)
         reports[f"{kernel}, 80 of grouped heads"] = compile_ahead(
@@ -58,11 +57,11 @@ def test_kernels_with_all_features_compile_for_hopper(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     kernels = json.loads(result.stdout.splitlines()[-1])
-    assert len(kernels) == 22
+    assert len(kernels) == 16
     for name, facts in kernels.items():
         assert facts["shared_bytes"] <= HOPPER_SHARED_BYTES, name
         assert facts["wgmma"] > 0 or name == "hidden dropout", f"{name} does not use the tensor cores"
-        most = SPILLED_BYTES if "bias" in name or "dropout" in name else PLAIN_SPILLED_BYTES
+        most = SPILLED_BYTES if "bias" in name else PLAIN_SPILLED_BYTES
         assert facts["spilled_bytes"] <= most, f"{name} spills {facts['spilled_bytes']} bytes"
 
 
