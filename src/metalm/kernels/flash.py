@@ -71,7 +71,7 @@ def is_faster(q: Tensor, mask: IntervalMask) -> bool:
     """Whether it is chosen before the Triton kernels: for runs of one length, or where those are untuned.
 
     On an H200, PyTorch's fused attention over rows of one length takes 0.70 to 0.86 of the Triton kernels'
-    time forward and backward, but its variable-length attention 1.08 to 1.42 of it (`measured/`).
+    time forward and backward, but its variable-length attention 1.08 to 1.42 of it (`tools/measured/`).
     """
     assert mask.segments is not None
     if mask.segments.is_uniform(mask.batch_size * mask.num_queries):

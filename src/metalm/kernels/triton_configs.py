@@ -59,7 +59,7 @@ _HOPPER: dict[Variant, LaunchConfig] = {
     Variant("key_gradient", 128, False, False): LaunchConfig(32, 64, 4, 2),
     Variant("key_gradient", 128, False, True): LaunchConfig(32, 64, 4, 2),
 }
-"""Compute capability 9.0, as measured on an H200: `measured/h200_tuning.json`."""
+"""Compute capability 9.0, as measured on an H200: the section `tuning` of `tools/measured/`."""
 
 _INTERPRETED = LaunchConfig(32, 16, 4, 1)
 # Small enough for the shared memory of any device that Triton compiles for, and quick to compile.
