@@ -66,7 +66,7 @@ for _ in 1 2 3 4 5; do
 done
 
 # The code for all: what starting again cannot mend comes first, then a node that is not fit, then what came first
-# of an agreed stop and a fault: ranks whose peer has failed are told to stop as well, and some may still say 75.
+# of an agreed stop and a fault: ranks whose peer has failed are asked to stop as well, and some may still say 75.
 verdict='' cause=''
 for wanted in $EXIT_USAGE $EXIT_DATA $EXIT_NODE; do
     for record in "${records[@]}"; do

@@ -6,7 +6,7 @@ set -u
 
 head=$1 port=$2 ranks=$3
 shift 3
-# Which node hosts the store is told, not guessed from host names, which clusters spell in many ways.
+# Which node hosts the store is passed on, not guessed from host names, which clusters spell in many ways.
 is_host=false
 [[ $SLURM_NODEID = 0 ]] && is_host=true
 exec "$METALM_PYTHON" -m torch.distributed.run \

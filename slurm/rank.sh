@@ -5,7 +5,7 @@
 # some it has killed itself. Who decides on a restart needs each rank's own code; a file also tells of a rank
 # that the kernel has killed, which could not write it itself.
 #
-# "Stopped after saving" (75) is told to the launchers as success: for any other code they end the ranks that
+# "Stopped after saving" (75) is reported to the launchers as success: for any other code they end the ranks that
 # are still at work, and all ranks have agreed to stop.
 set -u
 

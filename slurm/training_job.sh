@@ -184,7 +184,7 @@ finish() { # CODE METALM_ARGUMENTS...
         asker=$(cat "$run_folder/logs/stop_answered")
         asker=${asker:-by the stop file}
     fi
-    if [[ -e $METALM_CODES/began ]]; then # the trainer's own watchdog leaves its word with the ranks' stacks
+    if [[ -e $METALM_CODES/began ]]; then # the trainer's own watchdog leaves a note beside the ranks' stacks
         found=$(find "$run_folder/logs" -name 'stacks_rank_*.txt' -newer "$METALM_CODES/began" | sort | head -n 1)
         [[ -z $found ]] || cause=$(head -n 1 "$found")
     fi

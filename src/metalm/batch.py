@@ -98,7 +98,7 @@ class SemiCausalBatch:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Stands for a tensor where only its shape and dtype are told."""
+    """Stands for a tensor where only its shape and dtype are sent."""
 
     shape: torch.Size
     dtype: torch.dtype

@@ -233,7 +233,7 @@ def _prepare_training(config: RunConfig) -> Corpus:
     """Refuse what cannot start, and set up what the libraries of training read when they are imported.
 
     DeepSpeed gets its device. Megatron has torch import its compiler for fused functions, none of which a
-    run calls: it is told not to. Its notes on what is not installed stay off the terminal.
+    run calls: it is set not to. Its notes on what is not installed stay off the terminal.
     """
     from metalm.parallel.launch import find_launch
     from metalm.training.check_start import check_start

@@ -181,7 +181,7 @@ class AudioConfig(Section):
     """Kernel and stride of each layer that turns samples into vectors; a shorter clip then has fewer of them.
     Without any, every clip has `num_patches`."""
     masks_padding: bool = False
-    """Whether the model attends to real vectors alone; else it hears the silence behind a short clip, too."""
+    """Whether the model attends to real vectors alone; else to the silence behind a short clip, too."""
     weights_per_patch: PositiveInt
     """Multiplications that make one vector, before the layers."""
 

@@ -25,7 +25,7 @@ def span_costs(lengths: np.ndarray, config: EncoderConfig) -> np.ndarray:
 
 
 def assign_spans(costs: np.ndarray, num_shares: int) -> np.ndarray:
-    """The share [K] of each span: the dearest first, each to the share with the least cost so far."""
+    """The share [K] of each span: longest first, each to the share with the least cost so far."""
     shares = np.zeros(len(costs), np.int64)
     if num_shares == 1:
         return shares
@@ -51,7 +51,7 @@ def row_costs(rows: Sequence[Row], encoders: Mapping[str, EncoderConfig]) -> np.
 def group_rows(costs: np.ndarray, group_size: int) -> list[list[int]]:
     """Rows in groups of one size and about one cost, in each encoder.
 
-    The dearest rows come first, each to the group with room that has the least of the row's kind of work.
+    The costliest rows come first, each to the group with room that has the least of the row's kind of work.
 
     Args:
         costs: [rows, encoders]; the rows divide by `group_size`.

@@ -32,7 +32,7 @@ class MediaReader(Protocol):
     """Vectors of the largest one."""
 
     def count_vectors(self, data: bytes | memoryview) -> int:
-        """How many vectors it has, found out without decoding it.
+        """How many vectors it has, from its header alone.
 
         Raises:
             BadSample: its header shows that it cannot be used.

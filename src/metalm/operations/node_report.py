@@ -72,9 +72,9 @@ def node_name() -> str:
 def report_node(run_folder: Path) -> NodeReport:
     """Look at this node."""
     faults: list[str] = []
-    gpus, told = _gpus(faults)
+    gpus, gpu_versions = _gpus(faults)
     free_gib, write_mib_s = _disk(run_folder, faults)
-    versions = {"python": sys.version.split()[0], "metalm's code": _code_digest(), **told}
+    versions = {"python": sys.version.split()[0], "metalm's code": _code_digest(), **gpu_versions}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

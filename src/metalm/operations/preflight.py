@@ -1,4 +1,4 @@
-"""`metalm preflight RUN`: whether the nodes of a job are fit for a run, found out before its first step.
+"""`metalm preflight RUN`: whether the nodes of a job are fit for a run, checked before its first step.
 
 A rank for each GPU, started like those of the run. They meet at a store alone at first, so that a node
 which cannot join a process group is still named: by its absence. Only when all nodes are fit by their own
@@ -55,9 +55,9 @@ def preflight(
         meeting = _Meeting(launch, deadline_s)
         meeting.tell("report", own.to_json())
         if launch.rank:
-            if meeting.hear("links are measured") == "yes":
+            if meeting.receive("links are measured") == "yes":
                 links = _measure(meeting, mebibytes)
-            code = int(meeting.hear("code"))
+            code = int(meeting.receive("code"))
         else:
             reports, problems, links = _judge(meeting, limits, mebibytes)
             print(draw_table(reports, problems), flush=True)
@@ -123,7 +123,7 @@ class _Meeting:
         """Rank 0 to all."""
         self.store.set(name, value)
 
-    def hear(self, name: str) -> str:
+    def receive(self, name: str) -> str:
         """What rank 0 says."""
         return self.store.get(name).decode()
 
@@ -132,7 +132,7 @@ class _Meeting:
         self.store.set(f"{name}/{self.launch.rank}", value)
 
     def collect(self, name: str, timeout_s: float) -> list[str | None]:
-        """What the ranks told, None of those that did not in time."""
+        """The reports of the ranks, None for those that did not send one in time."""
         keys = [f"{name}/{rank}" for rank in range(self.launch.world_size)]
         missing, ends = set(keys), time.monotonic() + timeout_s
         while missing and time.monotonic() < ends:
@@ -146,12 +146,12 @@ Verdict = tuple[Sequence[NodeReport], dict[str, list[str]], threading.Thread | N
 
 def _judge(meeting: _Meeting, limits: Limits, mebibytes: int) -> Verdict:
     """Rank 0: the nodes by their own account and, if that is good, by what they measure together."""
-    told = [
+    collected = [
         None if text is None else NodeReport.from_json(text)
         for text in meeting.collect("report", meeting.deadline_s)
     ]
-    names = _node_names(told)
-    reports = [_of_node(name, told, names) for name in dict.fromkeys(names)]
+    names = _node_names(collected)
+    reports = [_of_node(name, collected, names) for name in dict.fromkeys(names)]
     problems = find_problems(reports, limits)
     meeting.say("links are measured", "no" if problems else "yes")
     if problems:
@@ -162,25 +162,26 @@ def _judge(meeting: _Meeting, limits: Limits, mebibytes: int) -> Verdict:
     return reports, find_problems(reports, limits), thread
 
 
-def _node_names(told: Sequence[NodeReport | None]) -> list[str]:
+def _node_names(collected: Sequence[NodeReport | None]) -> list[str]:
     """The node of each rank. Those of ranks that did not report follow from the order of the job's nodes."""
     listed = os.environ.get(NODES_VARIABLE, "").split()
-    share = max(1, len(told) // len(listed)) if listed else 1
+    share = max(1, len(collected) // len(listed)) if listed else 1
     expected = [
-        listed[rank // share] if rank // share < len(listed) else f"rank {rank}" for rank in range(len(told))
+        listed[rank // share] if rank // share < len(listed) else f"rank {rank}"
+        for rank in range(len(collected))
     ]
-    return [expected[rank] if report is None else report.node for rank, report in enumerate(told)]
+    return [expected[rank] if report is None else report.node for rank, report in enumerate(collected)]
 
 
-def _of_node(name: str, told: Sequence[NodeReport | None], names: Sequence[str]) -> NodeReport:
+def _of_node(name: str, collected: Sequence[NodeReport | None], names: Sequence[str]) -> NodeReport:
     """The report of a node's first rank, with a fault if some rank of it has not come.
 
     Where nobody came but the first node, that one is at fault: the others cannot have gone at once.
     """
     ranks = [rank for rank, node in enumerate(names) if node == name]
-    absent = [rank for rank in ranks if told[rank] is None]
-    first = told[ranks[0]] or NodeReport(name)
-    others_came = any(report is not None and report.node != names[0] for report in told)
+    absent = [rank for rank in ranks if collected[rank] is None]
+    first = collected[ranks[0]] or NodeReport(name)
+    others_came = any(report is not None and report.node != names[0] for report in collected)
     several_others = len(set(names)) > 2
     if several_others and not others_came:
         return dataclasses.replace(first, faults=("no other node reaches it",)) if name == names[0] else first
@@ -231,9 +232,11 @@ def _measure_links(meeting: _Meeting, mebibytes: int) -> None:
             world_size=launch.world_size,
             timeout=timedelta(seconds=2 * meeting.deadline_s),
         )
-        told: list[str] = [""] * launch.world_size
-        dist.all_gather_object(told, node_name())
-        nodes = [[rank for rank, node in enumerate(told) if node == name] for name in dict.fromkeys(told)]
+        collected: list[str] = [""] * launch.world_size
+        dist.all_gather_object(collected, node_name())
+        nodes = [
+            [rank for rank, node in enumerate(collected) if node == name] for name in dict.fromkeys(collected)
+        ]
         speeds = measure_links(nodes, device, mebibytes)
         store.set(f"links/{launch.rank}", json.dumps(dataclasses.asdict(speeds)))
         dist.destroy_process_group()

@@ -35,11 +35,11 @@ def find_problems(reports: Sequence[NodeReport], limits: Limits) -> dict[str, li
     the first node is not in, since the job's batch script has run there.
     """
     problems: dict[str, list[str]] = {report.node: _own_problems(report, limits) for report in reports}
-    told = [report for report in reports if report.versions]
-    for name in sorted({name for report in told for name in report.versions}):
-        values = [report.versions.get(name, "absent") for report in told]
+    collected = [report for report in reports if report.versions]
+    for name in sorted({name for report in collected for name in report.versions}):
+        values = [report.versions.get(name, "absent") for report in collected]
         usual = Counter(values).most_common(1)[0][0]  # of equal counts, the value met first
-        for report, value in zip(told, values, strict=True):
+        for report, value in zip(collected, values, strict=True):
             if value != usual:
                 problems[report.node].append(f"{name} is {value}, elsewhere {usual}")
     return {node: found for node, found in problems.items() if found}
@@ -92,10 +92,10 @@ def draw_table(reports: Sequence[NodeReport], problems: dict[str, list[str]]) ->
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads) - 1)]
     lines = ["  ".join([*map(str.rjust, row, widths), row[-1]]).rstrip() for row in rows]
-    told = [report.versions for report in reports if report.versions]
+    collected = [report.versions for report in reports if report.versions]
     usual = [
-        f"{name} {Counter(versions.get(name, 'absent') for versions in told).most_common(1)[0][0]}"
-        for name in sorted(set().union(*told))
+        f"{name} {Counter(versions.get(name, 'absent') for versions in collected).most_common(1)[0][0]}"
+        for name in sorted(set().union(*collected))
     ]
     return "\n".join([*lines, "(within and across: all-reduce, GiB/s)", "versions: " + ", ".join(usual)])
 

@@ -152,13 +152,13 @@ def _restarts(attempts: list[Attempt], counted: int) -> str:
     """As the batch scripts have recorded them with their causes, else as the run itself has counted them."""
     if len(attempts) < 2:
         return "0" if attempts else str(counted)
-    told = [
+    starts = [
         f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(before.ended or after.began))}  "
         f"from step {after.first_step:,}  {before.cause or 'lost: its node failed, or it was queued again'}"
         for before, after in pairwise(attempts)
     ]
-    shown = told[-_SHOWN_RESTARTS:]
-    return "\n".join([f"{len(told)}", *(" " * 12 + line for line in shown)])
+    shown = starts[-_SHOWN_RESTARTS:]
+    return "\n".join([f"{len(starts)}", *(" " * 12 + line for line in shown)])
 
 
 def _skipped(trained: dict[str, Any]) -> str:

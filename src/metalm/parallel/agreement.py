@@ -22,7 +22,7 @@ class Verdict(enum.IntEnum):
 
 
 def agree(own: Verdict, news: bool) -> tuple[Verdict, bool]:
-    """The most urgent verdict of all ranks, and whether any rank has news that all must hear.
+    """The most urgent verdict of all ranks, and whether any rank has an event that concerns all.
 
     Collective: all ranks, over gloo.
     """
@@ -39,9 +39,9 @@ def raise_together(error: MetaLMError | None) -> None:
 
     Collective: all ranks.
     """
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if error is None else (type(error), str(error)))
-    for found in told:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, None if error is None else (type(error), str(error)))
+    for found in gathered:
         if found is not None:
             kind, message = found
             raise kind(message) from error

@@ -79,9 +79,9 @@ def _clock_difference() -> float:
     least = float("inf")
     for _ in range(_ROUNDS):
         dist.all_reduce(torch.zeros(1))  # a barrier over gloo
-        told = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size())]
-        dist.all_gather(told, torch.tensor(time.time(), dtype=torch.float64))
-        difference = float(told[dist.get_rank()] - told[0])
+        gathered = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, torch.tensor(time.time(), dtype=torch.float64))
+        difference = float(gathered[dist.get_rank()] - gathered[0])
         least = min(least, difference, key=abs)
     return least
 

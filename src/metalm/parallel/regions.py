@@ -57,9 +57,9 @@ def broadcast_batches(batches: list[SemiCausalBatch] | None, topology: Topology)
         return batches
     source = dist.get_global_rank(topology.tensor_group, 0)
     structure, content = (None, None) if batches is None else to_bytes(batches)
-    told = [structure]
-    dist.broadcast_object_list(told, src=source, group=topology.tensor_group, device=torch.device("cpu"))
+    received = [structure]
+    dist.broadcast_object_list(received, src=source, group=topology.tensor_group, device=torch.device("cpu"))
     if content is None:
-        content = torch.empty(count_bytes(told[0]), dtype=torch.uint8)
+        content = torch.empty(count_bytes(received[0]), dtype=torch.uint8)
     dist.broadcast(content, src=source, group=topology.tensor_group)
-    return batches if batches is not None else from_bytes(told[0], content)
+    return batches if batches is not None else from_bytes(received[0], content)

@@ -1,6 +1,6 @@
 """The mean work of a step: what its rows are expected to hold, from the config and two assumptions.
 
-Documents of text fill a row (the dearest case for attention), and captions have a given mean length.
+Documents of text fill a row (the most expensive case for attention), and captions have a given mean length.
 """
 
 from __future__ import annotations

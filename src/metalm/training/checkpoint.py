@@ -40,7 +40,7 @@ class CheckpointStore:
         self._buffers = HostBuffers()
         self._running: RunningSave | None = None
         self._unbegun: str | None = None
-        """What kept the last save from beginning, until it is told."""
+        """What kept the last save from beginning, until it is reported."""
 
     def save(
         self,
@@ -58,7 +58,7 @@ class CheckpointStore:
             step: optimizer steps done.
             lane_states: of this rank's data lanes, by lane; None on ranks that read no data.
             facts: what the run knows of itself, as the first rank has it.
-            background: return once the state is copied to host memory. A failure is then told by
+            background: return once the state is copied to host memory. A failure is then reported by
                 `has_failed` and `finish`, and the training need not end for it.
 
         Returns:

@@ -251,14 +251,14 @@ class _Run:
         config = self._config
         if not config.data.evaluation or not self._is_due(config.monitor.evaluate_every_steps):
             return False
-        told = [False]
+        is_missing = [False]
         if self._session.is_first:
             of_step = [
                 entry for entry in read_metrics(self._session.run_folder) if entry["step"] == self._step
             ]
-            told = [not any(name.startswith("held_out/") for entry in of_step for name in entry)]
-        dist.broadcast_object_list(told)
-        return told[0]
+            is_missing = [not any(name.startswith("held_out/") for entry in of_step for name in entry)]
+        dist.broadcast_object_list(is_missing)
+        return is_missing[0]
 
     def _is_logged(self, step: int) -> bool:
         return (

@@ -68,12 +68,12 @@ class SlowRanks:
         """
         own = (self._host, self._agreeing_s, self._data_wait_s, self._probe())
         steps, self._steps, self._agreeing_s, self._data_wait_s = max(self._steps, 1), 0, 0.0, 0.0
-        told: list[Any] = [None] * self._topology.world_size
-        dist.gather_object(own, told if self._topology.rank == 0 else None)
+        gathered: list[Any] = [None] * self._topology.world_size
+        dist.gather_object(own, gathered if self._topology.rank == 0 else None)
         if self._topology.rank != 0:
             return {}, []
-        longest = max(agreeing for _, agreeing, _, _ in told)
-        ranks = [RankTimes(host, longest - agreeing, wait, probe) for host, agreeing, wait, probe in told]
+        longest = max(agreeing for _, agreeing, _, _ in gathered)
+        ranks = [RankTimes(host, longest - agreeing, wait, probe) for host, agreeing, wait, probe in gathered]
         figures, lines = {}, []
         for kind in ("late", "data_wait", "probe"):
             values = [getattr(times, kind) / (1 if kind == "probe" else steps) for times in ranks]

@@ -37,7 +37,7 @@ class StopRequest:
         return is_late or self._signalled_at is not None or self._file.exists()
 
     def clear(self) -> None:
-        """Take the stop file away, so that the run can be started again; keep its word. One rank calls it."""
+        """Move the stop file to the logs, so that the run can be started again. One rank calls it."""
         with contextlib.suppress(FileNotFoundError):  # a signal or the time limit has asked
             self._file.replace(self._answered)
 

@@ -103,15 +103,15 @@ class TextPreparation:
         start = 0 if compressed else task.first * self.shard_bytes
         end = None if compressed else start + self.shard_bytes
         with JsonLinesFile(task.path) as file:
-            told = start
+            reported = start
             lines = file.lines(start=start, end=end)
             for stretch, group in itertools.groupby(lines, key=lambda item: item[0] // self.shard_bytes):
                 unit = unit_name(task.file_number, stretch)
                 if (stretch - task.first) % task.step == 0 and not self.folder.is_done(unit):
                     for _ in self._prepare(unit, f"{task.file_number:04d}", group):
-                        advance((file.position - told) / task.step)
-                        told = file.position
-            advance((file.position - told) / task.step)
+                        advance((file.position - reported) / task.step)
+                        reported = file.position
+            advance((file.position - reported) / task.step)
 
     def _prepare(self, unit: str, key: str, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[None]:
         """Writes the shards and the receipt of one stretch; yields after each batch."""

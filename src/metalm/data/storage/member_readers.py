@@ -1,7 +1,7 @@
 """Members of shards, each checked against its tar header as it is read.
 
 The size stated in the header must be the size in the index: a shard that was replaced under its index is
-found out at the first sample read from it. On a file system one `pread` fetches a member with the header in
+detected at the first sample read from it. On a file system one `pread` fetches a member with the header in
 front of it; a remote shard is read forwards, a window of samples at a time.
 """
 
