@@ -29,7 +29,7 @@ SpanAttention = Literal["causal", "bidirectional"]
 
 TEXT = "text"
 """The modality whose parts are tokens."""
-MEDIA_SECTIONS = ("image", "audio", "series")
+MEDIA_SECTIONS = ("image", "audio")
 """Modalities beside text, each a section of `EncoderConfig`."""
 
 
@@ -162,19 +162,6 @@ class ImageConfig(Section):
         return (self.image_size // self.patch_size) ** 2
 
 
-class SeriesConfig(Section):
-    """Measurements of one length, cut into stretches."""
-
-    needs_pretrained: ClassVar[bool] = False
-    length: PositiveInt
-    stretch: PositiveInt
-
-    @property
-    def num_patches(self) -> int:
-        """Stretches of one."""
-        return self.length // self.stretch
-
-
 class AudioConfig(Section):
     """Clips of one channel. What a model reads of one, mel frames or samples, is padded to one shape."""
 
@@ -270,7 +257,6 @@ class EncoderConfig(Section):
     """Added to the learned positions, in encoders of text."""
     image: ImageConfig | None = None
     audio: AudioConfig | None = None
-    series: SeriesConfig | None = None
     """Of an encoder from transformers, filled in."""
     joint_layers: PositiveInt | None = None
     """VLMo's feed-forwards: one for patches and one for text in every layer; in so many last layers also
@@ -302,12 +288,12 @@ class EncoderConfig(Section):
         """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
 
-    def section(self, modality: str) -> ImageConfig | AudioConfig | SeriesConfig | None:
+    def section(self, modality: str) -> ImageConfig | AudioConfig | None:
         """Of what it reads beside text, by modality."""
         return getattr(self, modality) if modality in MEDIA_SECTIONS else None
 
     @property
-    def media(self) -> ImageConfig | AudioConfig | SeriesConfig | None:
+    def media(self) -> ImageConfig | AudioConfig | None:
         """What its spans begin with; None: text alone."""
         return next((found for name in MEDIA_SECTIONS if (found := self.section(name)) is not None), None)
 
@@ -429,12 +415,6 @@ class ReplacedTokensConfig(Section):
     """Of the encoder's mean loss over all tokens; that of the decoder over masked tokens has weight 1."""
 
 
-class SmoothedConfig(Section):
-    """Label smoothing."""
-
-    share: Probability = 0.1
-
-
 class TrainingConfig(Section):
     """The optimisation. Gradient accumulation follows from the batch sizes and the ranks."""
 
@@ -448,7 +428,6 @@ class TrainingConfig(Section):
     """Bit for bit the same on the same ranks and devices, at some cost in speed."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and end with exit code 75 when the process is this old."""
-    smoothed: SmoothedConfig | None = None
     replaced_tokens: ReplacedTokensConfig | None = None
     """Train by replaced-token detection instead of the semi-causal objective."""
     optimizer: OptimizerConfig = OptimizerConfig()

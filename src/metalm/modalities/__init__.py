@@ -6,7 +6,6 @@ from metalm.config.schema import EncoderConfig
 from metalm.modalities.audio import Audio
 from metalm.modalities.image import Image
 from metalm.modalities.modality import Convert, Media, MediaReader, Modality
-from metalm.modalities.series import Series
 from metalm.modalities.text import Text
 
 __all__ = [
@@ -20,7 +19,7 @@ __all__ = [
     "modality_of_kind",
 ]
 
-MODALITIES: dict[str, Modality] = {one.name: one for one in (Text(), Image(), Audio(), Series())}
+MODALITIES: dict[str, Modality] = {one.name: one for one in (Text(), Image(), Audio())}
 MEDIA: dict[str, Media] = {name: one for name, one in MODALITIES.items() if isinstance(one, Media)}
 """Those that stand in pairs with text."""
 _BY_KIND = {modality.kind: modality for modality in MODALITIES.values()}

@@ -7,7 +7,6 @@ from metalm.errors import ConfigError
 from metalm.objectives.objective import Losses, Model, Objective, encode
 from metalm.objectives.replaced_tokens import ReplacedTokens
 from metalm.objectives.semi_causal import SemiCausal
-from metalm.objectives.smoothed import Smoothed
 
 __all__ = ["Losses", "Model", "Objective", "build_objective", "encode"]
 
@@ -19,9 +18,7 @@ def build_objective(config: RunConfig) -> Objective:
         ConfigError: the config does not suit it.
     """
     settings = config.training.replaced_tokens
-    objective: Objective = SemiCausal() if settings is None else ReplacedTokens(config, settings)
-    if config.training.smoothed is not None:
-        objective = Smoothed(config, config.training.smoothed)
+    objective = SemiCausal() if settings is None else ReplacedTokens(config, settings)
     if problems := list(objective.problems(config)):
         lines = [f"  {problem}" for problem in problems]
         raise ConfigError("\n".join([f"the configuration does not suit {objective.name}", *lines]))
