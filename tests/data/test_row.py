@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from metalm.data.documents.spans import text_document
-from metalm.data.row import Row, lay_out
+from metalm.data.row import NO_TOKEN, Row, lay_out
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, Part
 from reference import model as plain
@@ -127,9 +127,7 @@ def test_rows_of_any_documents(
             ends=not goes_on or number < count - 1,
         )
     assume(np.diff([0, *drawn.ends]).all())  # no stretch of a document is empty
-    if goes_on:
-        drawn.documents[-1] = replace(drawn.documents[-1], next_token=77)
-    row = lay_out(drawn.documents, tokenizer, source_id=3)
+    row = lay_out(drawn.documents, tokenizer, source_id=3, next_token=77 if goes_on else NO_TOKEN)
     assert (row.next_token, row.source_id) == (77 if goes_on else -1, 3)
     check(row, drawn)
 
@@ -233,8 +231,8 @@ def test_the_end_of_a_document_weighs_what_its_last_part_weighs(tokenizer: Token
 def test_a_document_that_goes_on_predicts_its_next_token_with_its_weight(
     tokenizer: Tokenizer, weight: float
 ) -> None:
-    goes_on = Document((text([10]), text([11, 12], "text", weight)), ends=False, next_token=99)
-    row = lay_out([Document((text([8]),)), goes_on], tokenizer)
+    goes_on = Document((text([10]), text([11, 12], "text", weight)), ends=False)
+    row = lay_out([Document((text([8]),)), goes_on], tokenizer, next_token=99)
     assert row.next_token == 99
     assert row.document_ends == [3, 7]
     assert row.loss_weights.tolist() == [1, 1, 0, 1, weight, 0, weight]
@@ -244,7 +242,7 @@ def test_a_prompt_is_the_open_beginning_of_its_document(tokenizer: Tokenizer) ->
     document = finetuning(tokenizer)
     whole = lay_out([document], tokenizer)
     for num_parts, size in enumerate((1, 4, 7, 9, 12)):
-        prompt = lay_out([replace(document, next_token=5).prompt(num_parts)], tokenizer)
+        prompt = lay_out([document.prompt(num_parts)], tokenizer)
         assert prompt.tokens.tolist() == whole.tokens[:size].tolist()
         assert prompt.document_ends == [size] and prompt.next_token == -1
         assert prompt.loss_weights[-1] == 0
@@ -266,7 +264,7 @@ def test_a_document_can_be_cut_anywhere(tokenizer: Tokenizer, begins: bool) -> N
         cut = document.cut(length)
         assert len(cut) == length and cut.begins == begins and not cut.ends
         next_token = int(whole.tokens[length])
-        row = lay_out([replace(cut, next_token=next_token)], tokenizer)
+        row = lay_out([cut], tokenizer, next_token=next_token)
         assert row.tokens.tolist() == whole.tokens[:length].tolist()
         assert row.document_ends == [length] and row.next_token == next_token
         bounds = [(start, min(end, length)) for start, end in spans if start < length]

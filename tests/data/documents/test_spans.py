@@ -16,7 +16,8 @@ NUM_ROWS = 4000
 
 def sampled(config: SpanConfig, bodies: list[tuple[int, int]], num_tokens: int) -> list[np.ndarray]:
     sampler = SpanSampler(config, Stream(1, "spans"))
-    return [sampler.sample(bodies, num_tokens, row) for row in range(NUM_ROWS)]
+    rows = (sampler.sample(bodies, num_tokens, row) for row in range(NUM_ROWS))
+    return [np.array(spans, np.int64).reshape(-1, 2) for spans in rows]
 
 
 def test_a_quarter_of_the_tokens_in_expectation() -> None:
@@ -72,7 +73,8 @@ def test_spans_are_ordered_disjoint_and_inside_one_body(
     ends = np.cumsum(np.array(lengths) + 2)
     bodies = [(int(end) - length - 1, int(end) - 1) for end, length in zip(ends, lengths, strict=True)]
     config = SpanConfig(fraction=fraction, min_length=smallest, max_length=smallest + extra)
-    spans = SpanSampler(config, Stream(5, "spans")).sample(bodies, int(ends[-1]), row)
+    spans = np.array(SpanSampler(config, Stream(5, "spans")).sample(bodies, int(ends[-1]), row))
+    spans = spans.reshape(-1, 2)
     assert np.all(spans[1:, 0] >= spans[:-1, 1])
     for start, end in spans:
         assert smallest < end - start <= smallest + extra

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.test_order import corpus
 from pydantic import ValidationError
 
+from data.order.test_sample_order import corpus
 from data.steps import global_rows, opened, with_data
 from data.test_tools import run_tool
 from metalm.config.rules import check_config

@@ -75,8 +75,8 @@ class JsonLinesFile:
         self, *, start: int = 0, end: int | None = None, max_line_bytes: int = MAX_LINE_BYTES
     ) -> Iterator[tuple[int, bytes | None]]:
         """Lines that begin in [start, end) of the decompressed content, each with the offset where it
-        begins; None stands for a line that is too long, and blank ones are passed over. To be called once;
-        only a plain file can be entered at a `start`.
+        begins; None stands for a line that is too long. To be called once; only a plain file can be
+        entered at a `start`.
         """
         offset = 0
         if start:
@@ -90,8 +90,7 @@ class JsonLinesFile:
                 size += len(chunk)
             if size == 0:
                 return
-            if line is None or line.strip():
-                yield offset, line
+            yield offset, line
             offset += size
 
     def _one_line(self, max_line_bytes: int) -> Iterator[bytes]:
@@ -143,10 +142,12 @@ class _ZstdStream(io.RawIOBase):
         return size
 
 
-def parse_document(line: bytes | None) -> Document | str:
-    """The document of a line, or why there is none: the cause under which it is counted."""
+def parse_document(line: bytes | None) -> Document | str | None:
+    """The document of a line, or why there is none: the cause under which it is counted. None: it is blank."""
     if line is None:
         return "too_long"
+    if not line.strip():
+        return None
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:

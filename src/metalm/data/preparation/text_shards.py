@@ -140,6 +140,8 @@ class TextPreparation:
         size = 0
         for offset, line in lines:
             document = parse_document(line)
+            if document is None:
+                continue
             if isinstance(document, str):
                 tally.drop(document)
             elif not self.subsets.accepts(document.subset):
