@@ -143,7 +143,7 @@ class _ZstdStream(io.RawIOBase):
 
 
 def parse_document(line: bytes | None) -> Document | str | None:
-    """The document of a line, or why there is none: the cause under which it is counted. None: it is blank."""
+    """The document of a line, or why there is none, as it is counted; None of a blank line."""
     if line is None:
         return "too_long"
     if not line.strip():
