@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed.planned import measured_batches, planned_config
 from metalm.objectives import encode
+from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import Topology, build_topology, close_topology
 from metalm.training.engines import build_engines
@@ -37,7 +38,7 @@ def main() -> None:
             found[name] = {"weights": weight_bytes(engine), "optimizer": optimizer_bytes(engine)}
         batches = measured_batches(config, topology.data_rank, topology.data_size)
         found["activations"] = kept_bytes(engines, batches[0], topology)
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
+        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
         with Sent(topology) as sent:
             step.run(batches, 1e-3)
         found["sent"] = dict(sent.by_group)

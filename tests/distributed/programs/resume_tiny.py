@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from distributed.tiny import global_batch, micro_batches, rate_of, tiny_config
+from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
@@ -36,7 +37,7 @@ def main() -> None:
         )
         engines = build_engines(config, topology)
         state = CheckpointStore(Path(folder), config, topology).load(Path(checkpoint), engines)
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
+        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
         losses = []
         for number in range(state.step, state.step + int(steps)):
             batches = micro_batches(global_batch(number), config, topology.data_rank, topology.data_size)

@@ -14,6 +14,7 @@ from pathlib import Path
 from distributed.tiny import global_batch, micro_batches, tiny_config
 from metalm.checkpoint.state import RunFacts
 from metalm.config import write_config
+from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
@@ -38,7 +39,7 @@ def main() -> None:
         write_config(config, Path(folder) / "config.yaml", {})
     store, step = (
         CheckpointStore(Path(folder), config, topology),
-        TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device)),
+        TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal()),
     )
     skipped, norms = [], []
     for number in range(3):

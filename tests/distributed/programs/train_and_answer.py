@@ -22,6 +22,7 @@ from metalm.data.row import Row
 from metalm.data.tokenizer import load_tokenizer
 from metalm.evaluation.generation import evaluating
 from metalm.objectives import encode
+from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
@@ -66,7 +67,9 @@ def main() -> None:
         (folder / "checkpoints").mkdir(parents=True)
         write_config(config, folder / "config.yaml", {})
     engines = build_engines(config, topology)
-    step = TrainStep(engines, topology, len(config.data.sources), StepGuard(config.guards, topology.device))
+    step = TrainStep(
+        engines, topology, len(config.data.sources), StepGuard(config.guards, topology.device), SemiCausal()
+    )
     rows = [*prompts, prompts[0]]
     own = rows[topology.data_rank :: topology.data_size]
     batches = [batch_of(own[n : n + MICRO_BATCH_SIZE]) for n in range(0, len(own), MICRO_BATCH_SIZE)]

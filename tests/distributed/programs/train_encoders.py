@@ -14,6 +14,7 @@ from distributed.encoder_variants import variant_batch, variant_config
 from distributed.tiny import RATES, STEPS, micro_batches
 from metalm.checkpoint.state import RunFacts
 from metalm.config import write_config
+from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
@@ -46,7 +47,7 @@ def main() -> None:
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
         first = 0 if start == "new" else store.load(Path(start), engines).step
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
+        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
         losses = []
         for number in range(first, STEPS + 1):
             if number in SAVED_STEPS:

@@ -13,6 +13,7 @@ from pathlib import Path
 from distributed.tiny import STEPS, global_batch, micro_batches, rate_of, tiny_config
 from metalm.checkpoint.state import RunFacts
 from metalm.config import write_config
+from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.checkpoint import CheckpointStore
@@ -53,7 +54,7 @@ def main() -> None:
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
         store.save(engines, 0, None, RunFacts())
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device))
+        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
         losses, norms = [], []
         seen = watch_first_layer(engines)
         for number in range(steps):
