@@ -15,7 +15,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from metalm.config.schema import EncoderConfig, RunConfig
+from metalm.config.model_schema import EncoderConfig
+from metalm.config.schema import RunConfig
 from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from metalm.config.schema import TEXT
+from metalm.config.model_schema import TEXT
 
 ReadPart = Callable[["Part"], np.ndarray]
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.steps import opened
-from metalm.config.schema import EncoderConfig, ImageConfig, RunConfig
+from metalm.config.model_schema import EncoderConfig, ImageConfig
+from metalm.config.schema import RunConfig
 from metalm.data.balance import assign_spans, group_rows, imbalance_over_ranks, row_costs, span_costs
 from metalm.data.row import Row, RowSpans
 from reference.rows import loss_weights

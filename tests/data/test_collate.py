@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metalm.batch import SemiCausalBatch
-from metalm.config.schema import ModelConfig
+from metalm.config.model_schema import ModelConfig
 from metalm.data.collate import collate
 from metalm.data.row import Row, RowSpans, empty_row, lay_out
 from metalm.data.tokenizer import Tokenizer

@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from metalm.config.load import load_config
-from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig
+from metalm.config.model_schema import EncoderConfig
+from metalm.config.schema import RunConfig, SourceConfig
 from metalm.data.balance import span_costs
 from metalm.data.checking import check_shards
 from metalm.data.corpus import Corpus
@@ -178,7 +179,7 @@ def test_a_clip_without_a_vector_is_a_bad_sample(encoder: EncoderConfig, tmp_pat
 
 def test_an_extractor_of_another_name_is_never_made() -> None:
     audio = {"sampling_rate": RATE, "min_samples": 1, "max_samples": 9, "num_patches": 1, "features": [9]}
-    from metalm.config.schema import AudioConfig
+    from metalm.config.model_schema import AudioConfig
 
     config = AudioConfig.model_validate({**audio, "weights_per_patch": 1})
     with pytest.raises(ConfigError, match="is of a AutoModel, expected one of"):

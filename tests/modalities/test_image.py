@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metalm.config.schema import ImageConfig
+from metalm.config.model_schema import ImageConfig
 from metalm.errors import BadSample
 from metalm.modalities.image import MAX_PIXELS, ImageReader, cut_patches, decode_image, encode_png
 

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from metalm.batch import EncoderShare
+from metalm.config.model_schema import EncoderConfig
 from metalm.config.pretrained_audio import _of_mel_frames
 from metalm.config.pretrained_folder import fill_in_pretrained
-from metalm.config.schema import EncoderConfig
 from metalm.errors import ConfigError
 from metalm.kernels.attention import backend_counts, reset_backend_counts
 from metalm.modalities.audio import ClipReader

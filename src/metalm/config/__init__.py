@@ -1,23 +1,25 @@
 """What a run is: schema, loading and the rules that hold across sections."""
 
 from metalm.config.load import config_content, load_config, write_config
-from metalm.config.schema import (
+from metalm.config.model_schema import (
     AudioConfig,
-    CheckpointConfig,
-    DataConfig,
     DecoderConfig,
     EncoderConfig,
-    GuardConfig,
     ImageConfig,
-    InitializeConfig,
     ModelConfig,
+    PretrainedConfig,
+    RelativeBiasConfig,
+    RopeScalingConfig,
+)
+from metalm.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    GuardConfig,
+    InitializeConfig,
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
-    PretrainedConfig,
-    RelativeBiasConfig,
     ReplacedTokensConfig,
-    RopeScalingConfig,
     RunConfig,
     ScheduleConfig,
     SourceConfig,

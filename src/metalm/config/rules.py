@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from metalm.config.schema import MEDIA_SECTIONS, TEXT, EncoderConfig, RunConfig, SourceConfig
+from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
+from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError, TopologyError
 
 PIPELINE_OWNED_KEYS = (

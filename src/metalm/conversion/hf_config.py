@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from metalm.config import DecoderConfig, EncoderConfig, PretrainedConfig, RunConfig
+from metalm.config.model_schema import TEXT
 from metalm.config.pretrained_folder import positions_before_text
-from metalm.config.schema import TEXT
 from metalm.data.documents.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from metalm.config import EncoderConfig
-from metalm.config.schema import TEXT
+from metalm.config.model_schema import TEXT
 from metalm.conversion import plain_transformers
 from metalm.conversion.checkpoint_source import CheckpointSource
 from metalm.conversion.reference import reference_logits

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from metalm.config.schema import EncoderConfig
+from metalm.config.model_schema import EncoderConfig
 from metalm.data.row import Row
 from metalm.modalities import modality_of_encoder
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
-from metalm.config.schema import EncoderConfig, ModelConfig
+from metalm.config.model_schema import EncoderConfig, ModelConfig
 from metalm.data.balance import assign_spans, span_costs
 from metalm.data.row import NO_TOKEN, Row, RowSpans
 from metalm.kernels import Segments, find_segments

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from metalm.config.schema import TEXT, RunConfig
+from metalm.config.model_schema import TEXT
+from metalm.config.schema import RunConfig
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.sources import Source, open_sources

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
+from metalm.config.model_schema import TEXT, EncoderConfig
+from metalm.config.schema import SourceConfig
 from metalm.data.captions import decode_utf8, read_captions
 from metalm.data.storage.index import SampleLocation, ShardIndex, open_index
 from metalm.data.storage.member_readers import FileReader, RemoteReader

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metalm.config.schema import EncoderConfig
+from metalm.config.model_schema import EncoderConfig
 from metalm.modalities.audio import Audio
 from metalm.modalities.image import Image
 from metalm.modalities.modality import Convert, Media, MediaReader, Modality

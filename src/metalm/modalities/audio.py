@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from metalm.config.model_schema import AudioConfig, EncoderConfig
 from metalm.config.pretrained_audio import EXTRACTORS, SAMPLING_RATES
-from metalm.config.schema import AudioConfig, EncoderConfig
 from metalm.errors import BadSample, ConfigError
 from metalm.modalities.modality import Board, Convert, Media
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
-from metalm.config.schema import EncoderConfig, ImageConfig
+from metalm.config.model_schema import EncoderConfig, ImageConfig
 from metalm.errors import BadSample
 from metalm.modalities.modality import Board, Convert, Media
 

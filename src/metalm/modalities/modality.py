@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from metalm.config.schema import EncoderConfig
+from metalm.config.model_schema import EncoderConfig
 from metalm.document import Part
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from metalm.config.schema import TEXT
+from metalm.config.model_schema import TEXT
 from metalm.modalities.modality import Modality
 
 TOKEN_DTYPES: dict[str, np.dtype] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}

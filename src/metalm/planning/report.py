@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metalm.config import RunConfig
-from metalm.config.schema import TEXT
+from metalm.config.model_schema import TEXT
 from metalm.model.encoder_parameters import count_connector, count_encoder, count_frozen
 from metalm.planning.memory import KINDS
 from metalm.planning.plan import CONTEXT_BYTES, USABLE_SHARE, Plan

@@ -6,7 +6,8 @@ Documents of text fill a row (the most expensive case for attention), and captio
 from __future__ import annotations
 
 from metalm.config import RunConfig
-from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
+from metalm.config.model_schema import TEXT, EncoderConfig
+from metalm.config.schema import SourceConfig
 from metalm.model.flops import EncoderWork, Work
 from metalm.objectives import build_objective
 

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
-from metalm.config.schema import TEXT, EncoderConfig, SourceConfig
+from metalm.config.model_schema import TEXT, EncoderConfig
+from metalm.config.schema import SourceConfig
 from metalm.data.collate import collate
 from metalm.data.documents.spans import text_document
 from metalm.data.row import lay_out

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from metalm.config.schema import EncoderConfig, ModelConfig, SourceConfig, SpanConfig
+from metalm.config.model_schema import EncoderConfig, ModelConfig
+from metalm.config.schema import SourceConfig, SpanConfig
 from metalm.data.collate import collate
 from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.documents.spans import SpanSampler

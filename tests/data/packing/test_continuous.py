@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metalm.config.schema import EncoderConfig, RunConfig, SourceConfig, SpanConfig
+from metalm.config.model_schema import EncoderConfig
+from metalm.config.schema import RunConfig, SourceConfig, SpanConfig
 from metalm.data.corpus import Corpus
 from metalm.data.documents.spans import SpanSampler
 from metalm.data.lanes import Lane, Mixture

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metalm.config.schema import EncoderConfig, ImageConfig, SourceConfig
+from metalm.config.model_schema import EncoderConfig, ImageConfig
+from metalm.config.schema import SourceConfig
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.order.sample_order import SampleOrder
 from metalm.data.order.streams import Stream

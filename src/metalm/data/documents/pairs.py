@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from metalm.config.schema import TEXT, EncoderConfig
+from metalm.config.model_schema import TEXT, EncoderConfig
 from metalm.data.sources import Source
 from metalm.document import Document, Part
 from metalm.errors import ConfigError

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import tokenizers
 
-from metalm.config.schema import EncoderConfig
+from metalm.config.model_schema import EncoderConfig
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, Part
 from metalm.errors import DataError

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metalm.config.schema import TEXT, SpanConfig
+from metalm.config.model_schema import TEXT
+from metalm.config.schema import SpanConfig
 from metalm.data.order.streams import Stream
 from metalm.document import Document, Part
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalm.config.schema import TEXT
+from metalm.config.model_schema import TEXT
 from metalm.data.documents.retokenize import SpanRetokenizer
 from metalm.data.documents.spans import SpanSampler, text_document
 from metalm.data.failures import FailureGuard
