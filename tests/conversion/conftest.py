@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from built_once import built_once
 from conversion.cases import KINDS, run_config
-from distributed.ranks import run_command
+from distributed.ranks import run_program
 from metalm.checkpoint.folders import step_folder
 from metalm.checkpoint.format import STATES, ParameterIndex, Piece, piece_name, rank_file, write_index
 from metalm.checkpoint.manifest import publish, record_file, write_manifest
@@ -48,20 +48,24 @@ class TrainingModel:
 
 
 class Workshop:
-    """Makes what the tests share, each thing once, by the decoder's kind of normalisation."""
+    """Makes what the tests of all worker processes share, each thing once, by the decoder's kind."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tokenizer_folder = folder / "tokenizer"
-        train_tokenizer(["the quick brown fox jumps over the lazy dog. " * 20], 300, self.tokenizer_folder)
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        text = "the quick brown fox jumps over the lazy dog. " * 20
+        self.tokenizer_folder = built_once(
+            factory, "tokenizer", lambda folder: train_tokenizer([text], 300, folder)
+        )
 
     @cache  # noqa: B019
     def training_model(self, kind: str) -> TrainingModel:
-        out = self.folder / f"{kind}.safetensors"
-        command = [sys.executable, str(PROGRAM), kind, str(self.tokenizer_folder), str(out)]
-        code, output = run_command(command, timeout_s=120)
-        assert code == 0, output
-        answers = load_file(out)
+        def answer(out: Path) -> None:
+            code, output = run_program(
+                [str(PROGRAM), kind, str(self.tokenizer_folder), str(out)], timeout_s=120
+            )
+            assert code == 0, output
+
+        answers = load_file(built_once(self._factory, f"{kind}.safetensors", answer))
         parameters: dict[str, dict[str, Tensor]] = {}
         for key, tensor in answers.items():
             if key.startswith("parameter/"):
@@ -76,14 +80,18 @@ class Workshop:
 
     @cache  # noqa: B019
     def run_folder(self, kind: str) -> Path:
-        return write_run(self.folder / f"run_{kind}", self.training_model(kind))
+        model = self.training_model(kind)
+        return built_once(self._factory, f"run_{kind}", lambda folder: write_run(folder, model))
 
     @cache  # noqa: B019
     def exported(self, kind: str) -> Path:
         """In several files, proved."""
-        out = self.folder / f"exported_{kind}"
-        export_checkpoint(self.run_folder(kind), out, max_shard_bytes=50_000)
-        return out
+        run = self.run_folder(kind)
+        return built_once(
+            self._factory,
+            f"exported_{kind}",
+            lambda folder: export_checkpoint(run, folder, max_shard_bytes=50_000),
+        )
 
     @cache  # noqa: B019
     def hf_model(self, kind: str) -> Any:
@@ -160,7 +168,7 @@ def write_component(
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("conversion"))
+    return Workshop(tmp_path_factory)
 
 
 @pytest.fixture(params=KINDS)
