@@ -283,7 +283,7 @@ class MetaLMEncoders(nn.ModuleDict):
 
 
 def _encode(
-    encoder: nn.Module,
+    encoder: MetaLMEncoder | MetaLMPretrainedEncoder,
     ids: Tensor,
     rows: Tensor,
     numbers: Tensor,
