@@ -3,12 +3,14 @@ gives, however a prompt begins and however its tokens are drawn."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
 
 from metalm.conversion.shipped.configuration_metalm import MetaLMConfig
 from metalm.conversion.shipped.modeling_metalm import CACHE_NAME, MetaLMForConditionalGeneration
@@ -145,6 +147,22 @@ def test_the_cache_has_two_names(model: Any) -> None:
         fed = model.prepare_inputs_for_generation(**last, **{name: begun[CACHE_NAME]})
         assert fed[CACHE_NAME] is begun[CACHE_NAME]
         assert torch.allclose(model(**fed).logits[:, -1], whole, atol=1e-5)
+
+
+def test_nothing_is_used_that_transformers_will_drop(model: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its warnings of that kind are errors here; this is what it only logs."""
+    logging.set_verbosity_warning()
+    logging.warning_once.cache_clear()
+    for options in WAYS.values():
+        generate(model, prompt(PROMPTS["a span behind <s>"]), **options)
+    assert "deprecated" not in capfd.readouterr().err
+
+
+def test_a_deprecated_call_of_shipped_code_is_an_error() -> None:
+    with pytest.raises(FutureWarning, match="old"):
+        warnings.warn_explicit(
+            "old", FutureWarning, "modeling_metalm.py", 1, "transformers_modules.x.modeling_metalm"
+        )
 
 
 def test_two_caches_are_refused(model: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from conversion.conftest import PROOF_FILES, Workshop, write_run
@@ -48,7 +49,10 @@ def test_every_layout_gives_the_same_bytes(
     exported = workshop.exported(KIND)
     names = {path.name for path in exported.iterdir()} - PROOF_FILES
     assert names == {path.name for path in (tmp_path / "out").iterdir()} - PROOF_FILES
-    for name in names:
+    proved = (exported / "config.json").read_text()
+    noted = f',\n  "proved_on_transformers": "{transformers.__version__}"'
+    assert (tmp_path / "out" / "config.json").read_text() == proved.replace(noted, "")
+    for name in names - {"config.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
 
 
@@ -111,6 +115,38 @@ def test_a_folder_that_does_not_load_fails_the_proof(
     with pytest.raises(CheckpointError, match="does not work in transformers"):
         export_checkpoint(workshop.run_folder(KIND), tmp_path / "out")
     assert nothing_is_left(tmp_path)
+
+
+def test_code_that_forgets_its_cache_fails_the_proof_and_leaves_no_folder(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of a whole prompt are right; each later token sees its predecessor alone."""
+    real = export.write_model_code
+
+    def forgets(folder: Path) -> None:
+        real(folder)
+        path = folder / "modeling_metalm.py"
+        code = path.read_text()
+        assert code.count("cache = _one_cache(cache, past_key_values)\n        if (input_ids") == 1
+        path.write_text(
+            code.replace(
+                "cache = _one_cache(cache, past_key_values)\n        if (input_ids",
+                "cache = None\n        if (input_ids",
+            )
+        )
+
+    monkeypatch.setattr(export, "write_model_code", forgets)
+    with pytest.raises(CheckpointError, match=r"cached: generated token \d+ of 24 is \d+, expected \d+"):
+        export_checkpoint(workshop.run_folder(KIND), tmp_path / "out")
+    assert nothing_is_left(tmp_path)
+
+
+def test_a_token_that_ties_with_the_most_likely_is_no_mistake() -> None:
+    logits = torch.tensor([[0.0, 1.0, 1.0 - 0.9 * proof.TIE, 1.0 - 1.1 * proof.TIE]])
+    proof.check_generated("text", logits, torch.tensor([1]))
+    proof.check_generated("text", logits, torch.tensor([2]))
+    with pytest.raises(CheckpointError, match="token 1 of 1 is 3, expected 1"):
+        proof.check_generated("text", logits, torch.tensor([3]))
 
 
 def test_a_full_disk_leaves_no_folder(workshop: Workshop, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
 from metalm.conversion import shipped
 from metalm.conversion.checkpoint_source import CheckpointSource, open_checkpoint
@@ -117,9 +118,11 @@ def _write(
     for result in proof:
         report(
             f"proof: {result.name}: {result.num_tokens} tokens, largest difference "
-            f"{result.largest_difference:.2e} of logits up to {result.largest_logit:.1f}"
+            f"{result.largest_difference:.2e} of logits up to {result.largest_logit:.1f}; "
+            f"{result.num_generated} tokens generated alike with and without cache"
         )
     if proof:
+        record_proof(folder)
         (folder / PROOF_NAME).write_text(json.dumps([asdict(result) for result in proof], indent=1) + "\n")
     write_model_card(
         source,
@@ -131,6 +134,13 @@ def _write(
         license_name=license_name,
     )
     return ExportResult(out, count, len(paths), seconds, proof)
+
+
+def record_proof(folder: Path) -> None:
+    """Note in config.json which version of transformers the folder was proved on."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | {"proved_on_transformers": transformers.__version__}
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_model_code(folder: Path) -> None:

@@ -23,6 +23,13 @@ SMALLEST_TRANSFORMERS = "5.17.0"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 FORMAT_NAME = "metalm_format_version"
 FORMAT_VERSION = 1
+AUTO_MAP = {
+    "AutoConfig": "configuration_metalm.MetaLMConfig",
+    "AutoModel": "modeling_metalm.MetaLMModel",
+    "AutoModelForCausalLM": "modeling_metalm.MetaLMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_metalm.MetaLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_metalm.MetaLMForConditionalGeneration",
+}
 
 _TEMPLATE = """\
 {%- set joined, encoded = JOINED, ENCODED -%}
@@ -66,16 +73,21 @@ def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, f
     _write(folder / "generation_config.json", generation)
     processor = processor_config(config)
     _write(folder / "processor_config.json", processor)
-    if processor["image_size"] is not None:
-        images = {
-            "image_processor_type": "MetaLMImageProcessor",
-            "auto_map": {"AutoImageProcessor": "image_processing_metalm.MetaLMImageProcessor"},
-            "image_size": processor["image_size"],
-        }
-        _write(folder / "preprocessor_config.json", images)
+    write_image_processor(folder, processor["image_size"])
     write_own_tokenizers(config, tokenizer, folder)
     if config.model.encoders:
         (folder / CHAT_TEMPLATE_NAME).write_text(chat_template(config))
+
+
+def write_image_processor(folder: Path, image_size: int | None) -> None:
+    """Write preprocessor_config.json, where the model reads images of so many pixels per side."""
+    if image_size is not None:
+        content = {
+            "image_processor_type": "MetaLMImageProcessor",
+            "auto_map": {"AutoImageProcessor": "image_processing_metalm.MetaLMImageProcessor"},
+            "image_size": image_size,
+        }
+        _write(folder / "preprocessor_config.json", content)
 
 
 def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
@@ -84,13 +96,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
     return {
         "model_type": "metalm",
         "architectures": ["MetaLMForConditionalGeneration"],
-        "auto_map": {
-            "AutoConfig": "configuration_metalm.MetaLMConfig",
-            "AutoModel": "modeling_metalm.MetaLMModel",
-            "AutoModelForCausalLM": "modeling_metalm.MetaLMForConditionalGeneration",
-            "AutoModelForImageTextToText": "modeling_metalm.MetaLMForConditionalGeneration",
-            "AutoModelForMultimodalLM": "modeling_metalm.MetaLMForConditionalGeneration",
-        },
+        "auto_map": AUTO_MAP,
         FORMAT_NAME: FORMAT_VERSION,
         "transformers_version": _transformers_version(config),
         "dtype": str(dtype).removeprefix("torch."),

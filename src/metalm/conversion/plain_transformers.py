@@ -1,9 +1,11 @@
-"""A program by itself: logits of an exported folder, in a process that has torch and transformers only.
+"""A program by itself: what an exported folder answers, in a process that has torch and transformers only.
 
-Usage: python -I plain_transformers.py FOLDER PROMPTS.json LOGITS.safetensors
+Usage: python -I plain_transformers.py FOLDER PROMPTS.json ANSWERS.safetensors
 
-PROMPTS.json: a list of {"text", "image": path of a .npy [height, width, 3] uint8, or null}. The prompts
-run as one left-padded batch; the answer has the logits of each prompt's own tokens, float32.
+PROMPTS.json: {"prompts": a list of {"text", "image": path of a .npy [height, width, 3] uint8, or null},
+"ways": of generating, "cached" or "uncached", "num_new_tokens"}. The prompts run as one left-padded batch; by
+its number, each has `logits` of its own tokens, float32, and for each way so many most likely tokens (or as
+many as the model has positions for) and their `logits_WAY`.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ FORBIDDEN = ("metalm", "deepspeed", "megatron", "triton")
 
 
 def main(folder: Path, prompts_path: Path, out: Path) -> None:
-    """Write the logits of the prompts."""
+    """Write the answers to the prompts."""
     for name in FORBIDDEN:
         sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
     import numpy as np
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-    prompts = json.loads(prompts_path.read_text())
+    asked = json.loads(prompts_path.read_text())
+    prompts = asked["prompts"]
     images = [np.load(prompt["image"]) for prompt in prompts if prompt["image"]]
     auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
     model = auto.from_pretrained(folder, trust_remote_code=True).eval()
@@ -39,7 +42,25 @@ def main(folder: Path, prompts_path: Path, out: Path) -> None:
     with torch.no_grad():
         logits = model(**inputs).logits
     own = inputs["attention_mask"].bool()
-    save_file({str(row): logits[row, own[row]].float().contiguous() for row in range(len(prompts))}, out)
+    answers = {f"logits/{row}": logits[row, own[row]].float().contiguous() for row in range(len(prompts))}
+    num_new_tokens = asked["num_new_tokens"]
+    if model.config.positions == "learned":
+        num_new_tokens = min(num_new_tokens, model.config.max_position_embeddings - own.shape[1])
+    for way in asked["ways"] if num_new_tokens > 0 else ():
+        found = model.generate(
+            **inputs,
+            use_cache=way == "cached",
+            do_sample=False,
+            eos_token_id=None,
+            max_new_tokens=num_new_tokens,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        steps = torch.stack(found.logits, dim=1).float()
+        for row in range(len(prompts)):
+            answers[f"{way}/{row}"] = found.sequences[row, own.shape[1] :].clone()
+            answers[f"logits_{way}/{row}"] = steps[row].clone()
+    save_file(answers, out)
 
 
 def compute_in_float32(model: Any) -> None:

@@ -1,7 +1,9 @@
-"""The proof of a conversion: the exported folder's logits beside those of the checkpoint's own model.
+"""The proof of a conversion: what the exported folder says beside what the checkpoint's own model does.
 
-The two sides share nothing but the weights' values: the training data path and the checkpoint's names
-on one, the processor and plain transformers in a process of its own on the other.
+Compared are the logits of prompts, and the tokens that the folder generates after them, with a cache and
+without: each has to be the most likely one of the checkpoint's own model after those before it. The two
+sides share nothing but the weights' values: the training data path and the checkpoint's names on one, the
+processor and plain transformers in a process of its own on the other.
 """
 
 from __future__ import annotations
@@ -35,12 +37,25 @@ from metalm.modalities.image import encode_png
 
 TOLERANCE = 1e-4
 """Largest difference between two logits, in float32."""
+TIE = 2 * TOLERANCE
+"""So far the most likely token of one side may be below that of the other, on the other's side."""
+NUM_NEW_TOKENS = 24
+WAYS = ("cached", "uncached")
+"""Of generating, as plain_transformers.py knows them."""
 
 _BEFORE = "A language model reads what stands before.\n\nThen it comes to"
 _SPAN = " a few words that are encoded as a whole,"
 _AFTER = " and it writes what follows them."
 _LONGEST_ROW = 1024
 _CAPTION = "a picture of a red square above a blue circle"
+
+
+@dataclass(frozen=True)
+class ProofPrompt:
+    """One prompt as the processor takes it."""
+
+    text: str
+    image: np.ndarray | None  # [height, width, 3] uint8
 
 
 @dataclass(frozen=True)
@@ -63,10 +78,24 @@ class ProofResult:
     largest_logit: float
     same_argmax: int
     """Positions at which both have the same most likely token."""
+    num_generated: int
+    """Tokens that were generated with a cache, and again without, each the checkpoint's own most likely."""
+
+
+@dataclass(frozen=True)
+class ExportedAnswer:
+    """What an exported folder says to one prompt."""
+
+    logits: torch.Tensor
+    """[tokens, vocabulary] float32."""
+    generated: dict[str, torch.Tensor]
+    """By way of generating, the tokens that follow the prompt."""
+    step_logits: dict[str, torch.Tensor]
+    """By way of generating, [tokens, vocabulary] float32 that they are the most likely of."""
 
 
 def prove(source: CheckpointSource, folder: Path, dtype: torch.dtype) -> list[ProofResult]:
-    """Compare logits, in float32 with the weights as they were exported.
+    """Compare logits and generated tokens, in float32 with the weights as they were exported.
 
     Args:
         source: the checkpoint.
@@ -74,29 +103,71 @@ def prove(source: CheckpointSource, folder: Path, dtype: torch.dtype) -> list[Pr
         dtype: of the exported weights.
 
     Raises:
-        CheckpointError: the folder does not load in transformers, or a logit differs by more than TOLERANCE.
+        CheckpointError: the folder does not load in transformers, a logit differs by more than TOLERANCE,
+            or a generated token is not the checkpoint's own.
     """
     cases = proof_cases(source)
-    exported = _exported_logits(folder, cases)
-    length = max(len(case.row.tokens) for case in cases)
-    batch = collate(
-        [case.row for case in cases],
-        model_config=source.config.model,
-        sequence_length=length,
-        tp_size=1,
-        pad_id=source.tokenizer.pad_id,
-    )
-    own = reference_logits(source.config.model, partial(source.read, dtype=dtype), batch)
-    results = []
-    for number, case in enumerate(cases):
-        results.append(_compare(case, own[number, : len(case.row.tokens)], exported[number]))
+    exported = exported_answers(folder, [ProofPrompt(case.text, case.image) for case in cases])
+    own = _own_logits(source, [case.row for case in cases], dtype)
+    results = [_compare(*sides) for sides in zip(cases, own, exported, strict=True)]
     if bad := [result for result in results if not result.largest_difference <= TOLERANCE]:
         raise CheckpointError(
             "the exported model is not the checkpoint's: "
             + "; ".join(f"{r.name}: logits differ by {r.largest_difference:.3g}" for r in bad)
             + f" (at most {TOLERANCE:g} is allowed)"
         )
+    # By themselves, for sums in another order would take their share of TOLERANCE.
+    for way in WAYS:
+        tokens = [answer.generated[way] for answer in exported]
+        rows = [_continued(case.row, more) for case, more in zip(cases, tokens, strict=True)]
+        for case, more, logits in zip(cases, tokens, _own_logits(source, rows, dtype), strict=True):
+            likely = logits[len(case.row.tokens) - 1 : len(case.row.tokens) - 1 + len(more)]
+            check_generated(f"{case.name}, {way}", likely, more)
     return results
+
+
+def _own_logits(source: CheckpointSource, rows: list[Row], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Logits [tokens, vocabulary] of each row by the checkpoint's own model."""
+    batch = collate(
+        rows,
+        model_config=source.config.model,
+        sequence_length=max(len(row.tokens) for row in rows),
+        tp_size=1,
+        pad_id=source.tokenizer.pad_id,
+    )
+    logits = reference_logits(source.config.model, partial(source.read, dtype=dtype), batch)
+    return [one[: len(row.tokens)] for one, row in zip(logits, rows, strict=True)]
+
+
+def check_generated(name: str, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Refuse generated tokens that are not the most likely ones of the model that they are held against.
+
+    Two sides whose logits differ by TOLERANCE may order two tokens differently that are twice that apart, and
+    no further: nearer ones are tied.
+
+    Args:
+        name: of what was generated.
+        logits: [tokens, vocabulary] float32 of the other model, each after all tokens before.
+        tokens: [tokens], as they were generated.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    behind = logits.amax(dim=-1) - logits.gather(-1, tokens[:, None])[:, 0]
+    if len(wrong := (~(behind <= TIE)).nonzero()):
+        place = int(wrong[0])
+        raise CheckpointError(
+            f"{name}: generated token {place + 1} of {len(tokens)} is {int(tokens[place])}, expected "
+            f"{int(logits[place].argmax())}: the folder's code does not generate as its model was trained"
+        )
+
+
+def _continued(row: Row, tokens: torch.Tensor) -> Row:
+    """A prompt's row with what was generated after it."""
+    ends = [end + len(tokens) for end in row.document_ends]
+    return replace(
+        row, tokens=np.append(row.tokens, tokens.numpy().astype(row.tokens.dtype)), document_ends=ends
+    )
 
 
 def proof_cases(source: CheckpointSource) -> list[ProofCase]:
@@ -150,19 +221,26 @@ def _fitting(source: CheckpointSource, words: str, max_tokens: int) -> str:
     return words
 
 
-def _exported_logits(folder: Path, cases: list[ProofCase]) -> list[torch.Tensor]:
-    """Logits [tokens, vocabulary] of each case, from a process of its own."""
+def exported_answers(
+    folder: Path, asked: list[ProofPrompt], ways: tuple[str, ...] = WAYS
+) -> list[ExportedAnswer]:
+    """What a folder says to each prompt, from a process of its own.
+
+    Raises:
+        CheckpointError: it does not work there.
+    """
     with tempfile.TemporaryDirectory() as scratch_name:
         scratch = Path(scratch_name)
         prompts = []
-        for number, case in enumerate(cases):
+        for number, prompt in enumerate(asked):
             image = None
-            if case.image is not None:
+            if prompt.image is not None:
                 image = str(scratch / f"{number}.npy")
-                np.save(image, case.image)
-            prompts.append({"text": case.text, "image": image})
-        (scratch / "prompts.json").write_text(json.dumps(prompts))
-        out = scratch / "logits.safetensors"
+                np.save(image, prompt.image)
+            prompts.append({"text": prompt.text, "image": image})
+        questions = {"prompts": prompts, "ways": ways, "num_new_tokens": NUM_NEW_TOKENS}
+        (scratch / "prompts.json").write_text(json.dumps(questions))
+        out = scratch / "answers.safetensors"
         script = Path(plain_transformers.__file__)
         done = subprocess.run(
             [sys.executable, "-I", script, folder.resolve(), scratch / "prompts.json", out],
@@ -175,11 +253,20 @@ def _exported_logits(folder: Path, cases: list[ProofCase]) -> list[torch.Tensor]
             raise CheckpointError(
                 f"the exported folder does not work in transformers:\n{done.stderr[-2000:]}"
             )
-        logits = load_file(out)
-    return [logits[str(number)] for number in range(len(cases))]
+        answers = load_file(out)
+    none = torch.zeros(0, dtype=torch.long)
+    return [
+        ExportedAnswer(
+            answers[f"logits/{number}"],
+            {way: answers.get(f"{way}/{number}", none) for way in ways},
+            {way: answers.get(f"logits_{way}/{number}", none) for way in ways},
+        )
+        for number in range(len(asked))
+    ]
 
 
-def _compare(case: ProofCase, own: torch.Tensor, exported: torch.Tensor) -> ProofResult:
+def _compare(case: ProofCase, own: torch.Tensor, answer: ExportedAnswer) -> ProofResult:
+    exported = answer.logits
     if own.shape != exported.shape:
         raise CheckpointError(
             f"{case.name}: the exported model gives logits {list(exported.shape)}, "
@@ -191,4 +278,5 @@ def _compare(case: ProofCase, own: torch.Tensor, exported: torch.Tensor) -> Proo
         float((own - exported).abs().max()),
         float(own.abs().max()),
         int((own.argmax(dim=-1) == exported.argmax(dim=-1)).sum()),
+        len(answer.generated["cached"]),
     )

@@ -57,6 +57,7 @@ class MetaLMConfig(PreTrainedConfig):
         image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
         own_token_offset: added to the tokens of encoders that have a tokenizer of their own, and as large as
             `vocab_size` (None) until tokens are added to that.
+        proved_on_transformers: the version that the folder was proved on; None if it was not.
     """
 
     model_type = "metalm"
@@ -85,6 +86,7 @@ class MetaLMConfig(PreTrainedConfig):
         image_encoder: str | None = None,
         image_token_id: int | None = None,
         own_token_offset: int | None = None,
+        proved_on_transformers: str | None = None,
         bos_token_id: int | None = 0,
         eos_token_id: int | None = 2,
         pad_token_id: int | None = 4,
@@ -114,6 +116,7 @@ class MetaLMConfig(PreTrainedConfig):
         self.image_encoder = image_encoder
         self.image_token_id = image_token_id
         self.own_token_offset = vocab_size if own_token_offset is None else own_token_offset
+        self.proved_on_transformers = proved_on_transformers
         self.use_cache = use_cache
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
@@ -134,6 +135,7 @@ class MetaLMModel(MetaLMPreTrainedModel):
 
     def __init__(self, config: MetaLMConfig) -> None:
         super().__init__(config)
+        _warn_of_newer_transformers(config.proved_on_transformers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -449,6 +451,19 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
             **model_kwargs,
         )
         return input_ids, model_kwargs | ({} if pixel_values is None else {"pixel_values": pixel_values})
+
+
+def _warn_of_newer_transformers(proved: str | None) -> None:
+    """Say once that transformers is of a newer minor version than what the folder was proved on."""
+    if proved is not None and _minor(transformers_version) > _minor(proved):
+        logger.warning_once(
+            f"This MetaLM was proved on transformers {proved}, this is {transformers_version}; should its "
+            f"answers look wrong, use {proved}, or tools/refresh_export.py of the metalm package"
+        )
+
+
+def _minor(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
 
 
 def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

@@ -1,0 +1,146 @@
+"""Today's model code into a folder that was exported before, proved again without the checkpoint.
+
+The folder's own code is the other side of the proof: its logits were proved when it was exported, and without
+a cache it generates as it did then. The folder is replaced as a whole, or it stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metalm.conversion.export import PARTIAL_SUFFIX, Report, record_proof, write_model_code
+from metalm.conversion.hf_config import AUTO_MAP, FORMAT_NAME, FORMAT_VERSION, write_image_processor
+from metalm.conversion.proof import (
+    TOLERANCE,
+    ExportedAnswer,
+    ProofPrompt,
+    check_generated,
+    exported_answers,
+    proof_image,
+)
+from metalm.errors import CheckpointError, ConfigError
+
+BEFORE_SUFFIX = ".before"
+_TEXT = "A language model reads what stands before."
+
+
+def refresh_export(folder: Path, report: Report = print) -> None:
+    """Put today's model code into an exported folder, in place.
+
+    Args:
+        folder: written by `convert_to_hf`, of any age.
+        report: is told of progress.
+
+    Raises:
+        ConfigError: it is no exported folder.
+        CheckpointError: the folder's own code does not run here, the new code says something else, or a write
+            failed. The folder is as it was.
+    """
+    before = folder.with_name(folder.name + BEFORE_SUFFIX)
+    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    if before.exists() and not folder.exists():  # cut off between the two renames below
+        before.replace(folder)
+    config = _read_config(folder)
+    try:
+        for left in (before, partial):
+            shutil.rmtree(left, ignore_errors=True)
+        _copy(folder, partial)
+        write_model_code(partial)
+        _write_configs(partial, config)
+        for line in _prove(folder, partial):
+            report(f"proof: {line}")
+        record_proof(partial)
+        folder.replace(before)
+        partial.replace(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} could not be refreshed: {error}") from error
+    finally:
+        if before.exists() and not folder.exists():
+            before.replace(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is not an exported model: {error}") from None
+    if config.get("model_type") != "metalm" or config.get(FORMAT_NAME, FORMAT_VERSION) != FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} is of a model {config.get('model_type')!r}, {FORMAT_NAME} {config.get(FORMAT_NAME)}; "
+            f"expected 'metalm', {FORMAT_VERSION}"
+        )
+    return config
+
+
+def _copy(folder: Path, partial: Path) -> None:
+    """Weights are linked, for they do not change; the code of before stays behind."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        if source.endswith(".safetensors"):
+            try:
+                os.link(source, target)
+                return
+            except OSError:  # a file system without links
+                pass
+        shutil.copy2(source, target)
+
+    left_out = shutil.ignore_patterns("*_metalm.py", "__pycache__")
+    shutil.copytree(folder, partial, copy_function=link_or_copy, ignore=left_out)
+
+
+def _write_configs(folder: Path, config: dict[str, Any]) -> None:
+    """What today's code looks for beyond what was there."""
+    config = config | {"auto_map": AUTO_MAP}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_image_processor(folder, json.loads((folder / "processor_config.json").read_text())["image_size"])
+
+
+def _prompts(folder: Path) -> dict[str, ProofPrompt]:
+    """Plain text, and for each encoder a span of what it reads, by name."""
+    prompts = {"text": ProofPrompt(_TEXT, None)}
+    processor = json.loads((folder / "processor_config.json").read_text())
+    for name, sizes in processor["encoders"].items():
+        content = "<image>" if sizes["num_patches"] else "a"
+        image = proof_image() if sizes["num_patches"] else None
+        prompts[f"a span of {name}"] = ProofPrompt(f"<span:{name}>{content}</span>{_TEXT}", image)
+    return prompts
+
+
+def _prove(folder: Path, refreshed: Path) -> list[str]:
+    """Hold the refreshed folder against the folder; a line for each prompt.
+
+    Raises:
+        CheckpointError: they differ, or the folder's own code does not run.
+    """
+    prompts = _prompts(folder)
+    asked = list(prompts.values())
+    own = exported_answers(folder, asked, ways=("uncached",))
+    new = exported_answers(refreshed, asked)
+    lines = []
+    for name, old, fresh in zip(prompts, own, new, strict=True):
+        difference = float((old.logits - fresh.logits).abs().max())
+        if not difference <= TOLERANCE:
+            raise CheckpointError(
+                f"{name}: logits of the new code differ by {difference:.3g} (at most {TOLERANCE:g})"
+            )
+        for way in fresh.generated:
+            _check_same(f"{name}, {way}", old, fresh.generated[way])
+        lines.append(f"{name}: largest difference {difference:.2e}, {len(fresh.generated['cached'])} tokens")
+    return lines
+
+
+def _check_same(name: str, old: ExportedAnswer, tokens: torch.Tensor) -> None:
+    """The tokens are the old ones, up to where two were tied."""
+    expected = old.generated["uncached"]
+    shared = int((tokens == expected).long().cumprod(dim=0).sum())
+    judged = slice(0, shared + 1)
+    check_generated(name, old.step_logits["uncached"][judged], tokens[judged])

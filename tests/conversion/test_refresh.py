@@ -1,0 +1,108 @@
+"""Today's model code in a folder that was exported before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from conversion.conftest import Workshop
+from conversion.test_export import REPOSITORY
+from distributed.ranks import run_command
+from metalm.conversion import refresh
+from metalm.conversion.proof import ProofPrompt
+from metalm.conversion.refresh import BEFORE_SUFFIX, refresh_export
+from metalm.conversion.shipped.configuration_metalm import MetaLMConfig
+from metalm.conversion.shipped.modeling_metalm import MetaLMForConditionalGeneration
+from metalm.errors import CheckpointError, ConfigError
+
+KIND = "deepnorm"
+RIGHT, WRONG = "cache = _one_cache(cache, past_key_values)\n        if (", "cache = None\n        if ("
+
+
+@pytest.fixture
+def old(workshop: Workshop, tmp_path: Path) -> Path:
+    """As exported before: its code begins an empty cache at every step, and its config says less."""
+    folder = tmp_path / "old"
+    shutil.copytree(workshop.exported(KIND), folder)
+    code = (folder / "modeling_metalm.py").read_text()
+    assert code.count(RIGHT) == 1
+    (folder / "modeling_metalm.py").write_text(code.replace(RIGHT, WRONG))
+    config = json.loads((folder / "config.json").read_text())
+    del config["proved_on_transformers"], config["own_token_offset"]
+    del config["auto_map"]["AutoModelForMultimodalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").unlink()
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_it_has_todays_code_and_is_proved(workshop: Workshop, old: Path) -> None:
+    tool = str(REPOSITORY / "tools" / "refresh_export.py")
+    code, output = run_command([sys.executable, tool, str(old)], timeout_s=280)
+    assert code == 0 and "proof: a span of vision" in output, output
+    assert [path.name for path in old.parent.iterdir()] == ["old"]
+    exported, refreshed = content(workshop.exported(KIND)), content(old)
+    assert refreshed.keys() == exported.keys()
+    assert refreshed["modeling_metalm.py"] == exported["modeling_metalm.py"]
+    assert json.loads(refreshed["config.json"])["proved_on_transformers"] == transformers.__version__
+    auto = json.loads(refreshed["config.json"])["auto_map"]
+    assert auto == json.loads(exported["config.json"])["auto_map"]
+
+
+def test_code_that_says_something_else_is_not_put_in(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = refresh.write_model_code
+
+    def forgets(folder: Path) -> None:
+        real(folder)
+        path = folder / "modeling_metalm.py"
+        path.write_text(path.read_text().replace(RIGHT, WRONG))
+
+    monkeypatch.setattr(refresh, "write_model_code", forgets)
+    monkeypatch.setattr(refresh, "_prompts", lambda folder: {"text": ProofPrompt("the quick brown", None)})
+    before = content(old)
+    with pytest.raises(CheckpointError, match=r"text, cached: generated token \d+ of \d+ is"):
+        refresh_export(old)
+    assert content(old) == before and [path.name for path in old.parent.iterdir()] == ["old"]
+
+
+def test_a_refresh_that_was_cut_off_leaves_the_folder_findable(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its two renames, it finds the folder again."""
+    before = content(old)
+    old.replace(old.with_name(old.name + BEFORE_SUFFIX))
+    old.with_name("old.partial").mkdir()
+
+    def fails(*unused: Any) -> list[str]:
+        raise CheckpointError("no proof")
+
+    monkeypatch.setattr(refresh, "_prove", fails)
+    with pytest.raises(CheckpointError, match="no proof"):
+        refresh_export(old)
+    assert content(old) == before and [path.name for path in old.parent.iterdir()] == ["old"]
+
+
+def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not an exported model"):
+        refresh_export(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match="of a model 'gpt2'"):
+        refresh_export(tmp_path)
+
+
+def test_a_newer_transformers_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    for proved, times in ((f"{major}.{minor - 1}.9", 1), (f"{major}.{minor}.0", 0), (None, 0)):
+        caplog.clear()
+        for _ in range(2):
+            MetaLMForConditionalGeneration(MetaLMConfig(proved_on_transformers=proved))
+        assert caplog.text.count("was proved on") == times
