@@ -177,7 +177,7 @@ def proof_cases(source: CheckpointSource) -> list[ProofCase]:
     row = lay_out([Document((Part(TEXT, ids),), ends=False)], tokenizer)
     cases = [ProofCase("text", _BEFORE + _AFTER, None, row)]
     for name, encoder in source.config.model.encoders.items():
-        case = _text_case if encoder.image is None else _image_case
+        case = _text_case if encoder.media is None else _image_case
         cases.append(case(source, name, encoder))
     return cases
 
