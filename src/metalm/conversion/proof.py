@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -164,9 +164,11 @@ def check_generated(name: str, logits: torch.Tensor, tokens: torch.Tensor) -> No
 
 def _continued(row: Row, tokens: torch.Tensor) -> Row:
     """A prompt's row with what was generated after it."""
-    ends = [end + len(tokens) for end in row.document_ends]
     return replace(
-        row, tokens=np.append(row.tokens, tokens.numpy().astype(row.tokens.dtype)), document_ends=ends
+        row,
+        tokens=np.append(row.tokens, tokens.numpy().astype(row.tokens.dtype)),
+        loss_weights=np.append(row.loss_weights, np.zeros(len(tokens), np.float32)),
+        document_ends=[end + len(tokens) for end in row.document_ends],
     )
 
 
