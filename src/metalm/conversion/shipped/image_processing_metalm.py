@@ -57,7 +57,7 @@ class MetaLMImageProcessor(ImageProcessingMixin):
 
         Args:
             image: a PIL image; an array [height, width] or [height, width, channels], of uint8, of uint16 in
-                one channel or of floats in 0..1; the bytes or the path of a JPEG, PNG or WebP file, or its URL.
+                one channel or of floats in 0..1; bytes or path of a JPEG, PNG or WebP file, or its URL.
 
         Returns:
             [3, image_size, image_size] float32.
