@@ -17,7 +17,7 @@ def fingerprint(batches: Sequence[SemiCausalBatch]) -> int:
     """
     total = 0
     for batch in batches:
-        fields = [batch.tokens, batch.labels, batch.loss_weights.long(), batch.positions]
+        fields = [batch.tokens, batch.labels, batch.loss_weights.view(torch.int32).long(), batch.positions]
         fields += [batch.attention_start, batch.attention_end, batch.source_ids[:, None]]
         for number, field in enumerate(fields):
             total += _sum_of_hashes(field, salt=number)
