@@ -230,7 +230,7 @@ def test_no_secret_of_a_url_is_logged(
 ) -> None:
     monkeypatch.setattr("metalm.data.storage.remote.DELAY_S", 0.01)
     for url in ("http://me:hunter2@127.0.0.1:9/{shard}?key=hunter2", "pipe:KEY=hunter2 false {shard}"):
-        config = make_config({"prose": {"path": text[0], "kind": "text", "url": url}})
+        config = make_config({"prose": {"path": text[0], "url": url}})
         with opened(config) as data, pytest.raises(DataError, match=r"cannot read .*text-0000") as raised:
             next(data)
         assert "hunter2" not in str(raised.value) + caplog.text
