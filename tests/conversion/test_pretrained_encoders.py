@@ -42,7 +42,9 @@ def write_docked_run(workshop: Workshop, folder: Path, names: dict[str, str], **
     for name in gone:
         del encoders[name]
     content["data"]["sources"] = {
-        name: source for name, source in content["data"]["sources"].items() if source["encoder"] not in gone
+        name: source
+        for name, source in content["data"]["sources"].items()
+        if not set(source["readers"].values()) & set(gone)
     }
     for name, kind in names.items():
         save_pretrained(kind, folder / kind)
