@@ -17,7 +17,8 @@ from typing import Any
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from metalm.checkpoint.folders import prune_checkpoints, step_folder
+from metalm.checkpoint.folders import prune_checkpoints
+from metalm.checkpoint.names import step_folder
 from metalm.checkpoint.state import RunFacts
 from metalm.cli import ToolParser, run_tool
 from metalm.config import RunConfig, write_config

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metalm.checkpoint.folders import CHECKPOINTS_NAME, checkpoints_of, list_checkpoints, prune_checkpoints
+from metalm.checkpoint.folders import checkpoints_of, prune_checkpoints
+from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints
 from metalm.cli import ToolParser, run_tool
 from metalm.errors import CheckpointError
 from metalm.run_lock import RunLock

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from metalm.checkpoint.folders import find_checkpoint, list_checkpoints, prune_checkpoints, step_folder
+from metalm.checkpoint.folders import find_checkpoint, prune_checkpoints
 from metalm.checkpoint.format import STATES, ParameterIndex, Piece, piece_name, rank_file, write_index
 from metalm.checkpoint.inspection import compare_checkpoints, describe_checkpoint
 from metalm.checkpoint.manifest import publish, record_file, write_manifest
+from metalm.checkpoint.names import list_checkpoints, step_folder
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.writer import write_tensors
 from metalm.errors import CheckpointError

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint.test_checkpoint import flip_a_bit, make_checkpoint
-from metalm.checkpoint.folders import find_checkpoint, list_checkpoints, prune_checkpoints, step_folder
+from metalm.checkpoint.folders import find_checkpoint, prune_checkpoints
 from metalm.checkpoint.format import rank_file
+from metalm.checkpoint.names import list_checkpoints, step_folder
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import CheckpointError
 

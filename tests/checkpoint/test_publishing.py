@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metalm.checkpoint.folders import list_checkpoints
+from metalm.checkpoint.names import list_checkpoints
 from metalm.checkpoint.publishing import checkpoint_of_weights
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.state import RunFacts, RunState, parse_state

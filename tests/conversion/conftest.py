@@ -17,9 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from built_once import built_once
 from conversion.cases import KINDS, run_config
 from distributed.ranks import run_program
-from metalm.checkpoint.folders import step_folder
 from metalm.checkpoint.format import STATES, ParameterIndex, Piece, piece_name, rank_file, write_index
 from metalm.checkpoint.manifest import publish, record_file, write_manifest
+from metalm.checkpoint.names import step_folder
 from metalm.config import RunConfig, write_config
 from metalm.conversion.export import export_checkpoint
 from metalm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -101,6 +101,14 @@ class Workshop:
     @cache  # noqa: B019
     def processor(self, kind: str) -> Any:
         return AutoProcessor.from_pretrained(self.exported(kind), trust_remote_code=True)
+
+
+def configs_and_weights(folder: Path) -> dict[str, bytes]:
+    """The files of an exported folder but for its proof."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in PROOF_FILES}
+    config = json.loads(files["config.json"])
+    config.pop("proved_on_transformers", None)
+    return files | {"config.json": json.dumps(config).encode()}
 
 
 def write_run(

@@ -30,6 +30,5 @@ def test_both_engines_skip_together(tmp_path: Path, decoder: str, encoders: str)
                 )
             moved.append(not torch.equal(second.read(component, name), third.read(component, name)))
     assert all(moved)
-    assert (
-        first.state["optimizer_steps"] == second.state["optimizer_steps"] == {"decoder": 1.0, "encoders": 1.0}
-    )
+    steps = {"decoder": 1.0, "encoders": 1.0}
+    assert first.state.optimizer_steps == second.state.optimizer_steps == steps

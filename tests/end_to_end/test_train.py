@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distributed.ranks import Ranks, run_command, run_program, wait_until
-from metalm.checkpoint.folders import list_checkpoints
+from metalm.checkpoint.names import list_checkpoints
 from metalm.training.monitor.json_lines import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distributed.ranks import Ranks
-from metalm.checkpoint.folders import list_checkpoints
 from metalm.checkpoint.manifest import read_manifest
+from metalm.checkpoint.names import list_checkpoints
 from metalm.training.monitor.json_lines import read_metrics
 
 Fault = tuple[str, dict[str, Any]]

@@ -12,7 +12,8 @@ import pytest
 
 from distributed.ranks import Ranks, wait_until
 from faults.harness import figures, state_of_newest
-from metalm.checkpoint.folders import is_whole, list_checkpoints
+from metalm.checkpoint.folders import is_whole
+from metalm.checkpoint.names import list_checkpoints
 from metalm.errors import EXIT_FAULT, EXIT_RESTART
 
 Start = Callable[..., Ranks]

@@ -13,8 +13,8 @@ import pytest
 
 from distributed.ranks import Ranks, wait_until
 from faults.harness import content_of_newest, figures
-from metalm.checkpoint.folders import is_whole, list_checkpoints
-from metalm.checkpoint.manifest import PARTIAL_SUFFIX
+from metalm.checkpoint.folders import is_whole
+from metalm.checkpoint.names import PARTIAL_SUFFIX, list_checkpoints
 
 RUNS = int(os.environ.get("KILLED_RUNS", "2"))
 KILLS_PER_RUN = int(os.environ.get("KILLS_PER_RUN", "1"))

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from faults.harness import Ranks, content_of_newest, figures, wait_until
-from metalm.checkpoint.folders import is_whole, list_checkpoints
+from distributed.ranks import Ranks, wait_until
+from faults.harness import content_of_newest, figures
+from metalm.checkpoint.folders import is_whole
+from metalm.checkpoint.names import list_checkpoints
 from metalm.errors import EXIT_DATA, EXIT_USAGE
 
 Start = Callable[..., Ranks]

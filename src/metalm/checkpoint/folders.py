@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
-from metalm.checkpoint.manifest import PARTIAL_SUFFIX, check_files, read_manifest, remove
+from metalm.checkpoint.manifest import check_files, read_manifest, remove
+from metalm.checkpoint.names import CHECKPOINTS_NAME, PARTIAL_SUFFIX, STEP_NAME, list_checkpoints
 from metalm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS_NAME = "checkpoints"
-_STEP = re.compile(r"step_([0-9]{8,})")
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Folder of the checkpoint of a step."""
-    return checkpoints / f"step_{step:08d}"
-
-
-def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Folder in which the checkpoint of a step is written before it is published."""
-    return checkpoints / f"step_{step:08d}{PARTIAL_SUFFIX}"
-
-
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Published checkpoints, whole or not, oldest first."""
-    steps = [int(found[1]) for path in checkpoints.glob("step_*") if (found := _STEP.fullmatch(path.name))]
-    folders = (step_folder(checkpoints, step) for step in sorted(set(steps)))
-    return [folder for folder in folders if folder.is_dir()]
 
 
 def checkpoints_of(path: Path) -> Path:
@@ -47,7 +27,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if _STEP.fullmatch(path.name) and path.is_dir():
+    if STEP_NAME.fullmatch(path.name) and path.is_dir():
         return path
     published = list_checkpoints(checkpoints_of(path))
     if not published:

@@ -19,12 +19,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from metalm.checkpoint.names import PARTIAL_SUFFIX
 from metalm.checkpoint.state import first_mistake
 from metalm.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
-PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced" + PARTIAL_SUFFIX
 """Of a folder that a checkpoint of the same step has taken the place of."""
 

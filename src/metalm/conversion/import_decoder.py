@@ -15,9 +15,9 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from metalm.checkpoint.folders import CHECKPOINTS_NAME
 from metalm.checkpoint.format import piece_name
-from metalm.checkpoint.manifest import PARTIAL_SUFFIX, remove
+from metalm.checkpoint.manifest import remove
+from metalm.checkpoint.names import CHECKPOINTS_NAME, PARTIAL_SUFFIX
 from metalm.checkpoint.publishing import checkpoint_of_weights
 from metalm.checkpoint.state import RunFacts
 from metalm.config import ModelConfig

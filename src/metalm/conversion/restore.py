@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from metalm.checkpoint.folders import CHECKPOINTS_NAME, step_folder
 from metalm.checkpoint.format import STATES, piece_name
+from metalm.checkpoint.names import CHECKPOINTS_NAME, step_folder
 from metalm.checkpoint.publishing import checkpoint_of_weights
 from metalm.checkpoint.reader import read_json
 from metalm.checkpoint.state import RunFacts

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metalm.loss_chunks import chunk_positions
+
 Backend = Literal["triton", "torch"]
 
 
@@ -42,7 +44,7 @@ def linear_cross_entropy(
         group: tensor-parallel group; None when this rank holds the whole vocabulary.
         vocab_size: true size of the whole vocabulary; rows of the weight beyond it are padding, take no part,
             and have zero gradient. All rows count by default.
-        chunk_size: positions per chunk; by default as many as `chunk_positions` tells.
+        chunk_size: positions per chunk; by default as many as `chunk_positions` gives.
         backend: forces "triton" (CUDA, or Triton's interpreter), which goes over a chunk's logits once in
             each direction, or "torch" (any device), which holds them a few times; by default triton on CUDA,
             but for float64.
@@ -75,11 +77,6 @@ def linear_cross_entropy(
     options = _Options(group, first_row, num_rows, chunk_size, backend)
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, options)
     return losses
-
-
-def chunk_positions(num_rows: int, itemsize: int, *, on_cpu: bool) -> int:
-    """Positions per chunk: their logits, of a weight of `num_rows`, take a gibibyte, on CPU a quarter."""
-    return max(1, (2**28 if on_cpu else 2**30) // (num_rows * itemsize))
 
 
 @dataclass(frozen=True)

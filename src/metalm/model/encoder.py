@@ -141,9 +141,10 @@ def is_trained(config: EncoderConfig, name: str) -> bool:
 
 def _build_encoder(encoder: EncoderConfig, config: ModelConfig) -> nn.Module:
     if encoder.pretrained is None:
+        device = torch.get_default_device()
         with torch.device("meta"):  # torch would draw weights that `initialize_parameters` draws anew
             module = Encoder(encoder, config.padded_vocab_size, config.decoder.hidden_size)
-        return module.to_empty(device="cpu")
+        return module.to_empty(device=device)
     from metalm.model.pretrained import PretrainedEncoder  # needs transformers, which takes seconds
 
     return PretrainedEncoder(encoder, config.decoder.hidden_size)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from metalm.checkpoint.folders import list_checkpoints
+from metalm.checkpoint.names import list_checkpoints
 from metalm.errors import ConfigError
 from metalm.operations.history import Attempt, newest_metrics, read_attempts
 from metalm.run_folder import STOP_NAME

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from metalm.config import DecoderConfig, EncoderConfig, RunConfig
-from metalm.kernels.linear_cross_entropy import chunk_positions
+from metalm.loss_chunks import chunk_positions
 from metalm.model.flops import Work
 from metalm.model.parameters import ParameterCount, count_decoder, count_encoders
 from metalm.planning.zero import ZeroSettings, zero_settings

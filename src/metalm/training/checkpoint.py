@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from metalm.checkpoint.folders import CHECKPOINTS_NAME, find_checkpoint, list_checkpoints, partial_folder
+from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.manifest import LATEST_NAME, check_files, read_manifest
+from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, partial_folder
 from metalm.checkpoint.publishing import begin_checkpoint
 from metalm.checkpoint.reader import CheckpointReader, damaged
 from metalm.checkpoint.state import EngineCounters, RunFacts, RunState, WrittenBy

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from metalm.checkpoint.folders import prune_checkpoints
 from metalm.checkpoint.format import ParameterIndex, Piece, piece_name, rank_file, read_parameters
-from metalm.checkpoint.manifest import PARTIAL_SUFFIX, FileRecord, remove
+from metalm.checkpoint.manifest import FileRecord, remove
+from metalm.checkpoint.names import PARTIAL_SUFFIX
 from metalm.checkpoint.publishing import complete_checkpoint, write_json
 from metalm.checkpoint.reader import DATA_FOLDER, read_json
 from metalm.checkpoint.state import RunState

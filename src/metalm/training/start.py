@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from metalm.checkpoint.folders import CHECKPOINTS_NAME
+from metalm.checkpoint.names import CHECKPOINTS_NAME
 from metalm.checkpoint.reader import CONFIG_NAME, CheckpointReader
 from metalm.checkpoint.state import RunState, first_mistake
 from metalm.config import ModelConfig, RunConfig, write_config

@@ -1,0 +1,29 @@
+"""Names in a run's folder of checkpoints, for programs that start without torch and pydantic, too."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PARTIAL_SUFFIX = ".partial"
+CHECKPOINTS_NAME = "checkpoints"
+STEP_NAME = re.compile(r"step_([0-9]{8,})")
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint of a step."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def partial_folder(checkpoints: Path, step: int) -> Path:
+    """Folder in which the checkpoint of a step is written before it is published."""
+    return checkpoints / f"step_{step:08d}{PARTIAL_SUFFIX}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Published checkpoints, whole or not, oldest first."""
+    steps = [
+        int(found[1]) for path in checkpoints.glob("step_*") if (found := STEP_NAME.fullmatch(path.name))
+    ]
+    folders = (step_folder(checkpoints, step) for step in sorted(set(steps)))
+    return [folder for folder in folders if folder.is_dir()]
