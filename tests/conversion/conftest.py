@@ -95,6 +95,14 @@ class Workshop:
         return AutoProcessor.from_pretrained(self.exported(kind), trust_remote_code=True)
 
 
+def configs_and_weights(folder: Path) -> dict[str, bytes]:
+    """The files of an exported folder but for its proof."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in PROOF_FILES}
+    config = json.loads(files["config.json"])
+    config.pop("proved_on_transformers", None)
+    return files | {"config.json": json.dumps(config).encode()}
+
+
 def write_run(
     folder: Path,
     model: TrainingModel,

@@ -68,7 +68,14 @@ def test_they_pass(workshop: Workshop, source: Path, tmp_path: Path, kind: str) 
     cases = ElementTree.parse(report).findall(".//testcase")
     passed = [case.get("name") for case in cases if not list(case)]
     assert len(passed) > 80
+    generation = (
+        "test_greedy_generate",
+        "test_generate_continue_from_past_key_values",
+        "test_generate_compile_model_forward_fullgraph",
+    )
+    is_checkout = (source / "tests" / "generation" / "test_utils.py").is_file()
     for name in (
+        *(generation if is_checkout else ()),
         "test_save_load",
         "test_resize_tokens_embeddings",
         "test_tied_weights_keys",

@@ -108,6 +108,9 @@ class ModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     test_model_rope_scaling_from_config_1_dynamic = left_out("no checkpoint has it, so it is refused")
     test_model_rope_scaling_from_config_2_yarn = left_out("no checkpoint has it, so it is refused")
 
+    test_get_image_features_hidden_states = left_out("they are what the decoder sees, without layers")
+    test_get_image_features_attentions = left_out("they are what the decoder sees, without layers")
+
     def setUp(self) -> None:
         self.model_tester = Inputs()
 
@@ -125,6 +128,7 @@ class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     test_call_arguments_default_none = left_out("a call's options are named in its signature")
     test_call_arguments_not_in_processor_kwargs = left_out("a call's options are named in its signature")
     test_model_input_names = left_out("options of videos are refused")
+    test_processor_text_has_no_visual = left_out("options of videos are refused")
     test_flat_kwarg_applied_when_modality_dict_lacks_it = left_out("options of videos are refused")
     test_apply_chat_template_assistant_mask = left_out("encoded turns have no offsets in the text")
 

@@ -55,6 +55,7 @@ class MetaLMConfig(PreTrainedConfig):
             and `image_std` are then of its pixels in 0..1, `first_position` of its text.
         image_encoder: the encoder of images that come without span tensors.
         image_token_id: stands in `input_ids` wherever an encoder's vector is docked.
+        encoder_vocab_size: tokens that the encoders know; None: `vocab_size`.
         own_token_offset: added to the tokens of encoders that have a tokenizer of their own, and as large as
             `vocab_size` (None) until tokens are added to that.
         proved_on_transformers: the version that the folder was proved on; None if it was not.
@@ -85,6 +86,7 @@ class MetaLMConfig(PreTrainedConfig):
         encoders: dict[str, dict[str, Any]] | None = None,
         image_encoder: str | None = None,
         image_token_id: int | None = None,
+        encoder_vocab_size: int | None = None,
         own_token_offset: int | None = None,
         proved_on_transformers: str | None = None,
         bos_token_id: int | None = 0,
@@ -115,6 +117,7 @@ class MetaLMConfig(PreTrainedConfig):
         self.encoders = {name: ENCODER_DEFAULTS | sizes for name, sizes in sorted((encoders or {}).items())}
         self.image_encoder = image_encoder
         self.image_token_id = image_token_id
+        self.encoder_vocab_size = encoder_vocab_size or vocab_size
         self.own_token_offset = vocab_size if own_token_offset is None else own_token_offset
         self.proved_on_transformers = proved_on_transformers
         self.use_cache = use_cache

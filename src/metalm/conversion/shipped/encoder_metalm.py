@@ -89,7 +89,7 @@ class MetaLMEncoder(nn.Module):
         self.config = config
         self.max_text, self.max_elements = sizes["max_text_positions"], _max_elements(sizes)
         self.patch_size = sizes["patch_size"]
-        self.token_embedding = nn.Embedding(config.vocab_size, hidden)
+        self.token_embedding = nn.Embedding(config.encoder_vocab_size, hidden)
         self.rope_base = sizes["rope_base"] if sizes["positions"] == "rope" else None
         self.head_size = hidden // sizes["num_attention_heads"]
         if self.rope_base is None:

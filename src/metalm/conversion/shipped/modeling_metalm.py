@@ -105,13 +105,15 @@ class MetaLMPreTrainedModel(PreTrainedModel):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """As any model's, and the tokens of the encoders alike: they may read any token in a span."""
+        """As any model's; the encoders, which may read any token, get new ones, too, and lose none."""
         resized = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        for encoder in self.modules():
-            if isinstance(encoder, MetaLMEncoder):
-                old = encoder.token_embedding
-                new = self._get_resized_embeddings(old, self.config.vocab_size, mean_resizing=mean_resizing)
-                encoder.token_embedding = new.requires_grad_(old.weight.requires_grad)
+        if (size := self.config.vocab_size) > self.config.encoder_vocab_size:
+            for encoder in self.modules():
+                if isinstance(encoder, MetaLMEncoder):
+                    old = encoder.token_embedding
+                    new = self._get_resized_embeddings(old, size, mean_resizing=mean_resizing)
+                    encoder.token_embedding = new.requires_grad_(old.weight.requires_grad)
+            self.config.encoder_vocab_size = size
         return resized
 
     @torch.no_grad()
@@ -332,6 +334,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         past_key_values: Cache | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given; arguments as `MetaLMModel.forward`, and:
@@ -341,6 +344,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
                 the tokens inside a span after its first.
             logits_to_keep: so many last positions, or the positions of a vector; 0 for all.
             num_items_in_batch: what the summed loss is divided by; None: the mean over the labels.
+            shift_labels: [B, S], in place of `labels`, already moved to the positions that predict them.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -359,9 +363,13 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
             loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits,
+                labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
         cache = outputs.get(CACHE_NAME)
         return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
