@@ -108,6 +108,7 @@ class ModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     test_model_rope_scaling_from_config_1_dynamic = left_out("no checkpoint has it, so it is refused")
     test_model_rope_scaling_from_config_2_yarn = left_out("no checkpoint has it, so it is refused")
 
+    test_bc_cache_name_forward = left_out("either name of the cache is taken, without a warning")
     test_get_image_features_hidden_states = left_out("they are what the decoder sees, without layers")
     test_get_image_features_attentions = left_out("they are what the decoder sees, without layers")
 
