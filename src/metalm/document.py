@@ -59,8 +59,7 @@ class Document:
     """`<s>` parts `</d>`, or the stretch of one that stands in a row.
 
     Neighbouring parts of one encoder form one span, in which an image or clip comes first: another one begins
-    the next span. Parts of no tokens are allowed; between two parts of one encoder such a part keeps their
-    spans apart.
+    the next span. Parts of no tokens are allowed; one of the decoder keeps the spans beside it apart.
     """
 
     parts: tuple[Part, ...]
@@ -82,7 +81,10 @@ class Document:
         return replace(self, parts=self.parts[:num_parts], ends=False)
 
     def cut(self, length: int) -> Document:
-        """Its first `length` positions, less than all, left open for what follows in the next row."""
+        """Its first `length` positions, less than all, left open for what follows in the next row.
+
+        Where the cut lies between two parts, what follows is taken to have the weight of the first.
+        """
         parts: list[Part] = []
         room = length - self.begins
         for part in self.parts:
