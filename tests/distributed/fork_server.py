@@ -38,6 +38,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # CUDA cannot be used in a process whose parent has looked for devices.
     "CUDA_VISIBLE_DEVICES": "",
+    # pyarrow, which some versions of transformers import, would start a thread in the server.
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
 """What every program gets in addition to this process's environment."""
 PRELOADED = (

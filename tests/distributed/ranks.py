@@ -53,7 +53,9 @@ class Ranks:
                     break
                 if time.monotonic() > deadline:
                     self._write_stacks()
-                    raise AssertionError(f"{self.words} hung for {timeout_s:.0f} s:\n{self.output()[-6000:]}")
+                    raise AssertionError(
+                        f"{self.words} hung for {timeout_s:.0f} s:\n{self.output()[-60_000:]}"
+                    )
                 time.sleep(_POLL_S)
         finally:
             for rank in range(len(self.processes)):
@@ -66,10 +68,9 @@ class Ranks:
         return os.pread(self._output.fileno(), size, 0).decode(errors="replace")
 
     def _write_stacks(self) -> None:
-        """Have every rank that still runs dump its threads' stacks and abort."""
+        """Have every rank that still runs dump its stacks and abort: in turn, for they share a file."""
         for process in self.processes:
             process.send_signal(signal.SIGABRT)
-        for process in self.processes:
             process.wait(timeout_s=30)
 
 

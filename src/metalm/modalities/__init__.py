@@ -36,4 +36,4 @@ def modality_of_kind(kind: str) -> Modality:
 
 def modality_of_encoder(encoder: EncoderConfig) -> Modality:
     """What the spans of an encoder begin with: its images or clips, or nothing but text."""
-    return next((one for one in MEDIA.values() if one.settings(encoder) is not None), MODALITIES["text"])
+    return next((one for one in MEDIA.values() if encoder.section(one.name) is not None), MODALITIES["text"])

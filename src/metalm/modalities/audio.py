@@ -49,9 +49,6 @@ class Audio(Media):
     is_exported = False
     formats: ClassVar = {"wav": "wav", "flac": "flac", "ogg": "ogg"}
 
-    def settings(self, encoder: EncoderConfig) -> AudioConfig | None:
-        return encoder.audio
-
     def reader(self, encoder: EncoderConfig) -> ClipReader:
         assert encoder.pretrained is not None
         return ClipReader(_section(encoder), encoder.pretrained.processor)

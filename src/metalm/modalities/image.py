@@ -61,9 +61,6 @@ class Image(Media):
     is_exported = True
     formats: ClassVar = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
 
-    def settings(self, encoder: EncoderConfig) -> ImageConfig | None:
-        return encoder.image
-
     def reader(self, encoder: EncoderConfig) -> ImageReader:
         return ImageReader(_section(encoder))
 

@@ -145,10 +145,6 @@ class Media(Modality, ABC):
         return f"{self.noun}s"
 
     @abstractmethod
-    def settings(self, encoder: EncoderConfig) -> Any:
-        """The section of an encoder that reads this; None of one that does not."""
-
-    @abstractmethod
     def reader(self, encoder: EncoderConfig) -> MediaReader:
         """How files become what an encoder is fed.
 
