@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from metalm import __version__
 from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, ConfigError, MetaLMError
 from metalm.operations.preflight_limits import Limits
+from metalm.parallel.launch import rank_of
 from metalm.project_files import project_root
 
 if TYPE_CHECKING:
@@ -31,10 +33,8 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except MetaLMError as error:
-        # Ranks raise such errors together: one of them speaks.
-        if os.environ.get("RANK", "0") == "0":
-            program = Path(sys.argv[0]).name.replace("__main__.py", "metalm")
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        program = Path(sys.argv[0]).name.replace("__main__.py", "metalm")
+        _say_once(f"{program}: error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -45,6 +45,23 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         traceback.print_exc()
         code = EXIT_FAULT
     sys.exit(EXIT_DONE if code is None else code)
+
+
+def _say_once(message: str) -> None:
+    """Print what all ranks found: the first says it, and the others give it the time to.
+
+    A launcher ends all ranks when one has ended. A rank that is left alone with its error, as when a file is
+    missing on its node, says it in the end.
+    """
+    rank = rank_of(os.environ)
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_initialized()
+    if rank:
+        time.sleep(1.0 if joined else 10.0)
+        if joined:  # such errors are raised together
+            return
+        message = f"rank {rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
 
 
 class ToolParser(argparse.ArgumentParser):

@@ -108,3 +108,17 @@ def test_a_layout_that_does_not_fit_is_said_once_by_many_ranks(pipeline: list[st
     assert output.count("3 rank(s) cannot be split into tensor-parallel groups of 2") == 1
     assert "exitcode  : 64" in output
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_of_one_rank_alone_is_said_with_its_rank(pipeline: list[str], tmp_path: Path) -> None:
+    environment = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    command = [sys.executable, "-m", "metalm", "train", *pipeline, "data.tokenizer=absent"]
+    code, output = run_command(command, timeout_s=120, **environment)
+    assert code == 65
+    assert output.startswith("rank 1: metalm: error: ")

@@ -36,7 +36,7 @@ def environment_of(rank: int, nodes: Sequence[str], port: int) -> dict[str, str]
     return {
         **os.environ,
         "SLURM_PROCID": str(rank),
-        "SLURM_NTASKS": str(len(nodes)),
+        "SLURM_STEP_NUM_TASKS": str(len(nodes)),
         "SLURM_LOCALID": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -3,10 +3,16 @@ from __future__ import annotations
 import pytest
 
 from metalm.errors import TopologyError
-from metalm.parallel.launch import find_launch, first_host
+from metalm.parallel.launch import find_launch, first_host, rank_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41007"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "41007",
+}
 
 
 def test_torchrun() -> None:
@@ -29,16 +35,35 @@ def test_torchrun_inside_a_slurm_job_wins() -> None:
     assert find_launch({**SLURM, **TORCHRUN}).launcher == "torchrun"
 
 
-def test_alone_also_inside_a_single_slurm_task() -> None:
-    for environment in ({}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}):
-        launch = find_launch(environment)
-        assert (launch.rank, launch.world_size, launch.launcher) == (0, 1, "alone")
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "2",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_STEP_ID": "4294967290",
+        },
+    ],
+    ids=["no launcher", "single task", "batch script", "shell of salloc"],
+)
+def test_one_process_is_alone(environment: dict[str, str]) -> None:
+    launch = find_launch(environment)
+    assert (launch.rank, launch.world_size, launch.launcher) == (0, 1, "alone")
 
 
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_half_a_launcher_is_refused(missing: str) -> None:
     with pytest.raises(TopologyError, match=missing):
         find_launch({name: value for name, value in TORCHRUN.items() if name != missing})
+
+
+def test_the_rank_as_far_as_it_can_be_told() -> None:
+    assert [rank_of(environment) for environment in (TORCHRUN, SLURM, {}, {"RANK": "2"})] == [3, 5, 0, 2]
+    assert rank_of({"RANK": "first"}) == 0
 
 
 def test_words_for_numbers_are_refused() -> None:

@@ -42,24 +42,33 @@ class Launch:
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch:
-    """Read the launcher's environment: torchrun first, then a Slurm task, else one process alone.
+    """Read the launcher's environment: torchrun first, then a task of `srun`, else one process alone.
+
+    Slurm gives a batch script and the shell of `salloc` the variables of the whole job, although they are one
+    process: only the tasks of a step are counted.
 
     Raises:
         TopologyError: a launcher's variables are there in part only.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _from(environment, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         if "MASTER_ADDR" not in environment:
             first = first_host(
                 environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
             )
             port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 12000
             environment = {**environment, "MASTER_ADDR": first, "MASTER_PORT": str(port)}
-        return _from(environment, "slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        return _from(environment, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return Launch(0, 1, 0, "127.0.0.1", probe.getsockname()[1], "alone")
+
+
+def rank_of(environment: Mapping[str, str]) -> int:
+    """The rank of this process, as far as its launcher's environment tells; 0 where it does not."""
+    ranks = (environment.get(name, "") for name in ("RANK", "SLURM_PROCID"))
+    return next((int(rank) for rank in ranks if rank.isdecimal()), 0)
 
 
 def first_host(node_list: str) -> str:
