@@ -19,6 +19,8 @@ from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError
 from metalm.project_files import find_file
 
+SomeSection = typing.TypeVar("SomeSection", bound=BaseModel)
+
 _READ_FROM = (
     "deepspeed.decoder",
     "deepspeed.encoders",
@@ -76,7 +78,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             parsed = {part: parsed}
         content = _merge(content, parsed)
     fill_in_pretrained(content)
-    config = _with_deepspeed_files(_validate(content, str(path)))
+    config = _with_deepspeed_files(validated(RunConfig, content, str(path)))
     check_config(
         config, *(load_deepspeed_json(p) for p in (config.deepspeed.decoder, config.deepspeed.encoders))
     )
@@ -85,9 +87,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_resolved_config(path: Path) -> RunConfig:
     """The config that `write_config` wrote, not checked against files outside (they may be gone)."""
-    content = _read_yaml(path)
+    content = read_yaml(path)
     content.pop("provenance", None)
-    return _validate(content, str(path))
+    return validated(RunConfig, content, str(path))
 
 
 def load_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def write_config(config: RunConfig, path: Path, provenance: Mapping[str, Any]) -
 def _read_pipeline(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself")
-    content = _read_yaml(path)
+    content = read_yaml(path)
     bases = content.pop("extends", [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
@@ -152,7 +154,12 @@ def _with_deepspeed_files(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"deepspeed": files.model_copy(update=found)})
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, in which no key is given twice.
+
+    Raises:
+        ConfigError: the file is missing or is not that.
+    """
     try:
         content = yaml.load(path.read_text(), _UniqueKeyLoader)
     except FileNotFoundError:
@@ -179,19 +186,24 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _validate(content: dict[str, Any], origin: str) -> RunConfig:
+def validated(model: type[SomeSection], content: dict[str, Any], origin: str) -> SomeSection:
+    """The section that a mapping describes.
+
+    Raises:
+        ConfigError: all mistakes, by their keys.
+    """
     try:
-        return RunConfig.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        lines = [f"  {_describe(problem)}" for problem in error.errors()]
+        lines = [f"  {_describe(model, problem)}" for problem in error.errors()]
         raise ConfigError("\n".join([f"{origin}: {len(lines)} mistake(s)", *lines])) from None
 
 
-def _describe(problem: Any) -> str:
+def _describe(model: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"] if part != "[key]"]
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        section = _section(location[:-1])
+        section = _section(model, location[:-1])
         if (replacement := _REPLACED_KEYS.get((section, location[-1]))) is not None:
             return f"{where}: no longer a key; {replacement.format(given=problem['input'])}"
         known = list(section.model_fields)
@@ -203,15 +215,19 @@ def _describe(problem: Any) -> str:
     return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
 
 
-def _section(location: list[str]) -> type[BaseModel]:
-    model: type[BaseModel] = RunConfig
+def _section(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    """The section at a place in another, through mappings and lists of sections."""
     names = iter(location)
     for name in names:
         annotation: Any = model.model_fields[name].annotation
-        if typing.get_origin(annotation) is dict:
-            next(names, None)
-            annotation = typing.get_args(annotation)[1]
         if isinstance(annotation, types.UnionType):
             annotation = next(option for option in annotation.__args__ if option is not type(None))
+        if typing.get_origin(annotation) in (dict, tuple, list):
+            next(names, None)
+            annotation = next(kind for kind in typing.get_args(annotation) if _is_section(kind))
         model = annotation
     return model
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
