@@ -1,0 +1,109 @@
+"""The files of a task's data as their owner distributes them: unpacked, or in an archive."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from metalm.errors import DataError
+
+MAX_FILE_BYTES = 8 * 2**30
+"""Of a member of an archive, so that none can fill the memory or the disk."""
+
+
+class DataFiles:
+    """A folder, and an archive in it for what is not unpacked."""
+
+    def __init__(self, folder: Path, archive: str | None = None) -> None:
+        """
+        Raises:
+            DataError: the folder is not there, or its archive is damaged.
+        """
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not there: put the dataset's files into it, or give --data")
+        self.folder = folder
+        self._archive = folder / archive if archive is not None else None
+
+    def names(self, pattern: str) -> list[str]:
+        """The files that a pattern names, sorted.
+
+        Raises:
+            DataError: there is none.
+        """
+        if ".." in Path(pattern).parts or Path(pattern).is_absolute():
+            raise DataError(f"{pattern} is outside of {self.folder}")
+        found = sorted(
+            str(path.relative_to(self.folder)) for path in self.folder.glob(pattern) if path.is_file()
+        )
+        if not found:
+            found = sorted(fnmatch.filter(self._members, pattern))
+        if not found:
+            place = f" or in {self._archive.name}" if self._archive and self._archive.exists() else ""
+            raise DataError(f"{self.folder / pattern} is not there{place}")
+        return found
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file, to be read from its front.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        path = self.folder / name
+        try:
+            if path.is_file():
+                return path.open("rb")
+            if name in self._members:
+                return self._members[name]()
+        except (OSError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} is not there")
+
+    def read(self, name: str) -> bytes:
+        """All of a file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        with self.open(name) as handle:
+            try:
+                return handle.read()
+            except (OSError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+                raise DataError(f"{self.folder / name} cannot be read: {error}") from None
+
+    def all_names(self, patterns: Sequence[str]) -> Iterator[str]:
+        """The files of several patterns, in the order of these."""
+        for pattern in patterns:
+            yield from self.names(pattern)
+
+    @functools.cached_property
+    def _members(self) -> dict[str, Callable[[], IO[bytes]]]:
+        """By name, how each file in the archive is opened."""
+        if self._archive is None or not self._archive.is_file():
+            return {}
+        try:
+            if zipfile.is_zipfile(self._archive):
+                packed = zipfile.ZipFile(self._archive)
+                return {
+                    info.filename: functools.partial(packed.open, info)
+                    for info in packed.infolist()
+                    if not info.is_dir() and info.file_size <= MAX_FILE_BYTES
+                }
+            tar = tarfile.open(self._archive)  # noqa: SIM115 - its members are read as long as this lives
+            return {
+                info.name.removeprefix("./"): functools.partial(_extract, tar, info)
+                for info in tar
+                if info.isfile() and info.size <= MAX_FILE_BYTES
+            }
+        except (OSError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self._archive} is no zip or tar file: {error}") from None
+
+
+def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    member = tar.extractfile(info)
+    assert member is not None
+    return member

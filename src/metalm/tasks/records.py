@@ -1,0 +1,213 @@
+"""The records of a task: its fields, options and answers, and what was left out, counted by cause."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metalm.errors import ConfigError, DataError
+from metalm.tasks.data_files import DataFiles
+from metalm.tasks.filters import apply, as_text
+from metalm.tasks.places import NOTHING, values_at
+from metalm.tasks.readers import BadRecord, MediaFile, Record, read_records
+from metalm.tasks.task_file import OwnOptions, TaskFile, placeholders
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One record, ready to be worded."""
+
+    key: str
+    """Split and number, the same whatever else is read."""
+    fields: Mapping[str, Any]
+    """Values of the task's fields, and `MediaFile` for its images and clips."""
+    options: tuple[str, ...]
+    """Texts; none: the answer is free."""
+    answers: tuple[str, ...]
+    """What may be learnt; with options the right one alone."""
+    references: tuple[str, ...]
+    """All answers that count as right."""
+    group: str = ""
+
+
+@dataclass
+class Tally:
+    """What became of records, and of the examples made of them."""
+
+    kept: int = 0
+    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By cause, how many records were left out, and where the first of them is."""
+
+    def drop(self, bad: BadRecord) -> None:
+        """Count a record that is left out."""
+        count, first = self.dropped.get(bad.cause, (0, bad.place))
+        self.dropped[bad.cause] = (count + 1, first)
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield f"{self.kept:,} kept"
+        for cause, (count, first) in sorted(self.dropped.items()):
+            yield f"{count:,} left out: {cause.replace('_', ' ')} (the first: {first})"
+
+
+class TaskData:
+    """The records of a task, split by split."""
+
+    def __init__(self, task: TaskFile, root: Path, *, seed: int = 0) -> None:
+        """
+        Args:
+            root: the folder of all tasks' data.
+            seed: of the records that `take` draws.
+
+        Raises:
+            DataError: the task's folder is not there.
+        """
+        self.task, self._seed = task, seed
+        self.files = DataFiles(root / task.data.folder, task.data.archive)
+
+    def records(self, split: str, tally: Tally | None = None) -> list[TaskRecord]:
+        """The records of a split, in their order; at most `take` of them, drawn from all.
+
+        Args:
+            tally: counts them, and what is left out.
+
+        Raises:
+            ConfigError: there is no such split, or the files lack a column.
+            DataError: a file is missing or damaged, or no record can be used.
+        """
+        data = self.task.data
+        if split not in data.splits:
+            raise ConfigError(f"{self.task.task} has no split {split}; it has {', '.join(data.splits)}")
+        tally = Tally() if tally is None else tally
+        kept = _drawn(
+            self._usable(split, tally), data.take.get(split), f"{self._seed} {self.task.task} {split}"
+        )
+        if not kept:
+            raise DataError(
+                "\n  ".join([f"{self.task.task}: no record of {split} can be used", *tally.lines()])
+            )
+        tally.kept += len(kept)
+        return kept
+
+    def _usable(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
+        data = self.task.data
+        if split in data.hold_out:
+            held_out = data.hold_out[split]
+            yield from deque(self._of_file(held_out.of, tally), held_out.last)
+            return
+        last = sum(one.last for one in data.hold_out.values() if one.of == split)
+        waiting: deque[TaskRecord] = deque()
+        for record in self._of_file(split, tally):
+            waiting.append(record)
+            if len(waiting) > last:
+                yield waiting.popleft()
+
+    def _of_file(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
+        for number, content in enumerate(read_records(self.task.data, self.files, split)):
+            made = (
+                content
+                if isinstance(content, BadRecord)
+                else self._make(content, f"{split}:{number}", number)
+            )
+            if isinstance(made, BadRecord):
+                tally.drop(made)
+            elif made is not None:
+                yield made
+
+    def _make(self, content: Record, key: str, number: int) -> TaskRecord | BadRecord | None:
+        task = self.task
+        fields: dict[str, Any] = {}
+        for name, place in task.data.fields.items():
+            where, *filters = place.split("|")
+            where, optional = where.strip().removesuffix("?"), where.strip().endswith("?")
+            value = values_at(content, where)
+            if value is NOTHING and not optional:
+                if number == 0:
+                    raise ConfigError(
+                        f"{task.task}: the data have no {where!r} (field {name}); they have "
+                        f"{', '.join(map(str, content))}"
+                    )
+                return BadRecord(f"no_{name}", key)
+            try:
+                fields[name] = apply(filters, "" if value is NOTHING else value, task.maps)
+            except (LookupError, ValueError, TypeError):
+                return BadRecord(f"unusable_{name}", key)
+        for name, values in task.data.drop.items():
+            if as_text(fields[name]) in values:
+                return None
+        for name, pattern in task.data.media.items():
+            fields[name] = MediaFile(self.files, filled_in(pattern, fields, task.maps))
+        return self._with_answers(fields, key)
+
+    def _with_answers(self, fields: dict[str, Any], key: str) -> TaskRecord | BadRecord:
+        task = self.task
+        answer = fields[task.answer]
+        group = as_text(fields[task.group]) if task.group else ""
+        if task.options is not None:
+            options = _options(task.options, fields)
+            if len(options) < 2:
+                return BadRecord("fewer_than_two_options", key)
+            if (text := options.get(as_text(answer))) is None:
+                return BadRecord(f"unknown_{task.answer}", f"{key}, {as_text(answer)!r}")
+            return TaskRecord(key, fields, tuple(options.values()), (text,), (text,), group)
+        answers = _texts(answer)
+        if not answers and task.if_empty is not None:
+            answers = (task.if_empty,)
+        if not answers:
+            return BadRecord(f"empty_{task.answer}", key)
+        references = _texts(fields[task.references]) if task.references else ()
+        return TaskRecord(key, fields, (), answers, references or answers, group)
+
+
+def filled_in(line: str, fields: Mapping[str, Any], maps: Mapping[str, Mapping[str, str]]) -> str:
+    """A line of a template with the values of its fields.
+
+    Raises:
+        LookupError, ValueError: a value does not suit a filter.
+    """
+    filled = []
+    for text, name, _, _ in string.Formatter().parse(line):
+        filled.append(text)
+        if name is not None:
+            (named,) = placeholders("{" + name + "}")
+            filled.append(as_text(apply(named[1], fields[named[0]], maps)))
+    return "".join(filled)
+
+
+def _options(options: Mapping[str, str] | OwnOptions, fields: Mapping[str, Any]) -> dict[str, str]:
+    """The text of each option by its key; none where keys and texts do not fit each other."""
+    if not isinstance(options, OwnOptions):
+        return dict(options)
+    texts = _texts(
+        fields[options.texts] if isinstance(options.texts, str) else [fields[n] for n in options.texts]
+    )
+    if options.keys is None:
+        keys: tuple[str, ...] = tuple(map(str, range(len(texts))))
+    else:
+        keys = _texts(fields[options.keys]) if isinstance(options.keys, str) else tuple(options.keys)
+    return dict(zip(keys, texts, strict=True)) if len(keys) == len(texts) else {}
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """One text or several, without empty ones."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(text for text in (as_text(one).strip() for one in values) if text)
+
+
+def _drawn(records: Iterator[TaskRecord], count: int | None, seed: str) -> list[TaskRecord]:
+    """All, or `count` of them, each with the same probability, in their order (Vitter's algorithm R)."""
+    if count is None:
+        return list(records)
+    draw = random.Random(seed)
+    kept: list[tuple[int, TaskRecord]] = []
+    for number, record in enumerate(records):
+        if number < count:
+            kept.append((number, record))
+        elif (place := draw.randrange(number + 1)) < count:
+            kept[place] = (number, record)
+    return [record for _, record in sorted(kept, key=lambda one: one[0])]
