@@ -142,6 +142,24 @@ def _run_command(arguments: Sequence[str]) -> int | None:
         command.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
         command.add_argument("--device", default="cpu")
 
+    tasks = commands.add_parser("tasks", help="look at task files and their data").add_subparsers(
+        dest="what", required=True, parser_class=ToolParser
+    )
+    tasks.add_parser("list", help="the tasks that come with MetaLM").set_defaults(run=_list_tasks)
+    check = tasks.add_parser("check", help="read all of a task's data, and word them in every way")
+    check.set_defaults(run=_check_task)
+    show = tasks.add_parser("show", help="print the first examples of a split as they are learnt")
+    show.set_defaults(run=_show_task)
+    for command in (check, show):
+        command.add_argument("task", help="a file, or the name of one that comes with MetaLM")
+        command.add_argument(
+            "--data", type=Path, default=Path("data/tasks"), help="folder of all tasks' data"
+        )
+    show.add_argument("--split", help="default: that which the task is evaluated on")
+    show.add_argument("-n", "--examples", type=int, default=3)
+    show.add_argument("--template", metavar="ID", help="default: all")
+    show.add_argument("--pictures", type=Path, metavar="FOLDER", help="write images, with their texts, there")
+
     options, rest = parser.parse_known_args(arguments)
     # argparse does not take positional arguments up again after an option: `train X.yaml --dry-run a.b=c`.
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
@@ -219,6 +237,29 @@ def _chat(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         device=options.device,
     )
+
+
+def _list_tasks(options: argparse.Namespace) -> None:
+    from metalm.tasks.showing import list_tasks
+
+    for line in list_tasks():
+        print(line)
+
+
+def _check_task(options: argparse.Namespace) -> None:
+    from metalm.tasks.showing import check_task
+
+    for line in check_task(options.task, options.data):
+        print(line)
+
+
+def _show_task(options: argparse.Namespace) -> None:
+    from metalm.tasks.showing import show_task
+
+    for line in show_task(
+        options.task, options.data, options.split, options.examples, options.template, options.pictures
+    ):
+        print(line)
 
 
 def _status(options: argparse.Namespace) -> int | None:

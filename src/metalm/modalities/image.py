@@ -14,6 +14,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -254,6 +255,11 @@ def prepare_image(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
         upright.info.pop("exif", None)  # it would have the image turned once more
         upright.save(buffer, kind, quality=JPEG_QUALITY)
         return SUFFIXES[kind], buffer.getvalue()
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write pixels [height, width, 3] uint8 to a file."""
+    Pillow.fromarray(pixels).save(path, "PNG")
 
 
 def caption_picture(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
