@@ -179,7 +179,7 @@ def test_an_encoder_with_a_tokenizer_of_its_own_reads_its_tokens(
 ) -> None:
     own = save_tokenizer(tmp_path)
     maker = make_maker({"text": "text"}, overflow, own=SpanRetokenizer(own, tokenizer, LONGEST))
-    short, text = "the fox", "a quick brown fox, über lazy dogs"
+    short, text = "the fox", "a quick brown fox, über, and lazy dogs"
     example = Example((encoded(short), trained("a"), ExamplePart("\n\n"), encoded(text), trained("z")))
     made = maker.make(example)
     row = lay_out([made.document], tokenizer)
