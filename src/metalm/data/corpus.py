@@ -6,10 +6,11 @@ Data workers and refused starts import this, so torch is left out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from metalm.config.model_schema import TEXT
-from metalm.config.schema import RunConfig
+from metalm.config.schema import Overflow, RunConfig
+from metalm.data.documents.examples import ExampleMaker
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.sources import Source, open_sources
@@ -84,6 +85,27 @@ class Corpus:
         """
         config = self.config
         return PairMaker(source, self._media_readers, config.model.encoders, config.data.sequence_length)
+
+    def example_maker(self, readers: Mapping[str, str], *, overflow: Overflow = "split") -> ExampleMaker:
+        """What makes documents of examples.
+
+        Args:
+            readers: the encoder of each modality, by name; text whose encoder the model lacks is read by the
+                decoder.
+            overflow: see `ExampleMaker`.
+
+        Raises:
+            ConfigError, DataError: as `ExampleMaker` and `Media.reader`.
+        """
+        return ExampleMaker(
+            self.tokenizer,
+            readers,
+            media_readers=self._media_readers,
+            encoders=self.config.model.encoders,
+            retokenizer=self._retokenizer,
+            sequence_length=self.config.data.sequence_length,
+            overflow=overflow,
+        )
 
     def retokenizer(self, source: Source) -> SpanRetokenizer | None:
         """For a source of text whose reader has a tokenizer of its own.

@@ -24,8 +24,9 @@ class ExamplePart:
 class Example:
     """What becomes one document: parts in their order.
 
-    Neighbouring encoded parts of one encoder form one span; an image or a clip begins a new one. An encoded
-    text that shall be a span of its own behind another stands behind an empty part that is not encoded.
+    Neighbouring encoded texts are one text, and encoded parts of one encoder one span; an image or a clip
+    begins a new one. An encoded text that shall be a span of its own behind another stands behind an empty
+    part that is not encoded.
     """
 
     parts: tuple[ExamplePart, ...]

@@ -15,7 +15,7 @@ import tokenizers
 from metalm.config.model_schema import EncoderConfig
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, Part
-from metalm.errors import DataError
+from metalm.errors import BadSample, DataError
 
 
 class SpanRetokenizer:
@@ -23,6 +23,38 @@ class SpanRetokenizer:
 
     def __init__(self, own: tokenizers.Tokenizer, shared: Tokenizer, longest: int) -> None:
         self._own, self._shared, self._longest = own, shared, longest
+
+    def ids(self, text: str) -> np.ndarray:
+        """The encoder's tokens of a text [n] int64, with the special ones that it has around it."""
+        return np.array(self._own.encode(text).ids, np.int64)
+
+    def split(self, text: str) -> list[str]:
+        """A text in consecutive pieces that the encoder reads, each as long as may be.
+
+        Raises:
+            BadSample: `too_long`, a single character that has too many tokens.
+        """
+        pieces = []
+        while text:
+            pieces.append(self.cut(text, self._longest, keeps_end=False))
+            text = text[len(pieces[-1]) :]
+        return pieces
+
+    def cut(self, text: str, longest: int, *, keeps_end: bool) -> str:
+        """The beginning of a text, or its end, that has at most so many tokens.
+
+        Raises:
+            BadSample: `too_long`, a single character has more.
+        """
+        if len(self.ids(text)) <= longest:
+            return text
+        offsets = self._own.encode(text, add_special_tokens=False).offsets
+        # A piece alone can have more tokens than it has within the text.
+        for count in range(min(longest, len(offsets)), 0, -1):
+            kept = text[offsets[-count][0] :] if keeps_end else text[: offsets[count - 1][1]]
+            if kept and len(self.ids(kept)) <= longest:
+                return kept
+        raise BadSample("too_long")
 
     def refit(self, documents: Sequence[Document], length: int) -> tuple[list[Document], int]:
         """Put the encoder's tokens in the places of the spans, and cut the row where it is full.
@@ -45,7 +77,7 @@ class SpanRetokenizer:
             at += document.begins
             for part in document.parts:
                 if part.reader is not None and len(part):
-                    ids = self._own_ids(part)
+                    ids = self.ids(self._shared.decode(part.tokens))
                     fits = not is_full and 0 < len(ids) <= self._longest
                     if fits and at + grown + len(ids) > length:
                         is_full, fits = True, False
@@ -61,9 +93,6 @@ class SpanRetokenizer:
             at += document.ends
             refitted.append(replace(document, parts=tuple(parts)))
         return _cut(refitted, length), min(at, length - grown)
-
-    def _own_ids(self, part: Part) -> np.ndarray:
-        return np.array(self._own.encode(self._shared.decode(part.tokens)).ids, np.int64)
 
 
 def load_retokenizer(encoder: EncoderConfig, shared: Tokenizer) -> SpanRetokenizer | None:

@@ -1,0 +1,246 @@
+"""Examples to documents: who reads each part, what is trained on, and what becomes of texts too long.
+
+Training rows, prompts, demonstrations and the options of a question all go through `ExampleMaker`, so their
+tokens are laid out alike. A text that an encoder reads and the plain text behind it are told apart by the end
+of the span; where the decoder reads both, `</s>` stands between them instead, unless a blank line does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from metalm.config.model_schema import TEXT, EncoderConfig
+from metalm.config.schema import Overflow
+from metalm.data.documents.example import Example, ExamplePart
+from metalm.data.documents.retokenize import SpanRetokenizer
+from metalm.data.tokenizer import BLANK_LINE, Tokenizer
+from metalm.document import Document, Part
+from metalm.errors import BadSample, ConfigError
+from metalm.modalities import MEDIA, MediaReader
+
+
+class MadeExample(NamedTuple):
+    """The document of an example."""
+
+    document: Document
+    """Its images and clips are not decoded yet: see `Document.decoded` and `ExampleMaker.read`."""
+    num_cut: int
+    """Tokens of encoded text that were dropped, as `overflow` says."""
+
+
+class ExampleMaker:
+    """Makes documents of examples, for one assignment of readers."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        readers: Mapping[str, str],
+        *,
+        media_readers: Mapping[str, MediaReader],
+        encoders: Mapping[str, EncoderConfig],
+        retokenizer: Callable[[str], SpanRetokenizer | None],
+        sequence_length: int,
+        overflow: Overflow,
+    ) -> None:
+        """
+        Args:
+            readers: the encoder of each modality, by name. Text without one is read by the decoder itself.
+            media_readers, encoders: of the model, by name.
+            retokenizer: what an encoder of text with a tokenizer of its own needs, by name.
+            sequence_length: a document has at most so many positions.
+            overflow: what becomes of a text that is longer than its encoder's `max_text_positions`. `split`:
+                consecutive spans; `cut_left`, `cut_right`: it loses its beginning or its end, and more of it
+                where the row is too short.
+
+        Raises:
+            ConfigError: the encoder of text reads none, or one of images or clips does not read those.
+            DataError: as `load_retokenizer`.
+        """
+        self._tokenizer, self._sequence_length, self._overflow = tokenizer, sequence_length, overflow
+        self._readers = {modality: name for modality, name in readers.items() if name in encoders}
+        self._media_readers = media_readers
+        for modality, name in self._readers.items():
+            if modality != TEXT and encoders[name].section(modality) is None:
+                raise ConfigError(f"encoder {name} does not read any {modality}: name another as its reader")
+        self._text_reader = self._readers.get(TEXT)
+        self._longest_text, self._own = 0, None
+        if self._text_reader is not None:
+            self._longest_text = encoders[self._text_reader].max_text_positions
+            if not self._longest_text:
+                raise ConfigError(
+                    f"encoder {self._text_reader} reads no text: name another as the reader of text, or none"
+                )
+            if encoders[self._text_reader].media is None:
+                self._own = retokenizer(self._text_reader)
+
+    def make(self, example: Example, *, is_open: bool = False) -> MadeExample:
+        """The document of an example.
+
+        Args:
+            is_open: without `</d>`, for the decoder to go on from: of prompts, and of options that more
+                follows.
+
+        Raises:
+            BadSample: `too_long` for a row, or the header of an image or a clip shows that it cannot be used.
+            ConfigError: no reader of its images or clips.
+        """
+        pieces = self._pieces(example)
+        texts = [piece for piece in pieces if isinstance(piece, _EncodedText)]
+        room = self._sequence_length - 1 - (not is_open)
+        room -= sum(len(piece) for piece in pieces if isinstance(piece, Part))
+        limit = self._longest_text
+        if self._overflow != "split" and _positions(texts, limit) > room:
+            limit = _largest_fitting(texts, limit, room)
+        parts: list[Part] = []
+        num_cut = 0
+        for piece in pieces:
+            if isinstance(piece, Part):
+                parts.append(piece)
+            elif self._overflow == "split":
+                parts += piece.split(limit)
+            else:
+                kept = piece.cut(limit)
+                num_cut += len(piece) - len(kept)
+                parts.append(kept)
+        document = Document(tuple(parts), ends=not is_open)
+        if len(document) > self._sequence_length:
+            raise BadSample("too_long")
+        return MadeExample(document, num_cut)
+
+    def read(self, part: Part) -> np.ndarray:
+        """An image or a clip as its encoder is fed it: see `Document.decoded`.
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        assert part.reader is not None and isinstance(part.content, (bytes, memoryview))
+        return self._media_readers[part.reader].read(part.content)
+
+    def _pieces(self, example: Example) -> list[Part | _EncodedText]:
+        """Parts, and texts that the encoder reads; neighbouring ones of the example are one."""
+        pieces: list[Part | _EncodedText] = []
+        waiting: list[str] = []  # encoded texts, for what follows them ends the run
+        for part in (*example.parts, None):
+            if part is not None and part.is_encoded and part.modality == TEXT:
+                assert isinstance(part.content, str) and not part.is_trained
+                waiting.append(part.content)
+                continue
+            if text := "".join(waiting):
+                pieces += self._encoded(text, part)
+            waiting = []
+            if part is not None:
+                pieces.append(self._plain(part) if part.modality == TEXT else self._media(part))
+        return pieces
+
+    def _encoded(self, text: str, following: ExamplePart | None) -> list[Part | _EncodedText]:
+        if self._text_reader is not None:
+            keeps_end = self._overflow == "cut_left"
+            return [_EncodedText(text, self._text_reader, self._tokenizer, self._own, keeps_end)]
+        if not _is_apart(text, following):
+            text += BLANK_LINE
+        return [self._tokens(text, 0.0)]
+
+    def _plain(self, part: ExamplePart) -> Part:
+        assert isinstance(part.content, str)
+        return self._tokens(part.content, float(part.is_trained))
+
+    def _tokens(self, text: str, weight: float) -> Part:
+        return Part(TEXT, self._tokenizer.encode([text])[0], weight=weight)
+
+    def _media(self, part: ExamplePart) -> Part:
+        assert isinstance(part.content, (bytes, memoryview))
+        media = MEDIA[part.modality]
+        reader = self._readers.get(part.modality)
+        if reader is None:
+            raise ConfigError(
+                f"an example holds one or more {media.unit}, which only an encoder reads: name an encoder of "
+                f"the model in its readers, such as {{{part.modality}: NAME}}"
+            )
+        placeholder = self._tokenizer.paragraph_id
+        return replace(media.part(part.content, self._media_readers[reader], reader, placeholder), weight=0.0)
+
+
+@dataclass(frozen=True)
+class _EncodedText:
+    """A text that an encoder reads, however long it is."""
+
+    text: str
+    reader: str
+    shared: Tokenizer
+    own: SpanRetokenizer | None
+    """Where the encoder has a tokenizer of its own."""
+    keeps_end: bool
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def split(self, longest: int) -> list[Part]:
+        """Spans of at most so many positions, with parts of no tokens that keep them apart."""
+        if self.own is not None:
+            parts = [self._part(text) for text in self.own.split(self.text)]
+        else:
+            tokens = self._whole.tokens
+            firsts = range(0, len(tokens), longest)
+            parts = [replace(self._whole, tokens=tokens[first : first + longest]) for first in firsts]
+        apart = Part(TEXT, np.empty(0, np.int32), weight=0.0)
+        return [one for part in parts for one in (apart, part)][1:]
+
+    def cut(self, longest: int) -> Part:
+        """One span of at most so many positions."""
+        if len(self) <= longest:
+            return self._whole
+        if self.own is not None:
+            return self._part(self.own.cut(self.text, longest, keeps_end=self.keeps_end))
+        tokens = self._whole.tokens
+        kept = tokens[len(tokens) - longest :] if self.keeps_end else tokens[:longest]
+        return replace(self._whole, tokens=kept)
+
+    @functools.cached_property
+    def _whole(self) -> Part:
+        return self._part(self.text)
+
+    def _part(self, text: str) -> Part:
+        tokens = self.shared.encode([text])[0]
+        if self.own is None:
+            return Part(TEXT, tokens, self.reader, weight=0.0)
+        ids = self.own.ids(text)
+        # The position before the span predicts the text's own first token, as it does in rows of text.
+        same = np.full(len(ids), tokens[0], np.int32)
+        return Part(TEXT, same, self.reader, weight=0.0, content=ids)
+
+
+def _is_apart(text: str, following: ExamplePart | None) -> bool:
+    """Whether a text that was to be encoded is told apart from what follows it."""
+    if text.endswith(BLANK_LINE):
+        return True
+    if following is None:
+        return False
+    content = following.content
+    return not isinstance(content, str) or content.startswith(BLANK_LINE)
+
+
+def _positions(texts: list[_EncodedText], limit: int) -> int:
+    return sum(len(text.cut(limit)) for text in texts)
+
+
+def _largest_fitting(texts: list[_EncodedText], limit: int, room: int) -> int:
+    """The largest length to which all texts are cut so that they have room together.
+
+    Raises:
+        BadSample: `too_long`, however much is cut.
+    """
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _positions(texts, middle) <= room:
+            low = middle
+        else:
+            high = middle
+    if not low:
+        raise BadSample("too_long")
+    return low
