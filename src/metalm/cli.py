@@ -142,6 +142,29 @@ def _run_command(arguments: Sequence[str]) -> int | None:
         command.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
         command.add_argument("--device", default="cpu")
 
+    evaluate_tasks = commands.add_parser("evaluate-tasks", help="score a run or an exported model on tasks")
+    evaluate_tasks.add_argument("model", type=Path, help="a run's folder, or one written by convert_to_hf.py")
+    evaluate_tasks.add_argument("--tasks", required=True, help="files or names, with commas between")
+    evaluate_tasks.add_argument(
+        "--data", type=Path, default=Path("data/tasks"), help="folder of all tasks' data"
+    )
+    evaluate_tasks.add_argument(
+        "--shots", help="numbers of demonstrations, such as 0,1,4: in-context wording"
+    )
+    evaluate_tasks.add_argument("--templates", type=int, help="average over so many wordings; default: 1")
+    evaluate_tasks.add_argument(
+        "--score-by", choices=("likelihood", "generation"), help="default: the task's"
+    )
+    evaluate_tasks.add_argument("--split", help="default: the task's")
+    evaluate_tasks.add_argument("--limit", type=int, help="questions of a task, drawn from all")
+    evaluate_tasks.add_argument("--seed", type=int, default=0, help="of demonstrations and --limit")
+    evaluate_tasks.add_argument("--readers", help="who reads what, such as text=scene,image=scene")
+    evaluate_tasks.add_argument("--overflow", choices=("split", "cut_left", "cut_right"), default="split")
+    evaluate_tasks.add_argument("--batch-size", type=int, default=16, help="documents at once, on each rank")
+    evaluate_tasks.add_argument("--device", default="cpu", help="of an exported model")
+    evaluate_tasks.add_argument("--out", type=Path, help="default: tasks/ in the model's folder")
+    evaluate_tasks.set_defaults(run=_evaluate_tasks)
+
     tasks = commands.add_parser("tasks", help="look at task files and their data").add_subparsers(
         dest="what", required=True, parser_class=ToolParser
     )
@@ -239,6 +262,43 @@ def _chat(options: argparse.Namespace) -> None:
     )
 
 
+def _evaluate_tasks(options: argparse.Namespace) -> None:
+    from metalm.evaluation.task_scores import TaskSettings
+    from metalm.tasks.task_file import load_task
+
+    tasks = [load_task(name) for name in _words(options.tasks)]
+    settings = TaskSettings(
+        data=options.data,
+        shots=tuple(map(int, _words(options.shots))) if options.shots else None,
+        templates=options.templates,
+        scored_by=options.score_by,
+        split=options.split,
+        limit=options.limit,
+        seed=options.seed,
+        readers=dict(word.split("=", 1) for word in _words(options.readers)) if options.readers else None,
+        overflow=options.overflow,
+    )
+    if (options.model / "config.json").is_file():
+        from metalm.conversion.export_answerer import evaluate_export
+
+        evaluate_export(
+            options.model, tasks, settings, options.out, batch_size=options.batch_size, device=options.device
+        )
+        return
+    from metalm.parallel.launch import find_launch
+    from metalm.training.check_start import open_run
+
+    corpus = open_run(options.model, find_launch(os.environ).world_size)
+    _set_up_libraries()
+    from metalm.training.evaluate_tasks import evaluate_run
+
+    evaluate_run(corpus, tasks, settings, options.out, batch_size=options.batch_size)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def _list_tasks(options: argparse.Namespace) -> None:
     from metalm.tasks.showing import list_tasks
 
@@ -288,21 +348,26 @@ def _preflight(options: argparse.Namespace) -> int | None:
 
 
 def _prepare_training(config: RunConfig) -> Corpus:
-    """Refuse what cannot start, and set up what the libraries of training read when they are imported.
-
-    DeepSpeed gets its device. Megatron has torch import its compiler for fused functions, none of which a
-    run calls: it is set not to. Its notes on what is not installed stay off the terminal.
-    """
+    """Refuse what cannot start, before anything that is slow to load is imported."""
     from metalm.parallel.launch import find_launch
     from metalm.training.check_start import check_start
 
     corpus = check_start(config, find_launch(os.environ).world_size)
+    _set_up_libraries()
+    return corpus
+
+
+def _set_up_libraries() -> None:
+    """Set what the libraries of training read when they are imported.
+
+    DeepSpeed gets its device. Megatron has torch import its compiler for fused functions, none of which a
+    run calls: it is set not to. Its notes on what is not installed stay off the terminal.
+    """
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-    return corpus
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
 CHECKPOINTS_NAME = "checkpoints"
+CONFIG_NAME = "config.yaml"
+"""The config of the run, in a checkpoint and in the run's folder."""
 STEP_NAME = re.compile(r"step_([0-9]{8,})")
 
 

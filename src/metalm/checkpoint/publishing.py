@@ -14,8 +14,7 @@ from torch import Tensor
 
 from metalm.checkpoint.format import INDEX_NAME, ParameterIndex, Piece, piece_name, rank_file, write_index
 from metalm.checkpoint.manifest import FileRecord, publish, record_file, remove, write_manifest
-from metalm.checkpoint.names import partial_folder
-from metalm.checkpoint.reader import CONFIG_NAME
+from metalm.checkpoint.names import CONFIG_NAME, partial_folder
 from metalm.checkpoint.state import STATE_NAME, RunFacts, RunState
 from metalm.checkpoint.writer import Shape, write_stream
 

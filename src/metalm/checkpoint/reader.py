@@ -18,7 +18,6 @@ from metalm.checkpoint.manifest import check_files, read_manifest, read_regular_
 from metalm.checkpoint.state import STATE_NAME, RunState, parse_state
 from metalm.errors import CheckpointError
 
-CONFIG_NAME = "config.yaml"
 DATA_FOLDER = "data"
 _LANES = re.compile(rf"{DATA_FOLDER}/lanes_[0-9]+\.json")
 

@@ -12,7 +12,8 @@ import yaml
 from torch import Tensor
 
 from metalm.checkpoint.folders import find_checkpoint
-from metalm.checkpoint.reader import CONFIG_NAME, CheckpointReader
+from metalm.checkpoint.names import CONFIG_NAME
+from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import RunConfig
 from metalm.config.load import load_resolved_config
 from metalm.conversion.mapping import Rule, conversion_rules

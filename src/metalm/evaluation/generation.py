@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from metalm.config import RunConfig
 from metalm.data.collate import collate
@@ -18,6 +19,7 @@ from metalm.data.row import Row, lay_out
 from metalm.data.sources import Source
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document
+from metalm.evaluation.beam_search import beam_search
 from metalm.objectives import Model, encode
 from metalm.parallel.topology import Topology
 
@@ -106,38 +108,98 @@ def generate_greedily(
     """Continue each prompt with its most likely tokens, up to and without `</d>`.
 
     Args:
-        prompts: open rows of one document each, the same on all ranks.
+        prompts: open rows of one document each, as many on all ranks; each data-parallel rank has its own.
 
     Collective: all ranks.
     """
-    multiple = topology.tensor_size if config.parallel.sequence_parallel else 1
-    wanted = -(-(max(len(p.tokens) for p in prompts) + max_new_tokens) // multiple) * multiple
-    longest = min(wanted, config.data.sequence_length)
-    rows = [_with_room(prompt, longest, tokenizer.pad_id) for prompt in prompts]
-    batch = collate(
-        rows,
-        model_config=config.model,
-        sequence_length=longest,
-        tp_size=topology.tensor_size,
-        pad_id=tokenizer.pad_id,
-    ).to(topology.device)
-    row_numbers = torch.arange(len(prompts), device=topology.device)
-    lengths = torch.tensor([len(p.tokens) for p in prompts], device=topology.device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=topology.device)
-    generated: list[torch.Tensor] = []
     with evaluating(model):
-        encoded = encode(model, batch, topology)
-        while not bool((finished | (lengths >= longest)).all()) and len(generated) < max_new_tokens:
-            last = (lengths - 1).clamp(max=longest - 1)
-            logits = model.decoder(batch, encoded, logits_at=row_numbers * longest + last)
-            token = logits.argmax(dim=-1)
-            token = torch.where(lengths >= longest, tokenizer.document_id, token)
-            finished = finished | (token == tokenizer.document_id)
-            generated.append(torch.where(finished, tokenizer.document_id, token))
-            batch.tokens[row_numbers, lengths.clamp(max=longest - 1)] = generated[-1]
-            lengths = lengths + 1
-    columns = torch.stack(generated, dim=1).tolist() if generated else [[] for _ in prompts]
-    return [list(_until(column, tokenizer.document_id)) for column in columns]
+        started = _Started(model, topology, config, tokenizer, prompts, 1, max_new_tokens)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        finished = [room == 0 for room in started.rooms]
+        while started.any_goes_on(not all(finished)):
+            chosen = started.next_logits(tokens).argmax(dim=-1).tolist()
+            for number, token in enumerate(chosen):
+                if not finished[number] and token != tokenizer.document_id:
+                    tokens[number].append(token)
+                finished[number] |= (
+                    token == tokenizer.document_id or len(tokens[number]) == started.rooms[number]
+                )
+    return tokens
+
+
+def generate_by_beams(
+    model: EvaluatedModel,
+    topology: Topology,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Row],
+    max_new_tokens: int,
+    *,
+    num_beams: int,
+    length_penalty: float,
+) -> list[list[int]]:
+    """Continue each prompt by beam search, up to and without `</d>`; see `generate_greedily`.
+
+    Collective: all ranks.
+    """
+    with evaluating(model):
+        started = _Started(model, topology, config, tokenizer, prompts, num_beams, max_new_tokens)
+        return beam_search(
+            started.next_logits,
+            len(prompts),
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            max_new_tokens=started.rooms,
+            end=tokenizer.document_id,
+            any_goes_on=started.any_goes_on,
+        )
+
+
+class _Started:
+    """Prompts in a batch with room behind them, encoded once."""
+
+    def __init__(
+        self,
+        model: EvaluatedModel,
+        topology: Topology,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Row],
+        copies: int,
+        max_new_tokens: int,
+    ) -> None:
+        self._model, self._topology = model, topology
+        multiple = topology.tensor_size if config.parallel.sequence_parallel else 1
+        wanted = -(-(max(len(p.tokens) for p in prompts) + max_new_tokens) // multiple) * multiple
+        self._longest = min(wanted, config.data.sequence_length)
+        self.rooms = [min(max_new_tokens, self._longest - len(p.tokens)) for p in prompts]
+        """New tokens for which each prompt has room."""
+        self._starts = [len(p.tokens) for p in prompts for _ in range(copies)]
+        self._batch = collate(
+            [_with_room(p, self._longest, tokenizer.pad_id) for p in prompts for _ in range(copies)],
+            model_config=config.model,
+            sequence_length=self._longest,
+            tp_size=topology.tensor_size,
+            pad_id=tokenizer.pad_id,
+        ).to(topology.device)
+        self._encoded = encode(model, self._batch, topology)
+
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [prompts * copies, vocabulary] of what follows each prompt and these tokens of it."""
+        places = []
+        for row, (start, following) in enumerate(zip(self._starts, tokens, strict=True)):
+            end = start + len(following)
+            self._batch.tokens[row, start:end] = torch.tensor(following, dtype=self._batch.tokens.dtype)
+            places.append(row * self._longest + end - 1)
+        at = torch.tensor(places, device=self._topology.device)
+        logits: torch.Tensor = self._model.decoder(self._batch, self._encoded, logits_at=at)
+        return logits
+
+    def any_goes_on(self, own: bool) -> bool:
+        """Whether any data-parallel rank is not done: they gather sharded weights together."""
+        going = torch.tensor([int(own)], device=self._topology.device)
+        dist.all_reduce(going, op=dist.ReduceOp.MAX, group=self._topology.data_group)
+        return bool(going)
 
 
 def _with_room(prompt: Row, length: int, pad_id: int) -> Row:
@@ -149,10 +211,3 @@ def _with_room(prompt: Row, length: int, pad_id: int) -> Row:
         loss_weights=np.concatenate((prompt.loss_weights, np.zeros(missing, np.float32))),
         document_ends=[length],
     )
-
-
-def _until(tokens: list[int], end: int) -> Iterator[int]:
-    for token in tokens:
-        if token == end:
-            return
-        yield token

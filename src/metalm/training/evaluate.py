@@ -11,8 +11,8 @@ from metalm.evaluation.generation import generate_samples
 from metalm.evaluation.losses import held_out_losses
 from metalm.objectives import build_objective
 from metalm.training.checkpoint import CheckpointStore
-from metalm.training.engines import build_engines
-from metalm.training.session import open_session
+from metalm.training.engines import Engines, build_engines
+from metalm.training.session import Session, open_session
 from metalm.training.start import decide_start, load_start
 
 
@@ -30,12 +30,7 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
         raise ConfigError("data.evaluation has no source to evaluate on")
     objective = build_objective(config)
     with open_session(corpus) as session:
-        store = CheckpointStore(session.run_folder, config, session.topology)
-        start = decide_start(corpus, store)
-        if start.checkpoint is None:
-            raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
-        engines = build_engines(config, session.topology, start.given)
-        load_start(start, config, session.topology, engines)
+        engines, step = load_newest(corpus, session)
         session.log.open()
         losses = held_out_losses(engines, session.topology, corpus, objective)
         for name, source in corpus.held_out.items() if objective.generates else ():
@@ -51,11 +46,28 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
                 lines = (json.dumps({"reference": s.reference, "generated": s.generated}) for s in samples)
                 _replace(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
         if session.is_first:
-            result = {"step": start.checkpoint.step, "losses": losses}
+            result = {"step": step, "losses": losses}
             _replace(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
             for name, loss in losses.items():
                 print(f"{name:<40} {loss:8.4f} {objective.loss_unit}".rstrip())
     return 0
+
+
+def load_newest(corpus: Corpus, session: Session) -> tuple[Engines, int]:
+    """The engines of a run's newest whole checkpoint, and its step.
+
+    Raises:
+        CheckpointError: the run has no whole checkpoint.
+
+    Collective: all ranks.
+    """
+    config, topology = corpus.config, session.topology
+    start = decide_start(corpus, CheckpointStore(session.run_folder, config, topology))
+    if start.checkpoint is None:
+        raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
+    engines = build_engines(config, topology, start.given)
+    load_start(start, config, topology, engines)
+    return engines, start.checkpoint.step
 
 
 def _replace(path: Path, content: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from metalm.checkpoint.names import CHECKPOINTS_NAME
-from metalm.checkpoint.reader import CONFIG_NAME, CheckpointReader
+from metalm.checkpoint.names import CHECKPOINTS_NAME, CONFIG_NAME
+from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.state import RunState, first_mistake
 from metalm.config import ModelConfig, RunConfig, write_config
 from metalm.data.corpus import Corpus

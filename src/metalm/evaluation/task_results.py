@@ -1,0 +1,85 @@
+"""What a model reached on tasks, as JSON and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from metalm.tasks.metrics import Score
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model reached on a task in one way."""
+
+    task: str
+    cluster: str
+    split: str
+    template: str
+    shots: int
+    scored_by: str
+    scores: dict[str, Score]
+    questions: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    """By cause, questions and records that were left out."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For results.json; a standard error that is not defined is null."""
+        scores = {
+            name: {
+                "value": score.value,
+                "standard_error": None if math.isnan(score.standard_error) else score.standard_error,
+                "count": score.count,
+            }
+            for name, score in self.scores.items()
+        }
+        return {**self.__dict__, "scores": scores}
+
+
+def table(results: Sequence[TaskResult], model: str) -> str:
+    """The results as Markdown; of several templates also their mean and best, of a cluster the mean."""
+    lines = [
+        f"# {model}",
+        "",
+        "| task | cluster | split | wording | shots | scored by | metric | value | questions | left out |",
+        "|---|---|---|---|---:|---|---|---:|---:|---|",
+        *rows_of(results),
+    ]
+    summary = list(_summary(results))
+    if summary:
+        lines += ["", "| of | metric | mean | best |", "|---|---|---:|---:|", *summary]
+    return "\n".join(lines) + "\n"
+
+
+def rows_of(results: Iterable[TaskResult]) -> Iterator[str]:
+    """A row of the table for each metric of each result."""
+    for one in results:
+        left_out = ", ".join(f"{count} {cause}" for cause, count in one.skipped.items())
+        for name, score in one.scores.items():
+            cells = (one.task, one.cluster, one.split, one.template, one.shots, one.scored_by, name)
+            error = "" if math.isnan(score.standard_error) else f" ± {score.standard_error:.4f}"
+            value = f"{score.value:.4f}{error}"
+            yield f"| {' | '.join(map(str, cells))} | {value} | {score.count:,} | {left_out} |"
+
+
+def _summary(results: Sequence[TaskResult]) -> Iterator[str]:
+    """Of tasks in several templates their mean and best; of clusters of several tasks the mean over these."""
+    by_task: dict[tuple[str, str, int], dict[str, list[float]]] = {}
+    for one in results:
+        metric = next(iter(one.scores))
+        of_task = by_task.setdefault((one.cluster, metric, one.shots), {})
+        of_task.setdefault(one.task, []).append(one.scores[metric].value)
+    for (cluster, metric, shots), tasks in by_task.items():
+        for task, values in tasks.items():
+            if len(values) > 1:
+                yield f"| {task}, {shots} shots | {metric} | {_mean(values):.4f} | {max(values):.4f} |"
+        if len(tasks) > 1:
+            means = [_mean(values) for values in tasks.values()]
+            best = [max(values) for values in tasks.values()]
+            yield f"| cluster {cluster}, {shots} shots | {metric} | {_mean(means):.4f} | {_mean(best):.4f} |"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,282 @@
+"""The scores of a model on tasks: by the likelihood of options, or by what it generates.
+
+Answers are written as they come, so that an evaluation that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from metalm.data.documents.example import Example
+from metalm.document import Document
+from metalm.errors import BadSample, ConfigError, DataError
+from metalm.evaluation.answering import Answerer, Likelihood
+from metalm.evaluation.task_results import TaskResult, rows_of, table
+from metalm.tasks.metrics import Answered, measure
+from metalm.tasks.questions import Asked, Asker, Question, drawn
+from metalm.tasks.records import Tally, TaskData
+from metalm.tasks.task_file import TaskFile, Template
+
+QUESTIONS_AT_ONCE = 64
+CHOICE_METRICS = ("exact_match", "macro_f1", "matthews")
+"""Metrics that an option which was chosen by its likelihood can be scored with."""
+ScoredBy = Literal["likelihood", "generation"]
+
+
+class Way(NamedTuple):
+    """One way in which a task is asked and scored."""
+
+    template: Template
+    num_shots: int
+    scored_by: ScoredBy
+    normalise: str
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What of tasks is evaluated, and how."""
+
+    data: Path
+    """Folder of all tasks' data."""
+    shots: tuple[int, ...] | None = None
+    """Numbers of demonstrations, in the in-context wording; None: as finetuned, in the first template."""
+    templates: int | None = None
+    """As finetuned: in so many of the templates for evaluation."""
+    scored_by: ScoredBy | None = None
+    """None: as the task file says; of templates, by generation."""
+    split: str | None = None
+    """None: that which the task file says."""
+    limit: int | None = None
+    """Questions of a task, drawn from all."""
+    seed: int = 0
+    readers: Mapping[str, str] | None = None
+    overflow: Literal["split", "cut_left", "cut_right"] = "split"
+
+    def ways(self, task: TaskFile) -> list[Way]:
+        """
+        Raises:
+            ConfigError: the task cannot be asked so.
+        """
+        if self.shots is not None:
+            if task.icl is None:
+                raise ConfigError(f"{task.task} has no icl section, so it has no wording for --shots")
+            by = self.scored_by or task.icl.score
+            ways = [Way(task.icl.template, shots, by, task.icl.normalise) for shots in self.shots]
+        else:
+            templates = task.templates_for("evaluation")[: self.templates or 1]
+            ways = [Way(template, 0, self.scored_by or "generation", "none") for template in templates]
+        if task.options is None and any(way.scored_by == "likelihood" for way in ways):
+            raise ConfigError(f"{task.task} has no options to compare by their likelihood")
+        return ways
+
+
+def evaluate_tasks(
+    answerer: Answerer,
+    tasks: Sequence[TaskFile],
+    settings: TaskSettings,
+    model: str,
+    out: Path,
+    report: Callable[[str], None],
+) -> list[TaskResult]:
+    """Ask all of the tasks in all ways; write `answers/*.jsonl`, `results.json` and `results.md` to a folder.
+
+    Args:
+        model: what is evaluated, such as a checkpoint's folder: answers of another are refused.
+        report: is told of progress, by the first process.
+
+    Raises:
+        ConfigError: a task cannot be asked so, or the folder holds answers of something else.
+        DataError: a task's data cannot be used.
+    """
+    results = []
+    asked = [(task, way) for task in tasks for way in settings.ways(task)]
+    for task, way in asked:
+        result = _evaluate(answerer, task, way, settings, model, out, report)
+        results.append(result)
+        if answerer.is_first:
+            report(next(iter(rows_of([result]))))
+            _replace(out / "results.json", json.dumps([one.as_json() for one in results], indent=1) + "\n")
+            _replace(out / "results.md", table(results, model))
+    return results
+
+
+def _evaluate(
+    answerer: Answerer,
+    task: TaskFile,
+    way: Way,
+    settings: TaskSettings,
+    model: str,
+    out: Path,
+    report: Callable[[str], None],
+) -> TaskResult:
+    split, tally = settings.split or task.evaluated_on, Tally()
+    needs_alone = way.scored_by == "likelihood" and way.normalise == "answer_context"
+    asked = Asked(way.template, way.num_shots, task.icl.shots_from if task.icl else None, needs_alone)
+    asker = Asker(TaskData(task, settings.data), split, asked, seed=settings.seed, tally=tally)
+    records = drawn(asker.records, settings.limit, settings.seed)
+    name = f"{task.task}-{split}-{way.template.id}-{way.num_shots}shot-{way.scored_by}"
+    about = _fingerprint(task, way, settings, split, model)
+    answers = answerer.agreed(_read_answers(out / "answers" / f"{name}.jsonl", about))
+    maker = answerer.maker(settings.readers, settings.overflow)
+    waiting = [record for record in records if record.key not in answers]
+    for first in range(0, len(waiting), QUESTIONS_AT_ONCE):
+        some = waiting[first : first + QUESTIONS_AT_ONCE]
+        new: dict[str, dict[str, Any]] = {}
+        questions = []
+        for record in some:
+            try:
+                questions.append(asker.question(record))
+            except DataError as error:
+                new[record.key] = {"skipped": "missing_media", "why": str(error)}
+        made = [_Made.of(question, maker.make, way) for question in questions]
+        new |= _answer(answerer, made, way, task, maker.read)
+        answers |= new
+        if answerer.is_first:
+            _append(out / "answers" / f"{name}.jsonl", about, new)
+            if len(waiting) > QUESTIONS_AT_ONCE:
+                report(f"{name}: {len(answers):,} of {len(records):,} questions")
+    return _scored(task, way, split, [answers[record.key] for record in records], tally)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The documents of a question."""
+
+    question: Question
+    documents: tuple[Document, ...]
+    cause: str | None = None
+    """Why there are none."""
+
+    @classmethod
+    def of(cls, question: Question, make: Callable[..., Any], way: Way) -> _Made:
+        if way.scored_by == "generation":
+            examples: Sequence[Example] = [question.prompt]
+        else:
+            examples = [*question.options, *question.alone]
+        try:
+            return cls(question, tuple(make(example, is_open=True).document for example in examples))
+        except BadSample as failure:
+            return cls(question, (), failure.cause)
+
+
+def _answer(
+    answerer: Answerer, made: Sequence[_Made], way: Way, task: TaskFile, read: Any
+) -> dict[str, dict[str, Any]]:
+    """What stands in the file of answers, by the question's key."""
+    documents = [document for one in made for document in one.documents]
+    found: Iterator[Any]
+    if way.scored_by == "generation":
+        found = iter(answerer.continuations(documents, read, task.decode))
+    else:
+        found = iter(answerer.likelihoods(documents, read))
+    answers: dict[str, dict[str, Any]] = {}
+    for one in made:
+        said = [next(found) for _ in one.documents]
+        question = one.question
+        answer: dict[str, Any] = {"references": list(question.references)}
+        if one.cause is not None or None in said:
+            answer = {"skipped": one.cause or "undecodable"}
+        elif way.scored_by == "generation":
+            answer["prediction"] = said[0].strip()
+        else:
+            scores = _normalised(said, question, way.normalise)
+            best = max(range(len(scores)), key=lambda number: scores[number])
+            answer["prediction"] = question.option_texts[best]
+            answer["scores"] = scores
+        answers[question.key] = answer
+    return answers
+
+
+def _normalised(said: Sequence[Likelihood], question: Question, how: str) -> list[float]:
+    """Of each option, its log-likelihood as options are compared (PAPER section 7; see `InContext`)."""
+    of_options = said[: len(question.options)]
+    if how == "token":
+        return [one.total / max(one.num_tokens, 1) for one in of_options]
+    if how == "byte":
+        texts = question.option_texts
+        return [one.total / max(len(text.encode()), 1) for one, text in zip(of_options, texts, strict=True)]
+    if how == "answer_context":
+        alone = said[len(question.options) :]
+        return [one.total - other.total for one, other in zip(of_options, alone, strict=True)]
+    return [one.total for one in of_options]
+
+
+def _scored(
+    task: TaskFile, way: Way, split: str, answers: Iterable[Mapping[str, Any]], tally: Tally
+) -> TaskResult:
+    skipped = Counter({cause: count for cause, (count, _) in tally.dropped.items()})
+    answered = []
+    for answer in answers:
+        if "skipped" in answer:
+            skipped[answer["skipped"]] += 1
+        else:
+            answered.append(Answered(answer["prediction"], tuple(answer["references"])))
+    if not answered:
+        raise DataError(f"{task.task}: no question of {split} could be asked: {dict(skipped)}")
+    metrics: Sequence[str] = task.metrics
+    if way.scored_by == "likelihood":
+        metrics = [name for name in metrics if name in CHOICE_METRICS] or ["exact_match"]
+    return TaskResult(
+        task=task.task,
+        cluster=task.cluster,
+        split=split,
+        template=way.template.id,
+        shots=way.num_shots,
+        scored_by=way.scored_by,
+        scores={name: measure(name, answered) for name in metrics},
+        questions=len(answered),
+        skipped=dict(sorted(skipped.items())),
+    )
+
+
+def _fingerprint(task: TaskFile, way: Way, settings: TaskSettings, split: str, model: str) -> dict[str, Any]:
+    """What answers depend on."""
+    content = task.model_dump_json() + way.template.model_dump_json()
+    return {
+        "model": model,
+        "task": hashlib.sha256(content.encode()).hexdigest(),
+        "split": split,
+        "shots": way.num_shots,
+        "scored_by": way.scored_by,
+        "seed": settings.seed,
+        "readers": dict(settings.readers) if settings.readers is not None else None,
+        "overflow": settings.overflow,
+    }
+
+
+def _read_answers(path: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The answers that are there, by their questions' keys; a torn last line is none.
+
+    Raises:
+        ConfigError: they are of something else.
+    """
+    if not path.exists():
+        return {}
+    lines = path.read_text().split("\n")[:-1]
+    if not lines or json.loads(lines[0]) != about:
+        raise ConfigError(f"{path} holds answers of another model, task or setting: choose another --out")
+    return dict(json.loads(line) for line in lines[1:])
+
+
+def _append(path: Path, about: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0)
+        written = file.read()
+        file.truncate(written.rfind(b"\n") + 1)  # a torn last line goes
+        lines = [] if written else [json.dumps(about)]
+        lines += [json.dumps(one) for one in answers.items()]
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _replace(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content)
+    partial.replace(path)
