@@ -1,0 +1,1 @@
+"""Task files: read, rendered to documents, scored."""
