@@ -24,7 +24,7 @@ _WRITTEN = (
     | {"£": " # ", "¢": " cents ", "…": " ... ", "²": " ² ", "³": " ³ ", "¹": " ¹ ", "&amp;": "&"}
     | {"½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "}
 )
-"""Signs that are written otherwise in the Penn Treebank, with curly quotes, long dashes and special hyphens."""
+"""Signs that the Penn Treebank writes otherwise, with curly quotes, long dashes and special hyphens."""
 _TO_WRITE = re.compile("|".join(map(re.escape, _WRITTEN)))
 
 _ABBREVIATIONS = """
