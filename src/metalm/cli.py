@@ -142,28 +142,22 @@ def _run_command(arguments: Sequence[str]) -> int | None:
         command.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
         command.add_argument("--device", default="cpu")
 
-    evaluate_tasks = commands.add_parser("evaluate-tasks", help="score a run or an exported model on tasks")
-    evaluate_tasks.add_argument("model", type=Path, help="a run's folder, or one written by convert_to_hf.py")
-    evaluate_tasks.add_argument("--tasks", required=True, help="files or names, with commas between")
-    evaluate_tasks.add_argument(
-        "--data", type=Path, default=Path("data/tasks"), help="folder of all tasks' data"
-    )
-    evaluate_tasks.add_argument(
-        "--shots", help="numbers of demonstrations, such as 0,1,4: in-context wording"
-    )
-    evaluate_tasks.add_argument("--templates", type=int, help="average over so many wordings; default: 1")
-    evaluate_tasks.add_argument(
-        "--score-by", choices=("likelihood", "generation"), help="default: the task's"
-    )
-    evaluate_tasks.add_argument("--split", help="default: the task's")
-    evaluate_tasks.add_argument("--limit", type=int, help="questions of a task, drawn from all")
-    evaluate_tasks.add_argument("--seed", type=int, default=0, help="of demonstrations and --limit")
-    evaluate_tasks.add_argument("--readers", help="who reads what, such as text=scene,image=scene")
-    evaluate_tasks.add_argument("--overflow", choices=("split", "cut_left", "cut_right"), default="split")
-    evaluate_tasks.add_argument("--batch-size", type=int, default=16, help="documents at once, on each rank")
-    evaluate_tasks.add_argument("--device", default="cpu", help="of an exported model")
-    evaluate_tasks.add_argument("--out", type=Path, help="default: tasks/ in the model's folder")
-    evaluate_tasks.set_defaults(run=_evaluate_tasks)
+    scores = commands.add_parser("evaluate-tasks", help="score a run or an exported model on tasks")
+    scores.add_argument("model", type=Path, help="a run's folder, or one written by convert_to_hf.py")
+    scores.add_argument("--tasks", required=True, help="files or names, with commas between")
+    scores.add_argument("--data", type=Path, default=Path("data/tasks"), help="folder of all tasks' data")
+    scores.add_argument("--shots", help="demonstrations, such as 0,1,4: in the in-context wording")
+    scores.add_argument("--templates", type=int, help="average over so many wordings; default: 1")
+    scores.add_argument("--score-by", choices=("likelihood", "generation"), help="default: the task's")
+    scores.add_argument("--split", help="default: the task's")
+    scores.add_argument("--limit", type=int, help="questions of a task, drawn from all")
+    scores.add_argument("--seed", type=int, default=0, help="of demonstrations and --limit")
+    scores.add_argument("--readers", help="who reads what, such as text=scene,image=scene")
+    scores.add_argument("--overflow", choices=("split", "cut_left", "cut_right"), default="split")
+    scores.add_argument("--batch-size", type=int, default=16, help="documents at once, on each rank")
+    scores.add_argument("--device", default="cpu", help="of an exported model")
+    scores.add_argument("--out", type=Path, help="default: tasks/ in the model's folder")
+    scores.set_defaults(run=_evaluate_tasks)
 
     tasks = commands.add_parser("tasks", help="look at task files and their data").add_subparsers(
         dest="what", required=True, parser_class=ToolParser

@@ -64,8 +64,8 @@ class SpanConfig(Section):
 
 
 Overflow = Literal["split", "cut_left", "cut_right"]
-"""What becomes of a text of an example that is longer than its encoder reads: it goes to consecutive spans, or
-loses its beginning or its end, which is counted."""
+"""What becomes of a text of an example that is longer than its encoder reads: it goes to consecutive spans,
+or loses its beginning or its end, which is counted."""
 
 SHARD_URL_PATTERN = r"^(pipe:|https?://).*\{shard\}"
 """A template: the name of a shard stands in for `{shard}`."""

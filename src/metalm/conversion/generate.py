@@ -40,6 +40,11 @@ class FolderModel:
             raise ConfigError(f"{folder} cannot be loaded: {error}") from error
         self._model.eval().to(device)
 
+    @property
+    def model(self) -> Any:
+        """`MetaLMForConditionalGeneration`."""
+        return self._model
+
     def generate(
         self,
         prompt: str,
