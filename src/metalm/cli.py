@@ -144,6 +144,7 @@ def _run_command(arguments: Sequence[str]) -> int | None:
 
     scores = commands.add_parser("evaluate-tasks", help="score a run or an exported model on tasks")
     scores.add_argument("model", type=Path, help="a run's folder, or one written by convert_to_hf.py")
+    scores.add_argument("overrides", nargs="*", metavar="section.key=value", help="of a run's config")
     scores.add_argument("--tasks", required=True, help="files or names, with commas between")
     scores.add_argument("--data", type=Path, default=Path("data/tasks"), help="folder of all tasks' data")
     scores.add_argument("--shots", help="demonstrations, such as 0,1,4: in the in-context wording")
@@ -282,7 +283,7 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
     from metalm.parallel.launch import find_launch
     from metalm.training.check_start import open_run
 
-    corpus = open_run(options.model, find_launch(os.environ).world_size)
+    corpus = open_run(options.model, options.overrides, find_launch(os.environ).world_size)
     _set_up_libraries()
     from metalm.training.evaluate_tasks import evaluate_run
 

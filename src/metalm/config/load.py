@@ -127,6 +127,7 @@ def _read_pipeline(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path} extends itself")
     content = read_yaml(path)
     bases = content.pop("extends", [])
+    content.pop("provenance", None)  # of the config of a run
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         found = find_file(path.parent / base, "pipelines", Path(base))

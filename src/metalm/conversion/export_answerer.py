@@ -16,10 +16,10 @@ from metalm.config.schema import Overflow
 from metalm.conversion.generate import FolderModel
 from metalm.conversion.row_inputs import model_inputs
 from metalm.conversion.shipped.processing_metalm import OWN_TOKENIZER_NAME
+from metalm.conversion.tokenizer_files import read_tokenizer
 from metalm.data.documents.examples import ExampleMaker
 from metalm.data.documents.retokenize import SpanRetokenizer
 from metalm.data.row import Row, lay_out
-from metalm.data.tokenizer import load_tokenizer
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample, ConfigError
 from metalm.evaluation.answering import Likelihood
@@ -47,7 +47,7 @@ class ExportAnswerer:
         """
         self._folder, self._batch_size = folder, batch_size
         self._model = FolderModel(folder, device).model
-        self._tokenizer = load_tokenizer(folder)
+        self._tokenizer = read_tokenizer(folder)
         self._encoders = {name: _encoder(sizes) for name, sizes in self._model.config.encoders.items()}
 
     @property

@@ -57,6 +57,20 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     (folder / TOKENIZER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of training that an exported folder holds.
+
+    Raises:
+        DataError: there is no such file, or it is no exported tokenizer.json.
+    """
+    path = folder / TOKENIZER_NAME
+    try:
+        content = _respelt(json.loads(path.read_bytes()), BLANK_LINE, PARAGRAPH, special=True)
+        return Tokenizer(json.dumps(content | {"post_processor": None}).encode())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not an exported tokenizer: {error!r}") from None
+
+
 def is_same_tokenizer(exported: Path, tokenizer: Tokenizer) -> bool:
     """Whether an exported tokenizer.json gives the ids of a training tokenizer.
 

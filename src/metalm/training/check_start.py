@@ -5,12 +5,12 @@ It is checked before torch, DeepSpeed and Megatron are imported: a start that is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.names import CONFIG_NAME
-from metalm.config import RunConfig
-from metalm.config.load import load_resolved_config
+from metalm.config import RunConfig, load_config
 from metalm.config.rules import check_topology
 from metalm.data.corpus import Corpus
 from metalm.objectives import build_objective
@@ -31,15 +31,19 @@ def check_start(config: RunConfig, world_size: int) -> Corpus:
     return corpus
 
 
-def open_run(run_folder: Path, world_size: int) -> Corpus:
+def open_run(run_folder: Path, overrides: Sequence[str], world_size: int) -> Corpus:
     """What a run's newest checkpoint was trained with, wherever the folder is now; no source is opened.
+
+    Args:
+        overrides: `section.key=value`, such as `parallel.tensor=1`.
 
     Raises:
         CheckpointError: there is no whole checkpoint.
+        ConfigError: an override does not fit.
         TopologyError: so many ranks cannot hold the run.
         DataError: the tokenizer is not where the run had it.
     """
-    config = load_resolved_config(find_checkpoint(run_folder) / CONFIG_NAME)
+    config = load_config(find_checkpoint(run_folder) / CONFIG_NAME, overrides)
     place = {"folder": run_folder.parent, "name": run_folder.name}
     config = config.model_copy(update={"run": config.run.model_copy(update=place)})
     check_topology(config, world_size)

@@ -1,0 +1,162 @@
+"""`metalm evaluate-tasks` as typed: a run on layouts of its ranks, and its export, say the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from built_once import built_once
+from distributed.ranks import run_program
+from metalm.evaluation.task_scores import QUESTIONS_AT_ONCE
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_QUESTIONS = QUESTIONS_AT_ONCE + 3
+TRAINING = (
+    "data.sequence_length=256",
+    "model.encoders.text.max_text_positions=48",
+    "model.encoders.image.max_text_positions=48",
+    "model.encoders.image.connector=linear",
+    "training.steps=3",
+    "training.optimizer.learning_rate=0.02",
+    "parallel.tensor=2",
+)
+TASK = """
+task: colours
+cluster: pictures
+data:
+  folder: colours
+  reader: jsonl
+  files: {train: train.jsonl, validation: validation.jsonl}
+  fields: {question: question, file: file, answer_text: answer}
+  media: {picture: "{file}"}
+options: {red: red, green: green, dark blue: dark blue}
+answer: answer_text
+templates:
+  - id: asked
+    span: [{image: picture}, "Question: {question}"]
+    plain: ["TARGET:"]
+    target: " {answer}"
+icl:
+  span: [{image: picture}, "Question: {question}"]
+  plain: ["Answer:"]
+  target: " {answer}"
+  normalise: NORMALISE
+decode: DECODE
+metrics: [exact_match]
+"""
+
+
+class Trained:
+    """A run on two ranks, its export, a task and its data."""
+
+    def __init__(self, folder: Path, tiny_data: Path) -> None:
+        self.folder, self.run, self.export = folder, folder / "runs/tiny", folder / "hf"
+        self._tiny = tiny_data
+
+    def build(self) -> None:
+        self.folder.mkdir()
+        words = ["-m", "metalm", "train", str(self._tiny / "tiny.yaml"), f"run.folder={self.folder / 'runs'}"]
+        code, output = run_program([*words, *TRAINING], 2, timeout_s=180)
+        assert code == 0, output
+        tool = str(REPOSITORY / "tools/convert_to_hf.py")
+        code, output = run_program([tool, str(self.run), str(self.export)], timeout_s=180)
+        assert code == 0, output
+        data = self.folder / "data/colours"
+        data.mkdir(parents=True)
+        draw = np.random.default_rng(0)
+        for split, count in (("train", 4), ("validation", NUM_QUESTIONS)):
+            lines = []
+            for number in range(count):
+                name = f"{split}-{number % 5}.png"
+                pixels = draw.integers(0, 256, (24, 24, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(data / name)
+                answer = ("red", "green", "dark blue")[number % 3]
+                question = f"which colour has thing {number}?"
+                lines.append(json.dumps({"question": question, "file": name, "answer": answer}))
+            (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def task(self, path: Path, *, normalise: str = "none", decode: str = "{max_new_tokens: 6}") -> Path:
+        path.write_text(TASK.replace("NORMALISE", normalise).replace("DECODE", decode))
+        return path
+
+    def evaluate(
+        self, model: Path, task: Path, out: Path, *words: str, num_ranks: int = 1
+    ) -> tuple[int, str]:
+        command = ["-m", "metalm", "evaluate-tasks", str(model), "--tasks", str(task)]
+        where = ["--data", str(self.folder / "data"), "--out", str(out)]
+        return run_program([*command, *where, *words], num_ranks, timeout_s=180)
+
+    def answers(self, model: Path, task: Path, out: Path, *words: str, num_ranks: int = 1) -> dict[str, Any]:
+        code, output = self.evaluate(model, task, out, *words, num_ranks=num_ranks)
+        assert code == 0, output
+        (file,) = (out / "answers").iterdir()
+        return dict(json.loads(line) for line in file.read_text().splitlines()[1:])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = built_once(tmp_path_factory, "evaluated", lambda folder: Trained(folder, tiny_data).build())
+    return Trained(folder, tiny_data)
+
+
+def test_options_are_as_likely_on_every_layout_and_in_the_export(trained: Trained, tmp_path: Path) -> None:
+    task = trained.task(tmp_path / "task.yaml", normalise="answer_context")
+    asked = ("--shots", "1", "--limit", "8")
+    reference = trained.answers(trained.export, task, tmp_path / "one", *asked, "--batch-size", "1")
+    assert len(reference) == 8
+    spread = [max(one["scores"]) - min(one["scores"]) for one in reference.values()]
+    assert min(spread) > 1e-2
+    ways = {
+        "many": (trained.export, (*asked, "--batch-size", "16"), 1),
+        "tensor": (trained.run, asked, 2),
+        "data": (trained.run, (*asked, "parallel.tensor=1", "--batch-size", "3"), 2),
+    }
+    for name, (model, words, num_ranks) in ways.items():
+        found = trained.answers(model, task, tmp_path / name, *words, num_ranks=num_ranks)
+        assert found.keys() == reference.keys()
+        for key, one in reference.items():
+            assert found[key]["prediction"] == one["prediction"]
+            np.testing.assert_allclose(found[key]["scores"], one["scores"], rtol=0, atol=1e-4)
+
+
+def test_the_run_and_its_export_generate_alike(trained: Trained, tmp_path: Path) -> None:
+    beams = "{method: beam, num_beams: 3, length_penalty: 0.6, max_new_tokens: 6}"
+    task = trained.task(tmp_path / "task.yaml", decode=beams)
+    exported = trained.answers(trained.export, task, tmp_path / "export", "--limit", "5")
+    run = trained.answers(
+        trained.run, task, tmp_path / "run", "--limit", "5", "parallel.tensor=1", num_ranks=2
+    )
+    assert len(exported) == 5
+    assert run == exported
+
+
+def test_an_evaluation_that_was_killed_goes_on(trained: Trained, tmp_path: Path) -> None:
+    task, out = trained.task(tmp_path / "task.yaml"), tmp_path / "out"
+    asked = ("--shots", "0", "--batch-size", "64")
+    whole = trained.answers(trained.export, task, out, *asked)
+    assert len(whole) == NUM_QUESTIONS
+    results = json.loads((out / "results.json").read_text())
+    assert results[0]["scores"]["exact_match"]["count"] == NUM_QUESTIONS
+    (file,) = (out / "answers").iterdir()
+    lines = file.read_text().splitlines(keepends=True)
+    marked = lines[1].replace('"prediction": "', '"prediction": "was here: ')
+    file.write_text("".join([lines[0], marked, *lines[2:40]]) + lines[40][:30])
+    again = trained.answers(trained.export, task, out, *asked)
+    assert again.keys() == whole.keys()
+    differing = [key for key in whole if again[key]["prediction"] != whole[key]["prediction"]]
+    assert differing == [next(iter(whole))]
+    code, output = trained.evaluate(trained.export, task, out, *asked, "--seed", "1")
+    assert code == 64
+    assert "holds answers of another model, task or setting" in output
+
+
+def test_more_demonstrations_than_there_are_is_refused(trained: Trained, tmp_path: Path) -> None:
+    task = trained.task(tmp_path / "task.yaml")
+    code, output = trained.evaluate(trained.export, task, tmp_path / "out", "--shots", "5")
+    assert code == 64
+    assert "5 demonstrations are wanted, but train has 4" in output
