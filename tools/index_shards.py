@@ -17,15 +17,14 @@ from metalm.cli import ToolParser, run_tool
 from metalm.data.preparation.progress import ProgressLine
 from metalm.data.storage.index import build_index
 from metalm.data.storage.remote import check_url, expand_names
-from metalm.data.storage.shard_scan import Shard
+from metalm.data.storage.shard_scan import KINDS, Shard
 from metalm.data.tokenizer import load_tokenizer
-from metalm.modalities import MODALITIES
 
 
 def main() -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of .tar shards, or of the index alone (--url)")
-    parser.add_argument("--kind", choices=[modality.kind for modality in MODALITIES.values()], required=True)
+    parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument(
         "--tokenizer", type=Path, help="the tokenizer that wrote the token members (.u16, .u32), if any"
     )

@@ -227,7 +227,7 @@ def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Ite
                 )
         elif source.has_random_spans:
             yield from _span_problems(config, name, encoder)
-        elif encoder.pretrained is not None and encoder.max_text_positions:
+        elif source.overflow is None and encoder.pretrained is not None and encoder.max_text_positions:
             yield f"{reader} = {name!r} has a tokenizer of its own: it cannot read prefixes of captions"
 
 

@@ -80,15 +80,17 @@ class SourceConfig(Section):
     command that writes a shard, `pipe:aws s3 cp s3://bucket/pile/{shard} -`. Each is read from its front."""
     readers: dict[str, str] = Field(default_factory=dict)
     """Which encoder reads what, by modality, such as `{image: scene, text: scene}`: of text its random spans,
-    of pairs the image or clip and, with `text`, a prefix of the caption. The decoder reads the rest itself,
-    and text whose encoder the model lacks."""
+    of pairs the image or clip and, with `text`, a prefix of the caption, of examples what is marked to be
+    encoded. The decoder reads the rest itself, and text whose encoder the model lacks."""
     weight: PositiveFloat = 1.0
     """Share of the rows, relative to the other sources."""
+    overflow: Overflow | None = None
+    """Of examples, which need it: what becomes of texts that are longer than their encoder reads."""
 
     @property
     def has_random_spans(self) -> bool:
         """Whether an encoder reads random runs of its text, if it is text alone."""
-        return set(self.readers) == {TEXT}
+        return set(self.readers) == {TEXT} and self.overflow is None
 
 
 class DataConfig(Section):

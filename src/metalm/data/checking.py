@@ -79,11 +79,7 @@ def _check_shard(argument: tuple[Path, str | None, Path, int, int]) -> ShardChec
         for location in source.index.locate(chosen):
             try:
                 source.reader.read_ahead([location])
-                if source.media is None:
-                    source.token_ids(location)
-                else:
-                    source.captions(location)
-                    source.media.decode(source.main_member(location))
+                source.try_out(location)
                 decoded += 1
             except BadSample as failure:
                 problems.append(f"sample {location.sample - first}: {failure.cause}")

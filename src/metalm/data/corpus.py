@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from metalm.config.model_schema import TEXT
 from metalm.config.schema import Overflow, RunConfig
 from metalm.data.documents.examples import ExampleMaker
+from metalm.data.documents.maker import DocumentMaker
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.sources import Source, open_sources
@@ -72,10 +73,19 @@ class Corpus:
                 f"has {tokenizer.size} ids"
             )
         for source in (*self.sources, *self.held_out.values()):
-            if source.media is None:
+            if self.document_maker(source) is None:
                 self.retokenizer(source)
-            else:
-                self.pair_maker(source)
+
+    def document_maker(self, source: Source) -> DocumentMaker | None:
+        """What makes whole documents of a source; None: it is text, whose documents go on from row to row.
+
+        Raises:
+            ConfigError, DataError: as `pair_maker` and `example_maker`.
+        """
+        if source.holds_examples:
+            assert source.overflow is not None
+            return self.example_maker(source.readers, overflow=source.overflow)
+        return None if source.media is None else self.pair_maker(source)
 
     def pair_maker(self, source: Source) -> PairMaker:
         """What makes documents of a source of pairs.
@@ -106,7 +116,7 @@ class Corpus:
                 readers[modality] = found[0]
         return readers
 
-    def example_maker(self, readers: Mapping[str, str], *, overflow: Overflow = "split") -> ExampleMaker:
+    def example_maker(self, readers: Mapping[str, str], *, overflow: Overflow) -> ExampleMaker:
         """What makes documents of examples.
 
         Args:

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from metalm.batch import SemiCausalBatch
+from metalm.config.model_schema import TEXT
 from metalm.data.corpus import Corpus
+from metalm.data.documents.maker import NUM_DRAWS, DocumentMaker
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.documents.spans import SpanSampler, text_document
 from metalm.data.micro_batch import RowObjective, make_micro_batch
@@ -26,9 +28,12 @@ from metalm.data.sources import Source
 from metalm.data.storage.index import SampleLocation
 from metalm.document import Document
 from metalm.errors import BadSample, ConfigError, DataError
+from metalm.modalities import MEDIA
 
 _SEED = 0
 """Of the spans, so that runs with different seeds are evaluated on the same rows."""
+
+_NO_DRAWS = (0.0,) * NUM_DRAWS
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,13 @@ class HeldOutSample:
     document: Document
     """Decoded: of a pair the image or clip and the first caption, of text its body without a reader."""
     media: Any
-    """What `Media.decode` gives; None: text."""
-    captions: tuple[str, ...]
+    """What `Media.decode` gives, of an example of its first image or clip; None: text alone."""
+    captions: tuple[str, ...] = ()
+    """What may be said at its end: the captions of a pair, the last answer of an example."""
+    modality: str = TEXT
+    """Of `media`."""
+    num_asked: int | None = None
+    """Parts that the model is given to find a caption; None: it goes on with the text itself."""
 
 
 def evaluation_batches(
@@ -67,10 +77,14 @@ def evaluation_batches(
     """
     if wrong_media and source.media is None:
         raise ConfigError(f"evaluation source {source.name} has no images or clips to exchange")
-    if source.media is None:
-        rows: Iterator[Row] = islice(_text_rows(corpus, source, num_rows), dp_rank, None, dp_size)
+    own = slice(dp_rank, None, dp_size)
+    rows: Iterator[Row]
+    if source.media is not None:
+        rows = _pair_rows(corpus, source, num_rows, own, wrong_media)
+    elif source.holds_examples:
+        rows = _example_rows(corpus, source, num_rows, own)
     else:
-        rows = _pair_rows(corpus, source, num_rows, slice(dp_rank, None, dp_size), wrong_media)
+        rows = islice(_text_rows(corpus, source, num_rows), dp_rank, None, dp_size)
     micro_batch_size = corpus.config.training.micro_batch_size
     num_batches = -(-num_rows // (dp_size * micro_batch_size))
     for _ in range(num_batches):
@@ -81,12 +95,11 @@ def evaluation_batches(
 
 def held_out_samples(corpus: Corpus, source: Source, count: int) -> list[HeldOutSample]:
     """The first `count` usable samples of a source, in the order of its index."""
-    maker = None if source.media is None else corpus.pair_maker(source)
+    maker = corpus.document_maker(source)
     samples: list[HeldOutSample] = []
-    for sample in range(source.index.num_samples):
+    for location in _in_order(source):
         if len(samples) == count:
             break
-        (location,) = source.index.locate(np.array([sample]))
         try:
             samples.append(_sample(source, maker, location))
         except BadSample:
@@ -94,14 +107,30 @@ def held_out_samples(corpus: Corpus, source: Source, count: int) -> list[HeldOut
     return samples
 
 
-def _sample(source: Source, maker: PairMaker | None, location: SampleLocation) -> HeldOutSample:
-    if maker is None or source.media is None:
-        body = source.token_ids(location)
-        return HeldOutSample(text_document(body), None, ())
-    data, captions = source.main_member(location), source.captions(location)
-    caption = source.tokenizer.encode([captions[0]])[0]
-    document = maker.document(maker.media_part(data), caption).decoded(maker.read)
-    return HeldOutSample(document, source.media.decode(data), tuple(captions))
+def _sample(source: Source, maker: DocumentMaker | None, location: SampleLocation) -> HeldOutSample:
+    if maker is None:
+        return HeldOutSample(text_document(source.token_ids(location)), None)
+    document = maker.finish(maker.look(source, location), _NO_DRAWS).document
+    first = next((part for part in document.parts if part.is_media), None)
+    media, modality = None, TEXT
+    if first is not None:
+        assert isinstance(first.content, (bytes, memoryview))
+        media, modality = MEDIA[first.modality].decode(first.content), first.modality
+    num_asked = 1
+    captions = [] if source.media is None else source.captions(location)
+    if not captions:
+        num_asked, answer = _last_answer(document)
+        captions = [source.tokenizer.decode(answer)]
+    return HeldOutSample(document.decoded(maker.read), media, tuple(captions), modality, num_asked)
+
+
+def _last_answer(document: Document) -> tuple[int, np.ndarray]:
+    """How many parts stand before the last ones that are trained on, and the tokens of those."""
+    end = max(number for number, part in enumerate(document.parts) if part.weight and len(part)) + 1
+    start = end
+    while start and document.parts[start - 1].weight:
+        start -= 1
+    return start, np.concatenate([part.tokens for part in document.parts[start:end]])
 
 
 def _text_rows(corpus: Corpus, source: Source, num_rows: int) -> Iterator[Row]:
@@ -144,6 +173,39 @@ def _pair_rows(corpus: Corpus, source: Source, num_rows: int, own: slice, wrong_
         yield lay_out(documents, source.tokenizer, source.source_id) if documents else empty_row()
 
 
+def _example_rows(corpus: Corpus, source: Source, num_rows: int, own: slice) -> Iterator[Row]:
+    maker = corpus.document_maker(source)
+    assert maker is not None
+    rows: list[list[SampleLocation]] = []
+    room = 0
+    for location in _in_order(source):
+        try:
+            size = len(maker.finish(maker.look(source, location), _NO_DRAWS).document)
+        except BadSample:
+            continue
+        if size > room:
+            if len(rows) == num_rows:
+                break
+            rows.append([])
+            room = corpus.config.data.sequence_length
+        rows[-1].append(location)
+        room -= size
+    for row in rows[own]:
+        documents: list[Document] = []
+        for location in row:
+            try:
+                document = maker.finish(maker.look(source, location), _NO_DRAWS).document.decoded(maker.read)
+            except BadSample:
+                continue
+            documents.append(document)
+        yield lay_out(documents, source.tokenizer, source.source_id) if documents else empty_row()
+
+
+def _in_order(source: Source) -> Iterator[SampleLocation]:
+    for sample in range(source.index.num_samples):
+        yield from source.index.locate(np.array([sample]))
+
+
 def _pack_in_order(
     source: Source, num_rows: int, maker: PairMaker, sequence_length: int
 ) -> list[list[tuple[SampleLocation, np.ndarray]]]:
@@ -155,8 +217,7 @@ def _pack_in_order(
     longest = maker.longest_caption(maker.max_vectors)
     rows: list[list[tuple[SampleLocation, np.ndarray]]] = []
     room = 0
-    for sample in range(source.index.num_samples):
-        (location,) = source.index.locate(np.array([sample]))
+    for location in _in_order(source):
         try:
             caption = source.captions(location)[0]
             maker.media_part(source.main_member(location))  # a bad header shows here

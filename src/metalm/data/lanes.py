@@ -53,11 +53,11 @@ class Mixture:
         self.config = corpus.config
         self.sources = corpus.sources
         self.orders = {source.name: _order(corpus.config, source) for source in self.sources}
-        self.makers = {
-            source.name: corpus.pair_maker(source) for source in self.sources if source.media is not None
-        }
+        self.makers = {source.name: corpus.document_maker(source) for source in self.sources}
         self.retokenizers = {
-            source.name: corpus.retokenizer(source) for source in self.sources if source.media is None
+            source.name: corpus.retokenizer(source)
+            for source in self.sources
+            if self.makers[source.name] is None
         }
 
     def check_state(self, state: LaneState) -> None:
@@ -148,12 +148,13 @@ class Lane:
         order = self._mixture.orders[name]
         seed, length = config.run.seed, config.data.sequence_length
         failures = config.data.max_consecutive_failures
-        if name in self._mixture.makers:
+        maker = self._mixture.makers[name]
+        if maker is not None:
             return WholePacker(
                 source,
                 order,
                 self._lane,
-                maker=self._mixture.makers[name],
+                maker=maker,
                 sequence_length=length,
                 draws=Stream(seed, f"captions and prefixes of {name}", self._lane),
                 max_consecutive_failures=failures,

@@ -136,7 +136,7 @@ class TrainingData:
         """What this rank's lanes have read since the run began, over all resumes.
 
         Per source: `SOURCE/rows`, `/samples`, `/tokens` (without padding), `/padding_tokens`,
-        `/span_tokens`, `/truncated_captions` and `/skipped/CAUSE`.
+        `/span_tokens`, `/truncated_captions`, `/overflowed_tokens` and `/skipped/CAUSE`.
         """
         found: dict[str, int] = {}
         for state in self._states.values():

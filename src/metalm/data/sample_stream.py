@@ -51,6 +51,7 @@ class RowCounters:
     padding_tokens: int = 0
     span_tokens: int = 0
     truncated_captions: int = 0
+    overflowed_tokens: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
     def count_row(self, row: Row, sequence_length: int) -> None:

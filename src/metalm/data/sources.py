@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from metalm.config.model_schema import TEXT, EncoderConfig
-from metalm.config.schema import SourceConfig
+from metalm.config.schema import Overflow, SourceConfig
 from metalm.data.captions import decode_utf8, read_captions
+from metalm.data.documents.example import Example
+from metalm.data.documents.example_members import read_example
 from metalm.data.storage.index import SampleLocation, ShardIndex, open_index
 from metalm.data.storage.member_readers import FileReader, RemoteReader
-from metalm.data.storage.shard_scan import FORMATS
+from metalm.data.storage.shard_scan import EXAMPLES, FORMATS
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import BadSample, ConfigError, DataError
-from metalm.modalities import Media
+from metalm.modalities import MEDIA, Media
 from metalm.modalities.text import TOKEN_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ class Source:
 
     Attributes:
         readers: the encoder that reads each modality of the samples; the decoder reads the others.
-        media: what pairs hold beside their captions; None: the samples are text.
+        media: what pairs hold beside their captions; None: the samples are text or examples.
+        overflow: of examples, see `SourceConfig`.
     """
 
     def __init__(
@@ -42,11 +45,12 @@ class Source:
         url: str | None = None,
         weight: float = 1.0,
         readers: Mapping[str, str] | None = None,
+        overflow: Overflow | None = None,
     ) -> None:
         self.name, self.source_id = name, source_id
         self.index, self.tokenizer = index, tokenizer
         self.url, self.weight = url, weight
-        self.readers = dict(readers or {})
+        self.readers, self.overflow = dict(readers or {}), overflow
         self.media = index.modality if isinstance(index.modality, Media) else None
         self.reader = FileReader(index) if url is None else RemoteReader(index, url)
 
@@ -62,7 +66,13 @@ class Source:
             url=self.url,
             weight=self.weight,
             readers=self.readers,
+            overflow=self.overflow,
         )
+
+    @property
+    def holds_examples(self) -> bool:
+        """Whether its samples are examples."""
+        return self.index.kind == EXAMPLES
 
     def token_ids(self, location: SampleLocation) -> np.ndarray:
         """The token ids [n] of a text sample's body, without `<s>` and `</d>`.
@@ -96,6 +106,30 @@ class Source:
             )
         )
         return read_captions(text, description)
+
+    def example(self, location: SampleLocation) -> Example:
+        """An example; its images and clips are the bytes of their files.
+
+        Raises:
+            BadSample: as `read_example`.
+        """
+        return read_example(self.reader.read_sample(location))
+
+    def try_out(self, location: SampleLocation) -> None:
+        """Decode all that a sample holds.
+
+        Raises:
+            BadSample: something of it cannot be used.
+        """
+        if self.holds_examples:
+            for part in self.example(location).parts:
+                if not isinstance(part.content, str):
+                    MEDIA[part.modality].decode(part.content)
+        elif self.media is None:
+            self.token_ids(location)
+        else:
+            self.captions(location)
+            self.media.decode(self.main_member(location))
 
     def main_member(self, location: SampleLocation) -> memoryview:
         """The bytes of a sample's text, image or clip."""
@@ -139,6 +173,7 @@ def open_sources(
                 url=config.url,
                 weight=config.weight,
                 readers=_fitting_readers(name, config, index, encoders),
+                overflow=config.overflow,
             )
         )
     return opened
@@ -148,17 +183,28 @@ def _fitting_readers(
     name: str, config: SourceConfig, index: ShardIndex, encoders: Mapping[str, EncoderConfig]
 ) -> dict[str, str]:
     """The source's readers that the model has: the decoder reads text whose encoder is not there."""
-    held = index.modality.name
-    if unknown := [modality for modality in config.readers if modality not in (held, TEXT)]:
+    if (index.kind == EXAMPLES) != (config.overflow is not None):
+        raise ConfigError(
+            f"source {name} ({config.path}) was indexed as {index.kind}: "
+            + (
+                "`overflow` is of examples"
+                if config.overflow is not None
+                else "say what becomes of texts longer than their encoder reads, by `overflow: split`, "
+                "`cut_left` or `cut_right`"
+            )
+        )
+    held = [*MEDIA] if index.modality is None else [index.modality.name]
+    if unknown := [modality for modality in config.readers if modality not in (*held, TEXT)]:
         raise ConfigError(
             f"source {name} has a reader of {', '.join(unknown)}, but {config.path} was indexed as "
             f"{index.kind}"
         )
-    if isinstance(index.modality, Media) and held not in config.readers:
-        fitting = [encoder for encoder, one in encoders.items() if one.section(held) is not None]
+    if isinstance(index.modality, Media) and index.modality.name not in config.readers:
+        modality = index.modality.name
+        fitting = [encoder for encoder, one in encoders.items() if one.section(modality) is not None]
         raise ConfigError(
             f"source {name} ({config.path}) was indexed as {index.kind}: its readers must name an encoder of "
-            f"{index.modality.unit}, such as {{{held}: {next(iter(fitting), 'NAME')}}}"
+            f"{index.modality.unit}, such as {{{modality}: {next(iter(fitting), 'NAME')}}}"
         )
     found = {modality: reader for modality, reader in config.readers.items() if reader in encoders}
     for modality in config.readers.keys() - found.keys():

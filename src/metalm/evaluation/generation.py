@@ -18,7 +18,7 @@ from metalm.data.held_out import HeldOutSample, held_out_samples
 from metalm.data.row import Row, lay_out
 from metalm.data.sources import Source
 from metalm.data.tokenizer import Tokenizer
-from metalm.document import Document
+from metalm.document import Document, Part
 from metalm.evaluation.beam_search import beam_search
 from metalm.objectives import Model, encode
 from metalm.parallel.topology import Topology
@@ -41,11 +41,11 @@ class Sample:
 
     source: str
     modality: str
-    """Of `media`; of text, where that is None."""
+    """Of `media`."""
     media: Any
     """An image or clip as people look at it, or listen to it: see `Media.decode`."""
     reference: str
-    """The caption, or the text that the prompt begins."""
+    """The caption or the answer, or the text that the prompt begins; of examples of text alone both."""
     generated: str
 
 
@@ -69,7 +69,8 @@ def generate_samples(
     num_samples: int,
     max_new_tokens: int,
 ) -> list[Sample]:
-    """Captions of the first images or clips of a held-out source, or continuations of its first texts.
+    """Captions of the first images or clips of a held-out source, answers of its first examples, or
+    continuations of its first texts.
 
     Collective: all ranks.
     """
@@ -81,7 +82,7 @@ def generate_samples(
         tokens = generate_greedily(model, topology, corpus.config, corpus.tokenizer, prompts, max_new_tokens)
         generated += [corpus.tokenizer.decode(ids) for ids in tokens]
     return [
-        Sample(source.name, source.index.modality.name, sample.media, reference, text)
+        Sample(source.name, sample.modality, sample.media, reference, text)
         for sample, (_, reference), text in zip(samples, asked, generated, strict=True)
     ]
 
@@ -89,12 +90,19 @@ def generate_samples(
 def _ask(sample: HeldOutSample, tokenizer: Tokenizer, max_new_tokens: int) -> tuple[Row, str]:
     """The prompt of a sample, and what it is held against."""
     document = sample.document
-    if sample.media is not None:
-        return lay_out([document.prompt(1)], tokenizer), sample.captions[0]
+    if sample.num_asked is not None:
+        reference = sample.captions[0]
+        if sample.media is None:  # nothing else shows what was asked
+            reference = f"{_shown(document.parts[: sample.num_asked], tokenizer)}\n\n{reference}"
+        return lay_out([document.prompt(sample.num_asked)], tokenizer), reference
     (text,) = document.parts
     prompt = Document((replace(text, tokens=text.tokens[:TEXT_PROMPT_TOKENS]),), ends=False)
-    reference = text.tokens[: TEXT_PROMPT_TOKENS + max_new_tokens]
-    return lay_out([prompt], tokenizer), tokenizer.decode(reference)
+    whole = text.tokens[: TEXT_PROMPT_TOKENS + max_new_tokens]
+    return lay_out([prompt], tokenizer), tokenizer.decode(whole)
+
+
+def _shown(parts: Sequence[Part], tokenizer: Tokenizer) -> str:
+    return "\n\n".join(text for part in parts if (text := tokenizer.decode(part.tokens)).strip())
 
 
 def generate_greedily(

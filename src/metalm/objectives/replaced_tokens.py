@@ -55,7 +55,7 @@ class ReplacedTokens:
             yield f"{where}: model.decoder.spans must be bidirectional"
         for group in ("sources", "evaluation"):
             for name, source in getattr(config.data, group).items():
-                if source.readers:
+                if source.readers or source.overflow is not None:
                     yield f"{where}: data.{group}.{name} must be text without readers of its own"
 
     def arrange(self, rows: Sequence[Row]) -> list[Row]:

@@ -1,9 +1,12 @@
-"""The mean work of a step: what its rows are expected to hold, from the config and two assumptions.
+"""The mean work of a step: what its rows are expected to hold, from the config and three assumptions.
 
-Documents of text fill a row (the most expensive case for attention), and captions have a given mean length.
+Documents of text fill a row (the most expensive case for attention), captions have a given mean length, and
+examples have one image or clip, if an encoder reads them, and a text of which half is encoded.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from metalm.config import RunConfig
 from metalm.config.model_schema import TEXT, EncoderConfig
@@ -13,6 +16,9 @@ from metalm.objectives import build_objective
 
 CAPTION_TOKENS = 24
 """Assumed mean length of a caption, where a plan is given no other."""
+
+EXAMPLE_TOKENS = 128
+"""Assumed mean length of the texts of an example, questions and answers together."""
 
 
 def mean_row(config: RunConfig, caption_tokens: int = CAPTION_TOKENS) -> Work:
@@ -51,11 +57,35 @@ def _source_row(config: RunConfig, source: SourceConfig, caption_tokens: int) ->
     encoders, length = config.model.encoders, config.data.sequence_length
     readers = {modality: name for modality, name in source.readers.items() if name in encoders}
     busy = {name: EncoderWork(0.0, 0.0, 0.0) for name in encoders}
+    if source.overflow is not None:
+        return _row_of_examples(encoders, readers, length, busy)
     if media := [name for modality, name in readers.items() if modality != TEXT]:
         return _row_of_pairs(encoders[media[0]], media[0], readers.get(TEXT), length, caption_tokens, busy)
     if TEXT in readers:
         busy[readers[TEXT]] = _text_spans(config)
     return Work(length, length * (length + 1) / 2, busy)
+
+
+def _row_of_examples(
+    encoders: Mapping[str, EncoderConfig],
+    readers: Mapping[str, str],
+    length: int,
+    busy: dict[str, EncoderWork],
+) -> Work:
+    media = next((name for modality, name in readers.items() if modality != TEXT), None)
+    section = None if media is None else encoders[media].media
+    patches = 0 if section is None else section.num_patches
+    size = min(patches + EXAMPLE_TOKENS + 2, length)
+    count = length / size
+    asked = {name: 0.0 for name in readers.values()}  # elements of one span
+    if TEXT in readers:
+        reader = readers[TEXT]
+        asked[reader] += min(EXAMPLE_TOKENS / 2, encoders[reader].max_text_positions)
+    if media is not None:
+        asked[media] += patches
+    for name, span in asked.items():
+        busy[name] = EncoderWork(count * span, count * span**2, count * patches if name == media else 0.0)
+    return Work(length, count * size * (size + 1) / 2, busy)
 
 
 def _text_spans(config: RunConfig) -> EncoderWork:

@@ -152,7 +152,7 @@ def test_texts_too_long_for_the_encoder_are_split_or_cut(tokenizer: Tokenizer, m
     for overflow, kept in (("cut_left", ids[-LONGEST:]), ("cut_right", ids[:LONGEST])):
         made = make_maker({"text": "text"}, overflow).make(example)
         assert made.document.parts[0].tokens.tolist() == kept
-        assert made.num_cut == 40 - LONGEST
+        assert made.overflowed_tokens == 40 - LONGEST
 
 
 def test_a_document_longer_than_a_row_is_refused_or_its_texts_are_cut_alike(make_maker: MakeMaker) -> None:
@@ -163,12 +163,12 @@ def test_a_document_longer_than_a_row_is_refused_or_its_texts_are_cut_alike(make
     fits = 2 + 12 + 5 + 1 + 3 + 1
     assert len(make_maker(readers, length=fits).make(example).document) == fits
     for overflow in ("split", "cut_left"):
-        assert make_maker(readers, overflow, length=fits).make(example).num_cut == 0
+        assert make_maker(readers, overflow, length=fits).make(example).overflowed_tokens == 0
     with pytest.raises(BadSample, match="too_long"):
         make_maker(readers, length=fits - 1).make(example)
     made = make_maker(readers, "cut_right", length=fits - 4).make(example)
     assert [len(part) for part in made.document.parts] == [8, 5, 1, 3, 1]
-    assert made.num_cut == 4
+    assert made.overflowed_tokens == 4
     with pytest.raises(BadSample, match="too_long"):
         make_maker(readers, "cut_right", length=10).make(example)
 
@@ -197,7 +197,7 @@ def test_an_encoder_with_a_tokenizer_of_its_own_reads_its_tokens(
     else:
         kept = text[-body:] if overflow == "cut_left" else text[:body]
         assert texts[1:] == [kept]
-        assert made.num_cut == len(text.encode()) - body
+        assert made.overflowed_tokens == len(text.encode()) - body
     assert trained_tokens(row) == [
         *np.concatenate(tokenizer.encode(["a", "z"])).tolist(),
         tokenizer.document_id,

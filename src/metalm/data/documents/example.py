@@ -11,7 +11,7 @@ from metalm.config.model_schema import TEXT
 class ExamplePart:
     """A text, an image or a clip of an example."""
 
-    content: str | bytes
+    content: str | bytes | memoryview
     """Text, in which a blank line is the end-of-paragraph token `</s>`; of an image or a clip its file."""
     modality: str = TEXT
     is_encoded: bool = False

@@ -8,29 +8,22 @@ of the span; where the decoder reads both, `</s>` stands between them instead, u
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
 from metalm.config.model_schema import TEXT, EncoderConfig
 from metalm.config.schema import Overflow
 from metalm.data.documents.example import Example, ExamplePart
+from metalm.data.documents.maker import Made
 from metalm.data.documents.retokenize import SpanRetokenizer
+from metalm.data.sources import Source
+from metalm.data.storage.index import SampleLocation
 from metalm.data.tokenizer import BLANK_LINE, Tokenizer
 from metalm.document import Document, Part
 from metalm.errors import BadSample, ConfigError
 from metalm.modalities import MEDIA, MediaReader
-
-
-class MadeExample(NamedTuple):
-    """The document of an example."""
-
-    document: Document
-    """Its images and clips are not decoded yet: see `Document.decoded` and `ExampleMaker.read`."""
-    num_cut: int
-    """Tokens of encoded text that were dropped, as `overflow` says."""
 
 
 class ExampleMaker:
@@ -78,8 +71,8 @@ class ExampleMaker:
             if encoders[self._text_reader].media is None:
                 self._own = retokenizer(self._text_reader)
 
-    def make(self, example: Example, *, is_open: bool = False) -> MadeExample:
-        """The document of an example.
+    def make(self, example: Example, *, is_open: bool = False) -> Made:
+        """The document of an example, not decoded yet: see `Document.decoded` and `read`.
 
         Args:
             is_open: without `</d>`, for the decoder to go on from: of prompts, and of options that more
@@ -110,7 +103,20 @@ class ExampleMaker:
         document = Document(tuple(parts), ends=not is_open)
         if len(document) > self._sequence_length:
             raise BadSample("too_long")
-        return MadeExample(document, num_cut)
+        return Made(document, overflowed_tokens=num_cut)
+
+    def look(self, source: Source, location: SampleLocation) -> Made:
+        """The document of an example of a source, not decoded yet.
+
+        Raises:
+            BadSample: as `Source.example` and `make`.
+            ConfigError: as `make`.
+        """
+        return self.make(source.example(location))
+
+    def finish(self, seen: Made, draws: Sequence[float]) -> Made:
+        """What was looked at: nothing of an example is drawn."""
+        return seen
 
     def read(self, part: Part) -> np.ndarray:
         """An image or a clip as its encoder is fed it: see `Document.decoded`.
@@ -120,6 +126,12 @@ class ExampleMaker:
         """
         assert part.reader is not None and isinstance(part.content, (bytes, memoryview))
         return self._media_readers[part.reader].read(part.content)
+
+    @property
+    def max_vectors(self) -> int:
+        """Positions of the largest image or clip that it has a reader of; 0: it has none."""
+        readers = [name for modality, name in self._readers.items() if modality != TEXT]
+        return max((self._media_readers[name].max_vectors for name in readers), default=0)
 
     def _pieces(self, example: Example) -> list[Part | _EncodedText]:
         """Parts, and texts that the encoder reads; neighbouring ones of the example are one."""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from metalm.config.model_schema import TEXT, EncoderConfig
+from metalm.data.documents.maker import Made
 from metalm.data.sources import Source
+from metalm.data.storage.index import SampleLocation
 from metalm.document import Document, Part
 from metalm.errors import ConfigError
 from metalm.modalities import MediaReader
+
+
+class Seen(NamedTuple):
+    """What is read of a pair before it waits for its row."""
+
+    captions: list[str]
+    media: Part
 
 
 class PairMaker:
@@ -31,7 +41,7 @@ class PairMaker:
             ConfigError: a row has no room for a caption beside the largest image or clip.
         """
         assert source.media is not None
-        self._media, self._paragraph_id = source.media, source.tokenizer.paragraph_id
+        self._media, self._tokenizer = source.media, source.tokenizer
         self._reader = source.readers[source.media.name]
         self._text_reader = source.readers.get(TEXT)
         self._longest_prefix = encoders[self._text_reader].max_text_positions if self._text_reader else 0
@@ -67,7 +77,7 @@ class PairMaker:
         Raises:
             BadSample: its header shows that it cannot be used.
         """
-        return self._media.part(data, self._media_reader, self._reader, self._paragraph_id)
+        return self._media.part(data, self._media_reader, self._reader, self._tokenizer.paragraph_id)
 
     def document(self, media: Part, caption: np.ndarray, draw: float = 0.0) -> Document:
         """A pair, all of whose text is trained on.
@@ -82,6 +92,24 @@ class PairMaker:
         return Document(
             (media, Part(TEXT, caption[:prefix], self._text_reader), Part(TEXT, caption[prefix:]))
         )
+
+    def look(self, source: Source, location: SampleLocation) -> Seen:
+        """The captions of a pair, and its image or clip, not decoded yet.
+
+        Raises:
+            BadSample: its captions are missing or damaged, or as `media_part`.
+        """
+        media = source.main_member(location)
+        return Seen(source.captions(location), self.media_part(media))
+
+    def finish(self, seen: Seen, draws: Sequence[float]) -> Made:
+        """The document of a pair: the first draw chooses the caption, the second the length of the prefix."""
+        which, prefix = draws
+        caption = seen.captions[int(which * len(seen.captions))]
+        ids = self._tokenizer.encode([caption])[0]
+        kept = ids[: self.longest_caption(len(seen.media))]
+        document = self.document(seen.media, kept, draw=prefix)
+        return Made(document, truncated_captions=int(len(kept) < len(ids)))
 
     def read(self, part: Part) -> np.ndarray:
         """The image or clip of a part as its encoder is fed it: see `Document.decoded`.

@@ -1,4 +1,4 @@
-"""Documents that are not cut, of one source, in one lane, to rows: pairs of an image or a clip with text.
+"""Documents that are not cut, of one source, in one lane, to rows: pairs and examples.
 
 Rows have padding; the packer looks some documents ahead and takes those that fill a row best. The state is a
 place in the order and the places of the documents that wait.
@@ -8,38 +8,35 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from metalm.data.documents.pairs import PairMaker
+from metalm.data.documents.maker import NUM_DRAWS, DocumentMaker, Made
 from metalm.data.failures import FailureGuard
 from metalm.data.order.streams import Stream
 from metalm.data.row import Row, lay_out
 from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream
 from metalm.data.sources import Source
 from metalm.data.storage.index import SampleLocation
-from metalm.document import Document, Part
+from metalm.document import Document
 from metalm.errors import BadSample
 
 DOCUMENTS_AHEAD = 16
 """Documents among which a packer looks for the one that fills a row best."""
 
 
-class _Seen(NamedTuple):
-    """What is read of a pair before it waits."""
-
-    captions: list[str]
-    media: Part
-
-
 class _Waiting(NamedTuple):
-    """A document that waits for its row. Its image or clip is decoded when it gets there."""
+    """A document that waits for its row. Its images and clips are decoded when it gets there."""
 
     place: Place
     location: SampleLocation
-    document: Document
-    truncated: bool
+    made: Made
+    num_media: int
+
+    @property
+    def document(self) -> Document:
+        return self.made.document
 
 
 class WholePacker:
-    """Packs pairs whole into rows."""
+    """Packs documents whole into rows."""
 
     def __init__(
         self,
@@ -47,7 +44,7 @@ class WholePacker:
         order: Order,
         lane: int,
         *,
-        maker: PairMaker,
+        maker: DocumentMaker,
         sequence_length: int,
         draws: Stream,
         max_consecutive_failures: int,
@@ -56,7 +53,7 @@ class WholePacker:
         self.counters = RowCounters.from_state(state["counters"]) if state else RowCounters()
         self._source, self._maker, self._length, self._draws = source, maker, sequence_length, draws
         # A short clip costs its encoder as much as a whole one, so no more of them go to a row.
-        self._max_documents = max(1, sequence_length // maker.max_vectors)
+        self._max_media = max(1, sequence_length // max(1, maker.max_vectors))
         guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
         place = Place(*state["place"]) if state else Place(0, 0)
         self._stream = SampleStream(source, order, lane, self._look, guard, place)
@@ -76,10 +73,10 @@ class WholePacker:
     def next_row(self) -> Row:
         """The next row: the document that waits longest, then each time the largest that still fits."""
         documents: list[Document] = []
-        room = self._length
-        while len(documents) < self._max_documents:
+        room, room_for_media = self._length, self._max_media
+        while True:
             self._look_ahead()
-            waiting = self._take_best(room) if documents else self._waiting.pop(0)
+            waiting = self._take_best(room, room_for_media) if documents else self._waiting.pop(0)
             if waiting is None:
                 break
             try:
@@ -90,8 +87,10 @@ class WholePacker:
                 continue
             self._decoding_guard.passed()
             documents.append(document)
-            self.counters.truncated_captions += waiting.truncated
+            self.counters.truncated_captions += waiting.made.truncated_captions
+            self.counters.overflowed_tokens += waiting.made.overflowed_tokens
             room -= len(document)
+            room_for_media -= waiting.num_media
         self.counters.samples += len(documents)
         row = lay_out(documents, self._source.tokenizer, self._source.source_id)
         self.counters.count_row(row, self._length)
@@ -103,20 +102,19 @@ class WholePacker:
             assert read is not None
             self._waiting.append(self._wait(*read))
 
-    def _take_best(self, room: int) -> _Waiting | None:
-        fitting = [n for n, waiting in enumerate(self._waiting) if len(waiting.document) <= room]
+    def _take_best(self, room: int, room_for_media: int) -> _Waiting | None:
+        fitting = [
+            n
+            for n, waiting in enumerate(self._waiting)
+            if len(waiting.document) <= room and waiting.num_media <= room_for_media
+        ]
         if not fitting:
             return None
         return self._waiting.pop(max(fitting, key=lambda n: len(self._waiting[n].document)))
 
-    def _look(self, location: SampleLocation) -> _Seen:
-        media = self._source.main_member(location)
-        return _Seen(self._source.captions(location), self._maker.media_part(media))
+    def _look(self, location: SampleLocation) -> Any:
+        return self._maker.look(self._source, location)
 
-    def _wait(self, place: Place, location: SampleLocation, seen: _Seen) -> _Waiting:
-        which, prefix = self._draws.uniforms(place.ordinal, 2)
-        caption = seen.captions[int(which * len(seen.captions))]
-        ids = self._source.tokenizer.encode([caption])[0]
-        kept = ids[: self._maker.longest_caption(len(seen.media))]
-        document = self._maker.document(seen.media, kept, draw=prefix)
-        return _Waiting(place, location, document, truncated=len(kept) < len(ids))
+    def _wait(self, place: Place, location: SampleLocation, seen: Any) -> _Waiting:
+        made = self._maker.finish(seen, self._draws.uniforms(place.ordinal, NUM_DRAWS).tolist())
+        return _Waiting(place, location, made, sum(part.is_media for part in made.document.parts))

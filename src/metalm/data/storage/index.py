@@ -27,14 +27,15 @@ import numpy as np
 from metalm.config.secrets import shown_url
 from metalm.data.storage.remote import RemoteShard, attempt, shard_url
 from metalm.data.storage.shard_scan import (
+    EXAMPLES,
     FORMATS,
+    KINDS,
     MAX_MEMBER_BYTES,
     RECORD,
     Shard,
     scan_shard,
     scan_stream,
 )
-from metalm.data.storage.tar import BLOCK
 from metalm.errors import DataError
 from metalm.modalities import Modality, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES
@@ -57,22 +58,10 @@ class SampleLocation(NamedTuple):
     caption_size: int
     json_offset: int
     json_size: int
-
-    @property
-    def first(self) -> int:
-        """Where the first of its members' headers lies."""
-        caption = self.caption_offset if self.caption_size else self.offset
-        description = self.json_offset if self.json_size else self.offset
-        return min(self.offset, caption, description) - BLOCK
-
-    @property
-    def end(self) -> int:
-        """The end of its last member."""
-        return max(
-            self.offset + self.size,
-            self.caption_offset + self.caption_size,
-            self.json_offset + self.json_size,
-        )
+    first: int
+    """Where the first of its members' headers lies."""
+    end: int
+    """Where the next sample's lies."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +79,9 @@ class ShardIndex:
     records: np.ndarray  # [num_samples] RECORD, memory-mapped
 
     @property
-    def modality(self) -> Modality:
-        """Of the samples' main members."""
-        return modality_of_kind(self.kind)
+    def modality(self) -> Modality | None:
+        """Of the samples' main members; None: they are examples, which hold any."""
+        return None if self.kind == EXAMPLES else modality_of_kind(self.kind)
 
     @property
     def num_samples(self) -> int:
@@ -127,6 +116,8 @@ class ShardIndex:
             records["caption_size"],
             starts + records["json_offset"],
             records["json_size"],
+            starts,
+            starts + records["size"],
         )
         return list(map(SampleLocation._make, zip(*(c.tolist() for c in columns), strict=True)))
 
@@ -146,7 +137,7 @@ def build_index(
 
     Args:
         kind: `text` (members .u16 or .u32, or .txt), `image_text` or `audio_text` (an image or a clip, and
-            .txt or .json).
+            .txt or .json), or `examples` (.json and the images and clips that it names).
         url: read the shards of `shard_names` from here instead (see `SourceConfig.url`), each as a stream;
             `folder`, which is made if need be, holds their index alone.
         tokenizer_fingerprint: of the tokenizer that wrote the token members; needed if there are any.
@@ -216,7 +207,10 @@ def open_index(folder: Path | str, *, check_sizes: bool = True) -> ShardIndex:
             raise DataError(
                 f"{path} has version {version}, this program reads version {INDEX_VERSION}: index again"
             )
-        modality_of_kind(document["kind"])
+        if document["kind"] not in KINDS:
+            raise DataError(
+                f"{path} is of the kind {document['kind']!r}, this program reads {', '.join(KINDS)}"
+            )
         records = np.memmap(folder / document["records"], RECORD, mode="r")
         index = ShardIndex(
             folder=folder,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 from metalm.config.secrets import shown_url
 from metalm.data.storage.index import SampleLocation, ShardIndex, check_shard_size
@@ -53,6 +54,22 @@ class FileReader:
         if len(data) != size + BLOCK or parse_size(data) != size:
             raise _no_member(self.path_of(shard), offset, size)
         return memoryview(data)[BLOCK:]
+
+    def read_sample(self, location: SampleLocation) -> memoryview:
+        """A whole sample, as it lies in its shard: all of its members with their headers.
+
+        Raises:
+            DataError: as `read`.
+        """
+        file = self._files.get(location.shard)
+        if file is None:
+            file = self._file(location.shard)
+        try:
+            data = os.pread(file, location.end - location.first, location.first)
+        except OSError as error:
+            path = self.path_of(location.shard)
+            raise DataError(f"cannot read shard {path}: {error.strerror}") from error
+        return _checked_sample(memoryview(data), location, self.path_of)
 
     def path_of(self, shard: int) -> str:
         """The path of a shard, for messages."""
@@ -117,6 +134,17 @@ class RemoteReader:
             raise _no_member(self.path_of(shard), offset, size)
         return memoryview(data)[BLOCK:]
 
+    def read_sample(self, location: SampleLocation) -> memoryview:
+        """A whole sample of those last read ahead: all of its members with their headers.
+
+        Raises:
+            DataError: as `read`.
+        """
+        assert location.shard == self._window_shard
+        first = location.first - self._window_start
+        data = bytes(self._window[first : first + location.end - location.first])  # a copy, as in `read`
+        return _checked_sample(memoryview(data), location, self.path_of)
+
     def path_of(self, shard: int) -> str:
         """Where a shard is, as it may be shown."""
         return shard_url(shown_url(self._url), self._index.shards[shard].name)
@@ -145,6 +173,14 @@ class RemoteReader:
         except (OSError, EOFError):
             self.close()
             raise
+
+
+def _checked_sample(data: memoryview, location: SampleLocation, path_of: Callable[[int], str]) -> memoryview:
+    header = location.offset - BLOCK - location.first
+    stated = parse_size(bytes(data[header : header + BLOCK])) if len(data) > header + BLOCK else None
+    if len(data) != location.end - location.first or stated != location.size:
+        raise _no_member(path_of(location.shard), location.offset, location.size)
+    return data
 
 
 def _no_member(path: str, offset: int, size: int) -> DataError:

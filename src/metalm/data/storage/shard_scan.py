@@ -20,14 +20,22 @@ from metalm.modalities.text import TOKEN_DTYPES
 MAX_MEMBER_BYTES = 256 << 20
 """A larger member makes its sample unusable: it would be read into memory whole."""
 
-FORMATS = tuple(dict.fromkeys(name for modality in MODALITIES.values() for name in modality.formats.values()))
+EXAMPLES = "examples"
+"""The kind of shards whose samples are a `json` of parts with the images and clips that it names."""
+KINDS = (*(modality.kind for modality in MODALITIES.values()), EXAMPLES)
+"""What shards can hold."""
+
+_JSON = "json"
+FORMATS = tuple(
+    dict.fromkeys([*(name for modality in MODALITIES.values() for name in modality.formats.values()), _JSON])
+)
 """Formats of a main member, in the order of their codes in the index: new ones come last."""
 
 RECORD = np.dtype(
     [
         ("offset", "<u8"),  # of the sample's first header in the shard
         ("size", "<u4"),  # from there to the end of the last member, padded to the block
-        ("main_offset", "<u4"),  # token, text, image or audio member, from `offset`
+        ("main_offset", "<u4"),  # token, text, image or audio member, or .json of an example, from `offset`
         ("main_size", "<u4"),
         ("caption_offset", "<u4"),  # .txt of a pair, from `offset`; size 0: there is none
         ("caption_size", "<u4"),
@@ -113,6 +121,8 @@ def _record(members: dict[str, Member], kind: str) -> tuple[int, ...] | str:
     end = max(member.end for member in members.values())
     if end - start > 0xFFFFFFFF:
         return "oversize_member"
+    if kind == EXAMPLES:
+        return _record_of_example(members, start, end)
     modality = modality_of_kind(kind)
     present = [suffix for suffix in modality.formats if suffix in members]
     caption = description = None
@@ -134,3 +144,12 @@ def _record(members: dict[str, Member], kind: str) -> tuple[int, ...] | str:
     for member in (caption, description):
         fields += [member.offset - start, member.size] if member else [0, 0]
     return (*fields, FORMATS.index(modality.formats[suffix]))
+
+
+def _record_of_example(members: dict[str, Member], start: int, end: int) -> tuple[int, ...] | str:
+    main = members.get(_JSON)
+    if main is None or not main.size:
+        return "missing_json" if main is None else "bad_json"
+    if end - start > MAX_MEMBER_BYTES:  # it is read at once
+        return "oversize_sample"
+    return (start, end - start, main.offset - start, main.size, 0, 0, 0, 0, FORMATS.index(_JSON))

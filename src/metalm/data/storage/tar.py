@@ -103,7 +103,26 @@ class TarEnd(enum.Enum):
     DAMAGED = "damaged_tar"
 
 
-def scan_members(stream: HashedStream) -> Iterator[Member | TarEnd]:
+class BytesStream:
+    """Reads bytes forwards, as `HashedStream` does a file."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content = content
+        self._at = 0
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer at the end."""
+        found = bytes(self._content[self._at : self._at + size])
+        self._at += len(found)
+        return found
+
+    def skip(self, size: int) -> bool:
+        """Passes over the next `size` bytes; False if there are fewer."""
+        self._at += size
+        return self._at <= len(self._content)
+
+
+def scan_members(stream: HashedStream | BytesStream) -> Iterator[Member | TarEnd]:
     """The regular files of a tar archive in order, and last of all how the scan ended."""
     position = entry_start = 0
     long_name: str | None = None

@@ -1,0 +1,152 @@
+"""Records of chats in the forms that data sets come in, to turns.
+
+    messages         [{"role": ..., "content": text, or parts of "type" text, image, image_url, audio, ...}]
+    conversations    [{"from": ..., "value": text}], as ShareGPT and LLaVA have it
+    instruction      with "input" and "output", as alpaca has it
+
+Images and clips that a record lists beside its turns (`image`, `images`, `audio`, `audios`) stand where its
+texts say `<image>` or `<audio>`, or a part of that type names none; if nothing does, in front of what is
+asked first. `system` is a turn of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from metalm.data.documents.chats import ANSWERING_ROLES, ASKING_ROLES, Content, Medium, Turn
+from metalm.data.preparation.media_files import MediaFiles
+from metalm.data.tokenizer import BLANK_LINE
+from metalm.errors import BadSample
+from metalm.modalities import MEDIA
+
+_MODALITY_OF_TYPE = {kind: name for name in MEDIA for kind in (name, f"{name}_url", f"input_{name}")}
+_FILE_KEYS = ("url", "path", "data", "bytes")
+
+
+def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
+    """The turns of a record.
+
+    Raises:
+        BadSample: `no_turns`, for it has none of the forms; `bad_turns`, for a turn is not as its form says;
+            `unknown_role`; `bad_placeholders`, more or fewer than images or clips; as `MediaFiles.read`.
+    """
+    if not isinstance(record, dict):
+        raise BadSample("no_turns")
+    beside = {name: found for name in MEDIA if (found := _beside(record, name))}
+    read = functools.partial(_turn, files=files, beside=beside)
+    system = record.get("system")
+    turns = [Turn("system", (system,))] if isinstance(system, str) and system.strip() else []
+    if isinstance(listed := record.get("messages"), list):
+        turns += [read(message, "role", "content") for message in listed]
+    elif isinstance(listed := record.get("conversations"), list):
+        turns += [read(message, "from", "value") for message in listed]
+    elif isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
+        turns += _instruction(record)
+    else:
+        raise BadSample("no_turns")
+    for name, listed in beside.items():
+        turns = _placed(turns, [_medium(one, name, files) for one in listed], _placeholder(name))
+    return turns
+
+
+def _placeholder(modality: str) -> str:
+    return f"<{modality}>"
+
+
+def _turn(
+    message: Any, role_key: str, content_key: str, *, files: MediaFiles, beside: Collection[str]
+) -> Turn:
+    if not isinstance(message, dict):
+        raise BadSample("bad_turns")
+    # Data sets of either form have messages with the keys of the other.
+    role = message.get(role_key, message.get("role", message.get("from")))
+    content = message.get(content_key, message.get("content", message.get("value")))
+    if not isinstance(role, str) or role.lower() not in (*ASKING_ROLES, *ANSWERING_ROLES):
+        raise BadSample("unknown_role")
+    if isinstance(content, str):
+        return Turn(role.lower(), (content,))
+    if not isinstance(content, list):
+        raise BadSample("bad_turns")
+    return Turn(role.lower(), tuple(_content(part, files, beside) for part in content))
+
+
+def _content(part: Any, files: MediaFiles, beside: Collection[str]) -> Content:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind not in _MODALITY_OF_TYPE:
+        raise BadSample("bad_turns")
+    modality = _MODALITY_OF_TYPE[kind]
+    named = [part[key] for key in (kind, modality, *_FILE_KEYS) if part.get(key) is not None]
+    if not named and modality in beside:
+        return _placeholder(modality)
+    if not named:
+        raise BadSample("bad_turns")
+    return _medium(named[0], modality, files)
+
+
+def _medium(named: Any, modality: str, files: MediaFiles) -> Medium:
+    """Of a name, or of a mapping that has one, or the bytes."""
+    if isinstance(named, Mapping):
+        found = {key: named[key] for key in _FILE_KEYS if named.get(key) is not None}
+        if isinstance(found.get("bytes"), bytes):
+            return Medium(modality, found["bytes"])
+        if isinstance(found.get("data"), str):  # base64, as chat services take clips
+            try:
+                return Medium(modality, base64.b64decode(found["data"], validate=True))
+            except (binascii.Error, ValueError):
+                raise BadSample(f"bad_data_uri_{modality}") from None
+        named = found.get("url", found.get("path"))
+    if isinstance(named, bytes):
+        return Medium(modality, named)
+    if not isinstance(named, str):
+        raise BadSample("bad_turns")
+    return Medium(modality, files.read(named, modality))
+
+
+def _instruction(record: Mapping[str, Any]) -> list[Turn]:
+    asked, given = record["instruction"], record.get("input")
+    if isinstance(given, str) and given.strip():
+        asked = asked.rstrip() + BLANK_LINE + given.lstrip()
+    return [Turn("user", (asked,)), Turn("assistant", (record["output"],))]
+
+
+def _beside(record: Mapping[str, Any], modality: str) -> list[Any]:
+    for key in (f"{modality}s", modality):
+        found = record.get(key)
+        if found is not None:
+            return list(found) if isinstance(found, (list, tuple)) else [found]
+    return []
+
+
+def _placed(turns: Sequence[Turn], media: list[Medium], placeholder: str) -> list[Turn]:
+    """The turns with images or clips where their placeholders are, or in front of the first that asks."""
+    texts = [content for turn in turns for content in turn.contents if isinstance(content, str)]
+    count = sum(text.count(placeholder) for text in texts)
+    if not count:
+        first = next((n for n, turn in enumerate(turns) if turn.role in ("user", "human")), None)
+        if first is None:
+            raise BadSample("bad_placeholders")
+        moved = Turn(turns[first].role, (*media, *turns[first].contents))
+        return [*turns[:first], moved, *turns[first + 1 :]]
+    if count != len(media):
+        raise BadSample("bad_placeholders")
+    waiting = iter(media)
+    placed = []
+    for turn in turns:
+        contents: list[Content] = []
+        for content in turn.contents:
+            if isinstance(content, Medium):
+                contents.append(content)
+                continue
+            for piece in re.split(f"({re.escape(placeholder)})", content):
+                contents.append(next(waiting) if piece == placeholder else piece)
+        placed.append(Turn(turn.role, tuple(one for one in contents if one != "")))
+    return placed

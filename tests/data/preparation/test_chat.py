@@ -1,0 +1,227 @@
+"""Preparing chats: all forms of input give the same examples, and what is bad is counted by cause."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from metalm.data.documents.example import Example, ExamplePart
+from metalm.data.preparation.chat_shards import prepare_chats
+from metalm.data.preparation.example_shards import default_converts, write_examples
+from metalm.data.sources import open_source
+from metalm.data.storage.index import build_index, open_index
+from metalm.data.tokenizer import Tokenizer
+from metalm.errors import ConfigError, DataError
+
+RunTool = Callable[..., tuple[int, str, str]]
+QUESTION, ANSWER, MORE, LAST = "What is it?", "A fox.", "And its colour?", "Brown."
+
+
+@pytest.fixture
+def media(tmp_path: Path, jpeg: Callable[..., bytes]) -> Path:
+    """A folder with fox.jpg in a folder of it."""
+    folder = tmp_path / "media" / "train"
+    folder.mkdir(parents=True)
+    (folder / "fox.jpg").write_bytes(jpeg((120, 60, 0)))
+    return folder.parent
+
+
+def data_uri(media: Path) -> str:
+    content = base64.b64encode((media / "train/fox.jpg").read_bytes()).decode()
+    return f"data:image/jpeg;base64,{content}"
+
+
+def typed(image: dict[str, Any]) -> dict[str, Any]:
+    content = [{"type": "text", "text": QUESTION}, image]
+    turns = [("user", content), ("assistant", ANSWER), ("user", MORE), ("assistant", LAST)]
+    return {"messages": [{"role": role, "content": said} for role, said in turns]}
+
+
+def conversations(question: str, **more: Any) -> dict[str, Any]:
+    turns = [("human", question), ("gpt", ANSWER), ("human", MORE), ("gpt", LAST)]
+    return {"conversations": [{"from": who, "value": said} for who, said in turns], **more}
+
+
+def records(media: Path) -> list[dict[str, Any]]:
+    """One chat in many forms."""
+    name = "train/fox.jpg"
+    return [
+        typed({"type": "image", "image": name}),
+        typed({"type": "image", "path": name}),
+        typed({"type": "image_url", "image_url": {"url": data_uri(media)}}),
+        {**typed({"type": "image"}), "images": [name]},
+        conversations(f"{QUESTION}\n<image>", image=name),
+        conversations(f"<image>\n{QUESTION}", image=[name], id="7"),
+        conversations(QUESTION, images=[name]),
+    ]  # fmt: skip
+
+
+def read(folder: Path, tokenizer: Tokenizer) -> list[Example]:
+    source = open_source("chats", folder, tokenizer)
+    return [source.example(one) for one in source.index.locate(np.arange(source.index.num_samples))]
+
+
+def contents(example: Example) -> list[tuple[object, bool]]:
+    return [
+        (part.content if isinstance(part.content, str) else bytes(part.content), part.is_trained)
+        for part in example.parts
+    ]
+
+
+def prepare(inputs: list[Path], out: Path, **options: Any) -> dict[str, Any]:
+    return prepare_chats(inputs, out, converts=default_converts(), settings={}, **options)
+
+
+def write_lines(path: Path, written: list[Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in written))
+    return path
+
+
+def test_all_forms_are_the_same_example(tmp_path: Path, media: Path, tokenizer: Tokenizer) -> None:
+    given = records(media)
+    lines = write_lines(tmp_path / "chats.jsonl", given)
+    (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    (tmp_path / "chats.json").write_text(json.dumps(given))
+    inputs = [lines, tmp_path / "more.jsonl.gz", tmp_path / "chats.json"]
+    report = prepare(inputs, tmp_path / "out", media_folder=media)
+    assert report["dropped"] == {}
+    assert (report["examples"], report["answers"], report["media"]) == (21, 42, 21)
+    picture = (media / "train/fox.jpg").read_bytes()
+    expected = [
+        (picture, False), (QUESTION, False), (ANSWER, True), ("\n\n", False), (MORE, False), (LAST, True)
+    ]  # fmt: skip
+    found = read(tmp_path / "out", tokenizer)
+    assert len(found) == 21
+    for example in found:
+        assert contents(example) == expected
+        assert [part.is_encoded for part in example.parts] == [True, True, False, False, True, False]
+    alone = tmp_path / "alone"
+    prepare([lines], alone, media_folder=media, train="last")
+    assert contents(read(alone, tokenizer)[0])[2] == (ANSWER, False)
+
+
+def test_rows_of_parquet_and_members_of_a_tar_are_read(
+    tmp_path: Path, media: Path, tokenizer: Tokenizer
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    picture = (media / "train/fox.jpg").read_bytes()
+    row = {**typed({"type": "image", "text": None}), "images": [{"bytes": picture, "path": None}]}
+    for message in row["messages"]:
+        if isinstance(message["content"], str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    with tarfile.open(tmp_path / "media.tar", "w") as tar:
+        tar.add(media / "train/fox.jpg", "./train/fox.jpg")
+    lines = write_lines(tmp_path / "chats.jsonl", [records(media)[0]])
+    out = tmp_path / "out"
+    prepare([tmp_path / "rows.parquet", lines], out, media_folder=tmp_path / "media.tar")
+    rows = read(out, tokenizer)
+    assert len(rows) == 2
+    assert contents(rows[0]) == contents(rows[1])
+    assert contents(rows[0])[0] == (picture, False)
+
+
+def test_alpaca_and_sharegpt_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    given = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say A.", "input": "", "output": "A"},
+        {"system": "Be kind.", "conversations": [{"from": "human", "value": "Hi <image>"},
+                                                 {"from": "gpt", "value": "Hello."}]},
+    ]  # fmt: skip
+    prepare([write_lines(tmp_path / "a.jsonl", given)], tmp_path / "out")
+    found = [contents(example) for example in read(tmp_path / "out", tokenizer)]
+    assert found == [
+        [("Add.\n\n1 and 2", False), ("3", True)],
+        [("Say A.", False), ("A", True)],
+        [("Be kind.\n\nHi <image>", False), ("Hello.", True)],
+    ]
+
+
+def test_what_is_bad_is_counted_by_cause(tmp_path: Path, media: Path) -> None:
+    (media / "notes.jpg").write_text("no image")
+    (tmp_path / "secret.jpg").write_bytes((media / "train/fox.jpg").read_bytes())
+
+    def of(name: str) -> dict[str, Any]:
+        return typed({"type": "image", "image": name})
+
+    given = [
+        *({"messages": 3}, ["a"], {"text": "a"}), {"messages": ["a"]},
+        typed({"type": "video", "video": "a.mp4"}), typed({"type": "image"}),
+        {"messages": [{"role": "narrator", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a"}]},
+        conversations("<image> or <image>", image="train/fox.jpg"),
+        of("gone.jpg"), of("notes.jpg"), of("../secret.jpg"), of("https://host/fox.jpg"),
+        of("data:image/jpeg;base64,!"), of("train"),
+        {"instruction": "a", "output": "\ud800"}, {"instruction": "a", "output": " "},
+        {"instruction": "a", "output": "b"},
+    ]  # fmt: skip
+    lines = write_lines(tmp_path / "chats.jsonl", given)
+    with lines.open("a") as file:
+        file.write("{\n\n")
+    report = prepare([lines], tmp_path / "out", media_folder=media)
+    assert report["examples"] == 1
+    assert report["dropped"] == {
+        "bad_data_uri_image": 1, "bad_json": 1, "bad_placeholders": 1, "bad_turns": 3, "empty_answer": 1,
+        "missing_image": 1, "no_answer": 1, "no_turns": 3, "not_unicode": 1, "outside_image": 1,
+        "remote_image": 1, "undecodable_image": 1, "unknown_role": 1, "unreadable_image": 1,
+    }  # fmt: skip
+
+
+def test_inputs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "chats.jsonl", [{"instruction": "a", "output": "b"}])
+    (tmp_path / "object.json").write_text("{}")
+    (tmp_path / "broken.json").write_text("[")
+    (tmp_path / "rows.parquet").write_text("no")
+    for name, message in (
+        ("gone.jsonl", "does not exist"),
+        ("object.json", "expected an array of records, found dict"),
+        ("broken.json", "is no JSON"),
+        ("rows.parquet", "no parquet file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare([tmp_path / name], tmp_path / "out")
+    with pytest.raises(DataError, match="neither a folder of images and clips nor a tar"):
+        prepare([lines], tmp_path / "out", media_folder=tmp_path / "gone")
+    prepare([lines], tmp_path / "out")
+    with pytest.raises(ConfigError, match="train was 'all', is 'last'"):
+        prepare([lines], tmp_path / "out", train="last")
+
+
+def test_the_tool_writes_shards_that_plain_webdataset_reads(
+    tmp_path: Path, media: Path, run_tool: RunTool
+) -> None:
+    lines = write_lines(tmp_path / "chats.jsonl", records(media))
+    out = tmp_path / "out"
+    code, printed, errors = run_tool("prepare_chat.py", lines, "--media-folder", media, "--out", out)
+    assert code == 0, errors
+    assert "7" in printed
+    index = open_index(out)
+    (shard,) = index.shards
+    samples = list(webdataset.WebDataset(str(out / shard.name), shardshuffle=False))
+    assert len(samples) == index.num_samples == 7
+    for sample in samples:
+        assert sample["0.jpg"] == (media / "train/fox.jpg").read_bytes()
+        assert json.loads(sample["json"])["parts"][0] == {"image": "0.jpg"}
+    (out / "index.json").unlink()
+    assert build_index(out, kind="examples").num_samples == 7
+
+
+def test_examples_are_written_once(tmp_path: Path) -> None:
+    example = Example((ExamplePart("a", is_encoded=True), ExamplePart("b", is_trained=True)))
+    untrained = Example((ExamplePart("a", is_encoded=True),))
+    report = write_examples(iter([example, untrained]), tmp_path, plan={"task": "a"}, name="a")
+    assert report["subsets"]["a"]["examples"] == 1
+    assert report["dropped"] == {"no_answer": 1}
+    assert write_examples(iter([]), tmp_path, plan={"task": "a"}, name="a") == report
+    with pytest.raises(ConfigError, match="task was 'a', is 'b'"):
+        write_examples(iter([example]), tmp_path, plan={"task": "b"}, name="a")

@@ -1,0 +1,80 @@
+"""Prepare chats: messages, LLaVA's or ShareGPT's conversations, or alpaca's records to shards with an index.
+
+If it is interrupted, start the same command again: it goes on where it was.
+
+Example: python tools/prepare_chat.py llava_v1_5_mix665k.json --media-folder images --out data/llava
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import get_args
+
+from metalm.cli import ToolParser, run_tool
+from metalm.data.documents.chats import TrainedAnswers
+from metalm.data.preparation.chat_shards import prepare_chats
+from metalm.data.preparation.tally import format_table
+from metalm.modalities import MEDIA
+
+
+def main() -> None:
+    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser.add_argument("inputs", type=Path, nargs="+", help=".jsonl (also .gz, .zst), .json or .parquet")
+    parser.add_argument(
+        "--media-folder",
+        type=Path,
+        help="folder or tar of the images and clips that chats name (default: the folder of the file)",
+    )
+    parser.add_argument(
+        "--train",
+        choices=get_args(TrainedAnswers),
+        default="all",
+        help="on all answers of a chat, or on the last one alone (default: %(default)s)",
+    )
+    for media in MEDIA.values():
+        media.add_preparation_options(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
+    parser.add_argument(
+        "--first-number",
+        type=int,
+        default=0,
+        help="number of the first input, when inputs are prepared apart (default: 0)",
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    run_preparation(parser, parser.parse_args())
+
+
+def run_preparation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    try:
+        settings = {name: media.preparation_settings(options) for name, media in MEDIA.items()}
+    except ValueError as error:
+        parser.error(str(error))
+    given = {key: value for found in settings.values() for key, value in found.items()}
+    positive = [options.processes, options.shard_mib, *given.values()]
+    if any(value is not None and not 0 < value < math.inf for value in positive) or options.first_number < 0:
+        parser.error("all numbers must be positive; --first-number may be 0")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    started = time.monotonic()
+    report = prepare_chats(
+        options.inputs,
+        options.out,
+        train=options.train,
+        media_folder=options.media_folder,
+        converts={name: MEDIA[name].convert(**found) for name, found in settings.items()},
+        settings=given,
+        shard_bytes=int(options.shard_mib * 2**20),
+        first_number=options.first_number,
+        processes=options.processes,
+    )
+    print(format_table(report, ("examples", "answers", "media", "bytes")))
+    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    run_tool(main)
