@@ -266,9 +266,9 @@ come_back() { # NODES_TO_LEAVE_OUT METALM_ARGUMENTS...
     [[ -z $leave_out ]] || options+=(--exclude="$leave_out")
     [[ -z ${SLURM_JOB_ACCOUNT:-} ]] || options+=(--account="$SLURM_JOB_ACCOUNT")
     [[ -z ${SLURM_GPUS_PER_NODE:-} ]] || options+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
-    # shellcheck disable=SC2086  # options, separated by blanks
-    METALM_CHAIN=$chain METALM_ROOT=$root sbatch "${options[@]}" ${METALM_SUCCESSOR_OPTIONS:-} \
-        "$root/slurm/$template" "$@" || say "error: no successor could be submitted" >&2
+    local more=()
+    read -ra more <<<"${METALM_SBATCH_OPTIONS:-}"
+    METALM_CHAIN=$chain METALM_ROOT=$root sbatch "${options[@]}" "${more[@]}" "$root/slurm/$template" "$@" || say "error: no successor could be submitted" >&2
 }
 
 main "$@"
