@@ -1,7 +1,8 @@
 """What `tools/submit.py` writes and types: a snapshot of code and config, and the sbatch line.
 
-A job that is queued again weeks later must run what was submitted, whatever the repository holds by then. What
-the job must know stands in the snapshot's own template: many sites give jobs nothing of the shell's environment.
+A job that is queued again weeks later must run what was submitted, whatever the repository holds by then.
+What the job must know stands in the snapshot's own template: many sites give jobs nothing of the shell's
+environment.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Submission:
         return self.nodes * (self.ranks_per_node or self.gpus_per_node or 1)
 
     def settings(self) -> dict[str, str]:
-        """What the job must know, by variable: the shell's own settings of MetaLM, and those of this submission."""
+        """What the job must know, by variable: the shell's own, and those of this submission."""
         own = {
             name: value
             for name, value in self.shell.items()
