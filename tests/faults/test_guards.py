@@ -29,6 +29,8 @@ def test_one_rank_without_a_number_skips_the_step_on_all(start: Start, tmp_path:
     state = state_of_newest(run)
     assert state["optimizer_steps"] == {"decoder": 7.0, "encoders": 7.0}
     assert state["guard"]["skipped"] == [7, 1, 0]
+    assert "step 4 is skipped: its loss or its gradients are not finite; loss of" in ranks.output()
+    assert "OVERFLOW" not in ranks.output()  # as DeepSpeed would call it
 
 
 def test_too_many_skipped_steps_go_back_to_the_checkpoint_and_past_the_data(
@@ -70,6 +72,8 @@ def test_a_spike_is_skipped(start: Start, tmp_path: Path) -> None:
     assert [step for step in skipped if skipped[step] > skipped.get(step - 1, 0)] == [14]
     assert state_of_newest(run)["optimizer_steps"]["decoder"] == 15.0
     assert figures(run, "loss/all")[14] > 2 * figures(run, "loss/all")[15]
+    assert "step 14 is skipped: its loss is " in ranks.output()
+    assert "OVERFLOW" not in ranks.output()
 
 
 def test_a_rank_asleep_ends_the_run_with_the_stacks_of_all(start: Start, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class _Run:
         self._lane_states = started.lane_states
         topology = session.topology
         self._stop = StopRequest(session.run_folder, config.training.time_limit_minutes)
-        self._guard = StepGuard(config.guards, topology.device)
+        self._guard = StepGuard(config.guards, config.data.sources, topology.device)
         self._objective = objective
         self._train_step = TrainStep(
             self._engines,
@@ -182,6 +182,8 @@ class _Run:
         is_skipped = result.skipped_steps > self._skipped_steps
         self._skipped_steps = result.skipped_steps
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        if is_skipped:
+            logger.warning("step %d is skipped: %s", self._step, self._guard.explain())
         if not is_skipped:
             self._trained_tokens += result.loss_counts.sum().cpu()
         if self._data is not None:
