@@ -15,6 +15,7 @@ from faults.harness import figures, state_of_newest
 from metalm.checkpoint.folders import is_whole
 from metalm.checkpoint.names import list_checkpoints
 from metalm.errors import EXIT_FAULT, EXIT_RESTART
+from metalm.operations.status import describe_run
 
 Start = Callable[..., Ranks]
 
@@ -82,6 +83,7 @@ def test_a_rank_asleep_ends_the_run_with_the_stacks_of_all(start: Start, tmp_pat
     assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 2, ranks.output()
     sleeping, waiting = ((run / "logs" / f"stacks_rank_0000{rank}.txt").read_text() for rank in (1, 0))
     assert "hung" in sleeping and "while step 7" in sleeping
+    assert f"state       failed 0 s ago: {waiting.splitlines()[0]} (exit code 70)" in describe_run(run, 0.0)
     assert "in sleep" in sleeping and "injected.py" in sleeping
     assert "all_reduce" in waiting or "step.py" in waiting
     again = start(run)
@@ -124,6 +126,11 @@ def test_a_time_limit_saves_and_asks_to_be_started_again(start: Start, tmp_path:
     assert ranks.wait(all_by_themselves=True) == [EXIT_RESTART] * 2, ranks.output()
     last = max(figures(run, "loss/all"))
     assert 0 < last < 40
+    limit = (
+        f"stopped as asked after step {last}, by training.time_limit_minutes = 0.1; the same command goes on"
+    )
+    assert limit in ranks.output()
+    assert f"at step {last} by training.time_limit_minutes = 0.1; started again," in describe_run(run, 0.0)
     assert state_of_newest(run)["step"] == last
 
 
