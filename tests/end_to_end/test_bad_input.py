@@ -88,6 +88,13 @@ def test_a_missing_pipeline() -> None:
     assert (code, output) == (64, "metalm: error: config absent.yaml does not exist\n")
 
 
+@pytest.mark.parametrize("words", [("train",), ("evaluate", "run.name=x")])
+def test_no_pipeline(words: tuple[str, ...]) -> None:
+    code, output = metalm(*words)
+    assert code == 64
+    assert f"metalm {words[0]} needs a pipeline file" in output and "demo.yaml" in output
+
+
 def test_an_unknown_command() -> None:
     code, output = metalm("trian")
     assert code == 64
