@@ -34,7 +34,7 @@ def _one_line(path: Path) -> Path:
 def _run_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(
-            "it names a folder: letters, digits, dots, underscores and hyphens, a letter or digit first, such as "
+            "it names a folder: letters, digits, dots, underscores and hyphens, first a letter or a digit: "
             "tuned-2; the folders above it are run.folder's"
         )
     return name
