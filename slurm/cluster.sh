@@ -22,6 +22,10 @@ if [[ -n ${METALM_MODULES:-} ]]; then
     module load $METALM_MODULES || give_up $EXIT_USAGE "cannot load the modules $METALM_MODULES"
 fi
 
+# Of a job that was submitted with `--export=NONE`, the default of many sites, tasks and successors would start
+# without what is set here.
+export SLURM_EXPORT_ENV=ALL SBATCH_EXPORT=ALL
+
 METALM_PYTHON=${METALM_PYTHON:-.venv/bin/python}
 # The library beside these scripts, such as a snapshot, wins over an installed one.
 [[ -z ${METALM_ROOT:-} ]] || export PYTHONPATH=$METALM_ROOT/src${PYTHONPATH:+:$PYTHONPATH}

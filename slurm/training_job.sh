@@ -20,7 +20,7 @@ main() {
     plan=$(run_python -m metalm train "$@" --dry-run --ranks $((SLURM_JOB_NUM_NODES * $(ranks_per_node))))
     code=$?
     if ((code != 0)); then
-        give_up $code "the run cannot be started"
+        refused $code "$plan"
     fi
     ((restart > 0)) || echo "$plan"
     [[ $template != finetune.sbatch ]] || refuse_without_weights "$plan"
@@ -50,6 +50,14 @@ main() {
         kill "$watch" 2>/dev/null
     fi
     finish $code "$@"
+}
+
+# A run that was started before has its records: what keeps it from starting again stands there, too.
+refused() { # CODE PLAN
+    run_folder=$(value_of "$2" 'run folder')
+    attempts=$run_folder/logs/attempts.jsonl
+    [[ -z $run_folder || ! -e $attempts ]] || record_end "$1" "refused before it started: see the job's log" no
+    give_up "$1" "the run cannot be started"
 }
 
 # Start ranks and wait for them, through all signals.
@@ -124,7 +132,9 @@ refuse_if_asked_to_stop() {
     local asker
     asker=$(cat "$stop_file")
     rm -f "$stop_file"
-    [[ $asker = job\ * ]] || give_up "$EXIT_RESTART" "asked to stop (${asker:-the stop file is there}): not starting"
+    [[ $asker != job\ * ]] || return 0
+    record_end "$EXIT_RESTART" "asked to stop before it started: ${asker:-by the stop file}" no
+    give_up "$EXIT_RESTART" "asked to stop (${asker:-the stop file is there}): not starting"
 }
 
 # Starts of this job and its predecessors from the step that the next start would go on from.
@@ -266,9 +276,9 @@ come_back() { # NODES_TO_LEAVE_OUT METALM_ARGUMENTS...
     [[ -z $leave_out ]] || options+=(--exclude="$leave_out")
     [[ -z ${SLURM_JOB_ACCOUNT:-} ]] || options+=(--account="$SLURM_JOB_ACCOUNT")
     [[ -z ${SLURM_GPUS_PER_NODE:-} ]] || options+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
-    # shellcheck disable=SC2086  # options, separated by blanks
-    METALM_CHAIN=$chain METALM_ROOT=$root sbatch "${options[@]}" ${METALM_SUCCESSOR_OPTIONS:-} \
-        "$root/slurm/$template" "$@" || say "error: no successor could be submitted" >&2
+    local more=()
+    read -ra more <<<"${METALM_SBATCH_OPTIONS:-}"
+    METALM_CHAIN=$chain METALM_ROOT=$root sbatch "${options[@]}" "${more[@]}" "$root/slurm/$template" "$@" || say "error: no successor could be submitted" >&2
 }
 
 main "$@"

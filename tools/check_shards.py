@@ -20,7 +20,7 @@ def main() -> int:
     parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of .tar shards with an index")
     parser.add_argument("--url", help="where the shards are, if not in the folder: the source's `url`")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder or tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, help="folder or tokenizer.json, of shards of text")
     parser.add_argument(
         "--samples", type=int, default=16, help="samples decoded per shard (default: %(default)s)"
     )

@@ -5,6 +5,8 @@ python tools/submit.py pipelines/X.yaml training.steps=500 --nodes 2 --gpus-per-
 It copies code and config into the run folder, and the job runs the copy, also when it is queued again: the
 repository may be changed meanwhile. --dry-run writes nothing; it shows the resolved config, the plan and the
 line that would be typed.
+
+`--template evaluate` and `--template convert --argument exported/X` submit the other jobs of a run alike.
 """
 
 import argparse
@@ -30,7 +32,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--template", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument(
+        "--template", choices=("pretrain", "finetune", "evaluate", "convert"), default="pretrain"
+    )
+    parser.add_argument(
+        "--argument",
+        action="append",
+        default=[],
+        help="one more for the template, such as OUT of convert or =--samples=9 of evaluate",
+    )
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, help="default: SBATCH_GPUS_PER_NODE, if set")
     parser.add_argument(
@@ -38,6 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="=--OPTION", help="one more option for sbatch"
+    )
+    parser.add_argument(
+        "--memory", help="share nodes with other jobs, with so much memory on each, such as 64G"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted, and stop")
     return parser.parse_intermixed_args()
@@ -59,12 +72,15 @@ def main() -> None:
         gpus_per_node=arguments.gpus_per_node or from_environment("SBATCH_GPUS_PER_NODE"),
         ranks_per_node=arguments.ranks_per_node or from_environment("METALM_RANKS_PER_NODE"),
         options=arguments.sbatch,
+        arguments=arguments.argument,
+        shell=os.environ,
+        memory=arguments.memory,
     )
+    if arguments.template == "convert" and not arguments.argument:
+        raise ConfigError("where is the converted model to go? give --argument exported/NAME")
     plan = describe_plan(submission.config, submission.ranks)
-    words, environment = submission.command(), submission.environment()
-    line = " ".join(
-        [*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words)]
-    )
+    words = submission.command()
+    line = shlex.join(words)
     if arguments.dry_run:
         print(yaml.safe_dump(without_secrets(submission.config), sort_keys=False))
         print(plan, line, sep="\n\n")
@@ -73,7 +89,7 @@ def main() -> None:
         raise ConfigError("there is no sbatch here: submit from a login node, or look with --dry-run")
     submission.write(git_commit())
     print(plan, line, sep="\n\n", flush=True)
-    code = subprocess.run(words, env={**os.environ, **environment}).returncode
+    code = subprocess.run(words).returncode
     if code:
         shutil.rmtree(submission.folder)
         raise ConfigError(f"sbatch refused the job with code {code}")

@@ -89,14 +89,23 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ToolParser)
 
     train = commands.add_parser("train", help="train, or resume, the run of a pipeline file")
-    train.add_argument("pipeline", type=Path, help="a file, or the name of one that comes with MetaLM")
+    train.add_argument(
+        "pipeline", nargs="?", type=Path, help="a file, or the name of one that comes with MetaLM"
+    )
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the resolved run, check its data and stop"
+    )
     train.add_argument("--ranks", type=int, help="with --dry-run: plan for this many ranks")
+    train.add_argument(
+        "--without-data",
+        action="store_true",
+        help="with --dry-run: leave unchecked what is read, as where the data are elsewhere",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate the newest checkpoint of a run")
-    evaluate.add_argument("pipeline", type=Path)
+    evaluate.add_argument("pipeline", nargs="?", type=Path, help="as of train")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
     evaluate.add_argument("--samples", type=int, default=64, help="samples to generate per held-out source")
     evaluate.set_defaults(run=_evaluate)
@@ -106,8 +115,13 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     tool.add_argument("arguments", nargs=argparse.REMAINDER)
     tool.set_defaults(run=_tool)
 
-    status = commands.add_parser("status", help="tell how a run is doing, from its folder alone")
-    status.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder, such as runs/NAME")
+    status = commands.add_parser("status", help="tell how a run, or each of a folder, is doing")
+    status.add_argument(
+        "run_folder",
+        type=Path,
+        metavar="RUN",
+        help="the run's folder, such as runs/NAME; or that of all runs",
+    )
     status.set_defaults(run=_status)
 
     stop = commands.add_parser("stop", help="ask a run to save and end")
@@ -192,22 +206,35 @@ def _train(options: argparse.Namespace) -> int | None:
     from metalm.parallel.launch import find_launch
     from metalm.training.monitor.sinks import check_sinks
 
-    config = load_config(options.pipeline, options.overrides)
+    config = load_config(_pipeline(options), options.overrides)
     check_sinks(config)
     if options.dry_run:
-        from metalm.training.dry_run import print_plan
+        from metalm.training.dry_run import dry_run
 
-        return print_plan(config, options.ranks or find_launch(os.environ).world_size)
+        ranks = options.ranks or find_launch(os.environ).world_size
+        return dry_run(config, ranks, with_data=not options.without_data)
     corpus = _prepare_training(config)
     from metalm.training.loop import train
 
     return train(corpus)
 
 
+def _pipeline(options: argparse.Namespace) -> Path:
+    """The pipeline file that was given."""
+    given = options.pipeline
+    if given is not None and ("=" not in str(given) or given.exists()):
+        return given
+    shipped = sorted(path.name for path in (project_root() / "pipelines").glob("*.yaml"))
+    raise ConfigError(
+        f"metalm {options.command} needs a pipeline file before any section.key=value, such as "
+        f"`metalm {options.command} demo.yaml`; these come with MetaLM: {', '.join(shipped)}"
+    )
+
+
 def _evaluate(options: argparse.Namespace) -> int | None:
     from metalm.config import load_config
 
-    config = load_config(options.pipeline, options.overrides)
+    config = load_config(_pipeline(options), options.overrides)
     corpus = _prepare_training(config)
     from metalm.training.evaluate import evaluate
 

@@ -41,6 +41,7 @@ SILENCE_S = 35.0
 _PROBE_S = 0.5
 """`find_holder` has the lock for less."""
 _MOST_BYTES = 1 << 16
+_SINCE = "%Y-%m-%d %H:%M:%S"
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -62,6 +63,14 @@ class Holder:
         job = "" if self.job is None else f", Slurm job {self.job}"
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
+    @property
+    def began(self) -> float:
+        """`since`, in seconds since the epoch; 0 where it cannot be read."""
+        try:
+            return time.mktime(time.strptime(self.since, _SINCE))
+        except ValueError:
+            return 0.0
+
     def comes_after(self, other: Holder) -> bool:
         """Whether this is a later start of the same chain of jobs."""
         same_start = (self.job, self.restart) == (other.job, other.restart)
@@ -80,6 +89,35 @@ def find_holder(run_folder: Path) -> Holder | None:
             return None
         holder = _parse(os.pread(descriptor, _MOST_BYTES, 0))
         return None if holder is None or _this_process().comes_after(holder) else holder
+    finally:
+        os.close(descriptor)
+
+
+def last_holder(run_folder: Path, now: float) -> tuple[Holder, bool] | None:
+    """Who the lock file of a run names, and whether that process lives; None where there is no such file.
+
+    Like a start, it goes by the lock, and for a holder of another system by the heartbeat. It only reads.
+
+    Args:
+        now: the time, which is compared with the heartbeat: of a server with another clock, it misjudges.
+    """
+    path = run_folder / LOCK_NAME
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        holder = _parse(os.pread(descriptor, _MOST_BYTES, 0))
+        if holder is None:
+            return None
+        is_silent = now - os.fstat(descriptor).st_mtime > SILENCE_S
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return holder, True
+            return holder, not is_silent  # there are no locks here, or none for those who only read
+        return holder, holder.boot != _this_boot() and not is_silent
     finally:
         os.close(descriptor)
 
@@ -212,12 +250,16 @@ def _this_process() -> Holder:
     return Holder(
         host=socket.gethostname(),
         pid=os.getpid(),
-        boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        boot=_this_boot(),
         job=job,
         chain=os.environ.get("METALM_CHAIN", job),
         restart=os.environ.get("SLURM_RESTART_COUNT"),
-        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        since=time.strftime(_SINCE),
     )
+
+
+def _this_boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _parse(content: bytes) -> Holder | None:

@@ -71,7 +71,9 @@ def test_extending_oneself_is_refused(tmp_path: Path) -> None:
         ("training.steps=many", "training.steps: "),
         ("training.steps", "not of the form section.key=value"),
         ("training.steps=[1", "the value is not YAML"),
-        ("run.name=../up", "run.name: "),
+        ("run.name=../up", "run.name: it names a folder: letters, digits, dots, underscores and hyphens"),
+        ("data.sources={A-b: {path: x}}", "data.sources.A-b: such a name has small letters, digits and"),
+        ("model.encoders={X1: {}}", "model.encoders.X1: such a name has small letters, digits and"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

@@ -82,6 +82,8 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         ("data.sequence_length=16", "16 patches, start, one caption token and end do not fit"),
         ("data.lanes=7", "training.global_batch_size = 16 is not divisible by data.lanes = 7"),
         ("training.schedule.warmup_steps=99999", "warmup_steps = 99999 is not below training.steps"),
+        ("training.steps=40", "training.steps = 40: give training.schedule.warmup_steps=4 as well"),
+        ("data.lanes=12", "such as data.lanes=4"),
         ("deepspeed.decoder=deepspeed_configs/absent.json", "absent.json does not exist"),
     ],
 )
@@ -117,6 +119,26 @@ def test_text_may_name_an_encoder_that_the_model_lacks() -> None:
             ["training.precision=bf16"],
             "use stage 2",
         ),
+        (
+            {"zero_optimization": {"stage": 1}, "csv_monitor": {"enabled": True, "output_path": "/tmp"}},
+            [],
+            "zero.json holds csv_monitor, which is refused: monitor.sinks of the pipeline says where",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "flops_profiler": {"enabled": True, "output_file": "/tmp/x"}},
+            [],
+            "holds flops_profiler.output_file, which is refused: leave it out, and the profile is printed",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
+            [],
+            "holds zero_optimization.offload_param.nvme_path, which is refused",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            [],
+            "offload_param.device must be cpu, not 'nvme'",
+        ),
     ],
 )
 def test_deepspeed_json_is_checked(tmp_path: Path, content: dict, overrides: list[str], message: str) -> None:
@@ -125,6 +147,13 @@ def test_deepspeed_json_is_checked(tmp_path: Path, content: dict, overrides: lis
     with pytest.raises(ConfigError) as caught:
         load_config(DEMO, [f"deepspeed.decoder={path}", *overrides])
     assert message in str(caught.value)
+
+
+def test_what_deepspeed_prints_may_be_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    asked = {"flops_profiler": {"enabled": True}, "comms_logger": {"enabled": True}}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **asked}))
+    assert load_config(DEMO, [f"deepspeed.decoder={path}"]).deepspeed.decoder == path
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8, 16, 32])

@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from metalm.data.checking import check_shards
 from metalm.data.storage.index import open_index
+from metalm.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -46,14 +50,24 @@ def test_foreign_shards_are_indexed_and_checked(
     assert done.stderr == ""
 
 
-def test_samples_that_do_not_decode_are_named(
-    tmp_path: Path, tokenizer_folder: Path, write_shard: Callable[..., None], jpeg: Callable[..., bytes]
+def test_samples_that_do_not_decode_are_named_and_images_need_no_tokenizer(
+    tmp_path: Path, write_shard: Callable[..., None], jpeg: Callable[..., bytes]
 ) -> None:
     write_shard(tmp_path / "a.tar", [{"jpg": jpeg((1, 2, 3)), "txt": b"a"}, {"jpg": b"x", "txt": b"a"}])
     assert run_tool("index_shards.py", tmp_path, "--kind", "image_text", "--processes", 1).returncode == 0
-    done = run_tool("check_shards.py", tmp_path, "--tokenizer", tokenizer_folder, "--processes", 1)
+    done = run_tool("check_shards.py", tmp_path, "--processes", 1)
     assert done.returncode == 65
     assert f"{tmp_path}/a.tar: sample 1: undecodable_image" in done.stdout
+
+
+def test_text_is_not_checked_without_its_tokenizer(
+    tmp_path: Path, tokenizer_folder: Path, write_shard: Callable[..., None]
+) -> None:
+    write_shard(tmp_path / "a.tar", [{"txt": b"a"}])
+    index = ("index_shards.py", tmp_path, "--kind", "text", "--tokenizer", tokenizer_folder, "--processes", 1)
+    assert run_tool(*index).returncode == 0
+    with pytest.raises(DataError, match="holds text: the tokenizer of these shards is needed"):
+        check_shards(tmp_path, None)
 
 
 def test_a_folder_without_shards_is_one_message(tmp_path: Path) -> None:

@@ -49,6 +49,26 @@ def test_one_message_and_a_code(
 
 
 @pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("data.tokenizer=absent", 65, "absent"),
+        ("data.evaluation.text.path=absent", 65, "absent"),
+        ("model.vocab_size=256", 64, "model.vocab_size is 256, but the tokenizer"),
+        ("initialize.decoder=absent", 65, "absent is neither a checkpoint nor a run folder"),
+    ],
+)
+def test_the_dry_run_refuses_what_the_start_would(
+    pipeline: list[str], tmp_path: Path, override: str, code: int, message: str
+) -> None:
+    found, output = metalm("train", *pipeline, override, "--dry-run")
+    assert (found, message in output) == (code, True), output
+    assert f"run folder: {tmp_path}/runs/" in output  # the batch script notes the refusal there
+    assert not (tmp_path / "runs").exists()
+    found, output = metalm("train", *pipeline, override, "--dry-run", "--without-data")
+    assert (found, "what is read: not checked" in output) == (0, True), output
+
+
+@pytest.mark.parametrize(
     ("words", "code"), [(["data.tokenizer=absent"], 65), (["parallel.tensor=2"], 64), (["--dry-run"], 0)]
 )
 def test_an_answer_without_training_imports_no_torch(
@@ -66,6 +86,13 @@ def test_an_answer_without_training_imports_no_torch(
 def test_a_missing_pipeline() -> None:
     code, output = metalm("train", "absent.yaml")
     assert (code, output) == (64, "metalm: error: config absent.yaml does not exist\n")
+
+
+@pytest.mark.parametrize("words", [("train",), ("evaluate", "run.name=x")])
+def test_no_pipeline(words: tuple[str, ...]) -> None:
+    code, output = metalm(*words)
+    assert code == 64
+    assert f"metalm {words[0]} needs a pipeline file" in output and "demo.yaml" in output
 
 
 def test_an_unknown_command() -> None:

@@ -71,7 +71,7 @@ def test_the_metadata_have_licence_and_version(installed: Path) -> None:
 
 
 def test_a_packaged_pipeline_is_planned_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    output = run(installed, tmp_path, "train", "demo.yaml", "--dry-run", "--ranks", "2")
+    output = run(installed, tmp_path, "train", "demo.yaml", "--dry-run", "--ranks", "2", "--without-data")
     assert "tensor 2 x data 1" in output
     assert f"decoder: {installed}/metalm/project/deepspeed_configs/decoder_zero1.json" in output
 

@@ -15,6 +15,7 @@ from faults.harness import figures, state_of_newest
 from metalm.checkpoint.folders import is_whole
 from metalm.checkpoint.names import list_checkpoints
 from metalm.errors import EXIT_FAULT, EXIT_RESTART
+from metalm.operations.status import describe_run
 
 Start = Callable[..., Ranks]
 
@@ -29,6 +30,8 @@ def test_one_rank_without_a_number_skips_the_step_on_all(start: Start, tmp_path:
     state = state_of_newest(run)
     assert state["optimizer_steps"] == {"decoder": 7.0, "encoders": 7.0}
     assert state["guard"]["skipped"] == [7, 1, 0]
+    assert "step 4 is skipped: its loss or its gradients are not finite; loss of" in ranks.output()
+    assert "OVERFLOW" not in ranks.output()  # as DeepSpeed would call it
 
 
 def test_too_many_skipped_steps_go_back_to_the_checkpoint_and_past_the_data(
@@ -70,6 +73,8 @@ def test_a_spike_is_skipped(start: Start, tmp_path: Path) -> None:
     assert [step for step in skipped if skipped[step] > skipped.get(step - 1, 0)] == [14]
     assert state_of_newest(run)["optimizer_steps"]["decoder"] == 15.0
     assert figures(run, "loss/all")[14] > 2 * figures(run, "loss/all")[15]
+    assert "step 14 is skipped: its loss is " in ranks.output()
+    assert "OVERFLOW" not in ranks.output()
 
 
 def test_a_rank_asleep_ends_the_run_with_the_stacks_of_all(start: Start, tmp_path: Path) -> None:
@@ -78,6 +83,7 @@ def test_a_rank_asleep_ends_the_run_with_the_stacks_of_all(start: Start, tmp_pat
     assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 2, ranks.output()
     sleeping, waiting = ((run / "logs" / f"stacks_rank_0000{rank}.txt").read_text() for rank in (1, 0))
     assert "hung" in sleeping and "while step 7" in sleeping
+    assert f"state       failed 0 s ago: {waiting.splitlines()[0]} (exit code 70)" in describe_run(run, 0.0)
     assert "in sleep" in sleeping and "injected.py" in sleeping
     assert "all_reduce" in waiting or "step.py" in waiting
     again = start(run)
@@ -120,6 +126,11 @@ def test_a_time_limit_saves_and_asks_to_be_started_again(start: Start, tmp_path:
     assert ranks.wait(all_by_themselves=True) == [EXIT_RESTART] * 2, ranks.output()
     last = max(figures(run, "loss/all"))
     assert 0 < last < 40
+    limit = (
+        f"stopped as asked after step {last}, by training.time_limit_minutes = 0.1; the same command goes on"
+    )
+    assert limit in ranks.output()
+    assert f"at step {last} by training.time_limit_minutes = 0.1; started again," in describe_run(run, 0.0)
     assert state_of_newest(run)["step"] == last
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from faults.harness import content_of_newest, figures
 from metalm.checkpoint.folders import is_whole
 from metalm.checkpoint.names import list_checkpoints
 from metalm.errors import EXIT_DATA, EXIT_USAGE
+from metalm.operations.status import describe_run
 
 Start = Callable[..., Ranks]
 
@@ -80,7 +82,7 @@ def test_a_second_trainer_is_refused_by_name_and_a_killed_one_followed_at_once(
     start: Start, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    first = start(run, fault=("slow_steps", {"seconds": 0.3}))
+    first = start(run, "training.steps=400", fault=("slow_steps", {"seconds": 0.3}))
     assert wait_until(lambda: bool(list_checkpoints(run / "checkpoints")), first)
     second = start(run)
     assert second.wait(all_by_themselves=True) == [EXIT_USAGE] * 2, second.output()
@@ -88,10 +90,15 @@ def test_a_second_trainer_is_refused_by_name_and_a_killed_one_followed_at_once(
     first.kill(0)
     assert first.wait()[0] == -signal.SIGKILL
     assert (run / "lock").exists()
-    third = start(run, "training.steps=20")
+    killed = f"state       killed: process {first.processes[0].pid} on "
+    assert killed in describe_run(run, time.time())
+    last = max(figures(run, "loss/all")) + 5  # the first went on, on a busy machine for long
+    third = start(run, f"training.steps={last}")
     assert third.wait() == [0, 0], third.output()
     assert "resumed" in third.output()
-    assert sorted(figures(run, "loss/all")) == list(range(1, 21))
+    assert sorted(figures(run, "loss/all")) == list(range(1, last + 1))
+    assert "state       done\n" in describe_run(run, time.time())
+    assert f"done: {last} steps; checkpoint " in third.output()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "pipe", "recursion", "emptied"])

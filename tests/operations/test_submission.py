@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,9 +33,8 @@ def test_the_dry_run_of_the_readme_shows_config_plan_and_line() -> None:
     assert "\n  name: first\n" in output
     assert "\nranks           2: tensor 2 x data 1\n" in output
     words = shlex.split(output.splitlines()[-1])
-    assert words[0].startswith("METALM_ROOT=") and words[0].endswith("/code")
-    assert words[1:4] == ["sbatch", "--nodes=2", "--gpus-per-node=1"]
-    assert words[-2] == words[0].removeprefix("METALM_ROOT=") + "/slurm/pretrain.sbatch"
+    assert words[:3] == ["sbatch", "--nodes=2", "--gpus-per-node=1"]
+    assert re.fullmatch(r".*/runs/first/submitted/[\d-]+/code/slurm/pretrain.sbatch", words[-2])
     assert not (REPOSITORY / "runs/first").exists()
 
 
@@ -47,10 +47,17 @@ def test_a_topology_that_does_not_fit_is_refused_before_anything_is_written(tmp_
 
 def test_a_snapshot_stands_alone(tmp_path: Path) -> None:
     config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}", "run.name=kept"])
-    submission = Submission(config, "stamp", "finetune.sbatch", 2, None, 4)
+    shell = {"METALM_PYTHON": "an odd/python", "METALM_CODES": "of another job", "HOME": "/root"}
+    submission = Submission(config, "stamp", "finetune.sbatch", 2, None, 4, shell=shell)
     submission.write("abc-dirty")
     folder = tmp_path / "kept/submitted/stamp"
-    assert submission.environment() == {"METALM_ROOT": str(folder / "code"), "METALM_RANKS_PER_NODE": "4"}
+    given = {"METALM_PYTHON": "an odd/python", "METALM_ROOT": str(folder / "code")}
+    given |= {"METALM_RANKS_PER_NODE": "4", "METALM_SBATCH_OPTIONS": ""}
+    assert submission.settings() == given
+    template = folder / "code/slurm/finetune.sbatch"
+    show = template.read_text().partition("set -uo pipefail")[0] + "env -0 | grep -z ^METALM_"
+    shown = subprocess.run(["bash", "-c", show], capture_output=True, text=True, env={"PATH": "/usr/bin"})
+    assert dict(entry.split("=", 1) for entry in shown.stdout.split("\0")[:-1]) == given
     assert submission.command()[-2:] == [
         str(folder / "code/slurm/finetune.sbatch"),
         str(folder / "config.yaml"),
@@ -66,3 +73,33 @@ def test_a_snapshot_stands_alone(tmp_path: Path) -> None:
     program = "import metalm.commit as c; print(c.__file__, c.git_commit())"
     code, output = run_command([sys.executable, "-c", program], timeout_s=60, **environment)
     assert (code, output.split()) == (0, [str(folder / "code/src/metalm/commit.py"), "abc-dirty"])
+
+
+def test_shared_nodes_and_the_clusters_options_are_asked_for(tmp_path: Path) -> None:
+    config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}"])
+    shell = {"METALM_SBATCH_OPTIONS": "--qos=long --gres=gpu:a100:2"}
+    options = ["--cpus-per-task=8"]
+    submission = Submission(
+        config, "stamp", "pretrain.sbatch", 1, None, None, options, shell=shell, memory="64G"
+    )
+    wanted = ["--qos=long", "--gres=gpu:a100:2", "--mem=64G", "--cpus-per-task=8"]
+    assert submission.command()[-6:-2] == wanted
+    assert submission.settings()["METALM_SBATCH_OPTIONS"].split() == wanted  # a successor's, too
+    submission.write(None)
+    template = (submission.folder / "code/slurm/pretrain.sbatch").read_text()
+    assert "#SBATCH --requeue" in template
+    assert "--exclusive" not in template and "--mem=0" not in template
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "first"),
+    [("convert", ("exported/x",), "run"), ("evaluate", ("--samples=9",), "run/submitted/stamp/config.yaml")],
+)
+def test_other_jobs_of_a_run_are_submitted_alike(
+    tmp_path: Path, template: str, arguments: tuple[str, ...], first: str
+) -> None:
+    config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}", "run.name=run"])
+    words = Submission(config, "stamp", f"{template}.sbatch", 1, None, None, (), arguments).command()
+    assert words[-3].endswith(f"/code/slurm/{template}.sbatch")
+    assert words[-2:] == [str(tmp_path / first), *arguments]
+    assert f"--job-name=run-{template}" in words and "--dependency=singleton" not in words

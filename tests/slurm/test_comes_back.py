@@ -171,7 +171,9 @@ def test_an_operators_stop_holds_for_a_job_that_waits(
     cluster.command("scontrol", "release", job)
     facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert facts["ExitCode"] == "75:0"
-    assert events(tmp_path) == []
+    (cause,) = causes(tmp_path)
+    assert cause.startswith("asked to stop before it started: root 20")
+    assert [event["event"] for event in events(tmp_path)] == ["end"]
     assert not (tmp_path / "run/stop").exists()
 
 

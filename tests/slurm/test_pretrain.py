@@ -153,15 +153,17 @@ def test_a_job_that_is_queued_again_runs_what_was_submitted(
     for name in ("src", "slurm", "tools", "deepspeed_configs"):
         shutil.copytree(REPOSITORY / name, repository / name, ignore=shutil.ignore_patterns("*.egg-info"))
     monkeypatch.chdir(repository)
-    run = pipeline.parent / "runs/submitted"
+    run = pipeline.parent / "Läufe von heute/submitted"
     words = (
         str(pipeline),
+        f"run.folder={run.parent}",
         "run.name=submitted",
         "--nodes",
         "2",
         "--ranks-per-node",
         "1",
         "--sbatch=--time=60",
+        "--sbatch=--export=NONE",
     )
     environment = settings("srun") | {"PYTHONPATH": str(repository / "src")}
     said = cluster.command(sys.executable, "tools/submit.py", *words, environment=environment)

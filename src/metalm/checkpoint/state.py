@@ -32,8 +32,10 @@ class Progress(Record):
 class GuardState(Record):
     """What the step guard knows of earlier steps."""
 
-    window: tuple[tuple[Finite, ...], tuple[Finite, ...]]
-    """Losses and gradient norms of the last accepted steps."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources that the window tells apart."""
+    window: tuple[tuple[Finite, ...], ...]
+    """Of the last accepted steps: gradient norms; of each source the sums of losses, then the counts."""
     filled: Count
     """Accepted steps so far."""
     skipped: tuple[Count, Count, Count]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from metalm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from metalm.config.section import Name, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 
 Normalization = Literal["deepnorm", "pre_ln"]
 """Where a layer normalises: after each residual sum with DeepNorm's weights, or before each branch."""
@@ -272,9 +272,7 @@ class ModelConfig(Section):
     vocab_multiple: PositiveInt = 128
     """The embedding is padded to a multiple of this, on every topology alike."""
     decoder: DecoderConfig
-    encoders: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], EncoderConfig] = Field(
-        default_factory=dict
-    )
+    encoders: dict[Name, EncoderConfig] = Field(default_factory=dict)
 
     @property
     def padded_vocab_size(self) -> int:

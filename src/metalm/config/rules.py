@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from metalm.config.deepspeed_services import service_problems
 from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
 from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError, TopologyError
@@ -21,7 +23,6 @@ PIPELINE_OWNED_KEYS = (
     "bf16",
     "amp",
     "torch_autocast",
-    "tensorboard",
     "tensor_parallel",
     "prescale_gradients",
     "gradient_predivide_factor",
@@ -50,6 +51,8 @@ def check_config(
         *_training_problems(config),
         *_deepspeed_problems(config, str(config.deepspeed.decoder), decoder_json),
         *_deepspeed_problems(config, str(config.deepspeed.encoders), encoders_json),
+        *service_problems(str(config.deepspeed.decoder), decoder_json),
+        *service_problems(str(config.deepspeed.encoders), encoders_json),
     ]
     if problems:
         raise ConfigError("\n".join(["the configuration contradicts itself", *(f"  {p}" for p in problems)]))
@@ -80,7 +83,10 @@ def check_topology(config: RunConfig, world_size: int) -> None:
         if size % tensor
     ]
     if config.data.lanes % data:
-        problems.append(f"data.lanes = {config.data.lanes} is not divisible by {data} data-parallel ranks")
+        problems.append(
+            f"data.lanes = {config.data.lanes} is not divisible by {data} data-parallel ranks: start as many "
+            "as divide it; a new run may have other lanes, which must divide training.global_batch_size"
+        )
     if training.global_batch_size % (data * training.micro_batch_size):
         problems.append(
             f"training.global_batch_size = {training.global_batch_size} is not divisible by "
@@ -247,12 +253,14 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
     if training.global_batch_size % config.data.lanes:
         yield (
             f"training.global_batch_size = {training.global_batch_size} is not divisible by "
-            f"data.lanes = {config.data.lanes}"
+            f"data.lanes = {config.data.lanes}: make one a multiple of the other, such as data.lanes="
+            f"{math.gcd(training.global_batch_size, config.data.lanes)}"
         )
     if training.schedule.warmup_steps >= training.steps:
         yield (
             f"training.schedule.warmup_steps = {training.schedule.warmup_steps} is not below "
-            f"training.steps = {training.steps}"
+            f"training.steps = {training.steps}: "
+            f"give training.schedule.warmup_steps={training.steps // 10} as well"
         )
 
 

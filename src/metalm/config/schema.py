@@ -7,6 +7,7 @@ command is started.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, Field
 from metalm.config.model_schema import TEXT, ModelConfig
 from metalm.config.section import (
     Fraction,
+    Name,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -29,10 +31,19 @@ def _one_line(path: Path) -> Path:
     return path
 
 
+def _run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            "it names a folder: letters, digits, dots, underscores and hyphens, first a letter or a digit: "
+            "tuned-2; the folders above it are run.folder's"
+        )
+    return name
+
+
 class RunSection(Section):
     """Name and place of the run: everything it writes goes to `folder/name`."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, AfterValidator(_run_name)]
     folder: Annotated[Path, AfterValidator(_one_line)] = Path("runs")
     seed: NonNegativeInt = 1
 
@@ -111,10 +122,8 @@ class DataConfig(Section):
     max_consecutive_failures: PositiveInt = 100
     """Bad samples in a row that stop the run."""
     spans: SpanConfig = SpanConfig()
-    sources: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], SourceConfig]
-    evaluation: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], SourceConfig] = Field(
-        default_factory=dict
-    )
+    sources: dict[Name, SourceConfig]
+    evaluation: dict[Name, SourceConfig] = Field(default_factory=dict)
     """Held-out sources; weights are ignored."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metalm.data.sources import open_source
+from metalm.data.sources import Source, open_source
 from metalm.data.storage.index import ShardIndex, open_index, scan_remote
 from metalm.data.storage.shard_scan import scan_shard
 from metalm.data.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ class ShardCheck:
 
 def check_shards(
     folder: Path,
-    tokenizer_path: Path,
+    tokenizer_path: Path | None,
     *,
     url: str | None = None,
     samples_per_shard: int = 16,
@@ -39,6 +39,7 @@ def check_shards(
     """Reads every shard again, compares it with the index, and decodes some samples of each.
 
     Args:
+        tokenizer_path: of the shards; None will do for pairs.
         url: where the shards are, if not in `folder` (see `SourceConfig.url`).
         samples_per_shard: decoded at even distances.
         on_shard: called with each shard as it is done.
@@ -50,7 +51,7 @@ def check_shards(
     arguments = [
         (folder, url, tokenizer_path, number, samples_per_shard) for number in range(len(index.shards))
     ]
-    open_source(folder.name, folder, load_tokenizer(tokenizer_path), url=url)
+    _open(folder, url, tokenizer_path)
     checks = []
     if processes == 1:
         for argument in arguments:
@@ -66,9 +67,14 @@ def check_shards(
     return checks
 
 
-def _check_shard(argument: tuple[Path, str | None, Path, int, int]) -> ShardCheck:
+def _open(folder: Path, url: str | None, tokenizer_path: Path | None) -> Source:
+    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    return open_source(folder.name, folder, tokenizer, url=url)
+
+
+def _check_shard(argument: tuple[Path, str | None, Path | None, int, int]) -> ShardCheck:
     folder, url, tokenizer_path, number, samples_per_shard = argument
-    source = open_source(folder.name, folder, load_tokenizer(tokenizer_path), url=url)
+    source = _open(folder, url, tokenizer_path)
     entry = source.index.shards[number]
     problems = _differences(source.index, url, number)
     decoded = 0

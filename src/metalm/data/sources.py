@@ -39,7 +39,7 @@ class Source:
         self,
         name: str,
         index: ShardIndex,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         source_id: int = 0,
         url: str | None = None,
@@ -48,11 +48,17 @@ class Source:
         overflow: Overflow | None = None,
     ) -> None:
         self.name, self.source_id = name, source_id
-        self.index, self.tokenizer = index, tokenizer
+        self.index, self._tokenizer = index, tokenizer
         self.url, self.weight = url, weight
         self.readers, self.overflow = dict(readers or {}), overflow
         self.media = index.modality if isinstance(index.modality, Media) else None
         self.reader = FileReader(index) if url is None else RemoteReader(index, url)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of a source that was opened with one."""
+        assert self._tokenizer is not None
+        return self._tokenizer
 
     def for_lane(self) -> Source:
         """This source for one lane: files are shared by all lanes, a stream stands at one place."""
@@ -61,7 +67,7 @@ class Source:
         return Source(
             self.name,
             self.index,
-            self.tokenizer,
+            self._tokenizer,
             source_id=self.source_id,
             url=self.url,
             weight=self.weight,
@@ -136,12 +142,22 @@ class Source:
         return self.reader.read(location.shard, location.offset, location.size)
 
 
-def open_source(name: str, folder: Path, tokenizer: Tokenizer, *, url: str | None = None) -> Source:
+def open_source(name: str, folder: Path, tokenizer: Tokenizer | None, *, url: str | None = None) -> Source:
     """A folder of shards to look at, without readers; the shards may be other than the index states.
 
+    Args:
+        tokenizer: None will do for pairs.
+
     Raises:
-        DataError: the index is missing, damaged or of another tokenizer.
+        DataError: the index is missing, damaged or of another tokenizer; or it is of text, without one.
     """
+    if tokenizer is None:
+        index = open_index(folder, check_sizes=False)
+        if not isinstance(index.modality, Media):
+            raise DataError(
+                f"{folder} holds {index.kind}: the tokenizer of these shards is needed (--tokenizer)"
+            )
+        return Source(name, index, None, url=url)
     return Source(name, _fitting_index(name, folder, tokenizer, check_sizes=False), tokenizer, url=url)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ _MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run by a Slurm job. Without an end it is running, or was lost with its node."""
+    """One start of a run by a Slurm job. Without an end it is running, or was lost with its node.
+
+    A job that ended before it started any rank has an end alone: its `ranks` are 0.
+    """
 
     job: str
     nodes: str
@@ -46,19 +49,13 @@ def read_attempts(run_folder: Path) -> list[Attempt]:
             attempts.append(
                 Attempt(entry["job"], entry["nodes"], entry["ranks"], entry["time"], entry["step"])
             )
-        elif attempts and attempts[-1].job == entry["job"]:
-            last = attempts[-1]
-            attempts[-1] = Attempt(
-                last.job,
-                last.nodes,
-                last.ranks,
-                last.began,
-                last.first_step,
-                entry["time"],
-                entry["code"],
-                entry["cause"],
-                entry["comes_back"],
-            )
+            continue
+        if attempts and attempts[-1].job == entry["job"] and attempts[-1].ended is None:
+            last = attempts.pop()
+        else:
+            last = Attempt(entry["job"], "", 0, entry["time"], entry["step"])
+        end = {"ended": entry["time"], **{name: entry[name] for name in ("code", "cause", "comes_back")}}
+        attempts.append(replace(last, **end))
     return attempts
 
 

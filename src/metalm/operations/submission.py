@@ -1,13 +1,16 @@
 """What `tools/submit.py` writes and types: a snapshot of code and config, and the sbatch line.
 
 A job that is queued again weeks later must run what was submitted, whatever the repository holds by then.
+What the job must know stands in the snapshot's own template: many sites give jobs nothing of the shell's
+environment.
 """
 
 from __future__ import annotations
 
+import shlex
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -16,7 +19,11 @@ from metalm.config import RunConfig
 from metalm.project_files import project_root
 from metalm.run_folder import COMMIT_NAME
 
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "clusters")
+_WHOLE_NODES = ("#SBATCH --exclusive", "#SBATCH --mem=0")
+_FIRST_COMMAND = "set -uo pipefail\n"
+_OWN_PREFIX = "METALM_"
+_OF_A_JOB = ("METALM_CHAIN", "METALM_CODES", "METALM_NODES")
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,12 @@ class Submission:
     """None: as many as GPUs, or one."""
     options: Sequence[str] = ()
     """Further ones of sbatch."""
+    arguments: Sequence[str] = ()
+    """Of the template, behind the config, or in its place behind the run's folder for `convert.sbatch`."""
+    shell: Mapping[str, str] = field(default_factory=dict)
+    """The environment in which it is submitted."""
+    memory: str | None = None
+    """Of each node, which then is shared with other jobs; None: whole nodes."""
 
     @property
     def run_folder(self) -> Path:
@@ -49,24 +62,35 @@ class Submission:
         """Of the whole job."""
         return self.nodes * (self.ranks_per_node or self.gpus_per_node or 1)
 
-    def environment(self) -> dict[str, str]:
-        """Variables that the job needs."""
+    def settings(self) -> dict[str, str]:
+        """What the job must know, by variable: the shell's own, and those of this submission."""
+        own = {
+            name: value
+            for name, value in self.shell.items()
+            if name.startswith(_OWN_PREFIX) and name not in _OF_A_JOB
+        }
         ranks = {} if self.ranks_per_node is None else {"METALM_RANKS_PER_NODE": str(self.ranks_per_node)}
-        return {"METALM_ROOT": str(self.folder / "code"), **ranks}
+        options = {"METALM_SBATCH_OPTIONS": " ".join(self._more_options())}
+        return {**own, "METALM_ROOT": str(self.folder / "code"), **ranks, **options}
 
     def command(self) -> list[str]:
-        """The sbatch command. Jobs of one run, which share its name, run one after another."""
+        """The sbatch command. Training jobs of one run, which share its name, run one after another."""
         gpus = [] if self.gpus_per_node is None else [f"--gpus-per-node={self.gpus_per_node}"]
+        action = self.template.removesuffix(".sbatch")
+        name = [f"--job-name={self.config.run.name}", "--dependency=singleton"]
+        if action in ("evaluate", "convert"):
+            name = [f"--job-name={self.config.run.name}-{action}"]
+        first = self.run_folder if action == "convert" else self.folder / "config.yaml"
         return [
             "sbatch",
             f"--nodes={self.nodes}",
             *gpus,
-            f"--job-name={self.config.run.name}",
-            "--dependency=singleton",
+            *name,
             f"--output={self.run_folder}/logs/job-%j.log",
-            *self.options,
-            str(self.folder / "code" / "slurm" / self.template),
-            str(self.folder / "config.yaml"),
+            *self._more_options(),
+            str(self._template_path),
+            str(first),
+            *self.arguments,
         ]
 
     def write(self, commit: str | None) -> None:
@@ -79,6 +103,7 @@ class Submission:
         shutil.copytree(library, code / "src" / library.name, ignore=_LEFT_OUT)
         for name in ("slurm", "tools"):
             shutil.copytree(project_root() / name, code / name, ignore=_LEFT_OUT)
+        self._template_path.write_text(self._template(self._template_path.read_text()))
         (self.folder / "code" / COMMIT_NAME).write_text(f"{commit or 'unknown'}\n")
         config = self.config.model_dump(mode="json")
         for engine, path in (
@@ -89,3 +114,20 @@ class Submission:
             shutil.copyfile(path, copied)
             config["deepspeed"][engine] = str(copied)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    @property
+    def _template_path(self) -> Path:
+        return self.folder / "code" / "slurm" / self.template
+
+    def _more_options(self) -> list[str]:
+        """Those of the cluster, of nodes that are shared, and those given, which win."""
+        cluster = shlex.split(self.shell.get("METALM_SBATCH_OPTIONS", ""))
+        return [*cluster, *([] if self.memory is None else [f"--mem={self.memory}"]), *self.options]
+
+    def _template(self, content: str) -> str:
+        """The template with the settings in it, and without taking whole nodes where they are shared."""
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in self.settings().items()]
+        head, tail = content.split(_FIRST_COMMAND, maxsplit=1)
+        if self.memory is not None:
+            head = "".join(line for line in head.splitlines(True) if line.rstrip() not in _WHOLE_NODES)
+        return "".join([head, "# As it was submitted:\n", *lines, _FIRST_COMMAND, tail])

@@ -6,10 +6,12 @@ import yaml
 
 from metalm.config import RunConfig
 from metalm.config.secrets import without_secrets
+from metalm.errors import EXIT_DONE
 from metalm.planning.devices import find_device
 from metalm.planning.plan import plan_run
 from metalm.planning.report import describe_batch, describe_memory
 from metalm.run_lock import find_holder
+from metalm.training.check_start import check_start
 
 
 def describe_plan(config: RunConfig, world_size: int) -> str:
@@ -22,7 +24,25 @@ def describe_plan(config: RunConfig, world_size: int) -> str:
     return f"{describe_batch(plan)}\n\n{describe_memory(plan)}"
 
 
-def print_plan(config: RunConfig, world_size: int) -> int:
+def dry_run(config: RunConfig, world_size: int, *, with_data: bool) -> int:
+    """Print the plan of a run, then check all that it reads, as its start will.
+
+    Args:
+        with_data: whether tokenizer, shards and weights to start from are there to be checked.
+
+    Raises:
+        TopologyError, ConfigError, DataError, CheckpointError: as `check_start`.
+    """
+    print_plan(config, world_size)
+    if with_data:
+        check_start(config, world_size)
+        print("what is read: checked")
+    else:
+        print("what is read: not checked (--without-data)")
+    return EXIT_DONE
+
+
+def print_plan(config: RunConfig, world_size: int) -> None:
     """Print the resolved config and the plan of a run on so many ranks.
 
     The last lines are for the batch script: a name and a value, as it is.
@@ -35,5 +55,4 @@ def print_plan(config: RunConfig, world_size: int) -> int:
     print(f"run folder: {run_folder}")
     if (holder := find_holder(run_folder)) is not None:
         print(f"held by: {holder}")
-    print(f"initial weights: {', '.join(initial) or 'none'}")
-    return 0
+    print(f"initial weights: {', '.join(initial) or 'none'}", flush=True)

@@ -14,7 +14,7 @@ from metalm.checkpoint.state import Progress, RunFacts, RunState
 from metalm.config import RunConfig
 from metalm.config.secrets import without_secrets
 from metalm.data.corpus import Corpus
-from metalm.errors import EXIT_DONE, EXIT_RESTART, FaultError, MetaLMError
+from metalm.errors import FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
 from metalm.evaluation.losses import held_out_losses
 from metalm.objectives import Objective, build_objective
@@ -22,6 +22,7 @@ from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
 from metalm.training.drift import find_drift
 from metalm.training.dry_run import describe_plan
+from metalm.training.ending import Ending, told_end
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
 from metalm.training.monitor.json_lines import read_metrics
@@ -51,8 +52,12 @@ def train(corpus: Corpus) -> int:
     Collective: all ranks of the job.
     """
     config, objective = corpus.config, build_objective(corpus.config)
-    with open_session(corpus) as session, start_run(corpus, objective, session) as started:
-        run = _Run(config, session, objective, started)
+    with (
+        open_session(corpus) as session,
+        start_run(corpus, objective, session) as started,
+        told_end(session) as ending,
+    ):
+        run = _Run(config, session, objective, started, ending)
         try:
             return run.train()
         finally:
@@ -63,15 +68,20 @@ class _Run:
     """A run in progress on this rank."""
 
     def __init__(
-        self, config: RunConfig, session: Session, objective: Objective, started: StartedRun
+        self,
+        config: RunConfig,
+        session: Session,
+        objective: Objective,
+        started: StartedRun,
+        ending: Ending,
     ) -> None:
-        self._config, self._session = config, session
+        self._config, self._session, self._ending = config, session, ending
         self._engines, self._store, self._data = started.engines, started.store, started.data
         self._watchdog, self._lock = started.watchdog, started.lock
         self._lane_states = started.lane_states
         topology = session.topology
         self._stop = StopRequest(session.run_folder, config.training.time_limit_minutes)
-        self._guard = StepGuard(config.guards, topology.device)
+        self._guard = StepGuard(config.guards, config.data.sources, topology.device)
         self._objective = objective
         self._train_step = TrainStep(
             self._engines,
@@ -109,14 +119,14 @@ class _Run:
                 last = self._step == self._config.training.steps
                 self._save(background=self._config.checkpoint.background and not last)
             self._evaluate()
-        return EXIT_DONE
+        return self._ending.done()
 
     def close(self) -> None:
         self._monitor.close()
 
     def _take_up(self, state: RunState) -> None:
         """Everything but the place in the data and what the engines hold."""
-        self._step = self._saved_step = state.step
+        self._step = self._saved_step = self._ending.step = state.step
         self._trained_tokens.fill_(state.progress.trained_tokens)
         self._skipped_steps = self._engines.decoder.skipped_steps
         if state.guard is not None:
@@ -167,10 +177,13 @@ class _Run:
         self._step += 1
         rate = learning_rate(self._step, training.optimizer.learning_rate, training.steps, training.schedule)
         result = self._train_step.run(batches, rate)
+        self._ending.step = self._step
         self._watchdog.beat(f"step {self._step + 1}")
         is_skipped = result.skipped_steps > self._skipped_steps
         self._skipped_steps = result.skipped_steps
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        if is_skipped:
+            logger.warning("step %d is skipped: %s", self._step, self._guard.explain())
         if not is_skipped:
             self._trained_tokens += result.loss_counts.sum().cpu()
         if self._data is not None:
@@ -294,9 +307,7 @@ class _Run:
         self._tell_failed_save(self._store.finish())
         if self._saved_step != self._step and self._step:
             self._save(background=False)
+        reason = self._stop.reason()
         if self._session.is_first:
             self._stop.clear()
-            self._monitor.say(
-                f"stopped as asked after step {self._step}; the same command goes on from there"
-            )
-        return EXIT_RESTART
+        return self._ending.stopped(reason)

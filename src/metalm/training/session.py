@@ -92,6 +92,8 @@ class RunLog:
         deepspeed_logger.handlers.clear()
         deepspeed_logger.propagate = True
         deepspeed_logger.setLevel(logging.INFO)
+        # It calls each step that the guard refuses an overflow; the training loop says what it was.
+        deepspeed_logger.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
         logging.getLogger("metalm").info(
             "rank %d of %d, started by %s", launch.rank, launch.world_size, launch.launcher
         )

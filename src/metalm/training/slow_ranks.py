@@ -2,7 +2,8 @@
 
 In synchronous training all ranks take equally long for a step, so the slow one shows elsewhere: it is
 the one that the others wait for where they agree between steps, that waits for its data, or whose
-device takes longer for a fixed piece of work.
+device takes longer for a fixed piece of work. Ranks are compared in what they all do: of a tensor-parallel
+group the first alone reads data.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import socket
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,10 @@ import torch.distributed as dist
 from metalm.parallel.topology import Topology
 
 _MATRIX = {"cuda": 4096, "cpu": 256}
-_LEAST_S = 0.02
-"""Differences below this, per step, slow nothing down."""
+_LEAST_S = {"late": 0.05, "data_wait": 0.05, "probe": 0.005}
+"""Differences below this, per step or probe, slow nothing down."""
+_LEAST_SHARE = 0.05
+"""Nor do differences below this share of a step."""
 _REPORTS = 3
 """A rank is named when it has stood out so often in a row: any machine is disturbed now and then."""
 
@@ -30,11 +34,62 @@ class RankTimes:
     """Seconds of one rank over the steps since the last report."""
 
     host: str
-    late: float
-    """How much later than the first rank it came to the agreements between steps."""
-    data_wait: float
+    agreeing: float
+    """In the agreements between steps: of the rank that comes last, next to none."""
+    data_wait: float | None
+    """None: it reads no data."""
     probe: float
     """For a fixed piece of work on its device."""
+
+
+class Comparison:
+    """Names the ranks that stand out in several reports in a row."""
+
+    def __init__(self, ratio: float) -> None:
+        """Begin; `ratio` times the median over ranks is slow."""
+        self._ratio = ratio
+        self._standing_out: dict[str, tuple[int, int]] = {}  # by kind: rank, reports in a row
+
+    def compare(
+        self, ranks: Sequence[RankTimes], steps: int, seconds: float
+    ) -> tuple[dict[str, float], list[str]]:
+        """Figures for TensorBoard and a line for each rank that stands out.
+
+        Args:
+            ranks: times of all ranks, by rank.
+            steps: that they are of.
+            seconds: that these steps took, from the first one's start to now.
+        """
+        longest = max(times.agreeing for times in ranks)
+        # Who waited for data came later for it: that is told as such.
+        late = {
+            rank: max(0.0, longest - times.agreeing - (times.data_wait or 0.0)) / steps
+            for rank, times in enumerate(ranks)
+        }
+        waits = {
+            rank: times.data_wait / steps for rank, times in enumerate(ranks) if times.data_wait is not None
+        }
+        probes = {rank: times.probe for rank, times in enumerate(ranks)}
+        figures, lines = {}, []
+        for kind, values in (("late", late), ("data_wait", waits), ("probe", probes)):
+            usual, rank = statistics.median_low(values.values()), max(values, key=values.__getitem__)
+            figures[f"ranks/{kind}_seconds_worst"] = worst = values[rank]
+            figures[f"ranks/{kind}_seconds_median"] = usual
+            least = _LEAST_S[kind] if kind == "probe" else max(_LEAST_S[kind], _LEAST_SHARE * seconds / steps)
+            if self._stands_out_again(kind, rank, worst > self._ratio * usual and worst - usual > least):
+                lines.append(
+                    f"rank {rank} on {ranks[rank].host} is slow: {_WHAT[kind]} {1000 * worst:.0f} ms, "
+                    f"the median rank {1000 * usual:.0f} ms"
+                )
+        return figures, lines
+
+    def _stands_out_again(self, kind: str, rank: int, stands_out: bool) -> bool:
+        if not stands_out:
+            self._standing_out.pop(kind, None)
+            return False
+        before, reports = self._standing_out.get(kind, (rank, 0))
+        self._standing_out[kind] = (rank, reports + 1 if before == rank else 1)
+        return self._standing_out[kind][1] % _REPORTS == 0
 
 
 class SlowRanks:
@@ -47,13 +102,14 @@ class SlowRanks:
             topology: of the job.
             ratio: how many times the median over ranks is slow.
         """
-        self._topology, self._ratio = topology, ratio
+        self._topology = topology
+        self._comparison = Comparison(ratio)
         self._host = socket.gethostname()
         size = _MATRIX[topology.device.type]
         self._matrix = torch.eye(size, device=topology.device)
         self._agreeing_s = self._data_wait_s = 0.0
         self._steps = 0
-        self._standing_out: dict[str, tuple[int, int]] = {}  # by kind: rank, reports in a row
+        self._began = time.perf_counter()
 
     def count(self, agreeing_s: float, data_wait_s: float) -> None:
         """Add a step: seconds spent in the agreement before it, and waiting for its data."""
@@ -66,35 +122,14 @@ class SlowRanks:
 
         Collective: all ranks.
         """
-        own = (self._host, self._agreeing_s, self._data_wait_s, self._probe())
-        steps, self._steps, self._agreeing_s, self._data_wait_s = max(self._steps, 1), 0, 0.0, 0.0
+        wait_s = self._data_wait_s if self._topology.tensor_rank == 0 else None
+        own = RankTimes(self._host, self._agreeing_s, wait_s, self._probe())
+        now, steps = time.perf_counter(), max(self._steps, 1)
+        seconds, self._began = now - self._began, now
+        self._steps, self._agreeing_s, self._data_wait_s = 0, 0.0, 0.0
         gathered: list[Any] = [None] * self._topology.world_size
         dist.gather_object(own, gathered if self._topology.rank == 0 else None)
-        if self._topology.rank != 0:
-            return {}, []
-        longest = max(agreeing for _, agreeing, _, _ in gathered)
-        ranks = [RankTimes(host, longest - agreeing, wait, probe) for host, agreeing, wait, probe in gathered]
-        figures, lines = {}, []
-        for kind in ("late", "data_wait", "probe"):
-            values = [getattr(times, kind) / (1 if kind == "probe" else steps) for times in ranks]
-            usual, worst = statistics.median_low(values), max(values)
-            figures[f"ranks/{kind}_seconds_worst"] = worst
-            figures[f"ranks/{kind}_seconds_median"] = usual
-            if self._stands_out_again(kind, values.index(worst), worst, usual):
-                rank = values.index(worst)
-                lines.append(
-                    f"rank {rank} on {ranks[rank].host} is slow: {_WHAT[kind]} {1000 * worst:.0f} ms, "
-                    f"the median rank {1000 * usual:.0f} ms"
-                )
-        return figures, lines
-
-    def _stands_out_again(self, kind: str, rank: int, worst: float, usual: float) -> bool:
-        if worst <= self._ratio * usual or worst - usual <= _LEAST_S:
-            self._standing_out.pop(kind, None)
-            return False
-        before, reports = self._standing_out.get(kind, (rank, 0))
-        self._standing_out[kind] = (rank, reports + 1 if before == rank else 1)
-        return self._standing_out[kind][1] % _REPORTS == 0
+        return self._comparison.compare(gathered, steps, seconds) if self._topology.rank == 0 else ({}, [])
 
     def _probe(self) -> float:
         """Seconds for a fixed number of products; the best of three, since the machine may be disturbed."""

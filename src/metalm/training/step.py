@@ -90,7 +90,7 @@ class TrainStep:
                 together = torch.stack(list(parts.values()))
                 dist.all_reduce(together, group=topology.data_group)
                 parts = dict(zip(parts, together, strict=True))
-            verdict = self._guard.judge(sums.sum() / counts.sum().clamp(min=1.0), norms.joint)
+            verdict = self._guard.judge(sums, counts, norms.joint)
             self._joint_norm.refuse(verdict != FINE)
             for engine in self._all:
                 for group in engine.optimizer.param_groups:

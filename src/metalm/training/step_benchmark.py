@@ -63,7 +63,7 @@ def measure_steps(
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             engines = build_engines(config, topology)
-        guard = StepGuard(config.guards, device)
+        guard = StepGuard(config.guards, config.data.sources, device)
         objective = build_objective(config)
         step = TrainStep(engines, topology, len(config.data.sources), guard, objective)
         batches = made_up_batches(config, one_document=one_document)

@@ -26,15 +26,27 @@ class StopRequest:
         """Listen from now on, which is when the time limit begins."""
         self._file = run_folder / STOP_NAME
         self._answered = run_folder / "logs" / ANSWERED_STOP_NAME
+        self._limit_minutes = time_limit_minutes
         self._deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
         self._signalled_at: float | None = None
+        self._signal = ""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
 
     def is_asked(self) -> bool:
         """Whether this rank has been asked."""
-        is_late = self._deadline is not None and time.monotonic() > self._deadline
-        return is_late or self._signalled_at is not None or self._file.exists()
+        return self._is_late() or self._signalled_at is not None or self._file.exists()
+
+    def reason(self) -> str | None:
+        """Who asked this rank; None: nobody, another rank was asked."""
+        with contextlib.suppress(OSError):
+            return f"the stop file ({self._file.read_text().strip() or 'it names nobody'})"
+        if self._signalled_at is not None:
+            return self._signal
+        return f"training.time_limit_minutes = {self._limit_minutes:g}" if self._is_late() else None
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def clear(self) -> None:
         """Move the stop file to the logs, so that the run can be started again. One rank calls it."""
@@ -44,7 +56,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()
         if self._signalled_at is None:
-            self._signalled_at = now
+            self._signalled_at, self._signal = now, signal.Signals(number).name
         elif now - self._signalled_at > _SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from metalm.errors import EXIT_FAULT
+from metalm.run_ends import record_end
 
 _GRACE_S = 10.0
 """For the other ranks to write their stacks, before a launcher ends them for this rank's exit."""
@@ -30,6 +31,7 @@ class Watchdog:
             rank: of this process.
             limit_minutes: longest time between two beats.
         """
+        self._run_folder = log_folder.parent
         self._stacks = log_folder / f"stacks_rank_{rank:05d}.txt"
         self._rank, self._limit_s = rank, 60.0 * limit_minutes
         self._doing, self._last = "starting", time.monotonic()
@@ -57,6 +59,8 @@ class Watchdog:
             handle.write(message + "\n")
             handle.flush()
             faulthandler.dump_traceback(handle, all_threads=True)
+        if self._rank == 0:
+            record_end(self._run_folder, None, EXIT_FAULT, message)
         print(f"metalm: {message}; stacks are in {self._stacks}", file=sys.stderr, flush=True)
         time.sleep(_GRACE_S)
         os._exit(EXIT_FAULT)

@@ -38,7 +38,9 @@ def main() -> None:
             found[name] = {"weights": weight_bytes(engine), "optimizer": optimizer_bytes(engine)}
         batches = measured_batches(config, topology.data_rank, topology.data_size)
         found["activations"] = kept_bytes(engines, batches[0], topology)
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
+        step = TrainStep(
+            engines, topology, 2, StepGuard(config.guards, config.data.sources, topology.device), SemiCausal()
+        )
         with Sent(topology) as sent:
             step.run(batches, 1e-3)
         found["sent"] = dict(sent.by_group)

@@ -37,7 +37,9 @@ def main() -> None:
         )
         engines = build_engines(config, topology)
         state = CheckpointStore(Path(folder), config, topology).load(Path(checkpoint), engines)
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
+        step = TrainStep(
+            engines, topology, 2, StepGuard(config.guards, config.data.sources, topology.device), SemiCausal()
+        )
         losses = []
         for number in range(state.step, state.step + int(steps)):
             batches = micro_batches(global_batch(number), config, topology.data_rank, topology.data_size)

@@ -39,7 +39,9 @@ def main() -> None:
         write_config(config, Path(folder) / "config.yaml", {})
     store, step = (
         CheckpointStore(Path(folder), config, topology),
-        TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal()),
+        TrainStep(
+            engines, topology, 2, StepGuard(config.guards, config.data.sources, topology.device), SemiCausal()
+        ),
     )
     skipped, norms = [], []
     for number in range(3):

@@ -68,7 +68,11 @@ def main() -> None:
         write_config(config, folder / "config.yaml", {})
     engines = build_engines(config, topology)
     step = TrainStep(
-        engines, topology, len(config.data.sources), StepGuard(config.guards, topology.device), SemiCausal()
+        engines,
+        topology,
+        len(config.data.sources),
+        StepGuard(config.guards, config.data.sources, topology.device),
+        SemiCausal(),
     )
     rows = [*prompts, prompts[0]]
     own = rows[topology.data_rank :: topology.data_size]

@@ -47,7 +47,9 @@ def main() -> None:
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
         first = 0 if start == "new" else store.load(Path(start), engines).step
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
+        step = TrainStep(
+            engines, topology, 2, StepGuard(config.guards, config.data.sources, topology.device), SemiCausal()
+        )
         losses = []
         for number in range(first, STEPS + 1):
             if number in SAVED_STEPS:

@@ -54,7 +54,9 @@ def main() -> None:
         engines = build_engines(config, topology)
         store = CheckpointStore(run_folder, config, topology)
         store.save(engines, 0, None, RunFacts())
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
+        step = TrainStep(
+            engines, topology, 2, StepGuard(config.guards, config.data.sources, topology.device), SemiCausal()
+        )
         losses, norms = [], []
         seen = watch_first_layer(engines)
         for number in range(steps):

@@ -1,0 +1,52 @@
+"""How the starts of a run have ended, as the trainer itself has recorded it: a JSON object a line.
+
+A start that was killed records nothing. It leaves the run's lock behind, whose holder is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ENDS_NAME = "ends.jsonl"
+"""In `logs/`."""
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """The end of one start."""
+
+    time: float
+    step: int | None
+    """Steps done; None where that could not be told."""
+    code: int
+    """That the process ends with."""
+    cause: str
+    """In one line: `done`, who asked to stop, or the error."""
+
+
+def record_end(run_folder: Path, step: int | None, code: int, cause: str) -> None:
+    """Add the end of a start.
+
+    Raises:
+        OSError: the line could not be written.
+    """
+    first_line = next(iter(cause.splitlines()), "")
+    end = RunEnd(round(time.time(), 3), step, code, first_line)
+    with (run_folder / "logs" / ENDS_NAME).open("a") as handle:
+        handle.write(json.dumps(asdict(end)) + "\n")
+
+
+def last_end(run_folder: Path) -> RunEnd | None:
+    """The newest end that was recorded; torn lines are left out."""
+    path = run_folder / "logs" / ENDS_NAME
+    if not path.exists():
+        return None
+    for line in reversed(path.read_text(errors="replace").splitlines()):
+        try:
+            return RunEnd(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+    return None
