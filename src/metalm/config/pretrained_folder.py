@@ -6,11 +6,14 @@ Read once, when a pipeline is, and kept in the run's config: later only the weig
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from metalm.config.plain_files import read_json_object
 from metalm.config.pretrained_audio import read_audio, reads_audio
 from metalm.errors import ConfigError
+from metalm.regular_files import path_exists
 
 DERIVED = (
     "num_layers",
@@ -26,6 +29,9 @@ DERIVED = (
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
 """Kinds of models whose positions begin behind the padding token's id."""
 
+_IMPLEMENTATION = re.compile("_?[a-z]+_implementation(_internal)?")
+_PLAIN_WORD = re.compile("[a-z0-9_]+")
+
 
 def fill_in_pretrained(content: dict[str, Any]) -> None:
     """Complete every encoder with `pretrained.path` in the content of a pipeline, in place.
@@ -35,10 +41,12 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
     """
     model = content.get("model")
     encoders = model.get("encoders") if isinstance(model, dict) else None
-    for name, encoder in (encoders or {}).items():
+    for name, encoder in encoders.items() if isinstance(encoders, dict) else ():
         pretrained = encoder.get("pretrained") if isinstance(encoder, dict) else None
-        if not isinstance(pretrained, dict) or "path" not in pretrained or "definition" in pretrained:
-            continue  # not of transformers, a mistake that validation names, or complete
+        if not isinstance(pretrained, dict) or "definition" in pretrained:
+            continue  # not of transformers, or complete
+        if not isinstance(pretrained.get("path"), str):
+            continue  # a mistake that validation names
         if given := [key for key in DERIVED if key in encoder]:
             raise ConfigError(
                 f"model.encoders.{name}: {', '.join(given)} follow(s) from pretrained.path, leave them out"
@@ -56,6 +64,10 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
                 pretrained.update(_pixels(folder))
         except ConfigError as error:
             raise ConfigError(f"model.encoders.{name}.pretrained: {error}") from None
+        except Exception as error:  # arithmetic with what should have been sizes
+            raise ConfigError(
+                f"model.encoders.{name}.pretrained: the configs in {folder} do not fit together ({error!r})"
+            ) from None
         pretrained["definition"] = definition
 
 
@@ -68,13 +80,15 @@ def positions_before_text(definition: dict[str, Any]) -> int:
 
 def _read_definition(folder: Path) -> dict[str, Any]:
     """The model's config with every default, of the vision model where there are several."""
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path_exists(path):
         raise ConfigError(f"{folder} has no config.json: expected a folder that save_pretrained wrote")
+    refuse_code_by_name(read_json_object(path, "the model's config"), path)
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of values that are not what a model's class expects: anything
         raise ConfigError(f"{folder} is no model that transformers knows: {error}") from None
     vision = getattr(config, "vision_config", None)
     definition = (vision or config).to_dict()
@@ -89,6 +103,31 @@ def _read_definition(folder: Path) -> dict[str, Any]:
     for key in ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "architectures"):
         kept.pop(key, None)
     return kept
+
+
+def refuse_code_by_name(content: Any, path: Path) -> None:
+    """Refuse a config whose attention is a repository: transformers would fetch code from there.
+
+    Args:
+        content: of a config.json.
+        path: its file, for the message.
+
+    Raises:
+        ConfigError: a key such as `_attn_implementation`, at any depth, names more than a plain word.
+    """
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if _IMPLEMENTATION.fullmatch(str(key)):
+            words = value.values() if isinstance(value, dict) else [value]
+            if wrong := [w for w in words if w is not None and not _PLAIN_WORD.fullmatch(str(w))]:
+                raise ConfigError(
+                    f"{path}: {key} is {str(wrong[0])[:80]!r}, which would fetch code from there: expected "
+                    "a word such as 'sdpa' or 'eager'; take the key out"
+                )
+        elif isinstance(value, dict):
+            refuse_code_by_name(value, path)
+        elif isinstance(value, list):
+            for part in value:
+                refuse_code_by_name(part, path)
 
 
 def _sizes(definition: dict[str, Any]) -> dict[str, Any]:
@@ -126,14 +165,12 @@ def _side(definition: dict[str, Any], key: str) -> int:
 def _pixels(folder: Path) -> dict[str, Any]:
     """Mean and deviation of the pixels in 0..1, as the folder's image processor has them."""
     path = folder / "preprocessor_config.json"
+    processor = read_json_object(path, "the model's image processor")
     try:
-        processor = json.loads(path.read_text())
         if not processor.get("do_normalize", True):
             return {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
             raise ConfigError(f"{path}: rescale_factor is not 1/255")
         return {key: [float(part) for part in processor[key]] for key in ("image_mean", "image_std")}
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: save the model's image processor there") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from None
