@@ -6,13 +6,13 @@ Read once, when a pipeline is, and kept in the run's config: later only the weig
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from metalm.config.foreign_folder import read_foreign_config
 from metalm.config.plain_files import read_json_object
 from metalm.config.pretrained_audio import read_audio, reads_audio
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, MetaLMError
 from metalm.regular_files import path_exists
 
 DERIVED = (
@@ -28,9 +28,6 @@ DERIVED = (
 
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
 """Kinds of models whose positions begin behind the padding token's id."""
-
-_IMPLEMENTATION = re.compile("_?[a-z]+_implementation(_internal)?")
-_PLAIN_WORD = re.compile("[a-z0-9_]+")
 
 
 def fill_in_pretrained(content: dict[str, Any]) -> None:
@@ -64,6 +61,8 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
                 pretrained.update(_pixels(folder))
         except ConfigError as error:
             raise ConfigError(f"model.encoders.{name}.pretrained: {error}") from None
+        except MetaLMError:
+            raise
         except Exception as error:  # arithmetic with what should have been sizes
             raise ConfigError(
                 f"model.encoders.{name}.pretrained: the configs in {folder} do not fit together ({error!r})"
@@ -80,10 +79,9 @@ def positions_before_text(definition: dict[str, Any]) -> int:
 
 def _read_definition(folder: Path) -> dict[str, Any]:
     """The model's config with every default, of the vision model where there are several."""
-    path = folder / "config.json"
-    if not path_exists(path):
+    if not path_exists(folder / "config.json"):
         raise ConfigError(f"{folder} has no config.json: expected a folder that save_pretrained wrote")
-    refuse_code_by_name(read_json_object(path, "the model's config"), path)
+    read_foreign_config(folder)
     import transformers
 
     try:
@@ -103,31 +101,6 @@ def _read_definition(folder: Path) -> dict[str, Any]:
     for key in ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "architectures"):
         kept.pop(key, None)
     return kept
-
-
-def refuse_code_by_name(content: Any, path: Path) -> None:
-    """Refuse a config whose attention is a repository: transformers would fetch code from there.
-
-    Args:
-        content: of a config.json.
-        path: its file, for the message.
-
-    Raises:
-        ConfigError: a key such as `_attn_implementation`, at any depth, names more than a plain word.
-    """
-    for key, value in content.items() if isinstance(content, dict) else ():
-        if _IMPLEMENTATION.fullmatch(str(key)):
-            words = value.values() if isinstance(value, dict) else [value]
-            if wrong := [w for w in words if w is not None and not _PLAIN_WORD.fullmatch(str(w))]:
-                raise ConfigError(
-                    f"{path}: {key} is {str(wrong[0])[:80]!r}, which would fetch code from there: expected "
-                    "a word such as 'sdpa' or 'eager'; take the key out"
-                )
-        elif isinstance(value, dict):
-            refuse_code_by_name(value, path)
-        elif isinstance(value, list):
-            for part in value:
-                refuse_code_by_name(part, path)
 
 
 def _sizes(definition: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -106,7 +107,7 @@ class Tokenizer:
         text_ends = np.cumsum(np.add.reduceat(lengths, first_pieces) + num_pieces - 1)
         return [ids[start:end] for start, end in zip(chain([0], text_ends), text_ends, strict=False)]
 
-    def check_body(self, ids: NDArray[np.unsignedinteger]) -> None:
+    def check_body(self, ids: NDArray[np.integer[Any]]) -> None:
         """Whether these may be the ids [n] of a text, as `encode` makes them; n is not 0.
 
         Raises:
