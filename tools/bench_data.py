@@ -295,7 +295,7 @@ def rate_of_images(folder: Path, tokenizer: Tokenizer) -> float:
     """Images in the order of the index, decoded and resized."""
     source = open_source("photographs", folder, tokenizer)
     locations = source.index.locate(np.arange(source.index.num_samples))
-    data = (source.reader.read(place.shard, place.offset, place.size) for place in locations)
+    data = map(source.main_member, locations)
     result = rate((decode_image(item, image_size=224) for item in data), lambda _: 1)
     source.reader.close()
     return result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from metalm.regular_files import path_exists
+
 
 def project_root() -> Path:
     """The folder that holds `pipelines/`, `deepspeed_configs/`, `slurm/` and `tools/`."""
@@ -22,7 +24,7 @@ def find_file(path: Path, folder: str, name: Path) -> Path:
     Returns:
         `path` where neither exists.
     """
-    if path.exists() or name.is_absolute():
+    if path_exists(path) or name.is_absolute():
         return path
     own = project_root() / (name if name.parts[:1] == (folder,) else folder / name)
-    return own if own.is_file() else path
+    return own if path_exists(own) else path

@@ -18,6 +18,7 @@ from metalm.checkpoint.format import STATES
 from metalm.checkpoint.manifest import MANIFEST_NAME, read_manifest, record_file, write_manifest
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import CheckpointError
+from mutations import mutate_bytes
 
 SHA = "0" * 64
 MUTATIONS = 800
@@ -207,26 +208,6 @@ def test_a_state_of_another_schema_is_refused(tmp_path: Path, change: dict[str, 
         CheckpointReader(folder)
 
 
-def mutate(content: bytes, chance: random.Random) -> bytes:
-    """The content with a few bytes flipped, cut, doubled or exchanged for words that mean something."""
-    changed = bytearray(content)
-    for _ in range(chance.randrange(1, 4)):
-        place = chance.randrange(len(changed) + 1)
-        kind = chance.randrange(5)
-        if kind == 0 and place < len(changed):
-            changed[place] ^= 1 << chance.randrange(8)
-        elif kind == 1:
-            del changed[place : place + chance.randrange(1, 40)]
-        elif kind == 2:
-            changed[place:place] = changed[place : place + chance.randrange(1, 40)]
-        elif kind == 3:
-            word = chance.choice([b"-1", b"1e999", b"null", b"[[[[", b'"../"', b"9" * 30, b"NaN", b"\xff"])
-            changed[place : place + chance.randrange(3)] = word
-        else:
-            del changed[place:]
-    return bytes(changed)
-
-
 @pytest.mark.parametrize("agreeing", [False, True], ids=["damaged", "with a manifest that agrees"])
 def test_mutated_checkpoints_are_refused_or_read_right(tmp_path: Path, agreeing: bool) -> None:
     """What is damaged is always found; what was changed together with its hash never ends in a trace."""
@@ -237,7 +218,7 @@ def test_mutated_checkpoints_are_refused_or_read_right(tmp_path: Path, agreeing:
     chance, refused = random.Random(13), 0
     for _ in range(MUTATIONS):
         name = chance.choice(names)
-        content = mutate(original[name], chance)
+        content = mutate_bytes(original[name], chance)
         if agreeing:
             rewrite(folder, name, content)
         else:

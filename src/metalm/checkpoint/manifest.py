@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from metalm.checkpoint.names import PARTIAL_SUFFIX
 from metalm.checkpoint.state import first_mistake
 from metalm.errors import CheckpointError
+from metalm.regular_files import read_regular
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
@@ -88,10 +88,7 @@ def read_regular_file(path: Path) -> bytes:
         CheckpointError: it is missing, unreadable or no regular file.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as handle:
-            if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-                raise CheckpointError(f"{path} is no regular file")
-            return handle.read()
+        return read_regular(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:

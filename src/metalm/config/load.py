@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import json
+import os
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from metalm.config.plain_files import MAX_DEPTH, parse_yaml, read_json_object, read_yaml
 from metalm.config.pretrained_folder import fill_in_pretrained
 from metalm.config.rules import check_config
 from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError
 from metalm.project_files import find_file
+from metalm.regular_files import path_exists
 
 SomeSection = typing.TypeVar("SomeSection", bound=BaseModel)
 
@@ -33,6 +36,11 @@ _READ_FROM = (
 )
 """Keys whose paths are looked for beside the pipeline file."""
 
+MAX_BASES = 32
+"""How long a chain of `extends` may be."""
+MAX_SHOWN = 20
+"""Mistakes that one message names."""
+
 _REPLACED_KEYS: dict[tuple[type[BaseModel], str], str] = {
     (SourceConfig, "kind"): "leave it out, the index of the shards says what they hold",
     (SourceConfig, "encoder"): (
@@ -41,17 +49,6 @@ _REPLACED_KEYS: dict[tuple[type[BaseModel], str], str] = {
     ),
 }
 """Keys of sections in earlier versions, and what to write instead of `key: given`."""
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, which YAML would silently let win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"key {key!r} is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep=deep)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -65,16 +62,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: a file is missing or is no YAML, a key is unknown, a value or a rule does not hold.
     """
-    content = _read_pipeline(find_file(path, "pipelines", path), seen=())
+    content = _read_pipeline(find_file(path, "pipelines", path), (), {})
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        try:
-            parsed = yaml.load(value, _UniqueKeyLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from None
-        for part in reversed(key.split(".")):
+            raise ConfigError(f"override {_shown(override)} is not of the form section.key=value")
+        parsed = parse_yaml(value, f"override {_shown(override)}: the value")
+        parts = key.split(".")
+        if len(parts) > MAX_DEPTH:
+            raise ConfigError(f"override {_shown(override)} is nested too deeply")
+        for part in reversed(parts):
             parsed = {part: parsed}
         content = _merge(content, parsed)
     fill_in_pretrained(content)
@@ -98,15 +95,7 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is no JSON, or holds no object.
     """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"DeepSpeed config {path} does not exist") from None
-    except ValueError as error:
-        raise ConfigError(f"DeepSpeed config {path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"DeepSpeed config {path} must hold an object, not {type(content).__name__}")
-    return content
+    return read_json_object(path, "DeepSpeed config")
 
 
 def config_content(config: RunConfig, provenance: Mapping[str, Any]) -> bytes:
@@ -122,19 +111,35 @@ def write_config(config: RunConfig, path: Path, provenance: Mapping[str, Any]) -
     partial.replace(path)
 
 
-def _read_pipeline(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path} extends itself")
+def _read_pipeline(path: Path, above: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """What a file and all that it extends describe.
+
+    Args:
+        path: the file.
+        above: the files that it is a base of.
+        known: what was read before, by path: a base of many is worked out once.
+    """
     content = read_yaml(path)
-    bases = content.pop("extends", [])
+    place = Path(os.path.realpath(path))
+    if place in above:
+        raise ConfigError(f"{path} extends itself")
+    if place in known:
+        return known[place]
+    if len(above) == MAX_BASES:
+        raise ConfigError(f"{path} is the base of a base of a base ... ({MAX_BASES} of them, at most)")
     content.pop("provenance", None)  # of the config of a run
+    bases = content.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends: expected a file or a list of files (given: {_shown(bases)})")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         found = find_file(path.parent / base, "pipelines", Path(base))
-        merged = _merge(merged, _read_pipeline(found, (*seen, path.resolve())))
+        merged = _merge(merged, _read_pipeline(found, (*above, place), known))
     for key in _READ_FROM:
         _place(content, key.split("."), path.parent)
-    return _merge(merged, content)
+    known[place] = _merge(merged, content)
+    return known[place]
 
 
 def _place(content: Any, key: list[str], folder: Path) -> None:
@@ -144,7 +149,7 @@ def _place(content: Any, key: list[str], folder: Path) -> None:
     for name in list(content) if key[0] == "*" else key[:1]:
         if key[1:]:
             _place(content.get(name), key[1:], folder)
-        elif isinstance(content.get(name), str) and (folder / content[name]).exists():
+        elif isinstance(content.get(name), str) and path_exists(folder / content[name]):
             content[name] = str(folder / content[name])
 
 
@@ -153,25 +158,6 @@ def _with_deepspeed_files(config: RunConfig) -> RunConfig:
     given = {"decoder": files.decoder, "encoders": files.encoders}
     found = {name: find_file(path, "deepspeed_configs", path) for name, path in given.items()}
     return config.model_copy(update={"deepspeed": files.model_copy(update=found)})
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, in which no key is given twice.
-
-    Raises:
-        ConfigError: the file is missing or is not that.
-    """
-    try:
-        content = yaml.load(path.read_text(), _UniqueKeyLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"config {path} must hold a mapping, not {type(content).__name__}")
-    return content
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +182,11 @@ def validated(model: type[SomeSection], content: dict[str, Any], origin: str) ->
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        lines = [f"  {_describe(model, problem)}" for problem in error.errors()]
-        raise ConfigError("\n".join([f"{origin}: {len(lines)} mistake(s)", *lines])) from None
+        problems = error.errors()
+        lines = [f"  {_describe(model, problem)}" for problem in problems[:MAX_SHOWN]]
+        if len(problems) > MAX_SHOWN:
+            lines.append(f"  and {len(problems) - MAX_SHOWN} more")
+        raise ConfigError("\n".join([f"{origin}: {len(problems)} mistake(s)", *lines])) from None
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:
@@ -213,7 +202,14 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"{where}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{where}: required, not given"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {_shown(problem['input'])})"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut if it is long or deep."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 160
+    return shown.repr(value)
 
 
 def _section(model: type[BaseModel], location: list[str]) -> type[BaseModel]:

@@ -7,11 +7,11 @@ how long a clip may be.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from metalm.config.plain_files import read_json_object
 from metalm.errors import ConfigError
 
 EXTRACTORS: dict[str, tuple[str, ...]] = {
@@ -40,14 +40,8 @@ def read_audio(
         ConfigError: the folder's feature extractor is of another model, or `clip_seconds` does not fit.
     """
     path = folder / "preprocessor_config.json"
-    try:
-        processor = json.loads(path.read_text())
-        rate = processor["sampling_rate"]
-        kind = processor["feature_extractor_type"]
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: save the model's feature extractor there") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error!r}") from None
+    processor = read_json_object(path, "the model's feature extractor")
+    rate, kind = processor.get("sampling_rate"), processor.get("feature_extractor_type")
     if not isinstance(rate, int) or rate not in SAMPLING_RATES:
         raise ConfigError(f"{path}: sampling_rate is {rate!r}, expected a whole number of hertz")
     mel = "time_stride" in definition

@@ -9,8 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from metalm.config.foreign_folder import read_foreign_config
+from metalm.config.plain_files import read_json_object
 from metalm.config.pretrained_audio import read_audio, reads_audio
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, MetaLMError
+from metalm.regular_files import path_exists
 
 DERIVED = (
     "num_layers",
@@ -35,10 +38,12 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
     """
     model = content.get("model")
     encoders = model.get("encoders") if isinstance(model, dict) else None
-    for name, encoder in (encoders or {}).items():
+    for name, encoder in encoders.items() if isinstance(encoders, dict) else ():
         pretrained = encoder.get("pretrained") if isinstance(encoder, dict) else None
-        if not isinstance(pretrained, dict) or "path" not in pretrained or "definition" in pretrained:
-            continue  # not of transformers, a mistake that validation names, or complete
+        if not isinstance(pretrained, dict) or "definition" in pretrained:
+            continue  # not of transformers, or complete
+        if not isinstance(pretrained.get("path"), str):
+            continue  # a mistake that validation names
         if given := [key for key in DERIVED if key in encoder]:
             raise ConfigError(
                 f"model.encoders.{name}: {', '.join(given)} follow(s) from pretrained.path, leave them out"
@@ -56,6 +61,12 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
                 pretrained.update(_pixels(folder))
         except ConfigError as error:
             raise ConfigError(f"model.encoders.{name}.pretrained: {error}") from None
+        except MetaLMError:
+            raise
+        except Exception as error:  # arithmetic with what should have been sizes
+            raise ConfigError(
+                f"model.encoders.{name}.pretrained: the configs in {folder} do not fit together ({error!r})"
+            ) from None
         pretrained["definition"] = definition
 
 
@@ -68,13 +79,14 @@ def positions_before_text(definition: dict[str, Any]) -> int:
 
 def _read_definition(folder: Path) -> dict[str, Any]:
     """The model's config with every default, of the vision model where there are several."""
-    if not (folder / "config.json").is_file():
+    if not path_exists(folder / "config.json"):
         raise ConfigError(f"{folder} has no config.json: expected a folder that save_pretrained wrote")
+    read_foreign_config(folder)
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of values that are not what a model's class expects: anything
         raise ConfigError(f"{folder} is no model that transformers knows: {error}") from None
     vision = getattr(config, "vision_config", None)
     definition = (vision or config).to_dict()
@@ -126,14 +138,12 @@ def _side(definition: dict[str, Any], key: str) -> int:
 def _pixels(folder: Path) -> dict[str, Any]:
     """Mean and deviation of the pixels in 0..1, as the folder's image processor has them."""
     path = folder / "preprocessor_config.json"
+    processor = read_json_object(path, "the model's image processor")
     try:
-        processor = json.loads(path.read_text())
         if not processor.get("do_normalize", True):
             return {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
             raise ConfigError(f"{path}: rescale_factor is not 1/255")
         return {key: [float(part) for part in processor[key]] for key in ("image_mean", "image_std")}
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: save the model's image processor there") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from None

@@ -268,11 +268,20 @@ def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]
     owned = [key for key in content if key in PIPELINE_OWNED_KEYS]
     if owned:
         yield f"{path} holds {', '.join(owned)}, which the pipeline owns: set them in the pipeline instead"
-    stage = content.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
+    sections = ("zero_optimization", "data_types")
+    if wrong := [key for key in sections if not isinstance(content.get(key, {}), dict)]:
+        yield f"{path}: {', '.join(wrong)} must hold an object"
+        return
+    zero = content.get("zero_optimization", {})
+    offload_section = zero.get("offload_optimizer") or {}
+    if not isinstance(offload_section, dict):
+        yield f"{path}: zero_optimization.offload_optimizer must hold an object"
+        return
+    stage = zero.get("stage")
+    if type(stage) is not int or stage not in (1, 2, 3):
         # At stage 0 DeepSpeed reduces gradients over the group of whichever engine was built last.
         yield f"{path}: zero_optimization.stage must be 1, 2 or 3, not {stage!r}"
-    offload = content.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    offload = offload_section.get("device", "none")
     if offload not in ("none", "cpu"):
         yield f"{path}: offload_optimizer.device must be cpu, not {offload!r}, where no checkpoint reads it"
     if offload == "cpu" and content.get("zero_force_ds_cpu_optimizer", True):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from metalm.config import DecoderConfig, RopeScalingConfig
+from metalm.config.foreign_folder import read_foreign_config
 from metalm.errors import ConfigError
 
 LLAMA_TYPES = ("llama", "mistral", "qwen2")
@@ -56,9 +57,10 @@ def read_foreign_decoder(folder: Path, names: set[str]) -> ForeignDecoder:
     Raises:
         ConfigError: there is no config, or it asks for what the decoder cannot do; all of it is named.
     """
+    read_foreign_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of values that are not what a model's class expects: anything
         raise ConfigError(f"{folder} holds no config that transformers reads: {error}") from None
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{folder} is quantised; import the model as it was before")

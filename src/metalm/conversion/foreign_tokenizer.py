@@ -20,8 +20,10 @@ from metalm.data.tokenizer import (
     START,
     Tokenizer,
     load_tokenizer,
+    parse_tokenizer,
 )
 from metalm.errors import DataError
+from metalm.regular_files import read_regular
 
 
 def complete_tokenizer(folder: Path, out: Path) -> Tokenizer:
@@ -37,8 +39,8 @@ def complete_tokenizer(folder: Path, out: Path) -> Tokenizer:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
+        tokenizer = parse_tokenizer(read_regular(path))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a tokenizer: {error}") from None
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     out.mkdir(parents=True)

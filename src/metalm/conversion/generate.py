@@ -13,9 +13,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging as transformers_logging
 
+from metalm.config.foreign_folder import read_foreign_config
 from metalm.conversion.shipped.modeling_metalm import MetaLMForConditionalGeneration
 from metalm.conversion.shipped.processing_metalm import IMAGE_MARKER, MetaLMProcessor
-from metalm.errors import ConfigError, DataError
+from metalm.data.tokenizer import panics_as_errors
+from metalm.errors import ConfigError, DataError, MetaLMError
+from metalm.regular_files import path_exists
 
 IMAGE_COMMAND = "/image "
 FORGET_COMMAND = "/forget"
@@ -30,14 +33,18 @@ class FolderModel:
         Raises:
             ConfigError: there is none, or it is not one.
         """
-        if not (folder / "config.json").is_file():
+        if not path_exists(folder / "config.json"):
             raise ConfigError(f"{folder} is not an exported model: it has no config.json")
+        read_foreign_config(folder)
         transformers_logging.disable_progress_bar()
         try:
-            self._model: Any = MetaLMForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-            self._processor = _load_processor(folder)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ConfigError(f"{folder} cannot be loaded: {error}") from error
+            self._model: Any = _load_model(folder)
+            with panics_as_errors():
+                self._processor = _load_processor(folder)
+        except MetaLMError:
+            raise
+        except Exception as error:  # of files that are not what their loaders expect: anything
+            raise ConfigError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
         self._model.eval().to(device)
 
     @property
@@ -173,6 +180,20 @@ def chat_with_folder(
         say(answer)
         messages = [*asked, {"role": "assistant", "content": model.escape(answer)}]
         images, waiting = [*images, *waiting], []
+
+
+def _load_model(folder: Path) -> Any:
+    """With every weight: transformers would draw those that are not there."""
+    loaded: Any = MetaLMForConditionalGeneration.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    model, report = loaded
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise ConfigError(
+                f"{folder} has {len(names)} weight(s) that are {kind.split('_')[0]}: {names[0]}"
+            )
+    return model
 
 
 def _load_processor(folder: Path) -> Any:

@@ -21,6 +21,7 @@ from metalm.checkpoint.publishing import checkpoint_of_weights
 from metalm.checkpoint.reader import read_json
 from metalm.checkpoint.state import RunFacts
 from metalm.config import RunConfig, config_content
+from metalm.config.foreign_folder import read_weight_map
 from metalm.conversion.hf_config import model_config
 from metalm.conversion.mapping import Rule, Shape, conversion_rules
 from metalm.conversion.shipped.configuration_metalm import ENCODER_DEFAULTS
@@ -28,6 +29,7 @@ from metalm.conversion.tokenizer_files import TOKENIZER_NAME, is_same_tokenizer
 from metalm.conversion.weight_files import INDEX_NAME, WEIGHTS_NAME
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
+from metalm.regular_files import open_regular
 from metalm.run_lock import RunLock
 
 _ARCHITECTURE = (
@@ -103,12 +105,12 @@ class FolderWeights:
         """Find out which file holds what.
 
         Raises:
-            CheckpointError: there are no weights, or their index is damaged.
+            CheckpointError, ConfigError: there are no weights, or their index is damaged.
         """
         self._folder = folder
         self._open: dict[str, Any] = {}
         if (folder / INDEX_NAME).is_file():
-            self._files = _weight_map(folder / INDEX_NAME)
+            self._files = read_weight_map(folder / INDEX_NAME)
         elif (folder / WEIGHTS_NAME).is_file():
             self._files = dict.fromkeys(self._file(WEIGHTS_NAME).keys(), WEIGHTS_NAME)
         else:
@@ -128,7 +130,11 @@ class FolderWeights:
         problems = [f"lacks {name}" for name in shapes.keys() - self._files.keys()]
         problems += [f"holds {name}, which the model has not" for name in self._files.keys() - shapes.keys()]
         for name in shapes.keys() & self._files.keys():
-            found = tuple(self._file(self._files[name]).get_slice(name).get_shape())
+            try:
+                found = tuple(self._file(self._files[name]).get_slice(name).get_shape())
+            except SafetensorError:
+                problems.append(f"says that {name} is in {self._files[name]}, where it is not")
+                continue
             if found != shapes[name]:
                 problems.append(f"holds {name} of {list(found)}, the model needs {list(shapes[name])}")
         if problems:
@@ -136,33 +142,33 @@ class FolderWeights:
             raise CheckpointError("\n".join([f"{self._folder} does not fit the run's model:", *lines]))
 
     def read(self, name: str) -> Tensor:
-        """A tensor, float32."""
-        return self._file(self._files[name]).get_tensor(name).to(torch.float32)
+        """A tensor, float32.
+
+        Raises:
+            CheckpointError: the file that should hold it cannot be read, or holds no such tensor.
+        """
+        try:
+            return self._file(self._files[name]).get_tensor(name).to(torch.float32)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._folder / self._files[name]} has no {name}: {error}") from None
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
+            path = self._folder / name
             try:
-                self._open[name] = safe_open(self._folder / name, "pt")
+                open_regular(path).close()  # safetensors would wait for a pipe
+                self._open[name] = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self._folder / name} cannot be read: {error}") from None
         return self._open[name]
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        files = {str(name): str(file) for name, file in read_json(path)["weight_map"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is not an index of weights") from None
-    if outside := [file for file in files.values() if Path(file).name != file or file in ("", "..")]:
-        raise CheckpointError(f"{path} points outside its folder, to {outside[0]!r}")
-    return files
 
 
 def _check_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     found, wanted = read_json(folder / "config.json"), model_config(config, tokenizer, torch.float32)
     for content in (found, wanted):  # transformers saves every key, other versions of ours have fewer
         encoders = content.get("encoders") or {}
-        content["encoders"] = {name: ENCODER_DEFAULTS | sizes for name, sizes in encoders.items()}
+        if isinstance(encoders, dict) and all(isinstance(sizes, dict) for sizes in encoders.values()):
+            content["encoders"] = {name: ENCODER_DEFAULTS | sizes for name, sizes in encoders.items()}
     if different := [key for key in _ARCHITECTURE if found.get(key) != wanted[key]]:
         lines = [f"  {key}: {found.get(key)} in the folder, {wanted[key]} in the run" for key in different]
         raise ConfigError("\n".join([f"{folder} is another model than the run's:", *lines]))

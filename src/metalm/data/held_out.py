@@ -25,7 +25,7 @@ from metalm.data.order.streams import Stream
 from metalm.data.packing.continuous import ContinuousPacker
 from metalm.data.row import Row, empty_row, lay_out
 from metalm.data.sources import Source
-from metalm.data.storage.index import SampleLocation
+from metalm.data.storage.locations import SampleLocation
 from metalm.document import Document
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import MEDIA

@@ -15,7 +15,7 @@ import numpy as np
 from metalm.data.failures import FailureGuard
 from metalm.data.row import Row
 from metalm.data.sources import Source
-from metalm.data.storage.index import SampleLocation
+from metalm.data.storage.locations import SampleLocation
 from metalm.errors import BadSample, DataError
 
 Decoded = TypeVar("Decoded")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from metalm.config.schema import Overflow, SourceConfig
 from metalm.data.captions import decode_utf8, read_captions
 from metalm.data.documents.example import Example
 from metalm.data.documents.example_members import read_example
-from metalm.data.storage.index import SampleLocation, ShardIndex, open_index
+from metalm.data.storage.index import ShardIndex, open_index
+from metalm.data.storage.locations import CAPTION_SUFFIXES, JSON_SUFFIXES, SUFFIXES, SampleLocation
 from metalm.data.storage.member_readers import FileReader, RemoteReader
-from metalm.data.storage.shard_scan import EXAMPLES, FORMATS
+from metalm.data.storage.shard_scan import EXAMPLES, FORMATS, joined_checksum
+from metalm.data.storage.tar import BytesStream, Member, scan_members
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import MEDIA, Media
@@ -84,7 +87,8 @@ class Source:
         """The token ids [n] of a text sample's body, without `<s>` and `</d>`.
 
         Raises:
-            BadSample: `token_out_of_range`, `not_utf8` or `empty_text`.
+            BadSample: `token_out_of_range`, `control_token`, `partial_token`, `not_utf8`, `untokenizable` or
+                `empty_text`.
         """
         data = self.main_member(location)
         dtype = _DTYPE_OF_FORMAT.get(location.format)
@@ -93,9 +97,10 @@ class Source:
             if not len(ids):
                 raise BadSample("empty_text")
             return ids
+        if not len(data) or len(data) % dtype.itemsize:
+            raise BadSample("partial_token" if len(data) else "empty_text")
         ids = np.frombuffer(data, dtype)
-        if ids.max() >= self.tokenizer.size:
-            raise BadSample("token_out_of_range")
+        self.tokenizer.check_body(ids)
         return ids
 
     def captions(self, location: SampleLocation) -> list[str]:
@@ -103,14 +108,16 @@ class Source:
 
         Raises:
             BadSample: as `read_captions`.
+            DataError: they are not those that were indexed.
         """
         text, description = (
-            self.reader.read(location.shard, offset, size) if size else b""
-            for offset, size in (
-                (location.caption_offset, location.caption_size),
-                (location.json_offset, location.json_size),
+            self.reader.read(location.shard, offset, size, suffixes) if size else b""
+            for offset, size, suffixes in (
+                (location.caption_offset, location.caption_size, CAPTION_SUFFIXES),
+                (location.json_offset, location.json_size, JSON_SUFFIXES),
             )
         )
+        self._compare(location, zlib.crc32(text) ^ zlib.crc32(description), location.text_checksum)
         return read_captions(text, description)
 
     def example(self, location: SampleLocation) -> Example:
@@ -118,8 +125,12 @@ class Source:
 
         Raises:
             BadSample: as `read_example`.
+            DataError: they are not those that were indexed.
         """
-        return read_example(self.reader.read_sample(location))
+        sample = self.reader.read_sample(location)
+        members = [one for one in scan_members(BytesStream(sample)) if isinstance(one, Member)]
+        self._compare(location, joined_checksum(members), location.checksum)
+        return read_example(sample)
 
     def try_out(self, location: SampleLocation) -> None:
         """Decode all that a sample holds.
@@ -138,8 +149,23 @@ class Source:
             self.media.decode(self.main_member(location))
 
     def main_member(self, location: SampleLocation) -> memoryview:
-        """The bytes of a sample's text, image or clip."""
-        return self.reader.read(location.shard, location.offset, location.size)
+        """The bytes of a sample's text, image or clip.
+
+        Raises:
+            DataError: they are not those that were indexed.
+        """
+        data = self.reader.read(location.shard, location.offset, location.size, SUFFIXES[location.format])
+        self._compare(location, zlib.crc32(data), location.checksum)
+        return data
+
+    def _compare(self, location: SampleLocation, found: int, expected: int) -> None:
+        if found != expected:
+            raise DataError(
+                f"shard {self.reader.path_of(location.shard)} is damaged, or its index is: sample "
+                f"{location.sample}, near byte {location.offset}, is not what was indexed. Compare the shard "
+                f"with its sha256 (tools/check_shards.py {self.index.folder}) and copy it anew; if it was "
+                "changed on purpose, index the folder again"
+            )
 
 
 def open_source(name: str, folder: Path, tokenizer: Tokenizer | None, *, url: str | None = None) -> Source:

@@ -12,14 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from metalm.errors import ConfigError, DataError
+from metalm.errors import BadSample, ConfigError, DataError
+from metalm.regular_files import read_regular
 
 START = "<s>"
 PARAGRAPH = "</s>"
@@ -31,6 +34,8 @@ SPECIAL_TOKENS = (START, PARAGRAPH, DOCUMENT, IMAGE, PAD)
 
 BLANK_LINE = "\n\n"
 BYTE_ALPHABET_SIZE = 256
+MAX_IDS = 1 << 24
+"""Of a vocabulary, holes among them: tables of that length are held."""
 
 PieceEncoder = Callable[[list[str]], tuple[NDArray[np.int32], NDArray[np.int64]]]
 """Encodes pieces of text without a blank line: ids of all pieces end to end, and the length of each."""
@@ -54,10 +59,7 @@ class Tokenizer:
             ValueError: no valid tokenizer.json.
             KeyError: a special token is missing.
         """
-        try:
-            self._model = tokenizers.Tokenizer.from_buffer(definition)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(str(error)) from error
+        self._model = parse_tokenizer(definition)
         self._model.encode_special_tokens = True
         self._model.no_padding()
         self._model.no_truncation()
@@ -66,11 +68,16 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(definition).hexdigest()
         vocabulary = self._model.get_vocab()
         self.size: int = max(vocabulary.values(), default=-1) + 1
+        if self.size > MAX_IDS:
+            raise ValueError(f"an id of it is {self.size - 1:,}, the largest that is read is {MAX_IDS - 1:,}")
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
             raise KeyError(", ".join(missing))
         self.special_ids: tuple[int, ...] = tuple(vocabulary[token] for token in SPECIAL_TOKENS)
         self.start_id, self.paragraph_id, self.document_id, self.image_id, self.pad_id = self.special_ids
+        self._is_of_text = np.zeros(self.size, bool)
+        self._is_of_text[list(vocabulary.values())] = True
+        self._is_of_text[[one for one in self.special_ids if one != self.paragraph_id]] = False
 
     @property
     def id_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
@@ -82,7 +89,11 @@ class Tokenizer:
         return Tokenizer(self.definition, piece_encoder)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """The ids of each text, `[length]` int32, without `<s>` and `</d>`; blank lines become `</s>`."""
+        """The ids of each text, `[length]` int32, without `<s>` and `</d>`; blank lines become `</s>`.
+
+        Raises:
+            BadSample: `untokenizable`: a regular expression of the tokenizer gives up on a text.
+        """
         if not texts:
             return []
         pieces_of_texts = [text.split(BLANK_LINE) for text in texts]
@@ -95,6 +106,18 @@ class Tokenizer:
         ids = np.insert(ids, np.cumsum(lengths)[ends_paragraph], self.paragraph_id)
         text_ends = np.cumsum(np.add.reduceat(lengths, first_pieces) + num_pieces - 1)
         return [ids[start:end] for start, end in zip(chain([0], text_ends), text_ends, strict=False)]
+
+    def check_body(self, ids: NDArray[np.integer[Any]]) -> None:
+        """Whether these may be the ids [n] of a text, as `encode` makes them; n is not 0.
+
+        Raises:
+            BadSample: `token_out_of_range` (no token has such an id) or `control_token` (no text holds it).
+        """
+        if ids.max() >= self.size:
+            raise BadSample("token_out_of_range")
+        if not self._is_of_text[ids].all():
+            is_control = np.isin(ids, self.special_ids) & ~self._is_of_text[ids]
+            raise BadSample("control_token" if is_control.any() else "token_out_of_range")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: `</s>` is a blank line, other special tokens are dropped.
@@ -110,7 +133,12 @@ class Tokenizer:
         return BLANK_LINE.join(self._model.decode_batch(pieces, skip_special_tokens=True))
 
     def _encode_with_hugging_face(self, pieces: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        encoded = [item.ids for item in self._model.encode_batch_fast(pieces, add_special_tokens=False)]
+        try:
+            with panics_as_errors():
+                found = self._model.encode_batch_fast(pieces, add_special_tokens=False)
+        except TokenizerPanic:
+            raise BadSample("untokenizable") from None
+        encoded = [item.ids for item in found]
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
         return ids, lengths
@@ -125,6 +153,40 @@ class Tokenizer:
         ]
 
 
+class TokenizerPanic(ValueError):
+    """The code of `tokenizers` has given up."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Make a panic of `tokenizers`, which is no `Exception` and would end any program, a ValueError.
+
+    It panics at definitions, and at texts on which a regular expression takes too long.
+
+    Raises:
+        TokenizerPanic: it has.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise TokenizerPanic(f"it gives up: {panic}") from None
+
+
+def parse_tokenizer(definition: bytes) -> tokenizers.Tokenizer:
+    """A tokenizer of `tokenizers` from the content of a tokenizer.json.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with panics_as_errors():
+        try:
+            return tokenizers.Tokenizer.from_buffer(definition)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(str(error)) from error
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a folder, or in a tokenizer.json.
 
@@ -134,7 +196,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        tokenizer = Tokenizer(file.read_bytes())
+        tokenizer = Tokenizer(read_regular(file))
+        forged = tokenizer.special_tokens_in_text()
+    except BadSample:
+        raise DataError(
+            f"the tokenizer {file} fails on a text of a few letters: train or get another"
+        ) from None
     except OSError as error:
         raise DataError(
             f"no tokenizer at {file}: {error.strerror}. tools/train_tokenizer.py writes one."
@@ -146,7 +213,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"the tokenizer {file} lacks {error.args[0]}; it must have {', '.join(SPECIAL_TOKENS)}. "
             "Train one with tools/train_tokenizer.py."
         ) from error
-    if forged := tokenizer.special_tokens_in_text():
+    if forged:
         raise DataError(
             f"the tokenizer {file} turns {', '.join(forged)} in raw text into special tokens. Add them as "
             "special tokens (special=true), not as ordinary added tokens or vocabulary entries."

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig
+from metalm.config.foreign_folder import read_foreign_config
 from metalm.config.pretrained_folder import positions_before_text
 from metalm.errors import ConfigError
 from metalm.kernels import IntervalMask
@@ -99,6 +100,7 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
     folder = config.pretrained.path
     with torch.device("meta"):
         skeleton = build_skeleton(config)
+    read_foreign_config(folder)
     try:
         with _quietly():
             model, report = type(skeleton).from_pretrained(
@@ -110,7 +112,7 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # SafetensorError, or what a damaged header leads to
         raise ConfigError(f"the weights in {folder} cannot be read: {error}") from None
     wanted = dict(skeleton.named_parameters())
     if missing := sorted(set(report["missing_keys"]) & wanted.keys()):
@@ -173,7 +175,7 @@ def _build(config: EncoderConfig) -> Any:
     try:
         settings = AutoConfig.for_model(definition.pop("model_type"), **definition)
         model = AutoModel.from_config(settings, trust_remote_code=False, dtype=torch.float32)
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # of sizes that do not fit each other, whatever their arithmetic raises
         raise ConfigError(f"{config.pretrained.path}: transformers cannot build it: {error}") from None
     if getattr(model, "pooler", None) is not None:
         model.pooler = None

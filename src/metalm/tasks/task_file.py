@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from metalm.config.load import read_yaml, validated
+from metalm.config.load import validated
+from metalm.config.plain_files import read_yaml
 from metalm.config.section import PositiveInt, Section
 from metalm.errors import ConfigError
 from metalm.modalities import MEDIA

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metalm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
-from metalm.errors import ConfigError, DataError
+from metalm.errors import BadSample, ConfigError, DataError
+from mutations import mutate_bytes, mutate_value
+
+MUTATIONS = 600
 
 TEXT_WITH_MARKUP = st.lists(
     st.sampled_from([*SPECIAL_TOKENS, "\n", "\n\n", " ", "fox", "é", "\x00"]) | st.text(max_size=5),
@@ -111,3 +116,53 @@ def test_training_needs_room_for_all_bytes_and_some_text(tmp_path: Path) -> None
     with pytest.raises(DataError, match="no text"):
         train_tokenizer(iter([]), 300, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def splitting_at(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "message"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "it gives up"),
+        ("pre_tokenizer", splitting_at("("), "unmatched parenthesis"),
+        ("pre_tokenizer", splitting_at("((([a-z<> ]+)+)+)+#"), "fails on a text of a few letters"),
+    ],
+)
+def test_definitions_at_which_the_library_panics_are_data_errors(
+    tokenizer_folder: Path, tmp_path: Path, part: str, content: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(edited(tokenizer_folder, tmp_path, **{part: content}))
+
+
+def test_a_text_at_which_the_library_panics_is_a_bad_sample(tokenizer_folder: Path, tmp_path: Path) -> None:
+    found = load_tokenizer(edited(tokenizer_folder, tmp_path, pre_tokenizer=splitting_at("(z+)+#")))
+    with pytest.raises(BadSample, match="untokenizable"):
+        found.encode(["z" * 60])
+
+
+def test_an_id_beyond_reason_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    model = json.loads((tokenizer_folder / "tokenizer.json").read_text())["model"]
+    model["vocab"]["far"] = 2**32 - 1
+    with pytest.raises(DataError, match="an id of it is 4,294,967,295"):
+        load_tokenizer(edited(tokenizer_folder, tmp_path, model=model))
+
+
+@pytest.mark.timeout(30)
+def test_no_mutation_of_a_definition_ends_in_anything_but_a_message(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    content = (tokenizer_folder / "tokenizer.json").read_bytes()
+    definition, path = json.loads(content), tmp_path / "tokenizer.json"
+    chance, refused = random.Random(3), 0
+    for number in range(MUTATIONS):
+        small = {key: value for key, value in definition.items() if key != "model"}
+        changed = {**definition, **mutate_value(small, chance)}
+        path.write_bytes(mutate_bytes(content, chance) if number % 2 else json.dumps(changed).encode())
+        try:
+            load_tokenizer(path)
+        except DataError:
+            refused += 1
+    assert refused > MUTATIONS // 3

@@ -16,7 +16,7 @@ import webdataset
 
 from metalm.data.sources import open_source
 from metalm.data.storage.index import build_index, open_index
-from metalm.data.storage.shard_scan import scan_shard
+from metalm.data.storage.shard_scan import RECORD, scan_shard
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import DataError
 from metalm.modalities.image import decode_image
@@ -232,8 +232,8 @@ def test_what_does_not_fit_its_index_is_refused(text_source: Callable[..., Path]
     refused(folder, f"shard {shard} is in the index but cannot be read")
     assert open_index(folder, check_sizes=False).num_samples == 7
     content = index.read_text()
-    index.write_text(content.replace('"version": 1', '"version": 0'))
-    refused(folder, "has version 0, this program reads version 1")
+    index.write_text(content.replace('"version": 2', '"version": 1'))
+    refused(folder, "has version 1, this program reads version 2")
     index.write_text(content[: len(content) // 2])
     refused(folder, "cannot be used")
     index.unlink()
@@ -245,7 +245,7 @@ def test_records_that_were_cut_are_refused(text_source: Callable[..., Path]) -> 
     folder = text_source([3])
     (records,) = folder.glob("index-*.records")
     content = records.read_bytes()
-    records.write_bytes(content[:80])
+    records.write_bytes(content[: 2 * RECORD.itemsize])
     refused(folder, "states 3 samples and has 2 records")
     records.write_bytes(content[:70])
     refused(folder, "cannot be used")

@@ -38,7 +38,7 @@ def members_of(example: Example, converts: Mapping[str, Convert]) -> dict[str, b
             flags = {_ENCODED: part.is_encoded, _TRAINED: part.is_trained}
             parts.append({TEXT: part.content, **{name: True for name, is_set in flags.items() if is_set}})
             continue
-        suffix, content = converts[part.modality](part.content)
+        suffix, content = converts[part.modality](bytes(part.content))
         name = f"{len(files)}.{suffix}"
         files[name] = content
         parts.append({part.modality: name})

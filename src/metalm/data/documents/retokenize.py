@@ -13,9 +13,10 @@ import numpy as np
 import tokenizers
 
 from metalm.config.model_schema import EncoderConfig
-from metalm.data.tokenizer import Tokenizer
+from metalm.data.tokenizer import Tokenizer, TokenizerPanic, panics_as_errors, parse_tokenizer
 from metalm.document import Document, Part
 from metalm.errors import BadSample, DataError
+from metalm.regular_files import path_exists, read_regular
 
 
 class SpanRetokenizer:
@@ -25,8 +26,15 @@ class SpanRetokenizer:
         self._own, self._shared, self._longest = own, shared, longest
 
     def ids(self, text: str) -> np.ndarray:
-        """The encoder's tokens of a text [n] int64, with the special ones that it has around it."""
-        return np.array(self._own.encode(text).ids, np.int64)
+        """The encoder's tokens of a text [n] int64, with the special ones that it has around it.
+
+        Empty where the encoder's tokenizer gives up on the text, which then stays the decoder's.
+        """
+        try:
+            with panics_as_errors():
+                return np.array(self._own.encode(text).ids, np.int64)
+        except TokenizerPanic:
+            return np.empty(0, np.int64)
 
     def split(self, text: str) -> list[str]:
         """A text in consecutive pieces that the encoder reads, each as long as may be.
@@ -104,13 +112,13 @@ def load_retokenizer(encoder: EncoderConfig, shared: Tokenizer) -> SpanRetokeniz
     if encoder.pretrained is None:
         return None
     path = encoder.pretrained.path / "tokenizer.json"
-    if not path.is_file():
+    if not path_exists(path):
         raise DataError(
             f"{path} does not exist, but spans of text need it: save the encoder's fast tokenizer there"
         )
     try:
-        own = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
+        own = parse_tokenizer(read_regular(path))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from None
     own.no_padding()
     own.no_truncation()

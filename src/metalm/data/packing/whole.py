@@ -14,7 +14,7 @@ from metalm.data.order.streams import Stream
 from metalm.data.row import Row, lay_out
 from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream
 from metalm.data.sources import Source
-from metalm.data.storage.index import SampleLocation
+from metalm.data.storage.locations import SampleLocation
 from metalm.document import Document
 from metalm.errors import BadSample
 

@@ -23,6 +23,7 @@ from typing import Any
 from metalm.data.preparation.shard_writer import PARTIAL_SUFFIX, WrittenShard
 from metalm.data.preparation.tally import Tally
 from metalm.data.storage.index import INDEX_NAME, build_index
+from metalm.data.storage.index_document import read_document
 from metalm.errors import ConfigError, DataError
 
 BYTES_PER_INDEX_PROCESS = 1 << 30
@@ -98,7 +99,7 @@ class PreparationFolder:
             raise DataError(
                 f"{self.path} also holds {', '.join(sorted(strange))}, of unknown origin: move it"
             )
-        if not (self.path / INDEX_NAME).exists():
+        if not self._has_index():
             size = sum((self.path / name).stat().st_size for name in shards)
             build_index(
                 self.path,
@@ -111,7 +112,7 @@ class PreparationFolder:
 
     def is_finished(self) -> bool:
         """Whether an earlier call came to its end and all shards are still there."""
-        finished = (self.path / "report.json").exists() and (self.path / INDEX_NAME).exists()
+        finished = (self.path / "report.json").exists() and self._has_index()
         return finished and all(self.is_done(file.stem) for file in self._receipts.glob("*.json"))
 
     def drop_index(self) -> None:
@@ -125,6 +126,14 @@ class PreparationFolder:
     @property
     def _receipts(self) -> Path:
         return self.path / "preparation" / "receipts"
+
+    def _has_index(self) -> bool:
+        """Whether there is one that this program reads: another version wrote another."""
+        try:
+            read_document(self.path / INDEX_NAME)
+        except DataError:
+            return False
+        return True
 
     def _is_whole(self, shard: Mapping[str, Any]) -> bool:
         file = self.path / shard["name"]

@@ -1,7 +1,8 @@
 """The index beside the shards: where every sample lies, so that any sample is one byte range away.
 
 `index.json` names the shards (size, sha256, number of samples) and a file with one record per sample, which
-is memory-mapped: opening an index costs the same for a thousand and for a billion samples.
+is memory-mapped: opening an index costs the same for a thousand and for a billion samples. A record holds
+checksums of the sample's members and of itself, which are compared whenever the sample is read.
 
 The records are written first, under a name made from their content, then `index.json` is replaced: a
 reader sees the old index or the new one, never a mixture.
@@ -15,53 +16,38 @@ import json
 import logging
 import multiprocessing
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
 from metalm.config.secrets import shown_url
+from metalm.data.storage.index_document import INDEX_VERSION, read_document
+from metalm.data.storage.locations import SampleLocation, out_of_place, readable_formats
 from metalm.data.storage.remote import RemoteShard, attempt, shard_url
 from metalm.data.storage.shard_scan import (
     EXAMPLES,
     FORMATS,
-    KINDS,
     MAX_MEMBER_BYTES,
     RECORD,
     Shard,
+    record_checksums,
     scan_shard,
     scan_stream,
 )
 from metalm.errors import DataError
 from metalm.modalities import Modality, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES
+from metalm.regular_files import open_regular
 
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
-
-
-class SampleLocation(NamedTuple):
-    """Where a sample's members lie. Offsets are in the shard; a size of 0 means that there is none."""
-
-    sample: int
-    shard: int
-    format: int
-    offset: int
-    size: int
-    caption_offset: int
-    caption_size: int
-    json_offset: int
-    json_size: int
-    first: int
-    """Where the first of its members' headers lies."""
-    end: int
-    """Where the next sample's lies."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +85,25 @@ class ShardIndex:
     @functools.cached_property
     def shard_ends(self) -> np.ndarray:
         """The first sample [num_shards] int64 after each shard."""
-        return np.cumsum([shard.num_samples for shard in self.shards])
+        return np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)
 
     def locate(self, samples: np.ndarray) -> list[SampleLocation]:
-        """The locations of samples [n], in their order."""
+        """The locations of samples [n], in their order.
+
+        Raises:
+            DataError: a record states a place that no sample of the index can have.
+        """
         records = self.records[samples]
         shards = np.searchsorted(self.shard_ends, samples, side="right")
+        wrong = out_of_place(
+            self.records, samples, shards, self.shard_ends, self._shard_sizes, self._readable_formats
+        )
+        if wrong.any():
+            sample, shard = int(samples[wrong][0]), self.shards[int(shards[wrong][0])]
+            raise DataError(
+                f"the index of {self.folder} states a place for sample {sample}, in shard {shard.name}, that "
+                "no sample can have: its records are damaged; index the folder again"
+            )
         starts = records["offset"].astype(np.int64)
         columns = (
             samples,
@@ -118,8 +117,18 @@ class ShardIndex:
             records["json_size"],
             starts,
             starts + records["size"],
+            records["checksum"] ^ record_checksums(records),
+            records["text_checksum"],
         )
         return list(map(SampleLocation._make, zip(*(c.tolist() for c in columns), strict=True)))
+
+    @functools.cached_property
+    def _shard_sizes(self) -> np.ndarray:
+        return np.array([shard.size for shard in self.shards], np.uint64)
+
+    @functools.cached_property
+    def _readable_formats(self) -> np.ndarray:
+        return readable_formats(self.modality, self.token_dtype, TOKEN_DTYPES)
 
 
 def build_index(
@@ -200,33 +209,27 @@ def open_index(folder: Path | str, *, check_sizes: bool = True) -> ShardIndex:
         raise DataError(f"{folder} does not exist or is not a folder of shards")
     if not path.is_file():
         raise DataError(f"{folder} has no {INDEX_NAME}: write one with tools/index_shards.py")
+    document = read_document(path)
     try:
-        document = json.loads(path.read_bytes())
-        version = document["version"]
-        if version != INDEX_VERSION:
-            raise DataError(
-                f"{path} has version {version}, this program reads version {INDEX_VERSION}: index again"
-            )
-        if document["kind"] not in KINDS:
-            raise DataError(
-                f"{path} is of the kind {document['kind']!r}, this program reads {', '.join(KINDS)}"
-            )
-        records = np.memmap(folder / document["records"], RECORD, mode="r")
-        index = ShardIndex(
-            folder=folder,
-            kind=document["kind"],
-            tokenizer_fingerprint=document["tokenizer_fingerprint"],
-            token_dtype=document["token_dtype"],
-            num_tokens=document["num_tokens"],
-            shards=tuple(Shard(**shard) for shard in document["shards"]),
-            records=records,
-        )
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"{path} cannot be used ({error}): index the folder again") from error
-    total = sum(shard.num_samples for shard in index.shards)
-    if len(records) != total:
+        with open_regular(folder / document.records) as file:
+            records = np.memmap(file, RECORD, mode="r")
+    except (OSError, ValueError) as error:  # numpy raises ValueError at another size
         raise DataError(
-            f"{path} states {total} samples and has {len(records)} records: index the folder again"
+            f"{folder / document.records} cannot be used ({error}): index the folder again"
+        ) from None
+    index = ShardIndex(
+        folder=folder,
+        kind=document.kind,
+        tokenizer_fingerprint=document.tokenizer_fingerprint,
+        token_dtype=document.token_dtype,
+        num_tokens=document.num_tokens,
+        shards=document.shards,
+        records=records,
+    )
+    if len(records) != document.num_samples:
+        raise DataError(
+            f"{path} states {document.num_samples} samples and has {len(records)} records: index the folder "
+            "again"
         )
     if check_sizes:
         for shard in index.shards:
@@ -237,10 +240,12 @@ def open_index(folder: Path | str, *, check_sizes: bool = True) -> ShardIndex:
 def check_shard_size(path: Path, size: int) -> None:
     """Raises DataError unless the file exists and has the size that the index states."""
     try:
-        found = path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise DataError(f"shard {path} is in the index but cannot be read: {error.strerror}") from error
-    if found != size:
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"shard {path} is in the index but is no regular file")
+    if (found := status.st_size) != size:
         raise DataError(
             f"shard {path} has {found} bytes, its index states {size}: it was replaced; index again"
         )
@@ -274,7 +279,10 @@ def _local_shards(folder: Path) -> list[str]:
 
 
 def _scan_file(folder: Path, name: str, kind: str, *, max_member_bytes: int) -> tuple[Shard, np.ndarray]:
-    return scan_shard(folder / name, kind, max_member_bytes=max_member_bytes)
+    try:
+        return scan_shard(folder / name, kind, max_member_bytes=max_member_bytes)
+    except OSError as error:
+        raise DataError(f"shard {folder / name} cannot be read: {error.strerror}") from None
 
 
 def _scan_all(

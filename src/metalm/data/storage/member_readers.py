@@ -1,7 +1,8 @@
 """Members of shards, each checked against its tar header as it is read.
 
-The size stated in the header must be the size in the index: a shard that was replaced under its index is
-detected at the first sample read from it. On a file system one `pread` fetches a member with the header in
+The header must be sound, of the size in the index and of a name that ends as that of such a member does: a
+shard that was replaced under its index, and an index whose records point elsewhere, are detected at the first
+sample that is read. On a file system one `pread` fetches a member with the header in
 front of it; a remote shard is read forwards, a window of samples at a time.
 """
 
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from metalm.config.secrets import shown_url
-from metalm.data.storage.index import SampleLocation, ShardIndex, check_shard_size
+from metalm.data.storage.index import ShardIndex, check_shard_size
+from metalm.data.storage.locations import SUFFIXES, SampleLocation
 from metalm.data.storage.remote import RemoteShard, attempt, shard_url
-from metalm.data.storage.tar import BLOCK, parse_size
+from metalm.data.storage.tar import BLOCK, is_header_of
 from metalm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,8 @@ class FileReader:
             first, last = min(offsets), max(offsets)
             os.posix_fadvise(self._file(shard), first, last - first + 1, os.POSIX_FADV_WILLNEED)
 
-    def read(self, shard: int, offset: int, size: int) -> memoryview:
-        """The bytes of one member.
+    def read(self, shard: int, offset: int, size: int, suffixes: Collection[str]) -> memoryview:
+        """The bytes of one member, whose name ends in one of the suffixes.
 
         Raises:
             DataError: the shard cannot be read, or does not hold such a member there.
@@ -51,7 +53,7 @@ class FileReader:
             data = os.pread(file, size + BLOCK, offset - BLOCK)
         except OSError as error:
             raise DataError(f"cannot read shard {self.path_of(shard)}: {error.strerror}") from error
-        if len(data) != size + BLOCK or parse_size(data) != size:
+        if len(data) != size + BLOCK or not is_header_of(data[:BLOCK], size, suffixes):
             raise _no_member(self.path_of(shard), offset, size)
         return memoryview(data)[BLOCK:]
 
@@ -121,8 +123,8 @@ class RemoteReader:
         window = attempt(self.path_of(shard), lambda: self._read_range(shard, first, end))
         self._window, self._window_start, self._window_shard = memoryview(window), first, shard
 
-    def read(self, shard: int, offset: int, size: int) -> memoryview:
-        """The bytes of one member of the samples last read ahead.
+    def read(self, shard: int, offset: int, size: int, suffixes: Collection[str]) -> memoryview:
+        """The bytes of one member of the samples last read ahead, whose name ends in one of the suffixes.
 
         Raises:
             DataError: the shard does not hold such a member there.
@@ -130,7 +132,7 @@ class RemoteReader:
         assert shard == self._window_shard
         first = offset - BLOCK - self._window_start
         data = bytes(self._window[first : first + BLOCK + size])  # a copy, so that the window can go
-        if parse_size(data) != size:
+        if len(data) != size + BLOCK or not is_header_of(data[:BLOCK], size, suffixes):
             raise _no_member(self.path_of(shard), offset, size)
         return memoryview(data)[BLOCK:]
 
@@ -176,9 +178,9 @@ class RemoteReader:
 
 
 def _checked_sample(data: memoryview, location: SampleLocation, path_of: Callable[[int], str]) -> memoryview:
-    header = location.offset - BLOCK - location.first
-    stated = parse_size(bytes(data[header : header + BLOCK])) if len(data) > header + BLOCK else None
-    if len(data) != location.end - location.first or stated != location.size:
+    at = location.offset - BLOCK - location.first
+    is_there = is_header_of(bytes(data[at : at + BLOCK]), location.size, SUFFIXES[location.format])
+    if len(data) != location.end - location.first or not is_there:
         raise _no_member(path_of(location.shard), location.offset, location.size)
     return data
 
@@ -186,5 +188,5 @@ def _checked_sample(data: memoryview, location: SampleLocation, path_of: Callabl
 def _no_member(path: str, offset: int, size: int) -> DataError:
     return DataError(
         f"shard {path} holds no member of {size} bytes at byte {offset}, as its index states: it was "
-        "replaced; index the folder again"
+        "replaced, or the index is damaged; index the folder again"
     )

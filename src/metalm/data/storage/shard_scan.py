@@ -1,13 +1,18 @@
 """What one shard holds: a record per usable sample, and a count of the others by cause.
 
-A shard is scanned by its tar headers alone. What they show to be unusable (no caption, a truncated member,
-...) never enters the index, so that training meets only samples worth reading.
+A shard is scanned by its tar headers, and a checksum is kept of what they stand in front of. What they show
+to be unusable (no caption, a truncated member, ...) never enters the index, so that training meets only
+samples worth reading.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
+import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +21,7 @@ import numpy as np
 from metalm.data.storage.tar import HashedStream, Member, Readable, TarEnd, scan_members
 from metalm.modalities import MODALITIES, Media, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES
+from metalm.regular_files import open_regular
 
 MAX_MEMBER_BYTES = 256 << 20
 """A larger member makes its sample unusable: it would be read into memory whole."""
@@ -41,10 +47,15 @@ RECORD = np.dtype(
         ("caption_size", "<u4"),
         ("json_offset", "<u4"),  # .json of a pair, likewise
         ("json_size", "<u4"),
+        (
+            "checksum",
+            "<u4",
+        ),  # of the main member, or all of an example, joined with that of this record's rest
+        ("text_checksum", "<u4"),  # of caption and description together
         ("format", "u1"),  # of the main member, index into FORMATS
-    ],
-    align=True,
+    ]
 )
+"""Without padding, whose bytes numpy leaves to chance: the index is named after its content."""
 
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
@@ -63,9 +74,13 @@ class Shard:
 def scan_shard(
     path: Path, kind: str, *, max_member_bytes: int = MAX_MEMBER_BYTES
 ) -> tuple[Shard, np.ndarray]:
-    """Reads one shard: its entry for the index, and the records [num_samples] of its usable samples."""
-    with path.open("rb", buffering=0) as file:
-        return scan_stream(file, path.name, kind, max_member_bytes=max_member_bytes)
+    """Reads one shard: its entry for the index, and the records [num_samples] of its usable samples.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
+        return scan_stream(file.raw, path.name, kind, max_member_bytes=max_member_bytes)
 
 
 def scan_stream(
@@ -109,9 +124,8 @@ def scan_stream(
             fault = fault or "unsafe_name"
         members[suffix] = item
     digest = stream.finish()
-    # Padding bytes must be zero: the index is named after its content.
-    table = np.zeros(len(records), RECORD)
-    table[:] = records
+    table = np.array(records, RECORD)
+    table["checksum"] ^= record_checksums(table)
     return Shard(name, stream.size, digest, len(table), dict(sorted(skipped.items()))), table
 
 
@@ -141,9 +155,11 @@ def _record(members: dict[str, Member], kind: str) -> tuple[int, ...] | str:
         return "empty_text"
     main = members[suffix]
     fields = [start, end - start, main.offset - start, main.size]
+    text_checksum = 0
     for member in (caption, description):
         fields += [member.offset - start, member.size] if member else [0, 0]
-    return (*fields, FORMATS.index(modality.formats[suffix]))
+        text_checksum ^= member.checksum if member else 0
+    return (*fields, main.checksum, text_checksum, FORMATS.index(modality.formats[suffix]))
 
 
 def _record_of_example(members: dict[str, Member], start: int, end: int) -> tuple[int, ...] | str:
@@ -152,4 +168,20 @@ def _record_of_example(members: dict[str, Member], start: int, end: int) -> tupl
         return "missing_json" if main is None else "bad_json"
     if end - start > MAX_MEMBER_BYTES:  # it is read at once
         return "oversize_sample"
-    return (start, end - start, main.offset - start, main.size, 0, 0, 0, 0, FORMATS.index(_JSON))
+    checksum = joined_checksum(members.values())
+    return (start, end - start, main.offset - start, main.size, 0, 0, 0, 0, checksum, 0, FORMATS.index(_JSON))
+
+
+def joined_checksum(members: Iterable[Member]) -> int:
+    """That of all members of an example, in any order."""
+    return functools.reduce(operator.xor, (member.checksum for member in members), 0)
+
+
+def record_checksums(records: np.ndarray) -> np.ndarray:
+    """crc32 [n] uint32 of records [n], all but the checksum of the main member."""
+    rest = records.copy()
+    rest["checksum"] = 0
+    content = memoryview(rest.tobytes())
+    size = RECORD.itemsize
+    checksums = [zlib.crc32(content[at : at + size]) for at in range(0, len(content), size)]
+    return np.array(checksums, np.uint32)

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 
 BLOCK = 512
 _MAX_PAX_BYTES = 1 << 20
+_MAX_PAX_DIGITS = 20
 _PIECE_BYTES = 1 << 20
+_WHOLE_NAME = 90
+"""Longer names may be cut in the header itself, and stand whole in front of it."""
 
 
 # name 100, mode 8, user 8, group 8, size 12, time 12, checksum 8, type 1, link 100, magic and version 8, ...
@@ -59,14 +63,18 @@ class HashedStream:
             found += more
         return found
 
-    def skip(self, size: int) -> bool:
-        """Passes over the next `size` bytes; False if there are fewer."""
-        left = size - (len(self._piece) - self._at)
-        self._at += size
-        while left > 0 and self._fill():
-            self._at = left
-            left -= len(self._piece)
-        return left <= 0
+    def skip(self, size: int) -> int | None:
+        """Passes over the next `size` bytes and gives their crc32; None if there are fewer."""
+        checksum, left = 0, size
+        while True:
+            found = memoryview(self._piece)[self._at : self._at + left]
+            checksum = zlib.crc32(found, checksum)
+            self._at += len(found)
+            left -= len(found)
+            if not left:
+                return checksum
+            if not self._fill():
+                return None
 
     def finish(self) -> str:
         """Reads on to the end: the sha256 of everything, in hex."""
@@ -82,12 +90,13 @@ class HashedStream:
 
 
 class Member(NamedTuple):
-    """One regular file: where its first header starts, where its bytes lie, and how many there are."""
+    """One regular file: where its first header starts, where its bytes lie, how many, and their crc32."""
 
     name: str
     header_offset: int
     offset: int
     size: int
+    checksum: int
 
     @property
     def end(self) -> int:
@@ -116,10 +125,11 @@ class BytesStream:
         self._at += len(found)
         return found
 
-    def skip(self, size: int) -> bool:
-        """Passes over the next `size` bytes; False if there are fewer."""
+    def skip(self, size: int) -> int | None:
+        """Passes over the next `size` bytes and gives their crc32; None if there are fewer."""
+        found = self._content[self._at : self._at + size]
         self._at += size
-        return self._at <= len(self._content)
+        return zlib.crc32(found) if len(found) == size else None
 
 
 def scan_members(stream: HashedStream | BytesStream) -> Iterator[Member | TarEnd]:
@@ -150,9 +160,10 @@ def scan_members(stream: HashedStream | BytesStream) -> Iterator[Member | TarEnd
             position = offset + _padded(size)
             continue
         size = size if long_size is None else long_size
-        member = Member(long_name or _short_name(header), entry_start, offset, size)
-        if not stream.skip(_padded(size)):
+        checksum = stream.skip(size)
+        if checksum is None or stream.skip(_padded(size) - size) is None:
             break
+        member = Member(long_name or _short_name(header), entry_start, offset, size, checksum)
         position = entry_start = member.end
         long_name, long_size = None, None
         if kind in b"0\0":
@@ -179,23 +190,38 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
+def is_header_of(header: bytes, size: int, suffixes: Collection[str]) -> bool:
+    """Whether 512 bytes are the header of a regular file of a size whose name ends in one of the suffixes."""
+    if len(header) != BLOCK or parse_size(header) != size or not _checksum_holds(header):
+        return False
+    if header[156:157] not in b"0\0":
+        return False
+    name = header[:100].partition(b"\0")[0]
+    suffix = name.rpartition(b"/")[2].partition(b".")[2]
+    return len(name) >= _WHOLE_NAME or suffix.decode("utf-8", "replace").lower() in suffixes
+
+
 def parse_size(header: bytes) -> int | None:
     """The size field of a member header, octal or base-256; None if it is neither."""
     field = header[124:136]
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        return None
+    return _parse_octal(field.strip(b" \0") or b"0")
 
 
 def _checksum_holds(header: bytes) -> bool:
-    try:
-        stated = int(header[148:156].strip(b" \0"), 8)
-    except ValueError:
-        return False
+    stated = _parse_octal(header[148:156].strip(b" \0"))
     return stated == sum(header) - sum(header[148:156]) + 8 * 0x20
+
+
+def _parse_octal(digits: bytes) -> int | None:
+    """`int` alone would take signs and underscores, too."""
+    if not digits.isdigit():
+        return None
+    try:
+        return int(digits, 8)
+    except ValueError:
+        return None
 
 
 def _short_name(header: bytes) -> str:
@@ -207,13 +233,13 @@ def _short_name(header: bytes) -> str:
 def _parse_pax(body: bytes) -> tuple[str | None, int | None]:
     path, size = None, None
     while body:
-        length_text, _, _ = body.partition(b" ")
+        length_text, _, _ = body[:_MAX_PAX_DIGITS].partition(b" ")
         if not length_text.isdigit() or not 0 < int(length_text) <= len(body):
             break
         key, _, value = body[len(length_text) + 1 : int(length_text) - 1].partition(b"=")
         if key == b"path":
             path = value.decode("utf-8", "surrogateescape")
-        elif key == b"size" and value.isdigit():
+        elif key == b"size" and value.isdigit() and len(value) < _MAX_PAX_DIGITS:
             size = int(value)
         body = body[int(length_text) :]
     return path, size
