@@ -26,8 +26,10 @@ from metalm.config.schema import (
     SpanConfig,
     TrainingConfig,
 )
+from metalm.config.training_schema import AdapterConfig
 
 __all__ = [
+    "AdapterConfig",
     "AudioConfig",
     "CheckpointConfig",
     "DataConfig",

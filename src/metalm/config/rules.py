@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from metalm.config.adapter_rules import adapter_problems
 from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
 from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError, TopologyError
@@ -92,9 +93,16 @@ def check_topology(config: RunConfig, world_size: int) -> None:
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
+    model = config.model
     yield from _decoder_problems(config)
-    for name, encoder in config.model.encoders.items():
+    yield from adapter_problems(model)
+    for name, encoder in model.encoders.items():
         yield from _encoder_problems(f"model.encoders.{name}", encoder)
+    if not any(part.is_trained for part in (model.decoder, *model.encoders.values())):
+        yield (
+            "nothing is trained: model.decoder.trained_layers is none, and no encoder, connector or adapter "
+            "is trained"
+        )
 
 
 def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
@@ -139,6 +147,10 @@ def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
 def _decoder_problems(config: RunConfig) -> Iterator[str]:
     decoder = config.model.decoder
     where = "model.decoder"
+    if isinstance(decoder.trained_layers, int) and decoder.trained_layers > decoder.num_layers:
+        yield (
+            f"{where}.trained_layers = {decoder.trained_layers} is above num_layers = {decoder.num_layers}"
+        )
     if decoder.hidden_size % decoder.num_heads:
         yield (
             f"{where}.hidden_size = {decoder.hidden_size} is not divisible by num_heads = {decoder.num_heads}"
@@ -254,6 +266,11 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             f"training.schedule.warmup_steps = {training.schedule.warmup_steps} is not below "
             f"training.steps = {training.steps}"
         )
+    rates = training.optimizer.learning_rates
+    for group in ("encoders", "connectors"):
+        for name in getattr(rates, group).keys() - config.model.encoders.keys():
+            known = ", ".join(config.model.encoders) or "none"
+            yield f"training.optimizer.learning_rates.{group}.{name} is not in model.encoders ({known})"
 
 
 def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]) -> Iterator[str]:

@@ -73,6 +73,8 @@ class Decoder(nn.Module):
             scatter_embedding_sequence_parallel=False,
         )
         mark_sharded_parameters(self, config.decoder)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_trained(config.decoder, name))
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -209,6 +211,16 @@ def dock(embedded: Tensor, encoded: dict[str, Tensor], spans: dict[str, EncoderB
         vectors = encoded[name].index_select(0, span.dock_vectors).to(embedded.dtype)
         embedded = embedded.index_copy(0, span.dock_positions, vectors)
     return embedded
+
+
+def is_trained(config: DecoderConfig, name: str) -> bool:
+    """Whether a parameter of the Decoder is trained: see `DecoderConfig.trained_layers`."""
+    if config.trained_layers == "all":
+        return True
+    _, part, *rest = name.split(".")
+    if part == "decoder" and rest[0] == "layers":
+        return int(rest[1]) >= config.num_frozen_layers
+    return part != "embedding" and config.num_frozen_layers < config.num_layers
 
 
 def decoder_draw(config: DecoderConfig, name: str) -> Draw:

@@ -132,7 +132,9 @@ class EncoderBank(nn.Module):
 def is_trained(config: EncoderConfig, name: str) -> bool:
     """Whether a parameter, by its name within the encoder, is trained: see `EncoderConfig.trained_layers`."""
     part, *rest = name.split(".")
-    if part == "connector" or config.trained_layers == "all":
+    if part == "connector":
+        return config.trained_connector
+    if config.trained_layers == "all":
         return True
     if part == "layers":
         return int(rest[0]) >= config.num_frozen_layers

@@ -42,6 +42,7 @@ class PretrainedEncoder(nn.Module):
         self.first_position = positions_before_text(config.pretrained.definition)
         self.model = build_skeleton(config)
         self.connector = build_connector(config.connector, config.hidden_size, decoder_hidden_size)
+        self.connector.requires_grad_(config.trained_connector)
         trained = trained_names(self.model, config)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
