@@ -24,6 +24,7 @@ from metalm.errors import ConfigError
 from metalm.kernels import IntervalMask
 from metalm.kernels.adapters import register_interval_attention
 from metalm.modalities import Media, modality_of_encoder
+from metalm.model.adapters import adapt_pretrained
 from metalm.model.connector import build_connector
 from metalm.model.visibility import share_mask
 
@@ -46,6 +47,8 @@ class PretrainedEncoder(nn.Module):
         trained = trained_names(self.model, config)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
+        if config.adapter is not None:
+            adapt_pretrained(self.model, config.adapter, _unused_names(config))
         if config.recompute:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
