@@ -19,8 +19,15 @@ from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import AdapterConfig, ModelConfig
 from metalm.conversion.mapping import Rule
 from metalm.errors import CheckpointError, ConfigError
-from metalm.model.adapters import IA3, LORA_A, LORA_B, KeyValueScale, encoder_key_values, is_adapter
-from metalm.model.decoder_linear import decoder_key_values
+from metalm.model.adapters import (
+    IA3,
+    LORA_A,
+    LORA_B,
+    KeyValueScale,
+    decoder_key_values,
+    encoder_key_values,
+    is_adapter,
+)
 
 ADAPTER_FOLDER = "adapter"
 """In an exported folder."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metalm.config import AdapterConfig, EncoderConfig
+from metalm.config import AdapterConfig, DecoderConfig, EncoderConfig
 from metalm.errors import ConfigError
 from metalm.model.initialization import Draw, constant
 
@@ -51,6 +51,12 @@ class KeyValueScale:
         scales = vector.view(self.groups, self.key_values, self.head_size)
         ones = scales.new_ones(self.groups, self.queries, self.head_size)
         return torch.cat((ones, scales), dim=1).flatten()
+
+
+def decoder_key_values(config: DecoderConfig, tensor_size: int = 1) -> KeyValueScale:
+    """By key head: its queries, the key, the value."""
+    groups = config.key_value_heads
+    return KeyValueScale(groups // tensor_size, config.num_heads // groups, 2, config.head_size)
 
 
 def encoder_key_values(encoder: EncoderConfig) -> KeyValueScale:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metalm.config import DecoderConfig
-from metalm.model.adapters import KeyValueScale
+from metalm.model.adapters import KeyValueScale, decoder_key_values
 
 TARGET_OF = {
     "linear_qkv": "query_key_value",
@@ -97,12 +97,6 @@ class DecoderRowParallelLinear(RowParallelLinear):
         if self.tp_group.size() > 1:
             low = reduce_from_tensor_model_parallel_region(low, self.tp_group)
         return functional.linear(low, self.lora_b)
-
-
-def decoder_key_values(config: DecoderConfig, tensor_size: int = 1) -> KeyValueScale:
-    """By key head: its queries, the key, the value."""
-    groups = config.key_value_heads
-    return KeyValueScale(groups // tensor_size, config.num_heads // groups, 2, config.head_size)
 
 
 def adapt_decoder(decoder: nn.Module, config: DecoderConfig, tensor_size: int) -> None:

@@ -24,7 +24,7 @@ from metalm.errors import ConfigError
 from metalm.kernels import IntervalMask
 from metalm.kernels.adapters import register_interval_attention
 from metalm.modalities import Media, modality_of_encoder
-from metalm.model.adapters import adapt_pretrained
+from metalm.model.adapters import adapt_pretrained, is_adapter
 from metalm.model.connector import build_connector
 from metalm.model.visibility import share_mask
 
@@ -148,11 +148,14 @@ def parameter_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=8)
 def count_parameters(encoder: str) -> tuple[int, int]:
-    """Trained and frozen parameters without the connector, of an `EncoderConfig` as JSON."""
+    """Trained and frozen parameters of an `EncoderConfig` as JSON, with its adapter, without connector."""
     config = EncoderConfig.model_validate_json(encoder)
     with torch.device("meta"):
         model = build_skeleton(config)
     trained = trained_names(model, config)
+    if config.adapter is not None:
+        adapt_pretrained(model, config.adapter, _unused_names(config))
+        trained |= {name for name, _ in model.named_parameters() if is_adapter(name)}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     num_trained = sum(size for name, size in sizes.items() if name in trained)
     return num_trained, sum(sizes.values()) - num_trained
