@@ -163,6 +163,8 @@ class PretrainedConfig(Section):
     tokenizer.json."""
     clip_seconds: PositiveFloat | None = None
     """Longest clip of a model that reads samples, such as Wav2Vec2; one of mel frames has its own."""
+    image_size: PositiveInt | None = None
+    """Pixels per side, where images are to be of others than the folder's; its positions are interpolated."""
     definition: dict[str, Any] = Field(default_factory=dict)
     """The model's config, filled in when a pipeline is read: a run goes on without the folder."""
     image_mean: tuple[float, float, float] | None = None

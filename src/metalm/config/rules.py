@@ -213,10 +213,14 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     for name, source in data.evaluation.items():
         if source.url is not None:
             yield f"data.evaluation.{name}.url is given, but held-out shards must lie on a file system"
+        if source.augmentation is not None:
+            yield f"data.evaluation.{name}.augmentation is given, but evaluation is of images as they are"
 
 
 def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Iterator[str]:
     encoders, sequence_length = config.model.encoders, config.data.sequence_length
+    if source.augmentation is not None and "image" not in source.readers:
+        yield f"{where}.augmentation is of images, but {where}.readers names no encoder of them"
     for modality, name in source.readers.items():
         reader = f"{where}.readers.{modality}"
         encoder = encoders.get(name)

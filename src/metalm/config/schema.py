@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from metalm.config.augmentation_schema import AugmentationConfig
 from metalm.config.model_schema import TEXT, ModelConfig
 from metalm.config.section import (
     Fraction,
@@ -80,6 +81,8 @@ class SourceConfig(Section):
     and text whose encoder the model lacks."""
     weight: PositiveFloat = 1.0
     """Share of the rows, relative to the other sources."""
+    augmentation: AugmentationConfig | None = None
+    """Of its images, in training alone."""
 
     @property
     def has_random_spans(self) -> bool:

@@ -226,6 +226,14 @@ def cut_patches(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
     return cells.reshape(grid * grid, patch * patch * 3)
 
 
+def join_patches(patches: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """Puts the patches of `cut_patches` together again: [image_size, image_size, 3]."""
+    patch = config.patch_size
+    grid = config.image_size // patch
+    cells = patches.reshape(grid, grid, patch, patch, 3).transpose(0, 2, 1, 3, 4)
+    return cells.reshape(config.image_size, config.image_size, 3)
+
+
 def prepare_image(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
     """Decodes an image in full, and gives the suffix and the content of its shard member.
 

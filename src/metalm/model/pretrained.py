@@ -7,6 +7,7 @@ clip, and those of silence behind a clip that is shorter than others.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,13 +20,14 @@ from transformers.utils import logging
 
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig
-from metalm.config.pretrained_folder import positions_before_text
+from metalm.config.pretrained_folder import image_size_of, positions_before_text
 from metalm.errors import ConfigError
 from metalm.kernels import IntervalMask
 from metalm.kernels.adapters import register_interval_attention
 from metalm.modalities import Media, modality_of_encoder
 from metalm.model.adapters import adapt_pretrained, is_adapter
 from metalm.model.connector import build_connector
+from metalm.model.image_positions import fit_positions
 from metalm.model.visibility import share_mask
 
 CHECK_LENGTHS = (5, 160)
@@ -103,11 +105,15 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
     folder = config.pretrained.path
     with torch.device("meta"):
         skeleton = build_skeleton(config)
+    settings = skeleton.config
+    if config.pretrained.image_size is not None:
+        settings = copy.deepcopy(settings)
+        settings.image_size = image_size_of(folder)
     try:
         with _quietly():
             model, report = type(skeleton).from_pretrained(
                 folder,
-                config=skeleton.config,
+                config=settings,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -119,7 +125,11 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
     wanted = dict(skeleton.named_parameters())
     if missing := sorted(set(report["missing_keys"]) & wanted.keys()):
         raise ConfigError(f"{folder} lacks {len(missing)} weight(s), such as {missing[0]}")
-    return {name: value for name, value in model.named_parameters() if name in wanted}
+    found = {name: value for name, value in model.named_parameters() if name in wanted}
+    for name, parameter in wanted.items():
+        if found[name].shape != parameter.shape:
+            found[name] = fit_positions(found[name].detach(), tuple(parameter.shape))
+    return found
 
 
 def trained_names(model: Any, config: EncoderConfig) -> set[str]:

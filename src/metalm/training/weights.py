@@ -19,7 +19,7 @@ from metalm.checkpoint.layout import ShardLayout
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import CheckpointError
 from metalm.model.adapters import is_adapter
-from metalm.model.image_positions import fit_image_positions
+from metalm.model.image_positions import fit_positions, holds_positions
 from metalm.parallel.agreement import together
 from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
@@ -143,9 +143,13 @@ def _fit_positions(
     """Positions of image patches, whole, of a model whose images have another resolution."""
     saved = reader.parameters(component)
     return {
-        name: fit_image_positions(reader.read(component, name), layout.shape[0])
+        name: fit_positions(reader.read(component, name), layout.shape)
         for name, layout in layouts.items()
-        if name.endswith("image_positions.weight") and name in saved and saved[name][0] != layout.shape[0]
+        if component == "encoders"
+        and holds_positions(name)
+        and name in saved
+        and saved[name] != layout.shape
+        and saved[name][-1:] == layout.shape[-1:]
     }
 
 
