@@ -3,6 +3,7 @@
 Examples:
     python tools/convert_to_hf.py runs/demo exported/demo
     python tools/convert_to_hf.py runs/demo/checkpoints/step_00000200 out --dtype bfloat16
+    python tools/convert_to_hf.py runs/finetuned out --adapter
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="4GiB", help="of a weight file (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="where the run's tokenizer is now, if it was moved")
     parser.add_argument("--license", default="unknown", help="for the model card (default: %(default)s)")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="leave the adapter (LoRA, IA3) out of the weights, and write it to OUT/adapter for peft",
+    )
     parser.add_argument("--no-proof", action="store_true", help="do not compare logits with the checkpoint")
     options = parser.parse_args()
 
@@ -50,6 +56,7 @@ def main() -> None:
         max_shard_bytes=size_in_bytes(options.max_shard_size),
         tokenizer=options.tokenizer,
         with_proof=not options.no_proof,
+        adapter_apart=options.adapter,
         license_name=options.license,
     )
     print(f"wrote {result.folder}")

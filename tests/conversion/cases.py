@@ -50,6 +50,14 @@ DECODERS: dict[str, dict[str, Any]] = {
     },
 }
 KINDS = tuple(DECODERS)
+ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": (
+        "llama",
+        {"decoder": {"rank": 3, "alpha": 12}, "vision": {"rank": 2, "targets": ["feed_forward_in"]}},
+    ),
+    "ia3": ("deepnorm", {"decoder": {"kind": "ia3"}, "text": {"kind": "ia3"}}),
+}
+"""Further kinds: one of the decoders, and adapters by component."""
 
 _TODAY = {"norm": "rms_norm", "norm_eps": 1e-6, "activation": "swiglu", "num_kv_heads": 1, "biases": False}
 TEXT_OPTIONS: dict[str, dict[str, Any]] = {
@@ -73,6 +81,7 @@ _VISION = {
 
 def run_config(kind: str, tokenizer: Path) -> RunConfig:
     """A run with one of the decoders, whose encoders are normalised in both ways and have all options."""
+    kind, adapters = ADAPTED.get(kind, (kind, {}))
     normalizations = ["deepnorm", "pre_ln"]
     if "normalization" in DECODERS[kind]:
         normalizations.reverse()
@@ -82,10 +91,26 @@ def run_config(kind: str, tokenizer: Path) -> RunConfig:
             "run": {"name": "small", "seed": 11},
             "model": {
                 "vocab_size": VOCABULARY,
-                "decoder": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, **DECODERS[kind]},
+                "decoder": {
+                    "num_layers": 3,
+                    "hidden_size": 32,
+                    "num_heads": 4,
+                    **DECODERS[kind],
+                    "adapter": adapters.get("decoder"),
+                },
                 "encoders": {
-                    "vision": {**_VISION, "normalization": other, **VISION_OPTIONS.get(kind, {})},
-                    "text": {**_SMALL, "normalization": own, **TEXT_OPTIONS.get(kind, {})},
+                    "vision": {
+                        **_VISION,
+                        "normalization": other,
+                        **VISION_OPTIONS.get(kind, {}),
+                        "adapter": adapters.get("vision"),
+                    },
+                    "text": {
+                        **_SMALL,
+                        "normalization": own,
+                        **TEXT_OPTIONS.get(kind, {}),
+                        "adapter": adapters.get("text"),
+                    },
                 },
             },
             "data": {

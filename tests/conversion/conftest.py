@@ -36,6 +36,9 @@ SHARDED = {
     "linear_fc2": 1,
 }
 
+ADAPTER_CUTS = {"lora_a": (None, 1), "lora_b": (0, None), "ia3": (0, 0)}
+"""Dimension in which an adapter's parameter is cut, beside a weight cut by rows or by columns."""
+
 
 @dataclass(frozen=True)
 class TrainingModel:
@@ -152,6 +155,9 @@ def write_component(
         dimension = SHARDED.get(name.split(".")[-2])
         if name.endswith(("linear_proj.bias", "linear_fc2.bias")) or folder.name == "encoders":
             dimension = None
+        leaf = name.split(".")[-1]
+        if dimension is not None and leaf in ADAPTER_CUTS:
+            dimension = ADAPTER_CUTS[leaf][dimension]
         stride = 2 if gated and "linear_fc1" in name else 1
         shards = [whole]
         if dimension is not None:  # gate and value are cut each by itself

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from distributed.encoder_variants import VARIANTS, variant_config
+from distributed.finetuned import changed_config
 from distributed.tiny import LENGTH, OPTIONS, tiny_config
 from metalm.config import DecoderConfig, EncoderConfig, ImageConfig, ModelConfig, RelativeBiasConfig
 from metalm.model.decoder import Decoder, decoder_draw
@@ -77,6 +79,31 @@ def test_count_of_the_papers_vision_language_encoder() -> None:
 def test_counts_of_encoders_equal_the_built_modules(variant: str) -> None:
     config = variant_config(variant, "unused").model
     assert count_encoders(config).total == sum(p.numel() for p in EncoderBank(config).parameters())
+
+
+@pytest.mark.parametrize("options", ["llama", "paper"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.decoder.trained_layers": "none", "model.encoders.text.trained_connector": False},
+        {"model.decoder.trained_layers": 1, "model.encoders.image.adapter": {"rank": 3}},
+        {"model.decoder.adapter": {"rank": 2, "targets": ["attention_output", "feed_forward_in"]}},
+        {"model.decoder.adapter": {"kind": "ia3"}, "model.encoders.text.adapter": {"kind": "ia3"}},
+    ],
+)
+def test_counts_of_what_is_trained_equal_the_built_modules(
+    options: str, changes: dict[str, Any], topology: Topology
+) -> None:
+    shape = {"tensor": 1, "micro_batch_size": 1, "options": options, "changes": changes}
+    config = changed_config("", shape).model
+    for module, count in (
+        (Decoder(config, LENGTH, topology), count_decoder(config, 1)),
+        (EncoderBank(config), count_encoders(config)),
+    ):
+        parameters = list(module.parameters())
+        assert count.total == sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        assert count.total_trained == count.trained_per_rank == trained
 
 
 @pytest.mark.parametrize("trained_layers", ["all", "none", 1, 3])

@@ -336,3 +336,65 @@ def test_sizes_are_not_given_twice(tmp_path: Path) -> None:
     save_pretrained("vit", tmp_path)
     with pytest.raises(ConfigError, match=r"num_layers follow\(s\) from pretrained.path"):
         config_of(tmp_path, num_layers=3)
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "siglip"])
+def test_images_of_another_size_have_positions_as_transformers_interpolates_them(
+    kind: str, tmp_path: Path
+) -> None:
+    model = vision_model(save_pretrained(kind, tmp_path))
+    config = config_of(tmp_path, pretrained={"path": str(tmp_path), "image_size": 60})
+    assert config.image is not None and (config.image.image_size, config.image.num_patches) == (60, 25)
+    images = np.random.default_rng(1).integers(0, 256, (2, 60, 60, 3), np.uint8)
+    pixels = ((torch.from_numpy(images) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        vectors = model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[:, -25:]
+        found = without_connector(loaded(config))(image_share(images, config))
+    torch.testing.assert_close(found[3:], vectors.flatten(0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("beit", "has biases of relative positions"), ("bert", "the model reads no images")],
+)
+def test_another_image_size_is_refused_where_it_cannot_be(kind: str, message: str, tmp_path: Path) -> None:
+    save_pretrained(kind, tmp_path)
+    with pytest.raises(ConfigError, match=f"model.encoders.it.pretrained: image_size.*{message}"):
+        config_of(tmp_path, pretrained={"path": str(tmp_path), "image_size": 48})
+
+
+@pytest.mark.parametrize("kind", ["vit", "roberta"])
+def test_lora_stands_beside_the_modules_that_it_names(kind: str, tmp_path: Path) -> None:
+    save_pretrained(kind, tmp_path)
+    name = "q_proj" if kind == "vit" else "query"
+    config = config_of(tmp_path, adapter={"rank": 2, "targets": [name]})
+    encoder = loaded(config)
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad and "connector" not in name}
+    assert len(trained) == 2 * 3 and all(f".{name}.lora_" in n for n in trained)
+    assert count_parameters(config.model_dump_json())[0] == 3 * 2 * (32 + 32)
+    plain = loaded(config_of(tmp_path))
+    plain.connector = encoder.connector
+    for parameter in encoder.parameters():
+        if parameter.requires_grad and parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        for layer in range(3):
+            (module,) = [
+                m for n, m in encoder.model.named_modules() if n.endswith(name) and f".{layer}." in f".{n}"
+            ]
+            (own,) = [
+                m for n, m in plain.model.named_modules() if n.endswith(name) and f".{layer}." in f".{n}"
+            ]
+            own.weight += 2.0 * module.lora_b @ module.lora_a
+        shares = [image_share(np.full((1, 24, 24, 3), 99, np.uint8), config)] if kind == "vit" else []
+        if kind == "roberta":
+            ids = torch.arange(5, 12)
+            ends = torch.full((7,), 7, dtype=torch.int32)
+            shares = [share_of(ids, torch.arange(7), torch.zeros_like(ends), ends)]
+        torch.testing.assert_close(encoder(shares[0]), plain(shares[0]), atol=1e-5, rtol=0)
+
+
+def test_a_target_that_no_module_has_is_refused(tmp_path: Path) -> None:
+    save_pretrained("vit", tmp_path)
+    with pytest.raises(ConfigError, match="no linear module of ViTModel has a name that ends in 'qkv'"):
+        PretrainedEncoder(config_of(tmp_path, adapter={"targets": ["qkv"]}), 40)

@@ -1,5 +1,6 @@
 """What a run is: schema, loading and the rules that hold across sections."""
 
+from metalm.config.augmentation_schema import AugmentationConfig
 from metalm.config.load import config_content, load_config, write_config
 from metalm.config.model_schema import (
     AudioConfig,
@@ -26,9 +27,12 @@ from metalm.config.schema import (
     SpanConfig,
     TrainingConfig,
 )
+from metalm.config.training_schema import AdapterConfig
 
 __all__ = [
+    "AdapterConfig",
     "AudioConfig",
+    "AugmentationConfig",
     "CheckpointConfig",
     "DataConfig",
     "DecoderConfig",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from metalm.config.section import Name, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from metalm.config.training_schema import TrainableSection
 
 Normalization = Literal["deepnorm", "pre_ln"]
 """Where a layer normalises: after each residual sum with DeepNorm's weights, or before each branch."""
@@ -34,10 +35,9 @@ class RopeScalingConfig(Section):
     original_positions: PositiveInt = 8192
 
 
-class DecoderConfig(Section):
+class DecoderConfig(TrainableSection):
     """The causal decoder. The defaults are the paper's (arXiv 2206.06336)."""
 
-    num_layers: PositiveInt
     hidden_size: PositiveInt
     num_heads: PositiveInt
     num_kv_heads: PositiveInt | None = None
@@ -68,6 +68,11 @@ class DecoderConfig(Section):
     What is dropped depends on the seed, the row and the step alone."""
     recompute: bool = False
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, slower."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything of it is trained."""
+        return self.trained_layers != "none" or self.adapter is not None
 
     @property
     def feed_forward_size(self) -> int:
@@ -158,6 +163,8 @@ class PretrainedConfig(Section):
     tokenizer.json."""
     clip_seconds: PositiveFloat | None = None
     """Longest clip of a model that reads samples, such as Wav2Vec2; one of mel frames has its own."""
+    image_size: PositiveInt | None = None
+    """Pixels per side, where images are to be of others than the folder's; its positions are interpolated."""
     definition: dict[str, Any] = Field(default_factory=dict)
     """The model's config, filled in when a pipeline is read: a run goes on without the folder."""
     image_mean: tuple[float, float, float] | None = None
@@ -181,14 +188,13 @@ class RelativeBiasConfig(Section):
     """Distance in tokens from which all share the last bucket."""
 
 
-class EncoderConfig(Section):
+class EncoderConfig(TrainableSection):
     """A bidirectional encoder of text. With `image` its spans are an image followed by a text prefix.
 
     With `pretrained` all sizes follow from the folder and are not given; an image or a clip then has no text
     prefix.
     """
 
-    num_layers: PositiveInt
     hidden_size: PositiveInt
     num_heads: PositiveInt
     ffn_hidden_size: PositiveInt | None = None
@@ -214,9 +220,8 @@ class EncoderConfig(Section):
     joint_layers: PositiveInt | None = None
     """VLMo's feed-forwards: one for patches and one for text in every layer; in so many last layers also
     a joint one, that spans of an image with text go through. Default: one feed-forward for all elements."""
-    trained_layers: PositiveInt | Literal["all", "none"] = "all"
-    """A number n trains the last n layers and the connector; `none`, the connector alone. Embeddings and
-    lower layers stay as they were loaded."""
+    trained_connector: bool = True
+    """Whether the connector is trained, as it is by default beside frozen layers, too."""
     recompute: bool = False
     """As the decoder's."""
     dropout: Probability = 0.0
@@ -241,6 +246,11 @@ class EncoderConfig(Section):
         """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything of it or of its connector is trained."""
+        return self.trained_layers != "none" or self.adapter is not None or self.trained_connector
+
     def section(self, modality: str) -> ImageConfig | AudioConfig | None:
         """Of what it reads beside text, by modality."""
         return getattr(self, modality) if modality in MEDIA_SECTIONS else None
@@ -249,13 +259,6 @@ class EncoderConfig(Section):
     def media(self) -> ImageConfig | AudioConfig | None:
         """What its spans begin with; None: text alone."""
         return next((found for name in MEDIA_SECTIONS if (found := self.section(name)) is not None), None)
-
-    @property
-    def num_frozen_layers(self) -> int:
-        """Leading layers that are not trained."""
-        if isinstance(self.trained_layers, int):
-            return self.num_layers - self.trained_layers
-        return 0 if self.trained_layers == "all" else self.num_layers
 
     def feed_forwards(self, layer: int) -> tuple[str, ...]:
         """Names of the feed-forwards of a layer."""

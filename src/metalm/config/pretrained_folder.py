@@ -26,6 +26,9 @@ DERIVED = (
 )
 """Keys of an encoder that follow from the folder."""
 
+_BIASES_BY_WINDOW = ("use_relative_position_bias", "use_shared_relative_position_bias")
+"""BEiT's, whose tables are as large as the grid of patches."""
+
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
 """Kinds of models whose positions begin behind the padding token's id."""
 
@@ -51,6 +54,8 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
         folder = Path(pretrained["path"])
         try:
             definition = _read_definition(folder)
+            if (side := pretrained.get("image_size")) is not None:
+                _resize(definition, side)
             encoder.update(_sizes(definition))
             if reads_audio(definition):
                 seconds = pretrained.get("clip_seconds")
@@ -75,6 +80,27 @@ def positions_before_text(definition: dict[str, Any]) -> int:
     if definition["model_type"] in _POSITIONS_AFTER_PADDING:
         return int(definition["pad_token_id"]) + 1
     return 0
+
+
+def image_size_of(folder: Path) -> int:
+    """Pixels per side of the images that a folder's model was trained with.
+
+    Raises:
+        ConfigError: it is no model of square images that transformers knows.
+    """
+    return _side(_read_definition(folder), "image_size")
+
+
+def _resize(definition: dict[str, Any], side: Any) -> None:
+    """Have a model read images of so many pixels a side."""
+    if "image_size" not in definition or reads_audio(definition):
+        raise ConfigError("image_size is given, but the model reads no images: leave it out")
+    if any(definition.get(key) for key in _BIASES_BY_WINDOW):
+        raise ConfigError(
+            f"image_size = {side}: a model of type {definition['model_type']!r} has biases of relative "
+            "positions, which are of one size of images: leave it out"
+        )
+    definition["image_size"] = side
 
 
 def _read_definition(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from metalm.config.adapter_rules import adapter_problems
 from metalm.config.deepspeed_services import service_problems
 from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
 from metalm.config.schema import RunConfig, SourceConfig
@@ -98,9 +99,16 @@ def check_topology(config: RunConfig, world_size: int) -> None:
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
+    model = config.model
     yield from _decoder_problems(config)
-    for name, encoder in config.model.encoders.items():
+    yield from adapter_problems(model)
+    for name, encoder in model.encoders.items():
         yield from _encoder_problems(f"model.encoders.{name}", encoder)
+    if not (model.decoder.is_trained or any(encoder.is_trained for encoder in model.encoders.values())):
+        yield (
+            "nothing is trained: model.decoder.trained_layers is none, and no encoder, connector or adapter "
+            "is trained"
+        )
 
 
 def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
@@ -145,6 +153,10 @@ def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
 def _decoder_problems(config: RunConfig) -> Iterator[str]:
     decoder = config.model.decoder
     where = "model.decoder"
+    if isinstance(decoder.trained_layers, int) and decoder.trained_layers > decoder.num_layers:
+        yield (
+            f"{where}.trained_layers = {decoder.trained_layers} is above num_layers = {decoder.num_layers}"
+        )
     if decoder.hidden_size % decoder.num_heads:
         yield (
             f"{where}.hidden_size = {decoder.hidden_size} is not divisible by num_heads = {decoder.num_heads}"
@@ -207,10 +219,14 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     for name, source in data.evaluation.items():
         if source.url is not None:
             yield f"data.evaluation.{name}.url is given, but held-out shards must lie on a file system"
+        if source.augmentation is not None:
+            yield f"data.evaluation.{name}.augmentation is given, but evaluation is of images as they are"
 
 
 def _source_problems(config: RunConfig, where: str, source: SourceConfig) -> Iterator[str]:
     encoders, sequence_length = config.model.encoders, config.data.sequence_length
+    if source.augmentation is not None and "image" not in source.readers:
+        yield f"{where}.augmentation is of images, but {where}.readers names no encoder of them"
     for modality, name in source.readers.items():
         reader = f"{where}.readers.{modality}"
         encoder = encoders.get(name)
@@ -262,6 +278,11 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             f"training.steps = {training.steps}: "
             f"give training.schedule.warmup_steps={training.steps // 10} as well"
         )
+    rates = training.optimizer.learning_rates
+    for group in ("encoders", "connectors"):
+        for name in getattr(rates, group).keys() - config.model.encoders.keys():
+            known = ", ".join(config.model.encoders) or "none"
+            yield f"training.optimizer.learning_rates.{group}.{name} is not in model.encoders ({known})"
 
 
 def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from metalm.config.augmentation_schema import AugmentationConfig
 from metalm.config.model_schema import TEXT, ModelConfig
 from metalm.config.section import (
     Fraction,
@@ -97,6 +98,8 @@ class SourceConfig(Section):
     """Share of the rows, relative to the other sources."""
     overflow: Overflow | None = None
     """Of examples, which need it: what becomes of texts that are longer than their encoder reads."""
+    augmentation: AugmentationConfig | None = None
+    """Of its images, in training alone."""
 
     @property
     def has_random_spans(self) -> bool:
@@ -127,10 +130,35 @@ class DataConfig(Section):
     """Held-out sources; weights are ignored."""
 
 
+class LearningRatesConfig(Section):
+    """Peaks of components that do not have the common learning rate; all follow one schedule."""
+
+    decoder: PositiveFloat | None = None
+    encoders: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """By encoder, with its connector."""
+    connectors: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """By encoder, of its connector alone."""
+
+    def of(self, component: str, name: str) -> float | None:
+        """The peak of a parameter.
+
+        Args:
+            component: `decoder` or `encoders`.
+            name: as in the component's `named_parameters()`.
+        """
+        if component == "decoder":
+            return self.decoder
+        _, encoder, part, *_ = name.split(".")
+        own = self.encoders.get(encoder)
+        return self.connectors.get(encoder, own) if part == "connector" else own
+
+
 class OptimizerConfig(Section):
     """AdamW. Betas, eps, decay and clipping are *open* in the language-only setting."""
 
     learning_rate: PositiveFloat = 6e-4
+    learning_rates: LearningRatesConfig = LearningRatesConfig()
+    """Of some components, such as `{decoder: 1.0e-5, connectors: {image: 1.0e-3}}`."""
     betas: tuple[Probability, Probability] = (0.9, 0.98)
     eps: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

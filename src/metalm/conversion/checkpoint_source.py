@@ -16,10 +16,12 @@ from metalm.checkpoint.names import CONFIG_NAME
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import RunConfig
 from metalm.config.load import load_resolved_config
+from metalm.conversion.adapters import Adapters, without_adapters
 from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
 from metalm.modalities import Media, modality_of_encoder
+from metalm.model.adapters import is_adapter
 
 MAPPED_BYTES = 2**28
 """Contents that may stay mapped before the files are opened anew."""
@@ -31,16 +33,21 @@ class CheckpointSource:
 
     folder: Path
     config: RunConfig
+    """Of the run, but its model without adapters."""
     provenance: dict[str, Any]
     """Versions and commit that the run was started with."""
     reader: CheckpointReader
     tokenizer: Tokenizer
     rules: list[Rule]
+    adapters: Adapters
+    merges_adapters: bool
     _mapped_bytes: int = 0
 
     def read(self, component: str, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A whole parameter, float32, with the precision of `dtype`."""
+        """A whole parameter, float32, with the precision of `dtype`; with its adapter, if they are merged."""
         whole = self.reader.read(component, name)
+        if self.merges_adapters:
+            whole = self.adapters.merged(component, name, whole)
         self._mapped_bytes += whole.nbytes
         if self._mapped_bytes > MAPPED_BYTES:
             self.reader.close()  # pages of its files count as this process's memory
@@ -53,12 +60,15 @@ class CheckpointSource:
             yield from zip(rule.targets, rule.split(self.read(rule.component, rule.name)), strict=True)
 
 
-def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> CheckpointSource:
+def open_checkpoint(
+    path: Path, tokenizer_path: Path | None = None, *, merges_adapters: bool = True
+) -> CheckpointSource:
     """Open a run's newest checkpoint, or the one that `path` is, and hash all of it.
 
     Args:
         path: a run folder or a step folder.
         tokenizer_path: where the tokenizer is now, if not where the run's config says.
+        merges_adapters: read weights with their adapters in them.
 
     Raises:
         CheckpointError: damaged, partial, or not of the model that its config describes.
@@ -81,11 +91,23 @@ def open_checkpoint(path: Path, tokenizer_path: Path | None = None) -> Checkpoin
             raise ConfigError(
                 f"{folder}: encoder {name} reads {modality.name}, which the exported processor cannot prepare"
             )
+    adapters = Adapters(config.model, reader)
+    config = config.model_copy(update={"model": without_adapters(config.model)})
     rules = conversion_rules(config.model)
     _check_parameters(reader, rules)
+    adapters.check(rules)
     tokenizer = load_tokenizer(tokenizer_path or config.data.tokenizer)
     _check_tokenizer(tokenizer, reader, config, tokenizer_path or config.data.tokenizer)
-    return CheckpointSource(folder, config, content.get("provenance", {}), reader, tokenizer, rules)
+    return CheckpointSource(
+        folder=folder,
+        config=config,
+        provenance=content.get("provenance", {}),
+        reader=reader,
+        tokenizer=tokenizer,
+        rules=rules,
+        adapters=adapters,
+        merges_adapters=merges_adapters,
+    )
 
 
 def _check_parameters(reader: CheckpointReader, rules: list[Rule]) -> None:
@@ -93,6 +115,7 @@ def _check_parameters(reader: CheckpointReader, rules: list[Rule]) -> None:
         (component, name): shape
         for component in reader.components()
         for name, shape in reader.parameters(component).items()
+        if not is_adapter(name)
     }
     wanted = {(rule.component, rule.name): rule.shape for rule in rules}
     problems = [f"lacks {'.'.join(key)}" for key in wanted.keys() - found.keys()]

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from metalm.conversion import shipped
+from metalm.conversion.adapters import ADAPTER_FOLDER
 from metalm.conversion.checkpoint_source import CheckpointSource, open_checkpoint
 from metalm.conversion.hf_config import write_configs
 from metalm.conversion.model_card import write_model_card
@@ -57,6 +58,7 @@ def export_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tokenizer: Path | None = None,
     with_proof: bool = True,
+    adapter_apart: bool = False,
     license_name: str = "unknown",
     report: Report = print,
 ) -> ExportResult:
@@ -69,6 +71,7 @@ def export_checkpoint(
         max_shard_bytes: largest weight file.
         tokenizer: where the run's tokenizer is, if not where its config says.
         with_proof: compare logits before the folder gets its name.
+        adapter_apart: write the weights without their adapter, and that beside them for peft.
         license_name: for the model card, as the Hugging Face hub knows it.
         report: is told of progress.
 
@@ -79,7 +82,7 @@ def export_checkpoint(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
-    source = open_checkpoint(checkpoint, tokenizer)
+    source = open_checkpoint(checkpoint, tokenizer, merges_adapters=not adapter_apart)
     report(f"checkpoint {source.folder}, step {source.reader.step}: every file is as its manifest says")
     partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")  # nobody else's
     try:
@@ -114,6 +117,11 @@ def _write(
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     size = sum(path.stat().st_size for path in paths) / 2**20
     report(f"{count:,} parameters in {len(paths)} file(s), {size:,.1f} MiB, {seconds:.1f} s")
+    if not source.merges_adapters:
+        source.adapters.write(source.rules, out, folder / ADAPTER_FOLDER)
+        report(
+            f"the adapter lies in {out / ADAPTER_FOLDER}, for peft; the proof is of the weights without it"
+        )
     proof = prove(source, folder, dtype) if with_proof else []
     for result in proof:
         report(

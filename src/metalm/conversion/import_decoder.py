@@ -32,7 +32,7 @@ TOKENIZER_FOLDER = "tokenizer"
 PIPELINE_NAME = "decoder.yaml"
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _STATES = ("master",)
-_CHOICES = {"recompute", "spans"}
+_CHOICES = {"recompute", "spans", "trained_layers", "adapter"}
 """Of the decoder's section: what the run decides, not the weights."""
 
 

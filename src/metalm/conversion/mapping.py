@@ -192,7 +192,8 @@ def _fused(
     sizes = list(targets.values())
     for leaf, rest in (("weight", (hidden,)), ("bias", ()))[: 2 if has_bias else 1]:
 
-        def split(whole: Tensor, rest: Shape = rest) -> list[Tensor]:
+        def split(whole: Tensor) -> list[Tensor]:
+            rest = whole.shape[1:]  # fewer columns in an adapter's factor of the same rows
             parts = whole.view(num_groups, sum(sizes), *rest).split(sizes, dim=1)
             return [part.reshape(-1, *rest) for part in parts]
 

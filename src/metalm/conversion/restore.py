@@ -73,6 +73,11 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
     checkpoints = run_folder / CHECKPOINTS_NAME
     if checkpoints.exists():
         raise ConfigError(f"the run {run_folder} has checkpoints already; choose another run.name")
+    if any(part.adapter for part in (config.model.decoder, *config.model.encoders.values())):
+        raise ConfigError(
+            "the run's model has an adapter, which the folder has not: restore into a run without one, and "
+            "start the run with the adapter from that by initialize.decoder and initialize.encoders"
+        )
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_model(folder, config, tokenizer)
     weights = FolderWeights(folder)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metalm.config.model_schema import ImageConfig
 from metalm.data.row import Row
-from metalm.modalities.image import images_of_patches
+from metalm.modalities.image import join_patches
 
 
 def model_inputs(rows: Sequence[Row], config: Any) -> dict[str, Tensor]:
@@ -56,7 +57,9 @@ def model_inputs(rows: Sequence[Row], config: Any) -> dict[str, Tensor]:
             if found.media is not None:
                 sizes = config.encoders[name]
                 starts = found.bounds[found.num_patches > 0, 0]
-                pixels = images_of_patches(found.media, sizes["image_size"], sizes["patch_size"])
+                pixels = join_patches(
+                    found.media, ImageConfig(image_size=sizes["image_size"], patch_size=sizes["patch_size"])
+                )
                 of_row += zip(starts.tolist(), pixels, strict=True)
         images += [pixels for _, pixels in sorted(of_row, key=lambda one: one[0])]
     if not any(row.spans for row in rows):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from metalm.config.schema import RunConfig
+from metalm.data.augmented import ImageAugmenter
 from metalm.data.corpus import Corpus
 from metalm.data.documents.spans import SpanSampler
 from metalm.data.order.sample_order import SampleOrder, ShardOrder
@@ -158,6 +159,7 @@ class Lane:
                 sequence_length=length,
                 draws=Stream(seed, f"captions and prefixes of {name}", self._lane),
                 max_consecutive_failures=failures,
+                augmenter=self._augmenter(name),
                 state=state,
             )
         return ContinuousPacker(
@@ -170,6 +172,14 @@ class Lane:
             retokenizer=self._mixture.retokenizers[name],
             state=state,
         )
+
+    def _augmenter(self, source: str) -> ImageAugmenter | None:
+        config = self._mixture.config
+        augmentation = config.data.sources[source].augmentation
+        if augmentation is None:
+            return None
+        draws = Stream(config.run.seed, f"augmentation of {source}", self._lane)
+        return ImageAugmenter(augmentation, config.model.encoders, draws)
 
 
 def _order(config: RunConfig, source: Source) -> SampleOrder | ShardOrder:

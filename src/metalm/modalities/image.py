@@ -227,11 +227,12 @@ def cut_patches(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
     return cells.reshape(grid * grid, patch * patch * 3)
 
 
-def images_of_patches(patches: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
-    """Patches of whole images, as `cut_patches` made them, back to [images, image_size, image_size, 3]."""
-    grid = image_size // patch_size
-    cells = patches.reshape(-1, grid, grid, patch_size, patch_size, 3).transpose(0, 1, 3, 2, 4, 5)
-    return cells.reshape(-1, image_size, image_size, 3)
+def join_patches(patches: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """Puts the patches of whole images together again: [images, image_size, image_size, 3]."""
+    patch = config.patch_size
+    grid = config.image_size // patch
+    cells = patches.reshape(-1, grid, grid, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    return cells.reshape(-1, config.image_size, config.image_size, 3)
 
 
 def prepare_image(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:

@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config import DecoderConfig, ModelConfig
 from metalm.kernels import linear_cross_entropy
+from metalm.model.adapters import adapter_draw, is_adapter
 from metalm.model.decoder_layer import Visibility, decoder_block_spec
+from metalm.model.decoder_linear import adapt_decoder
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, normal, xavier_std
@@ -73,6 +75,10 @@ class Decoder(nn.Module):
             scatter_embedding_sequence_parallel=False,
         )
         mark_sharded_parameters(self, config.decoder)
+        if config.decoder.adapter is not None:
+            adapt_decoder(self, config.decoder, topology.tensor_size)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_trained(config.decoder, name))
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -211,11 +217,23 @@ def dock(embedded: Tensor, encoded: dict[str, Tensor], spans: dict[str, EncoderB
     return embedded
 
 
+def is_trained(config: DecoderConfig, name: str) -> bool:
+    """Whether a parameter of the Decoder is trained: see `DecoderConfig.trained_layers`."""
+    if config.trained_layers == "all" or is_adapter(name):
+        return True
+    _, part, *rest = name.split(".")
+    if part == "decoder" and rest[0] == "layers":
+        return int(rest[1]) >= config.num_frozen_layers
+    return part != "embedding" and config.num_frozen_layers < config.num_layers
+
+
 def decoder_draw(config: DecoderConfig, name: str) -> Draw:
     """How a parameter of the Decoder starts.
 
     Embeddings that are scaled have unit variance afterwards, and so have the logits (*open*).
     """
+    if (draw := adapter_draw(name)) is not None:
+        return draw
     hidden = config.hidden_size
     leaf, kind = name.split(".")[-2:]
     if kind == "bias":

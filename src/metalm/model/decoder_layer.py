@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -26,6 +23,7 @@ from torch.nn import functional
 
 from metalm.config import DecoderConfig
 from metalm.kernels import IntervalMask, interval_attention
+from metalm.model.decoder_linear import DecoderColumnParallelLinear, DecoderRowParallelLinear, sum_gradient
 from metalm.model.deepnorm import deepnorm_alpha
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 
@@ -77,32 +75,7 @@ class DecoderNorm(nn.Module):
         )
 
     def _whole(self, parameter: Tensor) -> Tensor:
-        return _sum_gradient(parameter) if self.split else parameter
-
-
-class DecoderColumnParallelLinear(ColumnParallelLinear):
-    """Megatron's column-parallel layer; on one tensor-parallel rank plain, its product adding the bias."""
-
-    def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """[S, B, in] to [S, B, out / tp], and the bias if it is not added."""
-        if self.tp_group.size() > 1:
-            return super().forward(input_, weight, runtime_gather_output)
-        return functional.linear(input_, self.weight, self.bias), None
-
-
-class DecoderRowParallelLinear(RowParallelLinear):
-    """Megatron's row-parallel layer, whose bias has a whole gradient under sequence parallelism, too."""
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[S, B, in / tp] to [S, B, out], or this rank's [S / tp, B, out], and a bias that is not added."""
-        if self.tp_group.size() == 1:
-            return functional.linear(input_, self.weight, self.bias), None
-        output, bias = super().forward(input_)
-        if self.sequence_parallel and bias is not None:
-            bias = _sum_gradient(bias)
-        return output, bias
+        return sum_gradient(parameter) if self.split else parameter
 
 
 class DeepNormLayer(MegatronModule, BaseTransformerLayer):
@@ -163,8 +136,3 @@ def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
 
 def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output + bias
-
-
-def _sum_gradient(parameter: Tensor) -> Tensor:
-    """The parameter itself, its gradient summed over the TP group."""
-    return copy_to_tensor_model_parallel_region(parameter, get_tensor_model_parallel_group())

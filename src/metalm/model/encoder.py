@@ -16,6 +16,7 @@ from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
 from metalm.kernels import RelativeBias
 from metalm.modalities import modality_of_encoder
+from metalm.model.adapters import adapt_encoder, adapter_draw, is_adapter
 from metalm.model.connector import build_connector, build_detection_head
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.encoder_layer import EncoderLayer, Where, build_norm
@@ -63,6 +64,8 @@ class Encoder(nn.Module):
             self.detection_head = build_detection_head(hidden)
         else:
             self.connector = build_connector(config.connector, hidden, decoder_hidden_size)
+        if config.adapter is not None:
+            adapt_encoder(self.layers, config)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(config, name))
 
@@ -132,7 +135,9 @@ class EncoderBank(nn.Module):
 def is_trained(config: EncoderConfig, name: str) -> bool:
     """Whether a parameter, by its name within the encoder, is trained: see `EncoderConfig.trained_layers`."""
     part, *rest = name.split(".")
-    if part == "connector" or config.trained_layers == "all":
+    if part == "connector":
+        return config.trained_connector
+    if config.trained_layers == "all" or is_adapter(name):
         return True
     if part == "layers":
         return int(rest[0]) >= config.num_frozen_layers
@@ -174,6 +179,8 @@ def encoder_draw(config: ModelConfig, name: str, pretrained: PretrainedWeights |
     Args:
         pretrained: from `load_pretrained_weights`; not needed for the other parameters.
     """
+    if (draw := adapter_draw(name)) is not None:
+        return draw
     _, encoder_name, *rest = name.split(".")
     encoder = config.encoders[encoder_name]
     if encoder.pretrained is not None and rest[0] == "model":

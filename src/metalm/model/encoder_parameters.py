@@ -6,15 +6,17 @@ import math
 
 from metalm.config import EncoderConfig, ModelConfig
 from metalm.modalities import modality_of_encoder
+from metalm.model.adapter_parameters import count_encoder_adapter
 
 
 def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
-    """One encoder without its connector."""
+    """One encoder with its adapter, without its connector."""
     if encoder.pretrained is not None:
         return sum(_count_pretrained(encoder))
     final_norm = _norm(encoder) if encoder.normalization == "pre_ln" else 0
     layers = sum(_encoder_layer(encoder, number) for number in range(encoder.num_layers))
-    return _encoder_embeddings(encoder, config) + layers + final_norm
+    total = _encoder_embeddings(encoder, config) + layers + final_norm
+    return total + count_encoder_adapter(encoder)
 
 
 def count_connector(encoder: EncoderConfig, config: ModelConfig) -> int:
@@ -28,14 +30,19 @@ def count_connector(encoder: EncoderConfig, config: ModelConfig) -> int:
     return total
 
 
+def count_frozen_connector(encoder: EncoderConfig, config: ModelConfig) -> int:
+    """The connector of one encoder, if it is not trained."""
+    return 0 if encoder.trained_connector else count_connector(encoder, config)
+
+
 def count_frozen(encoder: EncoderConfig, config: ModelConfig) -> int:
-    """Parameters of one encoder that are not trained."""
+    """Parameters of one encoder that are not trained, without its connector."""
     if encoder.pretrained is not None:
         return _count_pretrained(encoder)[1]
     if encoder.trained_layers == "all":
         return 0
     if encoder.trained_layers == "none":
-        return count_encoder(encoder, config)
+        return count_encoder(encoder, config) - count_encoder_adapter(encoder)
     layers = sum(_encoder_layer(encoder, number) for number in range(encoder.num_frozen_layers))
     return _encoder_embeddings(encoder, config) + layers
 

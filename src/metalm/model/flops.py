@@ -2,7 +2,8 @@
 
 A matrix product costs 2 operations per weight and position forward and 4 backward. Attention costs, per
 layer, 4 * hidden operations per visible pair forward (scores and weighted values) and twice that backward.
-The backward pass of an encoder ends above its frozen layers.
+Frozen weights have no gradient, which saves half of the backward pass of their products; where nothing below
+is trained, either, it ends.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from metalm.config import EncoderConfig, ModelConfig
+from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
 from metalm.modalities import modality_of_encoder
+from metalm.model.adapter_parameters import count_decoder_adapter, count_encoder_adapter
 from metalm.model.encoder_parameters import encoder_layer_weights
 from metalm.model.parameters import decoder_layer_weights
 
 if TYPE_CHECKING:
     from metalm.batch import SemiCausalBatch
-
-FORWARD_AND_BACKWARD = 3
 
 
 @dataclass(frozen=True)
@@ -68,38 +68,89 @@ def work_of(batch: SemiCausalBatch) -> Work:
 
 def training_flops(work: Work, config: ModelConfig) -> float:
     """Operations of one forward and backward pass, of the decoder and all encoders."""
-    total = FORWARD_AND_BACKWARD * decoder_flops(work, config)
+    total = decoder_flops(work, config) + decoder_backward_flops(work, config)
     for name, part in work.encoders.items():
-        total += FORWARD_AND_BACKWARD * encoder_flops(part, name, config)
-        total -= (FORWARD_AND_BACKWARD - 1) * frozen_flops(part, name, config)
+        total += encoder_flops(part, name, config) + encoder_backward_flops(part, name, config)
     return total
 
 
 def decoder_flops(work: Work, config: ModelConfig) -> float:
     """Operations of the decoder's forward pass, with the output layer."""
+    parts = _decoder_parts(work, config)
+    return parts.output + config.decoder.num_layers * (parts.products + parts.attention) + parts.adapter
+
+
+def decoder_backward_flops(work: Work, config: ModelConfig) -> float:
+    """Operations of the decoder's backward pass."""
+    decoder, parts = config.decoder, _decoder_parts(work, config)
+    frozen = decoder.num_frozen_layers
+    total = (decoder.num_layers - frozen) * (2 * parts.products + 2 * parts.attention) + 2 * parts.adapter
+    if decoder.adapter is not None or any(one.is_trained for one in config.encoders.values()):
+        total += frozen * (parts.products + 2 * parts.attention)
+    return total + parts.output * (2 if trains_output(decoder) else 1)
+
+
+def trains_output(config: DecoderConfig) -> bool:
+    """Whether the output layer's weight is trained."""
+    return config.trained_layers == "all" or (config.trained_layers != "none" and not config.tied_output)
+
+
+@dataclass(frozen=True)
+class _DecoderParts:
+    """Operations of the forward pass."""
+
+    products: float
+    """Of a layer's weights."""
+    attention: float
+    """Of a layer."""
+    output: float
+    adapter: float
+    """Of all layers."""
+
+
+def _decoder_parts(work: Work, config: ModelConfig) -> _DecoderParts:
     decoder, hidden = config.decoder, config.decoder.hidden_size
-    linear = work.positions * (
-        2 * decoder.num_layers * decoder_layer_weights(decoder) + 2 * hidden * config.padded_vocab_size
+    return _DecoderParts(
+        products=work.positions * 2 * decoder_layer_weights(decoder),
+        attention=4 * hidden * work.pairs,
+        output=work.positions * 2 * hidden * config.padded_vocab_size,
+        adapter=work.positions * 2 * sum(count_decoder_adapter(decoder)),
     )
-    return float(linear + 4 * decoder.num_layers * hidden * work.pairs)
 
 
 def encoder_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
     """Operations of one encoder's forward pass, with its connector."""
     encoder = config.encoders[name]
     linear = 2 * encoder.num_layers * encoder_layer_weights(encoder)
+    linear += 2 * count_encoder_adapter(encoder)
     total = work.elements * (linear + _connector_flops(encoder, config.decoder.hidden_size))
     total += 4 * encoder.num_layers * encoder.hidden_size * work.pairs
     return float(total + _patch_flops(work, encoder))
 
 
+def encoder_backward_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
+    """Operations of one encoder's backward pass."""
+    encoder = config.encoders[name]
+    if not encoder.is_trained:
+        return 0.0
+    total = 2 * (encoder_flops(work, name, config) - frozen_flops(work, name, config))
+    if encoder.adapter is not None:  # the layers' own weights have no gradients
+        total -= work.elements * 2 * encoder.num_layers * encoder_layer_weights(encoder)
+    if not encoder.trained_connector:
+        total -= work.elements * _connector_flops(encoder, config.decoder.hidden_size)
+    return total
+
+
 def frozen_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
-    """Those of them that have no backward pass."""
+    """Those of an encoder's forward pass that have no backward pass."""
     encoder = config.encoders[name]
     if encoder.trained_layers == "all":
         return 0.0
+    below = _patch_flops(work, encoder)
+    if encoder.adapter is not None:
+        return float(below)
     layer = work.elements * 2 * encoder_layer_weights(encoder) + 4 * encoder.hidden_size * work.pairs
-    return float(encoder.num_frozen_layers * layer + _patch_flops(work, encoder))
+    return float(encoder.num_frozen_layers * layer + below)
 
 
 def _patch_flops(work: EncoderWork, encoder: EncoderConfig) -> float:

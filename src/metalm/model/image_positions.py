@@ -4,10 +4,44 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from metalm.errors import CheckpointError
+
+_MOST_ROWS_BEFORE_PATCHES = 2
+"""Of a class token and the like, in models of transformers."""
+
+
+def holds_positions(name: str) -> bool:
+    """Whether a parameter, by its name, is an encoder's positions of patches: of ours or of transformers."""
+    return name.endswith(
+        ("image_positions.weight", ".position_embeddings", "embeddings.position_embedding.weight")
+    )
+
+
+def fit_positions(table: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Positions for another grid of patches; see `fit_image_positions`.
+
+    Args:
+        table: [rows, D] or [1, rows, D]: perhaps one row or two of their own, then a square grid.
+        shape: that is wanted.
+
+    Raises:
+        CheckpointError: the rows of one of them are no square grid.
+    """
+    rows = table.reshape(-1, table.shape[-1])
+    wanted = shape[-2]
+    for first in range(_MOST_ROWS_BEFORE_PATCHES + 1):
+        if _is_square(len(rows) - first) and _is_square(wanted - first):
+            fitted = fit_image_positions(rows[first:], wanted - first)
+            return torch.cat((rows[:first], fitted)).reshape(shape)
+    return fit_image_positions(rows, wanted).reshape(shape)
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def fit_image_positions(positions: Tensor, num_patches: int) -> Tensor:

@@ -7,6 +7,7 @@ clip, and those of silence behind a clip that is shorter than others.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,12 +21,14 @@ from transformers.utils import logging
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig
 from metalm.config.foreign_folder import read_foreign_config
-from metalm.config.pretrained_folder import positions_before_text
+from metalm.config.pretrained_folder import image_size_of, positions_before_text
 from metalm.errors import ConfigError
 from metalm.kernels import IntervalMask
 from metalm.kernels.adapters import register_interval_attention
 from metalm.modalities import Media, modality_of_encoder
+from metalm.model.adapters import adapt_pretrained, is_adapter
 from metalm.model.connector import build_connector
+from metalm.model.image_positions import fit_positions
 from metalm.model.visibility import share_mask
 
 CHECK_LENGTHS = (5, 160)
@@ -43,9 +46,12 @@ class PretrainedEncoder(nn.Module):
         self.first_position = positions_before_text(config.pretrained.definition)
         self.model = build_skeleton(config)
         self.connector = build_connector(config.connector, config.hidden_size, decoder_hidden_size)
+        self.connector.requires_grad_(config.trained_connector)
         trained = trained_names(self.model, config)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
+        if config.adapter is not None:
+            adapt_pretrained(self.model, config.adapter, _unused_names(config))
         if config.recompute:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -101,11 +107,15 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         skeleton = build_skeleton(config)
     read_foreign_config(folder)
+    settings = skeleton.config
+    if config.pretrained.image_size is not None:
+        settings = copy.deepcopy(settings)
+        settings.image_size = image_size_of(folder)
     try:
         with _quietly():
             model, report = type(skeleton).from_pretrained(
                 folder,
-                config=skeleton.config,
+                config=settings,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -117,7 +127,11 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
     wanted = dict(skeleton.named_parameters())
     if missing := sorted(set(report["missing_keys"]) & wanted.keys()):
         raise ConfigError(f"{folder} lacks {len(missing)} weight(s), such as {missing[0]}")
-    return {name: value for name, value in model.named_parameters() if name in wanted}
+    found = {name: value for name, value in model.named_parameters() if name in wanted}
+    for name, parameter in wanted.items():
+        if found[name].shape != parameter.shape:
+            found[name] = fit_positions(found[name].detach(), tuple(parameter.shape))
+    return found
 
 
 def trained_names(model: Any, config: EncoderConfig) -> set[str]:
@@ -146,11 +160,14 @@ def parameter_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=8)
 def count_parameters(encoder: str) -> tuple[int, int]:
-    """Trained and frozen parameters without the connector, of an `EncoderConfig` as JSON."""
+    """Trained and frozen parameters of an `EncoderConfig` as JSON, with its adapter, without connector."""
     config = EncoderConfig.model_validate_json(encoder)
     with torch.device("meta"):
         model = build_skeleton(config)
     trained = trained_names(model, config)
+    if config.adapter is not None:
+        adapt_pretrained(model, config.adapter, _unused_names(config))
+        trained |= {name for name, _ in model.named_parameters() if is_adapter(name)}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     num_trained = sum(size for name, size in sizes.items() if name in trained)
     return num_trained, sum(sizes.values()) - num_trained

@@ -10,9 +10,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from metalm.config import DecoderConfig, EncoderConfig, RunConfig
+from metalm.config import EncoderConfig, RunConfig
 from metalm.loss_chunks import chunk_positions
-from metalm.model.flops import Work
+from metalm.model.flops import Work, trains_output
 from metalm.model.parameters import ParameterCount, count_decoder, count_encoders
 from metalm.planning.zero import ZeroSettings, zero_settings
 
@@ -68,7 +68,7 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
     """
     tensor, size = config.parallel.tensor, element_size(config)
     decoder = count_decoder(config.model, tensor)
-    activations = decoder_activations(config.model.decoder, config, size)
+    activations = decoder_activations(config, size)
     plans = {
         "decoder": _engine(
             decoder,
@@ -115,8 +115,12 @@ def shard_bytes(count: ParameterCount, zero: ZeroSettings, shards: int, size: in
     )
 
 
-def decoder_activations(decoder: DecoderConfig, config: RunConfig, size: int) -> float:
-    """What autograd keeps of the decoder for one micro-batch on one tensor-parallel rank."""
+def decoder_activations(config: RunConfig, size: int) -> float:
+    """What autograd keeps of the decoder for one micro-batch on one tensor-parallel rank.
+
+    Frozen layers keep no inputs of their products; with nothing trained below them, nothing at all.
+    """
+    decoder = config.model.decoder
     positions = config.training.micro_batch_size * config.data.sequence_length
     tensor, hidden = config.parallel.tensor, decoder.hidden_size
     # Split over TP: query, key, value, attended; and what the feed-forward keeps of its inner width.
@@ -126,17 +130,23 @@ def decoder_activations(decoder: DecoderConfig, config: RunConfig, size: int) ->
     # On every TP rank: both norms' inputs and outputs, unless sequence parallelism splits them, too.
     repeated = 4 * hidden / (tensor if config.parallel.sequence_parallel else 1)
     ends = 2 * hidden  # the docked input, and what the output layer reads
+    layer = split + repeated
+    frozen = 0 if decoder.adapter is not None else decoder.num_frozen_layers
+    frozen_layer = 0.0
+    if any(encoder.is_trained for encoder in config.model.encoders.values()):
+        frozen_layer = layer - decoder.feed_forward_size / tensor - repeated / 2
     if decoder.recompute:
-        per_position = decoder.num_layers * hidden + split + repeated + ends
+        kept = frozen if frozen_layer else 0
+        per_position = (decoder.num_layers - frozen + kept) * hidden + max(layer, frozen_layer) + ends
     else:
-        per_position = decoder.num_layers * (split + repeated) + ends
+        per_position = (decoder.num_layers - frozen) * layer + frozen * frozen_layer + ends
     return size * positions * per_position
 
 
 def encoder_activations(encoder: EncoderConfig, elements: int, size: int) -> float:
     """What autograd keeps of one encoder for one share of so many elements."""
     hidden = encoder.hidden_size
-    trained = encoder.num_layers - encoder.num_frozen_layers
+    trained = encoder.num_layers - (0 if encoder.adapter is not None else encoder.num_frozen_layers)
     # Both norms' inputs and outputs, query, attended; key, value; what the feed-forward keeps.
     layer = 6 * hidden + 2 * encoder.key_value_heads * encoder.head_size
     layer += INNER_KEPT[encoder.activation] * encoder.feed_forward_size
@@ -165,4 +175,6 @@ def _loss_buffers(config: RunConfig, size: int) -> float:
     all_positions = config.training.micro_batch_size * config.data.sequence_length
     positions = min(chunk_positions(rows, size, on_cpu=False), all_positions)
     gradient = rows * config.model.decoder.hidden_size * (size if positions == all_positions else 4)
+    if not trains_output(config.model.decoder):
+        gradient = 0
     return gradient + positions * rows * size

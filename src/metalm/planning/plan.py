@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from metalm.config import RunConfig
 from metalm.config.rules import check_topology
 from metalm.model.flops import (
-    FORWARD_AND_BACKWARD,
     Work,
+    decoder_backward_flops,
     decoder_flops,
+    encoder_backward_flops,
     encoder_flops,
     frozen_flops,
     training_flops,
@@ -146,14 +147,15 @@ def _executed_flops(config: RunConfig, micro_batch: Work) -> float:
     model, tensor = config.model, config.parallel.tensor
     positions = config.training.micro_batch_size * config.data.sequence_length
     whole = dataclasses.replace(micro_batch, positions=positions)
-    passes = FORWARD_AND_BACKWARD + (1 if model.decoder.recompute else 0)
-    total = passes * decoder_flops(whole, model) / tensor
+    passes = 2 if model.decoder.recompute else 1
+    total = (passes * decoder_flops(whole, model) + decoder_backward_flops(whole, model)) / tensor
     for name, encoder in model.encoders.items():
         work = micro_batch.encoders[name]
         if work.elements:
             padding = share_elements(micro_batch, name, tensor) * tensor / work.elements
-            passes = FORWARD_AND_BACKWARD + (1 if encoder.recompute else 0)
-            flops = passes * encoder_flops(work, name, model) - (passes - 1) * frozen_flops(work, name, model)
+            flops = encoder_flops(work, name, model) + encoder_backward_flops(work, name, model)
+            if encoder.recompute:
+                flops += encoder_flops(work, name, model) - frozen_flops(work, name, model)
             total += padding * flops / tensor
     return total
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from metalm.config import RunConfig
 from metalm.config.model_schema import TEXT
-from metalm.model.encoder_parameters import count_connector, count_encoder, count_frozen
+from metalm.model.encoder_parameters import (
+    count_connector,
+    count_encoder,
+    count_frozen,
+    count_frozen_connector,
+)
 from metalm.planning.memory import KINDS
 from metalm.planning.plan import CONTEXT_BYTES, USABLE_SHARE, Plan
 from metalm.planning.search import Found, overrides
@@ -41,15 +46,15 @@ def describe_memory(plan: Plan) -> str:
         sizes = [getattr(engine.held, kind) for kind in KINDS]
         cells = "".join(f"{size / MIB:>13,.1f}" for size in [*sizes, sum(sizes)])
         count, stage = engine.count, engine.zero.stage
-        trained = count.total - count.frozen
-        lines.append(f"{name:<12}{count.total:>16,}{trained:>16,}{stage:>6}{cells}")
+        lines.append(f"{name:<12}{count.total:>16,}{count.total_trained:>16,}{stage:>6}{cells}")
     model = plan.config.model
     for name, encoder in model.encoders.items():
         own, connector = count_encoder(encoder, model), count_connector(encoder, model)
         trained = own - count_frozen(encoder, model)
         lines.append(f"  {name:<10}{own:>16,}{trained:>16,}")
         on_top = "head" if encoder.connector == "detection" else "connector"
-        lines.append(f"  {on_top:<10}{connector:>16,}{connector:>16,}")
+        trained = connector - count_frozen_connector(encoder, model)
+        lines.append(f"  {on_top:<10}{connector:>16,}{trained:>16,}")
     sizes = [*plan.bytes_by_kind.values(), plan.total_bytes]
     lines.append(f"{'all':<50}" + "".join(f"{size / MIB:>13,.1f}" for size in sizes))
     return "\n".join(lines)

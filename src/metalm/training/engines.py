@@ -17,7 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.comm.torch import build_shm_op
-from torch import nn
+from torch import Tensor, nn
 
 from metalm.config import OptimizerConfig, RunConfig
 from metalm.config.load import load_deepspeed_json
@@ -26,12 +26,19 @@ from metalm.model.encoder import EncoderBank, encoder_draw, load_pretrained_weig
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
+from metalm.training.frozen_engine import FrozenEngine
 from metalm.training.owned_ranges import create_optimizer_state
+
+RATE_RATIO = "rate_ratio"
+"""Key of an optimizer's parameter group."""
 
 
 @dataclass(frozen=True)
 class Engines:
-    """DeepSpeed engines by component; a model without encoders has a decoder alone."""
+    """DeepSpeed engines by component; a model without encoders has a decoder alone.
+
+    A component of which nothing is trained is a `FrozenEngine`; one of them at least is trained.
+    """
 
     decoder: Any
     encoders: Any | None
@@ -40,6 +47,21 @@ class Engines:
         """`decoder` and, where there is one, `encoders`."""
         engines = {"decoder": self.decoder}
         return engines if self.encoders is None else engines | {"encoders": self.encoders}
+
+    def trained(self) -> dict[str, Any]:
+        """Those with an optimizer, by component."""
+        engines = self.by_component().items()
+        return {name: engine for name, engine in engines if not isinstance(engine, FrozenEngine)}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far that were refused: by all engines together."""
+        return max(engine.skipped_steps for engine in self.trained().values())
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass through all of them, of a loss that is scaled as `TrainStep` says."""
+        first = next(iter(self.trained().values()))
+        first.backward(loss, scale_wrt_gas=False)
 
 
 def gradient_accumulation_steps(config: RunConfig, data_size: int) -> int:
@@ -120,9 +142,13 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
         "bf16": {"enabled": config.training.precision == "bf16"},
         "steps_per_print": sys.maxsize,
     }
+    module.to(topology.device)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return FrozenEngine(module, content | owned, mpu)
+    component = "decoder" if isinstance(module, Decoder) else "encoders"
     engine, *_ = deepspeed.initialize(
-        model=module.to(topology.device),
-        optimizer=_build_optimizer(module, config.training.optimizer, topology.device),
+        model=module,
+        optimizer=_build_optimizer(module, component, config.training.optimizer, topology.device),
         config=content | owned,
         mpu=mpu,
     )
@@ -131,16 +157,28 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
 
 
 def _build_optimizer(
-    module: nn.Module, config: OptimizerConfig, device: torch.device
+    module: nn.Module, component: str, config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW; biases and normalisation weights do not decay."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    """AdamW; biases and normalisation weights do not decay, components may have their own learning rates.
+
+    Each group says in `RATE_RATIO` what the common learning rate is multiplied by.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            peak = config.learning_rates.of(component, name) or config.learning_rate
+            key = (peak / config.learning_rate, parameter.dim() > 1)
+            groups.setdefault(key, []).append(parameter)
+    decays = {True: config.weight_decay, False: 0.0}
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=device.type == "cuda"
+        [
+            {"params": parameters, "weight_decay": decays[is_matrix], RATE_RATIO: ratio}
+            for (ratio, is_matrix), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=device.type == "cuda",
     )
 
 

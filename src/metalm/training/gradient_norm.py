@@ -7,7 +7,7 @@ not finite both report -1, DeepSpeed's mark for "skip this step".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,17 @@ class GradientNorms:
     """Norms before clipping, as device scalars; -1 where DeepSpeed found it not finite."""
 
     joint: Tensor
-    parts: tuple[Tensor, ...]
-    """One per engine, in the order given to JointNorm."""
+    parts: dict[str, Tensor]
+    """By component that is trained."""
 
 
 class JointNorm:
     """Measures and joins the gradient norms of several DeepSpeed ZeRO engines."""
 
-    def __init__(self, engines: Sequence[Any]) -> None:
-        """Take over how the engines' ZeRO optimizers (stages 1 to 3) report their norm."""
+    def __init__(self, engines: Mapping[str, Any]) -> None:
+        """Take over how the ZeRO optimizers (stages 1 to 3) of engines, by component, report their norm."""
         self._joint = torch.tensor(-1.0)
-        self._measures = [self._take_over(engine.optimizer) for engine in engines]
+        self._measures = {name: self._take_over(engine.optimizer) for name, engine in engines.items()}
 
     def measure(self) -> GradientNorms:
         """The norms of the gradients as they stand after the boundary's backward.
@@ -40,8 +40,8 @@ class JointNorm:
 
         Collective: the groups of every engine.
         """
-        parts = tuple(measure().float() for measure in self._measures)
-        norms = torch.stack(parts)
+        parts = {name: measure().float() for name, measure in self._measures.items()}
+        norms = torch.stack(tuple(parts.values()))
         usable = torch.isfinite(norms).all() & (norms >= 0).all()
         self._joint = torch.where(usable, norms.norm(), torch.full_like(norms[0], -1.0))
         return GradientNorms(self._joint, parts)

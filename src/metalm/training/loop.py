@@ -128,7 +128,7 @@ class _Run:
         """Everything but the place in the data and what the engines hold."""
         self._step = self._saved_step = self._ending.step = state.step
         self._trained_tokens.fill_(state.progress.trained_tokens)
-        self._skipped_steps = self._engines.decoder.skipped_steps
+        self._skipped_steps = self._engines.skipped_steps
         if state.guard is not None:
             self._guard.load(state.guard)
 

@@ -22,6 +22,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from metalm.checkpoint.format import STATES
+from metalm.training.frozen_engine import FrozenEngine
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,13 @@ def set_state(engine: Any, parameter: Any, state: str, values: Tensor) -> None:
 
 
 def push_masters(engine: Any) -> None:
-    """Make the working weights follow the fp32 masters.
+    """Make the working weights follow what was set.
 
     Collective: the engine's data-parallel group.
     """
+    if isinstance(engine, FrozenEngine):
+        engine.forget_gathered()
+        return
     optimizer = engine.optimizer
     if not is_partitioned(engine):
         optimizer.update_lp_params()
@@ -121,11 +125,15 @@ def push_masters(engine: Any) -> None:
 
 def optimizer_step(engine: Any) -> float:
     """How many updates Adam has made."""
+    if isinstance(engine, FrozenEngine):
+        return 0.0
     return float(engine.optimizer.optimizer.state[_flat_masters(engine)[0]]["step"])
 
 
 def set_optimizer_step(engine: Any, step: float) -> None:
     """Set Adam's count of updates, on which its bias correction depends."""
+    if isinstance(engine, FrozenEngine):
+        return
     for flat in _flat_masters(engine):
         engine.optimizer.optimizer.state[flat]["step"].fill_(step)
 
@@ -137,6 +145,13 @@ def _flat_masters(engine: Any) -> list[Tensor]:
         if is_partitioned(engine)
         else optimizer.single_partition_of_fp32_groups
     )
+
+
+def _data_group(engine: Any) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = (
+        engine.data_group if isinstance(engine, FrozenEngine) else engine.optimizer.dp_process_group
+    )
+    return group
 
 
 def _partition_of(engine: Any, parameter: Any) -> OwnedRange | None:
@@ -170,7 +185,7 @@ def _fragment_of(parameter: Any) -> OwnedRange | None:
 
 def _part_of_whole(engine: Any, whole: OwnedRange) -> OwnedRange:
     """This rank's equal part of what every rank of the data-parallel group keeps whole."""
-    group = engine.optimizer.dp_process_group
+    group = _data_group(engine)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     start, end = rank * whole.size // ranks, (rank + 1) * whole.size // ranks
     return OwnedRange(start, {state: values[start:end] for state, values in whole.states.items()})
@@ -179,5 +194,5 @@ def _part_of_whole(engine: Any, whole: OwnedRange) -> OwnedRange:
 def _partition(engine: Any, parameter: Any) -> tuple[int, int]:
     """Start and true size of this rank's ZeRO 3 partition of a parameter's shard."""
     partition_size = parameter.ds_tensor.numel()
-    start = dist.get_rank(engine.optimizer.dp_process_group) * partition_size
+    start = dist.get_rank(_data_group(engine)) * partition_size
     return start, min(parameter.ds_numel - start, partition_size)

@@ -36,7 +36,7 @@ from metalm.training.weights import adopt, restore
 
 logger = logging.getLogger(__name__)
 
-_FREE_TO_CHANGE = ("dropout", "recompute", "trained_layers", "pretrained.path")
+_FREE_TO_CHANGE = ("dropout", "recompute", "trained_layers", "trained_connector", "pretrained.path")
 """Ends of keys of the model's section that may differ from start to start: the weights keep their meaning."""
 
 

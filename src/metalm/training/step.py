@@ -12,7 +12,7 @@ from torch import Tensor
 from metalm.batch import SemiCausalBatch
 from metalm.objectives import Objective
 from metalm.parallel.topology import Topology
-from metalm.training.engines import Engines
+from metalm.training.engines import RATE_RATIO, Engines
 from metalm.training.gradient_norm import GradientNorms, JointNorm
 from metalm.training.guards import FINE, StepGuard
 from metalm.training.timing import PartTimer
@@ -51,10 +51,9 @@ class TrainStep:
         self._engines = engines
         self._objective = objective
         self._guard = guard
-        self._all = list(engines.by_component().values())
         self._topology = topology
         self._num_sources = num_sources
-        self._joint_norm = JointNorm(self._all)
+        self._joint_norm = JointNorm(engines.trained())
         self.timer = PartTimer(topology.device)
 
     def run(self, micro_batches: Sequence[SemiCausalBatch], learning_rate: float) -> StepResult:
@@ -66,7 +65,7 @@ class TrainStep:
         Args:
             micro_batches: this data-parallel rank's, alike on all ranks of a TP group; as many as the
                 engines accumulate.
-            learning_rate: of this step.
+            learning_rate: of this step, of components without one of their own.
 
         Collective: all ranks.
         """
@@ -92,18 +91,18 @@ class TrainStep:
                 parts = dict(zip(parts, together, strict=True))
             verdict = self._guard.judge(sums, counts, norms.joint)
             self._joint_norm.refuse(verdict != FINE)
-            for engine in self._all:
+            for engine in self._engines.trained().values():
                 for group in engine.optimizer.param_groups:
-                    group["lr"] = learning_rate
+                    group["lr"] = learning_rate * group[RATE_RATIO]
             self._step_engines()
-        return StepResult(sums, counts, parts, norms, self._engines.decoder.skipped_steps)
+        return StepResult(sums, counts, parts, norms, self._engines.skipped_steps)
 
     def _forward_backward(
         self, batch: SemiCausalBatch, scale: Tensor, sums: Tensor, parts: dict[str, Tensor]
     ) -> None:
         """Add a micro-batch's gradients, and what was measured of it to `sums` [sources] and `parts`."""
         losses = self._objective.losses(self._engines, batch, self._topology)
-        self._engines.decoder.backward((losses.weighted.sum() * scale).float(), scale_wrt_gas=False)
+        self._engines.backward((losses.weighted.sum() * scale).float())
         sums += sum_by_source(losses.weighted.detach(), batch, self._num_sources)
         for name, part in losses.parts.items():
             key = f"{self._objective.name}/{name}"
@@ -111,5 +110,5 @@ class TrainStep:
 
     def _step_engines(self) -> None:
         """Advance the accumulation; at its boundary, update."""
-        for engine in self._all:
+        for engine in self._engines.by_component().values():
             engine.step()

@@ -18,7 +18,8 @@ from metalm.checkpoint.format import STATES
 from metalm.checkpoint.layout import ShardLayout
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import CheckpointError
-from metalm.model.image_positions import fit_image_positions
+from metalm.model.adapters import is_adapter
+from metalm.model.image_positions import fit_positions, holds_positions
 from metalm.parallel.agreement import together
 from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
@@ -60,7 +61,8 @@ def adopt(
         reader: of the checkpoint.
         component: `decoder` or `encoders`.
         engines: of this run, freshly built.
-        new: patterns of parameter names that the checkpoint may lack: they keep their own start.
+        new: patterns of parameter names that the checkpoint may lack, as it may adapters: they keep their
+            own start.
         topology: this rank's place.
 
     Raises:
@@ -72,8 +74,13 @@ def adopt(
     with together():
         layouts = _layouts(engine, topology)
         saved = reader.parameters(component)
+        if lost := sorted(name for name in saved.keys() - layouts.keys() if is_adapter(name)):
+            raise CheckpointError(
+                f"{reader.folder} has an adapter, such as {lost[0]}, which the model has not: give the model "
+                "the same adapter, or export the checkpoint, which merges it, and restore that"
+            )
         for name in layouts.keys() - saved.keys():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in new):
+            if is_adapter(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in new):
                 del layouts[name]
         if unused := saved.keys() - layouts.keys():
             logger.warning(
@@ -136,9 +143,13 @@ def _fit_positions(
     """Positions of image patches, whole, of a model whose images have another resolution."""
     saved = reader.parameters(component)
     return {
-        name: fit_image_positions(reader.read(component, name), layout.shape[0])
+        name: fit_positions(reader.read(component, name), layout.shape)
         for name, layout in layouts.items()
-        if name.endswith("image_positions.weight") and name in saved and saved[name][0] != layout.shape[0]
+        if component == "encoders"
+        and holds_positions(name)
+        and name in saved
+        and saved[name] != layout.shape
+        and saved[name][-1:] == layout.shape[-1:]
     }
 
 

@@ -41,7 +41,9 @@ def main(kind: str, tokenizer_folder: Path, out: Path) -> None:
     for component, module in (("decoder", decoder), ("encoders", encoders)):
         for name, parameter in module.named_parameters():
             with torch.no_grad():  # so that biases and norms matter, and that greedy text is no one word
-                small = parameter.dim() == 1 or "embed" in name or "output_layer" in name
+                small = parameter.dim() == 1 or any(
+                    part in name for part in ("embed", "output_layer", "lora")
+                )
                 product = gated and "linear_fc1" in name  # two of its outputs are multiplied
                 scale = 0.1 if small else 0.2 if product or component == "encoders" else 0.4
                 parameter += scale * torch.randn(parameter.shape, generator=draw)

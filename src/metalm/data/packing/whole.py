@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from metalm.data.augmented import ImageAugmenter
 from metalm.data.documents.maker import NUM_DRAWS, DocumentMaker, Made
 from metalm.data.failures import FailureGuard
 from metalm.data.order.streams import Stream
@@ -15,7 +16,7 @@ from metalm.data.row import Row, lay_out
 from metalm.data.sample_stream import Order, Place, RowCounters, SampleStream
 from metalm.data.sources import Source
 from metalm.data.storage.locations import SampleLocation
-from metalm.document import Document
+from metalm.document import Document, ReadPart
 from metalm.errors import BadSample
 
 DOCUMENTS_AHEAD = 16
@@ -48,12 +49,14 @@ class WholePacker:
         sequence_length: int,
         draws: Stream,
         max_consecutive_failures: int,
+        augmenter: ImageAugmenter | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.counters = RowCounters.from_state(state["counters"]) if state else RowCounters()
         self._source, self._maker, self._length, self._draws = source, maker, sequence_length, draws
         # A short clip costs its encoder as much as a whole one, so no more of them go to a row.
         self._max_media = max(1, sequence_length // max(1, maker.max_vectors))
+        self._augmenter = augmenter
         guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
         place = Place(*state["place"]) if state else Place(0, 0)
         self._stream = SampleStream(source, order, lane, self._look, guard, place)
@@ -80,7 +83,7 @@ class WholePacker:
             if waiting is None:
                 break
             try:
-                document = waiting.document.decoded(self._maker.read)
+                document = waiting.document.decoded(self._read_at(waiting.place))
             except BadSample as failure:
                 shard = self._source.reader.path_of(waiting.location.shard)
                 self._decoding_guard.failed(failure.cause, shard, waiting.location.sample)
@@ -95,6 +98,11 @@ class WholePacker:
         row = lay_out(documents, self._source.tokenizer, self._source.source_id)
         self.counters.count_row(row, self._length)
         return row
+
+    def _read_at(self, place: Place) -> ReadPart:
+        if self._augmenter is None:
+            return self._maker.read
+        return self._augmenter.reading(self._maker.read, place.ordinal)
 
     def _look_ahead(self) -> None:
         while len(self._waiting) < DOCUMENTS_AHEAD:

@@ -123,7 +123,7 @@ class StepFigures:
             figures[name] = total / max(count, 1.0)
         figures["optimizer/learning_rate"] = rate
         figures["optimizer/gradient_norm"] = float(result.norms.joint)
-        for name, norm in zip(("decoder", "encoders"), result.norms.parts, strict=False):
+        for name, norm in result.norms.parts.items():
             figures[f"optimizer/gradient_norm_{name}"] = float(norm)
         figures["optimizer/skipped_steps"] = result.skipped_steps
         return figures
