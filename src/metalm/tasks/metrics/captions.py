@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -62,9 +63,9 @@ class _WeightedNgrams:
     def __init__(self, ngrams: Counter[Ngram], images_with: Counter[Ngram], num_images: int) -> None:
         self.weights: list[dict[Ngram, float]] = [{} for _ in range(_ORDER)]
         for ngram, count in ngrams.items():
-            weight = count * (np.log(num_images) - np.log(max(1, images_with[ngram])))
+            weight = count * math.log(num_images / max(1, images_with[ngram]))
             self.weights[len(ngram) - 1][ngram] = weight
-        self.norms = [np.sqrt(sum(weight**2 for weight in weights.values())) for weights in self.weights]
+        self.norms = [math.sqrt(sum(weight**2 for weight in weights.values())) for weights in self.weights]
         self.length = sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
 
     def similarity(self, reference: _WeightedNgrams) -> float:
@@ -77,7 +78,7 @@ class _WeightedNgrams:
                 shared = given.keys() & wanted.keys()
                 product = sum(min(given[ngram], wanted[ngram]) * wanted[ngram] for ngram in shared)
                 cosines += product / (norm * wanted_norm)
-        return cosines / _ORDER * np.exp(-((self.length - reference.length) ** 2) / (2 * _SIGMA**2))
+        return cosines / _ORDER * math.exp(-((self.length - reference.length) ** 2) / (2 * _SIGMA**2))
 
 
 def _cider_d(answered: Sequence[Answered]) -> list[float]:

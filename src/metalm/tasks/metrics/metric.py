@@ -32,7 +32,8 @@ class Answered(NamedTuple):
     group: str = ""
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """A metric on a set of examples.
 
     Attributes:

@@ -1,9 +1,11 @@
 """Words of captions as COCO's evaluation has them: Penn Treebank tokens in lower case, without punctuation.
 
-COCO's evaluation runs Stanford's tokenizer in Java. This one has its rules for English text (clitics,
-hyphens, numbers, abbreviations, brackets, tags, faces), found by comparing outputs. Two habits of the
-original make words that one would not expect, and count in every published number: brackets become -lrb-,
--rrb- and so on and stay, and so do runs such as ?!.
+COCO's evaluation runs Stanford's tokenizer in Java. This one has its rules for English (clitics, hyphens,
+numbers, abbreviations, brackets, tags, faces), found by comparing outputs: of 930,000 words of dictionary
+glosses, reviews, editorials and tweets about 50 differ (rare abbreviations, telephone numbers, slang).
+
+Two habits of the original make words that one would not expect, and count in every published number: brackets
+become -lrb-, -rrb- and so on and stay, and so do runs such as ?!.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _ABBREVIATIONS = """
     tenn thu thurs treas tues? univ va vs vt wed wisc? wm wyo
 """
 _CAPITAL_ABBREVIATIONS = (
-    "A(?i:rk|z) D(?i:el) I(?i:ll) L(?i:a) M(?i:ass|e|iss) O(?i:re) P(?i:a) T(?i:ex) W(?i:ash)"
+    "A(?i:rk|z) D(?i:el) I(?i:ll) L(?i:a) M(?i:ass|iss) O(?i:re) P(?i:a) T(?i:ex) W(?i:ash)"
 )
 """Keep their period with a capital only."""
 _BEFORE_NUMBERS = "art ca figs? nos? op pp prop"
@@ -56,7 +58,8 @@ _LETTER = r"(?:[^\W\d_][\u0300-\u036f]*)"
 _NO_LETTER = r"(?![^\W\d_])"
 _PART = rf"(?:{_LETTER}|\d)+"
 _INITIALS = r"(?:[A-Za-z]\.){2,}"
-_COMPOUND = rf"(?:{_INITIALS}(?=-)|{_PART})(?:[-_](?:{_INITIALS}|{_PART}))*"
+_FIRST_PART = rf"(?:{_INITIALS}(?=-)|{_PART})"
+_HYPHENED = rf"{_FIRST_PART}(?:-(?:{_INITIALS}|{_PART}))*"
 _NUMBER = r"(?:\d*(?:[.,:]\d+)+|\d+)"
 _URL_REST = r"[^\s<>\"]*[^\s<>\".,;:!?'()]"
 
@@ -75,7 +78,8 @@ _PATTERNS = [
         r"[<>]?[:;=][-o*']?(?:[()\\{@|\[\]]|[DPpO](?!\w))",
         r"[-^x=~<>]_[-^x=~<>]",
         # Words, compounds, two or three of them with slashes
-        rf"{_COMPOUND}(?:/{_COMPOUND}){{0,2}}",
+        rf"{_HYPHENED}(?:/{_HYPHENED}){{0,2}}",
+        rf"{_FIRST_PART}(?:[-_]{_PART})+",
         rf"\d+(?:[.,]\d+)+(?:-{_PART})+",
         rf"{_LETTER}+(?:\.{_LETTER}+)+",
         r"[A-Za-z]+[!?][A-Za-z]+(?!\w)",
