@@ -317,7 +317,7 @@ def test_the_byte_of_trec_that_is_no_text_is_a_space() -> None:
     assert not dropped
 
 
-@pytest.mark.parametrize("name", ["mnli", "yelp_polarity", "piqa"])
+@pytest.mark.parametrize("name", ["mnli", "yelp_polarity", "piqa", "imdb"])
 def test_archives_read_as_what_is_unpacked(name: str, tmp_path: Path) -> None:
     task = load_task(name)
     assert task.data.archive is not None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, DataError
 from metalm.tasks.records import TaskData
 from metalm.tasks.task_file import OwnOptions, load_task
 
@@ -98,3 +98,9 @@ def test_the_seed_changes_what_is_taken_but_not_what_is_held_out(tmp_path: Path)
     ]
     assert splits[0][0] == splits[0][1]
     assert splits[1][0] != splits[1][1]
+
+
+def test_a_split_of_which_nothing_is_left_says_so(tmp_path: Path) -> None:
+    path = written(tmp_path, data={"hold_out": {"tuning": {"of": "train", "last": 200}}})
+    with pytest.raises(DataError, match="(?s)no record of train can be used.*40 held out for other splits"):
+        TaskData(load_task(path), data_of(tmp_path, 40)).records("train")

@@ -42,6 +42,8 @@ class Tally:
     kept: int = 0
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By cause, how many records were left out, and where the first of them is."""
+    held_out: int = 0
+    """Those that are in another split."""
 
     def drop(self, bad: BadRecord) -> None:
         """Count a record that is left out."""
@@ -51,6 +53,8 @@ class Tally:
     def lines(self) -> Iterator[str]:
         """For people."""
         yield f"{self.kept:,} kept"
+        if self.held_out:
+            yield f"{self.held_out:,} held out for other splits"
         for cause, (count, first) in sorted(self.dropped.items()):
             yield f"{count:,} left out: {cause.replace('_', ' ')} (the first: {first})"
 
@@ -105,6 +109,7 @@ class TaskData:
             if one.of == split
             for record in self._held_out(name, Tally())
         }
+        tally.held_out += len(elsewhere)
         yield from (record for record in self._of_file(split, tally) if record.key not in elsewhere)
 
     def _held_out(self, split: str, tally: Tally) -> Iterable[TaskRecord]:
