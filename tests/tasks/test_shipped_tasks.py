@@ -5,10 +5,10 @@ What `metalm tasks show` prints of the first record in every wording stands in t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from metalm.tasks.records import Tally, TaskData
 from metalm.tasks.rendering import render
@@ -22,11 +22,8 @@ TASKS = list(find_tasks())
 @pytest.fixture
 def fitted(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The file of a task that comes with MetaLM, but it holds out one record of the few here."""
-    content = yaml.safe_load(find_tasks()[request.param].read_text())
-    for held_out in content["data"].get("hold_out", {}).values():
-        held_out.update({key: 1 for key in held_out if key != "of"})
     path = tmp_path / f"{request.param}.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    path.write_text(re.sub(r"(last|drawn): \d+\}", r"\1: 1}", find_tasks()[request.param].read_text()))
     return str(path)
 
 
