@@ -5,6 +5,7 @@ What `metalm tasks show` prints of the first record in every wording stands in t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ DATA, EXPECTED = Path(__file__).parent / "data", Path(__file__).parent / "expect
 TASKS = list(find_tasks())
 
 
+@pytest.fixture
+def fitted(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The file of a task that comes with MetaLM, but it holds out one record of the few here."""
+    path = tmp_path / f"{request.param}.yaml"
+    path.write_text(re.sub(r"(last|drawn): \d+\}", r"\1: 1}", find_tasks()[request.param].read_text()))
+    return str(path)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_rendered_as_expected(name: str) -> None:
     task = load_task(name)
@@ -25,15 +34,15 @@ def test_rendered_as_expected(name: str) -> None:
     assert shown == (EXPECTED / f"{name}.txt").read_text()
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_all_records_of_all_splits_are_worded(name: str) -> None:
-    splits = {line.partition(":")[0] for line in check_task(name, DATA)}
-    assert splits == set(load_task(name).data.splits)
+@pytest.mark.parametrize("fitted", TASKS, indirect=True)
+def test_all_records_of_all_splits_are_worded(fitted: str) -> None:
+    splits = {line.partition(":")[0] for line in check_task(fitted, DATA)}
+    assert splits == set(load_task(fitted).data.splits)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_targets_end_with_their_answers(name: str) -> None:
-    task = load_task(name)
+@pytest.mark.parametrize("fitted", TASKS, indirect=True)
+def test_targets_end_with_their_answers(fitted: str) -> None:
+    task = load_task(fitted)
     for split in task.data.splits:
         for record in TaskData(task, DATA).records(split, Tally()):
             for template in task.templates_for("finetuning"):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import io
+import lzma
+import shutil
 import tarfile
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -14,6 +19,17 @@ from metalm.errors import DataError
 
 MAX_FILE_BYTES = 8 * 2**30
 """Of a member of an archive, so that none can fill the memory or the disk."""
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
+"""What damaged or encrypted files raise."""
 
 
 class DataFiles:
@@ -59,7 +75,7 @@ class DataFiles:
                 return path.open("rb")
             if name in self._members:
                 return self._members[name]()
-        except (OSError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise DataError(f"{path} cannot be read: {error}") from None
         raise DataError(f"{path} is not there")
 
@@ -72,7 +88,7 @@ class DataFiles:
         with self.open(name) as handle:
             try:
                 return handle.read()
-            except (OSError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+            except _UNREADABLE as error:
                 raise DataError(f"{self.folder / name} cannot be read: {error}") from None
 
     def all_names(self, patterns: Sequence[str]) -> Iterator[str]:
@@ -93,14 +109,30 @@ class DataFiles:
                     for info in packed.infolist()
                     if not info.is_dir() and info.file_size <= MAX_FILE_BYTES
                 }
-            tar = tarfile.open(self._archive)  # noqa: SIM115 - its members are read as long as this lives
+            tar = _quickly_read(tarfile.open(self._archive))  # noqa: SIM115 - read as long as this lives
             return {
                 info.name.removeprefix("./"): functools.partial(_extract, tar, info)
                 for info in tar
                 if info.isfile() and info.size <= MAX_FILE_BYTES
             }
-        except (OSError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise DataError(f"{self._archive} is no zip or tar file: {error}") from None
+
+
+def _quickly_read(tar: tarfile.TarFile) -> tarfile.TarFile:
+    """A tar file in which going back costs nothing: itself, or decompressed into a temporary file.
+
+    In a compressed one each step back decompresses all from the front, for hours where files are many.
+    """
+    compressed = tar.fileobj
+    if compressed is None or isinstance(compressed, io.BufferedReader):
+        return tar
+    plain = tempfile.TemporaryFile()  # noqa: SIM115 - read as long as the tar file
+    compressed.seek(0)
+    shutil.copyfileobj(compressed, plain)
+    tar.close()
+    plain.seek(0)
+    return tarfile.open(fileobj=plain)
 
 
 def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:

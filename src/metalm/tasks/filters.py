@@ -19,6 +19,7 @@ FILTERS: dict[str, Callable[[Any], Any]] = {
     "breaks": lambda text: re.sub(r"<br\s*/?>", "\n", text),  # of HTML
     "escapes": lambda text: text.replace("\\n", "\n").replace('\\"', '"'),
     "spaces": lambda text: text.replace("_", " "),
+    "ascii": lambda text: re.sub(r"[^\x00-\x7f]+", " ", text),
     "one_line": lambda text: " ".join(text.split()),
     "unbracketed": lambda text: " ".join(re.sub(r"\[.*?\]", " ", text).split()),
     "lower": str.lower,

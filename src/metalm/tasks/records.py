@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import string
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Tally:
     kept: int = 0
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By cause, how many records were left out, and where the first of them is."""
+    held_out: int = 0
+    """Those that are in another split."""
 
     def drop(self, bad: BadRecord) -> None:
         """Count a record that is left out."""
@@ -51,6 +53,8 @@ class Tally:
     def lines(self) -> Iterator[str]:
         """For people."""
         yield f"{self.kept:,} kept"
+        if self.held_out:
+            yield f"{self.held_out:,} held out for other splits"
         for cause, (count, first) in sorted(self.dropped.items()):
             yield f"{count:,} left out: {cause.replace('_', ' ')} (the first: {first})"
 
@@ -97,15 +101,23 @@ class TaskData:
     def _usable(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
         data = self.task.data
         if split in data.hold_out:
-            held_out = data.hold_out[split]
-            yield from deque(self._of_file(held_out.of, tally), held_out.last)
+            yield from self._held_out(split, tally)
             return
-        last = sum(one.last for one in data.hold_out.values() if one.of == split)
-        waiting: deque[TaskRecord] = deque()
-        for record in self._of_file(split, tally):
-            waiting.append(record)
-            if len(waiting) > last:
-                yield waiting.popleft()
+        elsewhere = {
+            record.key
+            for name, one in data.hold_out.items()
+            if one.of == split
+            for record in self._held_out(name, Tally())
+        }
+        tally.held_out += len(elsewhere)
+        yield from (record for record in self._of_file(split, tally) if record.key not in elsewhere)
+
+    def _held_out(self, split: str, tally: Tally) -> Iterable[TaskRecord]:
+        held_out = self.task.data.hold_out[split]
+        records = self._of_file(held_out.of, tally)
+        if held_out.last is not None:
+            return deque(records, held_out.last)
+        return _drawn(records, held_out.drawn, f"{self.task.task} {split}")  # the same whatever the seed
 
     def _of_file(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
         for number, content in enumerate(read_records(self.task.data, self.files, split)):
@@ -116,10 +128,10 @@ class TaskData:
             )
             if isinstance(made, BadRecord):
                 tally.drop(made)
-            elif made is not None:
+            else:
                 yield made
 
-    def _make(self, content: Record, key: str, number: int) -> TaskRecord | BadRecord | None:
+    def _make(self, content: Record, key: str, number: int) -> TaskRecord | BadRecord:
         task = self.task
         fields: dict[str, Any] = {}
         for name, place in task.data.fields.items():
@@ -138,8 +150,8 @@ class TaskData:
             except (LookupError, ValueError, TypeError):
                 return BadRecord(f"unusable_{name}", key)
         for name, values in task.data.drop.items():
-            if as_text(fields[name]) in values:
-                return None
+            if (value := as_text(fields[name])) in values:
+                return BadRecord(f"unwanted_{name}", f"{key}, {value!r}")
         for name, pattern in task.data.media.items():
             fields[name] = MediaFile(self.files, filled_in(pattern, fields, task.maps))
         return self._with_answers(fields, key)

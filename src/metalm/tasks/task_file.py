@@ -31,10 +31,18 @@ Line = str | dict[str, str]
 
 
 class HeldOut(Section):
-    """A split that its owner does not have, taken from the end of another."""
+    """A split that its owner does not have, taken from another: its end, or records drawn from all of it."""
 
     of: Split
-    last: PositiveInt
+    last: PositiveInt | None = None
+    drawn: PositiveInt | None = None
+    """Where the owner's file is sorted, so that its end is of one kind."""
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Self:
+        if (self.last is None) == (self.drawn is None):
+            raise ValueError("give last or drawn")
+        return self
 
 
 class DataSection(Section):
@@ -228,6 +236,21 @@ class TaskFile(Section):
     decode: Decode = Decode()
     metrics: tuple[str, ...] = Field(min_length=1)
     evaluated_on: Split = "validation"
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _are_of_one_kind(cls, options: Any) -> Any:
+        """With `texts`, each record's own; else the same for all."""
+        if not isinstance(options, dict):
+            return options
+        if "texts" in options:
+            try:
+                return validated(OwnOptions, options, "each record's own options")
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        if unquoted := [one for pair in options.items() for one in pair if not isinstance(one, str)]:
+            raise ValueError(f"{unquoted[0]!r} is no text; put keys and texts into quotes")
+        return options
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

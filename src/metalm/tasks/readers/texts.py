@@ -24,7 +24,7 @@ def read_lines(
     """
     form = _compiled(pattern)
     for name in names:
-        for number, line in enumerate(_text(files, name, encoding).splitlines(), start=1):
+        for number, line in enumerate(_text(files, name, encoding).split("\n"), start=1):
             match = form.fullmatch(line)
             if match:
                 yield match.groupdict()

@@ -69,7 +69,10 @@ def read_wsc(files: DataFiles, names: Sequence[str], split: str) -> Iterator[Rec
             target, words = record["target"], record["text"].split(" ")
             at, pronoun = target["span2_index"], target["span2_text"]
             length = len(pronoun.split(" "))
-            words[at : at + length] = [f"*{' '.join(words[at : at + length])}*"]
+            there = " ".join(words[at : at + length])  # with what stands at it, such as a comma
+            words[at : at + length] = [
+                there.replace(pronoun, f"*{pronoun}*", 1) if pronoun in there else f"*{there}*"
+            ]
             name = target["span1_text"]
         except (KeyError, TypeError, AttributeError):
             yield BadRecord("no_target", f"{record.get('idx')}")

@@ -1,0 +1,106 @@
+"""Options and held-out splits of task files: what they are taken for, and what is said of mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from metalm.errors import ConfigError, DataError
+from metalm.tasks.records import TaskData
+from metalm.tasks.task_file import OwnOptions, load_task
+
+TASK: dict[str, Any] = {
+    "task": "sums",
+    "cluster": "misc",
+    "data": {
+        "folder": "sums",
+        "reader": "csv",
+        "files": {"train": "train.csv", "validation": "validation.csv"},
+        "fields": {"sum": "sum", "right": "right", "wrong": "wrong", "best": "best"},
+    },
+    "answer": "best",
+    "templates": [{"id": "plain", "span": ["{sum}"], "target": " {answer}"}],
+    "metrics": ["exact_match"],
+}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A task file with some keys changed; those of `data` one by one."""
+    content = {**TASK, **changes, "data": {**TASK["data"], **changes.get("data", {})}}
+    path = folder / "sums.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def data_of(folder: Path, count: int) -> Path:
+    (folder / "sums").mkdir()
+    rows = "".join(f"{n} + 1,{n + 1},{n},{n + 1}\n" for n in range(count))
+    (folder / "sums" / "train.csv").write_text(f"sum,right,wrong,best\n{rows}")
+    return folder
+
+
+def test_two_texts_of_options_are_fields_and_no_mapping(tmp_path: Path) -> None:
+    options = {"texts": "right", "keys": "wrong"}
+    assert load_task(written(tmp_path, options=options)).options == OwnOptions(texts="right", keys="wrong")
+
+
+def test_one_field_of_options_is_enough(tmp_path: Path) -> None:
+    assert load_task(written(tmp_path, options={"texts": "right"})).options == OwnOptions(texts="right")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": "right", "key": "wrong"}, "key: unknown key; did you mean 'keys'?"),
+        ({"a": "one", "b": True}, "True is no text; put keys and texts into quotes"),
+        ({0: "one", 1: "two"}, "0 is no text; put keys and texts into quotes"),
+    ],
+)
+def test_mistakes_in_options_are_named(options: dict[Any, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_task(written(tmp_path, options=options))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("amount", [{}, {"last": 2, "drawn": 2}])
+def test_a_split_is_the_last_or_drawn(amount: dict[str, int], tmp_path: Path) -> None:
+    hold_out = {"tuning": {"of": "train", **amount}}
+    with pytest.raises(ConfigError, match="give last or drawn"):
+        load_task(written(tmp_path, data={"hold_out": hold_out}))
+
+
+@pytest.mark.parametrize("amount", ["last", "drawn"])
+def test_splits_share_no_record_and_lose_none(amount: str, tmp_path: Path) -> None:
+    path = written(tmp_path, data={"hold_out": {"tuning": {"of": "train", amount: 10}}})
+    data = TaskData(load_task(path), data_of(tmp_path, 40))
+    tuning = [record.fields["sum"] for record in data.records("tuning")]
+    training = [record.fields["sum"] for record in data.records("train")]
+    everything = [f"{n} + 1" for n in range(40)]
+    assert len(tuning) == 10
+    assert sorted(tuning + training) == sorted(everything)
+    assert (tuning == everything[-10:]) == (amount == "last")
+
+
+def test_the_seed_changes_what_is_taken_but_not_what_is_held_out(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, data={"hold_out": {"tuning": {"of": "train", "drawn": 10}}, "take": {"train": 8}}
+    )
+    data_of(tmp_path, 40)
+    splits = [
+        [
+            [record.key for record in TaskData(load_task(path), tmp_path, seed=seed).records(split)]
+            for seed in (0, 1)
+        ]
+        for split in ("tuning", "train")
+    ]
+    assert splits[0][0] == splits[0][1]
+    assert splits[1][0] != splits[1][1]
+
+
+def test_a_split_of_which_nothing_is_left_says_so(tmp_path: Path) -> None:
+    path = written(tmp_path, data={"hold_out": {"tuning": {"of": "train", "last": 200}}})
+    with pytest.raises(DataError, match="(?s)no record of train can be used.*40 held out for other splits"):
+        TaskData(load_task(path), data_of(tmp_path, 40)).records("train")
