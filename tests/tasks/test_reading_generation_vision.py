@@ -302,3 +302,17 @@ def test_a_missing_image_is_named(name: str, split: str, image: str, tmp_path: P
     record = read(name, split, data=tmp_path)[0]
     with pytest.raises(DataError, match=f"{image} is not there"):
         render(task, task.templates[0], record, record.answers[0])
+
+
+@pytest.mark.parametrize("name", ["drop", "openbookqa", "arc_easy", "common_gen", "xsum", "coco_caption"])
+def test_packed_files_are_read_as_unpacked_ones(name: str, tmp_path: Path) -> None:
+    data = load_task(name).data
+    assert data.archive is not None
+    (tmp_path / data.folder).mkdir()
+    kind = "gztar" if data.archive.endswith(".tar.gz") else "zip"
+    packed = tmp_path / data.folder / data.archive
+    shutil.make_archive(str(packed).removesuffix(".tar.gz").removesuffix(".zip"), kind, DATA / data.folder)
+    assert [path.name for path in packed.parent.iterdir()] == [data.archive]
+    for split in data.splits:
+        found, expected = read(name, split, data=tmp_path), read(name, split)
+        assert [(one.key, one.answers) for one in found] == [(one.key, one.answers) for one in expected]
