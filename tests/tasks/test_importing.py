@@ -69,6 +69,10 @@ templates:
     id: 0006
     jinja: '{{passage}}'
     name: No target
+  0007: !Template
+    id: 0007
+    jinja: '{{passage ||| {{question}}'
+    name: Not closed
 """
 
 
@@ -119,6 +123,7 @@ def test_promptsources_jinja_becomes_templates_with_its_words_for_answers(tmp_pa
         "with-a-condition": "{% if label %} is outside of {{name}} and {{answer_choices[name]}}",
         "filtered": "{{passage | upper}} is outside of {{name}} and {{answer_choices[name]}}",
         "no-target": "it has 0 ||| instead of one",
+        "not-closed": "'{{passage' has braces that are not closed",
     }
 
 

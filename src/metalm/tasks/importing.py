@@ -140,7 +140,8 @@ def into_task(
     Raises:
         ConfigError: no template can be taken, or the task file is wrong.
     """
-    task = validated(TaskFile, dict(content), origin)
+    content = {key: value for key, value in content.items() if key != "source"}
+    task = validated(TaskFile, content, origin)
     made = Imported({**content, "maps": dict(content.get("maps") or {}), "templates": []})
     for wording in wordings:
         try:
@@ -236,7 +237,9 @@ def _braces(text: Any) -> Text:
 def _jinja(text: str) -> Text:
     pieces: list[str | Slot] = []
     for piece in _JINJA.split(text):
-        if not piece.startswith(("{{", "{%", "{#")):
+        if not _JINJA.fullmatch(piece):
+            if "{{" in piece or "{%" in piece:
+                raise _Refusal(f"{' '.join(piece.split())[:80]!r} has braces that are not closed")
             pieces.append(piece)
             continue
         inside = piece[2:-2].strip()
