@@ -63,6 +63,17 @@ def test_ten_templates_of_which_some_are_turned_around(name: str) -> None:
     assert not any("answer" in template.target for template in turned if name != "common_gen")
 
 
+@pytest.mark.parametrize("name", ["common_gen", "e2e_nlg", "aeslc", "samsum", "xsum"])
+def test_texts_are_searched_for_with_four_beams(name: str) -> None:
+    decode = load_task(name).decode
+    assert (decode.method, decode.num_beams, decode.length_penalty) == ("beam", 4, 0.6)
+
+
+@pytest.mark.parametrize("name", ["squad_v1", "drop", "natural_questions", "vqav2", "coco_caption"])
+def test_answers_and_captions_are_generated_greedily(name: str) -> None:
+    assert load_task(name).decode.method == "greedy"
+
+
 # Reading
 
 
@@ -195,8 +206,8 @@ def test_winograd_puts_each_name_in_place_of_the_pronoun_and_scores_what_follows
         "The ladder did not reach the gutter because the gutter| was too high.",
         "The baker thanked the miller, for the baker's| flour had arrived in time.",
         "The baker thanked the miller, for the miller's| flour had arrived in time.",
-        "Rosa waved to Ellen from the train. Rosa| had come to the platform to say farewell.",
         "Rosa waved to Ellen from the train. Ellen| had come to the platform to say farewell.",
+        "Rosa waved to Ellen from the train. Rosa| had come to the platform to say farewell.",
         "When the goat butted the gate, somebody mended the goat|.",
         "When the goat butted the gate, somebody mended the gate|.",
     ]
