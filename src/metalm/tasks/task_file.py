@@ -216,7 +216,7 @@ class TaskFile(Section):
     held_out_with: tuple[Name, ...] = ()
     """Clusters that are held out together with this one's, since they are too close to it."""
     data: DataSection
-    options: dict[str, str] | OwnOptions | None = None
+    options: Annotated[OwnOptions | dict[str, str] | None, Field(union_mode="left_to_right")] = None
     """By the value of `answer`, the text of each option; or where a record has them; None: free text."""
     answer: Name
     """The field with the answer: a key of the options, or a text or several."""

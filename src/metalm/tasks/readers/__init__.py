@@ -16,7 +16,7 @@ from metalm.tasks.readers.questions import read_drop, read_squad, read_vqa
 from metalm.tasks.readers.reader import BadRecord, MediaFile, Reader, Record
 from metalm.tasks.readers.tables import read_csv, read_json, read_jsonl, read_parquet, read_tsv
 from metalm.tasks.readers.texts import read_blocks, read_folder, read_lines, read_sections, read_xml
-from metalm.tasks.readers.wordings import read_mrpc, read_piqa, read_winogrande, read_wsc
+from metalm.tasks.readers.wordings import read_mrpc, read_piqa, read_winograd, read_winogrande, read_wsc
 from metalm.tasks.task_file import DataSection
 
 READERS: dict[str, Reader] = {
@@ -34,6 +34,7 @@ READERS: dict[str, Reader] = {
     "drop": read_drop,
     "mrpc": read_mrpc,
     "piqa": read_piqa,
+    "winograd": read_winograd,
     "winogrande": read_winogrande,
     "wsc": read_wsc,
     "karpathy": read_karpathy,

@@ -84,10 +84,12 @@ def read_sections(
         if not isinstance(content, dict) or not isinstance(content.get(split), list):
             raise expected(files, ids_file, f"a list of ids at {split}")
         wanted = set(map(str, content[split]))
+    found = set()
     for name in names:
         stem = PurePosixPath(name).stem
         if wanted is not None and stem not in wanted:
             continue
+        found.add(stem)
         sections: dict[str, list[str]] = {"body": []}
         current = sections["body"]
         for line in _text(files, name, encoding).splitlines():
@@ -96,6 +98,8 @@ def read_sections(
             else:
                 current.append(line)
         yield {"id": stem, **{key: "\n".join(lines).strip() for key, lines in sections.items()}}
+    for stem in sorted((wanted or set()) - found):
+        yield BadRecord("no_file", f"{ids_file}, {stem}")
 
 
 def read_xml(

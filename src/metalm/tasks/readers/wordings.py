@@ -7,6 +7,10 @@ from collections.abc import Iterator, Sequence
 from metalm.tasks.data_files import DataFiles
 from metalm.tasks.readers.reader import BadRecord, Record, in_pairs
 from metalm.tasks.readers.tables import read_jsonl, read_tsv
+from metalm.tasks.readers.texts import read_xml
+
+_POSSESSIVES = {"my", "your", "his", "her", "our", "their"}
+_ARTICLES = {"a", "an", "the"}
 
 
 def read_piqa(files: DataFiles, names: Sequence[str], split: str) -> Iterator[Record | BadRecord]:
@@ -78,3 +82,42 @@ def read_wsc(files: DataFiles, names: Sequence[str], split: str) -> Iterator[Rec
             yield BadRecord("no_target", f"{record.get('idx')}")
             continue
         yield {**record, "name": name, "pronoun": pronoun, "marked": " ".join(words)}
+
+
+def read_winograd(
+    files: DataFiles, names: Sequence[str], split: str, *, first: int | None = None
+) -> Iterator[Record | BadRecord]:
+    """Winograd schemas: `before`, `pronoun` and `after`, `names` that may replace the pronoun, and `right`.
+
+    A name has the form that its place asks for: `'s` for a possessive pronoun, and an article in lower case
+    within a sentence. `after` begins with a space, unless a punctuation mark is first; `right` is A or B.
+
+    Args:
+        first: only so many.
+    """
+    for number, record in enumerate(read_xml(files, names, split, at="schema", first=first)):
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        try:
+            text, answers = record["text"], record["answers"]["answer"]
+            before, pronoun, after = text["txt1"], text["pron"], text["txt2"]
+            yield {
+                "before": before,
+                "pronoun": pronoun,
+                "after": after if after[:1] in ".,;:!?'" else f" {after}",
+                "names": [_in_place(name, before, pronoun) for name in answers],
+                "right": record["correctAnswer"].rstrip("."),
+            }
+        except (KeyError, TypeError, AttributeError):
+            yield BadRecord("no_schema", f"schema {number + 1}")
+
+
+def _in_place(name: str, before: str, pronoun: str) -> str:
+    """A name as it stands in the place of a pronoun."""
+    article, space, rest = name.partition(" ")
+    if not before or before.rstrip("\"'").endswith((".", "!", "?")):
+        name = name[:1].upper() + name[1:]
+    elif article.lower() in _ARTICLES | _POSSESSIVES:
+        name = article.lower() + space + rest
+    return f"{name}'s" if pronoun.lower() in _POSSESSIVES else name
