@@ -1,4 +1,6 @@
-"""Make the demo data: text of Python's standard library, and captioned drawings. Needs no download.
+"""Make the demo data: text of Python's standard library, captioned drawings, and chats about them.
+
+Needs no download.
 
 Example: python tools/make_demo_data.py data/demo/raw
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.demo.dataset import write_scenes, write_text
+from metalm.data.demo.dataset import write_chats, write_instructions, write_scenes, write_text
 
 
 def main() -> None:
@@ -21,6 +23,9 @@ def main() -> None:
         type=int,
         default=1_000,
         help="scenes of each other split (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chats", type=int, default=2_000, help="most chats of a kind (default: %(default)s)"
     )
     parser.add_argument("--image-size", type=int, default=64, help="pixels per side (default: %(default)s)")
     parser.add_argument("--text-mib", type=float, default=12, help="most text, in MiB (default: %(default)s)")
@@ -38,6 +43,11 @@ def main() -> None:
             options.out / "scenes", split, num_scenes, seed=options.seed, image_size=options.image_size
         )
         print(f"scenes: {num_scenes} in {split}", flush=True)
+    for split in ("train", "heldout"):
+        num_chats = min(options.chats, counts[split])
+        write_chats(options.out / "chats", split, num_chats, seed=options.seed)
+        print(f"chats: {num_chats} in {split}", flush=True)
+    write_instructions(options.out / "chats", min(options.chats, options.scenes), seed=options.seed)
 
 
 if __name__ == "__main__":

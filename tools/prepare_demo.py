@@ -26,6 +26,9 @@ def steps(out: Path, scenes: int, evaluation_scenes: int, text_mib: float) -> It
         yield ["prepare_text", f"{raw}/text/{split}.jsonl", *size, "--out", f"{shards}/text_{split}"]
     for split in ("train", "heldout", "unseen"):
         yield ["prepare_image_text", f"{raw}/scenes/{split}.jsonl", "--out", f"{shards}/scenes_{split}"]
+    for split in ("train", "heldout", "text"):
+        files = [f"{raw}/chats/{split}.jsonl", "--media-folder", f"{raw}/scenes"]
+        yield ["prepare_chat", *files, "--out", f"{shards}/chats_{split}"]
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -272,12 +273,13 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from metalm.conversion.generate import chat_with_folder
+    from metalm.conversion.chat import chat_with_folder
 
     chat_with_folder(
         options.folder,
         iter(sys.stdin.readline, ""),
         print,
+        hear=functools.partial(print, end="", flush=True),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         device=options.device,

@@ -11,7 +11,8 @@ from PIL import Image
 
 from conversion.cases import pictures
 from conversion.conftest import Workshop
-from metalm.conversion.generate import chat_with_folder, generate_from_folder
+from metalm.conversion.chat import chat_with_folder
+from metalm.conversion.generate import generate_from_folder
 from metalm.errors import ConfigError, DataError
 
 KIND = "deepnorm"
@@ -63,6 +64,41 @@ def test_markers_that_a_user_types_are_text(workshop: Workshop) -> None:
     chat_with_folder(folder, iter(["<image>fox"]), said.append, max_new_tokens=4)
     prompt = r"<span>\<image>fox</span>"
     assert said == [generate_from_folder(folder, prompt, max_new_tokens=4)]
+
+
+def test_answers_are_heard_as_they_are_made(workshop: Workshop) -> None:
+    folder = workshop.exported(KIND)
+    said: list[str] = []
+    heard: list[str] = []
+    chat_with_folder(folder, iter(["the fox", "over"]), said.append, hear=heard.append, max_new_tokens=8)
+    whole: list[str] = []
+    chat_with_folder(folder, iter(["the fox", "over"]), whole.append, max_new_tokens=8)
+    assert said == ["", ""]
+    assert "".join(heard) == "".join(whole)
+    assert len(heard) > 2
+
+
+def test_a_mistake_in_a_turn_leaves_the_conversation_as_it_was(
+    workshop: Workshop, tmp_path: Path, image: Path
+) -> None:
+    folder = workshop.exported(KIND)
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "half.png").write_bytes(image.read_bytes()[:60])
+    Image.fromarray(np.asarray(pictures()[1])).save(tmp_path / "image.gif")
+    mistakes = [f"/image {tmp_path / name}" for name in ("text.png", "half.png", "image.gif", "gone.png", "")]
+    mistakes.append("/image \0")
+    turns = ["the fox"]
+    for mistake in mistakes:
+        turns += [mistake, "dog"]
+    turns += ["fox " * 40, "over"]
+    said: list[str] = []
+    chat_with_folder(folder, iter(turns), said.append, max_new_tokens=4)
+    answers = [one for one in said if not one.startswith("error: ")]
+    assert len(said) == 2 + len(mistakes) + 1
+    assert "encoder 'text' reads at most 12 tokens" in said[-2]
+    expected: list[str] = []
+    chat_with_folder(folder, iter(["the fox", "over"]), expected.append, max_new_tokens=4)
+    assert answers == expected
 
 
 def test_no_code_of_the_folder_runs(workshop: Workshop, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_conversation_encodes_each_turn_of_the_user(processor) -> None:
         assert torch.equal(torch.as_tensor(inputs[key]), same[key])
 
 
-MARKS = ["<span>", "</span>", "<span:text>", "<image>", "<s>", "</d>"]
+MARKS = ["<span>", "</span>", "<span:text>", "<image>", "<s>", "</d>", "<|>"]
 
 
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
@@ -123,6 +123,20 @@ MARKS = ["<span>", "</span>", "<span:text>", "<image>", "<s>", "</d>"]
 def test_an_escaped_text_is_the_text(processor, tokenizer, text: str) -> None:
     ids = processor(text=processor.escape(text))["input_ids"][0].tolist()
     assert ids == [tokenizer.start_id, *tokenizer.encode([text])[0].tolist()]
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
+@hypothesis.given(
+    strategies.lists(strategies.sampled_from([*MARKS, "\\", "fox", " "]), min_size=1).map("".join)
+)
+def test_an_escaped_text_is_the_text_whatever_follows(processor, tokenizer, text: str) -> None:
+    escaped = processor.escape(text)
+    ids = tokenizer.encode([text])[0].tolist()[:12]
+    if len(tokenizer.encode([text])[0]) <= 12:
+        span = processor(text=f"<span>{escaped}</span>dog")
+        assert span["span_input_ids"][0, 1 : 1 + len(ids)].tolist() == ids
+    whole = processor(text=f"{escaped}\n\n<span>dog</span>")["input_ids"][0].tolist()
+    assert whole[1 : 1 + len(ids)] == ids
 
 
 def test_two_backslashes_before_a_marker_are_one(processor) -> None:

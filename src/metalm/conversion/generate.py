@@ -1,4 +1,4 @@
-"""Text from an exported folder: one prompt, or a conversation.
+"""Text from an exported folder.
 
 The folder's weights and JSON are used, not its Python: the model code is this package's own, so that a
 folder from elsewhere can run nothing.
@@ -6,22 +6,24 @@ folder from elsewhere can run nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from metalm.config.foreign_folder import read_foreign_config
 from metalm.conversion.shipped.modeling_metalm import MetaLMForConditionalGeneration
 from metalm.conversion.shipped.processing_metalm import IMAGE_MARKER, MetaLMProcessor
+from metalm.data.storage.shard_scan import MAX_MEMBER_BYTES
 from metalm.data.tokenizer import panics_as_errors
-from metalm.errors import ConfigError, DataError, MetaLMError
+from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
+from metalm.modalities.image import decode_image
 from metalm.regular_files import path_exists
 
-IMAGE_COMMAND = "/image "
-FORGET_COMMAND = "/forget"
+Hear = Callable[[str], None]
+"""Is told the pieces of an answer as they are made."""
 
 
 class FolderModel:
@@ -40,7 +42,7 @@ class FolderModel:
         try:
             self._model: Any = _load_model(folder)
             with panics_as_errors():
-                self._processor = _load_processor(folder)
+                self._processor = load_processor(folder)
         except MetaLMError:
             raise
         except Exception as error:  # of files that are not what their loaders expect: anything
@@ -60,6 +62,7 @@ class FolderModel:
         max_new_tokens: int = 64,
         num_beams: int = 1,
         temperature: float = 0.0,
+        hear: Hear | None = None,
     ) -> str:
         """Continue a prompt; see the processor for its markers.
 
@@ -70,27 +73,28 @@ class FolderModel:
             max_new_tokens: at most so many; the end of the document ends it.
             num_beams: 1 for the most likely token each time.
             temperature: above 0, sample.
+            hear: is told the answer in pieces, too; with one beam alone.
 
         Raises:
             ConfigError: prompt and images do not fit the model or each other.
             DataError: an image file is missing or is no image.
         """
-        for path in images:
-            if not path.is_file():
-                raise DataError(f"image {path} does not exist")
+        contents = [_read_image(path) for path in images]
         if images and not self._processor.num_images(prompt):
             prompt = IMAGE_MARKER * (len(images) - 1) + self._behind_image(prompt)
         try:
-            inputs = self._processor(text=prompt, images=list(images) or None)
-        except OSError as error:
-            raise DataError(f"an image cannot be read: {error}") from error
+            inputs = self._processor(text=prompt, images=contents or None)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         sampling = (
             {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         )
         tokens = self._model.generate(
-            **inputs.to(self._model.device), max_new_tokens=max_new_tokens, num_beams=num_beams, **sampling
+            **inputs.to(self._model.device),
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            streamer=None if hear is None else _Streamer(self._processor.tokenizer, hear),
+            **sampling,
         )
         return self._processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -107,6 +111,39 @@ class FolderModel:
     def chat_prompt(self, messages: list[dict[str, Any]]) -> str:
         """The prompt of a conversation: each turn of the user is encoded, answers are plain text."""
         return self._processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+class _Streamer(TextStreamer):
+    """Tells the pieces of an answer to someone; half a word or half a character waits."""
+
+    def __init__(self, tokenizer: Any, hear: Hear) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._hear = hear
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._hear(text)
+
+
+def _read_image(path: Path) -> bytes:
+    """The bytes of an image file that can be decoded.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        if not path.is_file():
+            raise DataError(f"image {path} does not exist")
+        if path.stat().st_size > MAX_MEMBER_BYTES:
+            raise DataError(f"image {path} is larger than {MAX_MEMBER_BYTES >> 20} MiB")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # a path that no file can have is a ValueError
+        raise DataError(f"image {path} cannot be read: {error}") from None
+    try:
+        decode_image(content)
+    except BadSample as bad:
+        raise DataError(f"image {path} cannot be read: {bad.cause} (JPEG, PNG and WebP can)") from None
+    return content
 
 
 def generate_from_folder(
@@ -128,58 +165,16 @@ def generate_from_folder(
     )
 
 
-def chat_with_folder(
-    folder: Path,
-    lines: Iterator[str],
-    say: Callable[[str], None],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    device: str = "cpu",
-) -> None:
-    """A conversation of several turns, until `lines` ends.
+def load_processor(folder: Path) -> Any:
+    """The processor of an exported folder.
 
-    Args:
-        folder: the exported model.
-        lines: a turn each; `/image PATH` adds an image to the next turn, `/forget` starts anew.
-        say: is told each answer, and each mistake in a turn.
-        max_new_tokens: per answer.
-        temperature: above 0, sample.
-        device: that the model runs on.
-
-    Raises:
-        ConfigError: the folder is no exported model.
+    AutoTokenizer would ask to run the folder's code, whatever class the tokenizer is of.
     """
-    model = FolderModel(folder, device)
-    messages: list[dict[str, Any]] = []
-    images: list[Path] = []
-    waiting: list[Path] = []
-    for line in lines:
-        turn = line.strip()
-        if turn == FORGET_COMMAND:
-            messages, images, waiting = [], [], []
-            continue
-        if turn.startswith(IMAGE_COMMAND):
-            waiting.append(Path(turn.removeprefix(IMAGE_COMMAND).strip()))
-            continue
-        if not turn and not waiting:
-            continue
-        content = [{"type": "image"} for _ in waiting] + [{"type": "text", "text": model.escape(turn)}]
-        asked = [*messages, {"role": "user", "content": content}]
-        try:
-            answer = model.generate(
-                model.chat_prompt(asked),
-                [*images, *waiting],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-            )
-        except (ConfigError, DataError) as error:
-            say(f"error: {error}")
-            waiting = []
-            continue
-        say(answer)
-        messages = [*asked, {"role": "assistant", "content": model.escape(answer)}]
-        images, waiting = [*images, *waiting], []
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    content, _ = MetaLMProcessor.get_processor_dict(folder, local_files_only=True)
+    processor = MetaLMProcessor.from_args_and_dict([tokenizer], content)
+    processor.load_own_tokenizers(lambda file: folder / file)
+    return processor
 
 
 def _load_model(folder: Path) -> Any:
@@ -194,12 +189,3 @@ def _load_model(folder: Path) -> Any:
                 f"{folder} has {len(names)} weight(s) that are {kind.split('_')[0]}: {names[0]}"
             )
     return model
-
-
-def _load_processor(folder: Path) -> Any:
-    """AutoTokenizer would ask to run the folder's code, whatever class the tokenizer is of."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    content, _ = MetaLMProcessor.get_processor_dict(folder, local_files_only=True)
-    processor = MetaLMProcessor.from_args_and_dict([tokenizer], content)
-    processor.load_own_tokenizers(lambda file: folder / file)
-    return processor

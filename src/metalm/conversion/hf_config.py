@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 import transformers
 
 from metalm.config import DecoderConfig, EncoderConfig, PretrainedConfig, RunConfig
-from metalm.config.model_schema import TEXT
 from metalm.config.pretrained_folder import positions_before_text
+from metalm.conversion.chat_template import chat_readers, chat_source, chat_template
 from metalm.data.documents.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
@@ -30,31 +29,6 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_metalm.MetaLMForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_metalm.MetaLMForConditionalGeneration",
 }
-
-_TEMPLATE = """\
-{%- set joined, encoded = JOINED, ENCODED -%}
-{%- for message in messages -%}
-{%- set ns = namespace(images=0, text='') -%}
-{%- if message['content'] is string -%}
-{%- set ns.text = message['content'] -%}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{%- set ns.images = ns.images + 1 -%}
-{%- elif part['type'] == 'text' -%}{%- set ns.text = ns.text + part['text'] -%}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- if message['role'] == 'assistant' -%}
-{{- ns.text -}}{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}
-{%- elif joined and ns.images -%}
-{%- for number in range(ns.images - 1) -%}{{- '<image>' -}}{%- endfor -%}
-{{- '<span><image>' -}}{{- ns.text -}}{{- '</span>' -}}
-{%- else -%}
-{%- for number in range(ns.images) -%}{{- '<image>' -}}{%- endfor -%}
-{%- if encoded and ns.text -%}{{- '<span>' -}}{{- ns.text -}}{{- '</span>' -}}
-{%- else -%}{{- ns.text -}}{%- endif -%}
-{%- endif -%}
-{%- endfor -%}
-"""
 
 
 def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, folder: Path) -> None:
@@ -75,7 +49,7 @@ def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, f
     _write(folder / "processor_config.json", processor)
     write_image_processor(folder, processor["image_size"])
     write_own_tokenizers(config, tokenizer, folder)
-    if config.model.encoders:
+    if config.model.encoders or chat_source(config) is not None:
         (folder / CHAT_TEMPLATE_NAME).write_text(chat_template(config))
 
 
@@ -129,15 +103,6 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
     }
 
 
-def chat_template(config: RunConfig) -> str:
-    """Every turn but the assistant's is encoded, as far as there are encoders for it: its last image with its
-    text, where the encoder of images reads text, too. Paragraphs end answers."""
-    images = image_encoder(config)
-    joined = images is not None and config.model.encoders[images].max_text_positions > 0
-    encoded = text_encoder(config) is not None
-    return _TEMPLATE.replace("JOINED", str(joined).lower()).replace("ENCODED", str(encoded).lower())
-
-
 def _transformers_version(config: RunConfig) -> str:
     """Of the code that the model needs: the smallest, or with encoders of transformers the one at hand."""
     own = all(encoder.pretrained is None for encoder in config.model.encoders.values())
@@ -169,13 +134,13 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
 
 
 def image_encoder(config: RunConfig) -> str | None:
-    """The encoder that images go to: the one that pairs were trained with, else the first with images."""
-    return _trained_encoder(config, "image", lambda encoder: encoder.section("image") is not None)
+    """The encoder that images go to: see `chat_readers`."""
+    return chat_readers(config).media.get("image")
 
 
 def text_encoder(config: RunConfig) -> str | None:
-    """The encoder that text spans go to: the one that text was trained with, else the first for text."""
-    return _trained_encoder(config, TEXT, lambda encoder: encoder.media is None)
+    """The encoder that text spans go to: see `chat_readers`."""
+    return chat_readers(config).text
 
 
 def _own_vocabulary(config: RunConfig, encoder: EncoderConfig) -> dict[str, int]:
@@ -199,13 +164,6 @@ def write_own_tokenizers(config: RunConfig, tokenizer: Tokenizer, folder: Path) 
         if encoder.pretrained is not None and _has_own_tokenizer(encoder):
             load_retokenizer(encoder, tokenizer)
             shutil.copyfile(encoder.pretrained.path / "tokenizer.json", folder / f"tokenizer_of_{name}.json")
-
-
-def _trained_encoder(config: RunConfig, modality: str, fits: Callable[[EncoderConfig], bool]) -> str | None:
-    fitting = [name for name, encoder in config.model.encoders.items() if fits(encoder)]
-    readers = [source.readers.get(modality) for source in config.data.sources.values()]
-    trained = [reader for reader in readers if reader in fitting]
-    return next(iter([*trained, *fitting]), None)
 
 
 def _rope_parameters(decoder: DecoderConfig) -> dict[str, Any]:

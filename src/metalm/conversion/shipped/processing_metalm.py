@@ -8,7 +8,8 @@
 Everything else is text that the decoder reads itself. A prompt starts with `<s>`, as documents did in
 training. Markers are looked for in the string, before tokens are made; they are no tokens themselves. A
 special token that is spelt out (`</d>`) is that token. A backslash before a marker or a special token makes
-it text, and is itself written as two there; elsewhere a backslash is a backslash. `escape` does that.
+it text, and is itself written as two there; elsewhere a backslash is a backslash. `<|>` is nothing: it parts
+what stands before it from what follows. `escape` writes a text so that it may be joined to any prompt.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ OWN_TOKENIZER_NAME = "tokenizer_of_{}.json"
 """File of the tokenizer of an encoder."""
 _SPAN_MARKER = re.compile(r"<span(?::([a-z0-9_]+))?>")
 _SPAN_END = "</span>"
+_NOTHING = "<|>"
 _ENCODER_NAME = re.compile("[a-z][a-z0-9_]*")
 
 
@@ -214,8 +216,10 @@ class MetaLMProcessor(ProcessorMixin):
         return self._image_processor.prepare_image(image)
 
     def escape(self, text: str) -> str:
-        """A text as a prompt in which nothing of it is a marker or a special token."""
-        return self._marks.sub(lambda found: 2 * found[1] + "\\" + found[2], text)
+        """A text as a prompt in which nothing of it is a marker or a special token, whatever follows it."""
+        escaped = self._marks.sub(lambda found: 2 * found[1] + "\\" + found[2], text)
+        backslashes = len(escaped) - len(escaped.rstrip("\\"))
+        return escaped + backslashes * "\\" + _NOTHING if backslashes else escaped
 
     def num_images(self, text: str) -> int:
         """How many images a prompt marks."""
@@ -226,7 +230,9 @@ class MetaLMProcessor(ProcessorMixin):
         """A marker or special token, with the backslashes before it."""
         special = [re.escape(token) for token in self.tokenizer.all_special_tokens]
         return re.compile(
-            r"(\\*)(" + "|".join([_SPAN_MARKER.pattern, _SPAN_END, IMAGE_MARKER, *special]) + ")"
+            r"(\\*)("
+            + "|".join([_SPAN_MARKER.pattern, _SPAN_END, re.escape(_NOTHING), IMAGE_MARKER, *special])
+            + ")"
         )
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
@@ -238,6 +244,8 @@ class MetaLMProcessor(ProcessorMixin):
             end = found.end()
             if len(backslashes) % 2:
                 words += mark
+                continue
+            if mark == _NOTHING:
                 continue
             if words:
                 yield words, False

@@ -6,7 +6,7 @@
   side that follow each other are one, with a blank line between them; so the system stands in front of the
   user.
 - A turn with one image or clip begins with it, and its text follows as one. With several, each stands where
-  it was, and texts between them are encoded by themselves. Blanks around a text go.
+  it was, and texts between them are encoded by themselves. BLANKS around a text go.
 - `</s>` stands behind an answer that is not the last, and is not trained on: the model learns to end answers
   by `</d>`, which stands behind the last one. Where the decoder reads the user's text itself, `</s>` stands
   behind that, too (see `ExampleMaker`).
@@ -24,6 +24,8 @@ from metalm.config.model_schema import TEXT
 from metalm.data.documents.example import Example, ExamplePart
 from metalm.data.tokenizer import BLANK_LINE
 from metalm.errors import BadSample
+
+BLANKS = " \t\r\n"
 
 TrainedAnswers = Literal["all", "last"]
 
@@ -129,13 +131,13 @@ def _runs(said: _Said) -> list[Content]:
                 runs[-1] = _joined(runs[-1], content)
             else:
                 runs[-1] += content
-            begins = begins and isinstance(content, str) and not content.strip()
-    stripped = [run.strip() if isinstance(run, str) else run for run in runs]
+            begins = begins and isinstance(content, str) and not content.strip(BLANKS)
+    stripped = [run.strip(BLANKS) if isinstance(run, str) else run for run in runs]
     return [run for run in stripped if run]
 
 
 def _joined(text: str, following: str) -> str:
     """With a blank line between two texts that are not blank."""
-    if not text.strip() or not following.strip():
+    if not text.strip(BLANKS) or not following.strip(BLANKS):
         return text + following
-    return text.rstrip() + BLANK_LINE + following.lstrip()
+    return text.rstrip(BLANKS) + BLANK_LINE + following.lstrip(BLANKS)

@@ -1,0 +1,124 @@
+"""The chat template of an exported model: messages to a prompt, laid out as `data.documents.chats` does.
+
+Who reads what is as the run's first source of examples has it. A run without one gives images to the encoder
+that pairs were trained with, together with the text behind them if it reads text, and other texts to the
+encoder of text.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from metalm.config import RunConfig
+from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
+from metalm.config.schema import SourceConfig
+from metalm.data.documents.chats import ANSWERING_ROLES, BLANKS
+
+_TEMPLATE = """\
+{%- set joined, encoded, media, answering, blanks = JOINED, ENCODED, MEDIA, ANSWERING, BLANKS -%}
+{%- macro say(items, is_answer, is_last) -%}
+{%- set m = namespace(media=[], texts=[], runs=[], text='', turn=-1) -%}
+{%- for item in items -%}
+{%- if item[1] == 'text' -%}{%- set m.texts = m.texts + [item] -%}
+{%- else -%}{%- set m.media = m.media + [item] -%}{%- endif -%}
+{%- endfor -%}
+{%- for item in (m.media + m.texts if m.media | length == 1 else items) + [[-1, '', '']] -%}
+{%- if item[1] == 'text' -%}
+{%- if item[0] != m.turn and m.text.strip(blanks) and item[2].strip(blanks) -%}
+{%- set m.text = m.text.rstrip(blanks) + '\\n\\n' + item[2].lstrip(blanks) -%}
+{%- else -%}{%- set m.text = m.text + item[2] -%}{%- endif -%}
+{%- if item[2].strip(blanks) -%}{%- set m.turn = item[0] -%}{%- endif -%}
+{%- else -%}
+{%- if m.text.strip(blanks) -%}{%- set m.runs = m.runs + [['text', m.text.strip(blanks)]] -%}{%- endif -%}
+{%- if item[1] -%}{%- set m.runs = m.runs + [[item[1], '']] -%}{%- endif -%}
+{%- set m.text, m.turn = '', -1 -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for run in m.runs -%}
+{%- set before = m.runs[loop.index0 - 1][0] if not loop.first else 'text' -%}
+{%- if run[0] != 'text' -%}
+{%- if run[0] in joined and not loop.last and m.runs[loop.index0 + 1][0] == 'text' -%}
+{{- '<span><' + run[0] + '>' -}}
+{%- else -%}{{- '<' + run[0] + '>' -}}{%- endif -%}
+{%- elif is_answer -%}{{- run[1] -}}
+{%- elif before in joined -%}{{- run[1] + '</span>' -}}
+{%- elif encoded -%}{{- '<span>' + run[1] + '</span>' -}}
+{%- else -%}{{- run[1] + ('\\n\\n' if loop.last else '') -}}{%- endif -%}
+{%- endfor -%}
+{%- if is_answer and not is_last -%}{{- '\\n\\n' -}}{%- endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(items=[], is_answer=false) -%}
+{%- for message in messages -%}
+{%- set turn, is_answer = loop.index0, message['role'] in answering -%}
+{%- if not loop.first and is_answer != ns.is_answer -%}
+{{- say(ns.items, ns.is_answer, false) -}}
+{%- set ns.items = [] -%}
+{%- endif -%}
+{%- set ns.is_answer = is_answer -%}
+{%- set content = message['content'] or '' -%}
+{%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}
+{%- if part['type'] == 'text' -%}
+{%- set ns.items = ns.items + [[turn, 'text', part['text']]] -%}
+{%- elif part['type'].removesuffix('_url') in media -%}
+{%- set ns.items = ns.items + [[turn, part['type'].removesuffix('_url'), '']] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{{- say(ns.items, ns.is_answer, true) -}}
+"""
+
+
+class ChatReaders(NamedTuple):
+    """Which encoders read what is said to an exported model; None: the decoder itself, or nothing."""
+
+    text: str | None
+    media: dict[str, str]
+    """By modality."""
+    joined: tuple[str, ...]
+    """Modalities whose encoder reads the text behind an image or a clip together with it."""
+
+
+def chat_source(config: RunConfig) -> SourceConfig | None:
+    """The first of the run's sources of examples."""
+    return next((one for one in config.data.sources.values() if one.overflow is not None), None)
+
+
+def chat_readers(config: RunConfig) -> ChatReaders:
+    """Who reads what in chats with the model of a run."""
+    encoders, source = config.model.encoders, chat_source(config)
+    if source is not None:
+        readers = {modality: name for modality, name in source.readers.items() if name in encoders}
+        text = readers.pop(TEXT, None)
+        return ChatReaders(text, readers, tuple(name for name, one in readers.items() if one == text))
+    media = {name: found for name in MEDIA_SECTIONS if (found := _trained_encoder(config, name)) is not None}
+    joined = tuple(name for name, one in media.items() if encoders[one].max_text_positions)
+    return ChatReaders(_trained_encoder(config, TEXT), media, joined)
+
+
+def chat_template(config: RunConfig) -> str:
+    """The content of chat_template.jinja."""
+    readers = chat_readers(config)
+    values = {
+        "JOINED": json.dumps(readers.joined),
+        "ENCODED": json.dumps(readers.text is not None),
+        "MEDIA": json.dumps(MEDIA_SECTIONS),
+        "ANSWERING": json.dumps(ANSWERING_ROLES),
+        "BLANKS": json.dumps(BLANKS),
+    }
+    template = _TEMPLATE
+    for name, value in values.items():
+        template = template.replace(name, value)
+    return template
+
+
+def _trained_encoder(config: RunConfig, modality: str) -> str | None:
+    """The encoder that a modality was trained with, else the first that reads it."""
+
+    def fits(encoder: EncoderConfig) -> bool:
+        return encoder.media is None if modality == TEXT else encoder.section(modality) is not None
+
+    fitting = [name for name, encoder in config.model.encoders.items() if fits(encoder)]
+    readers = [source.readers.get(modality) for source in config.data.sources.values()]
+    trained = [reader for reader in readers if reader in fitting]
+    return next(iter([*trained, *fitting]), None)
