@@ -18,12 +18,14 @@ RUN := runs/demo
 
 setup: $(VENV)/ready
 
-# In the versions of constraints.txt. torch comes first: where it has a build without CUDA, that is taken.
+# In the versions of constraints.txt. torch comes first: where it has a build without CUDA, that is taken. What
+# DeepSpeed compiles for ranks on CPU is compiled here, not at the first start.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/pip install --quiet --constraint constraints.txt "$(TORCH)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m metalm.training.extensions > $(VENV)/extensions.log 2>&1 || { cat $(VENV)/extensions.log; exit 1; }
 	touch $@
 
 # The newest and the oldest versions that pyproject.toml allows, each in an environment of its own.

@@ -29,16 +29,23 @@ export SLURM_EXPORT_ENV=ALL SBATCH_EXPORT=ALL
 METALM_PYTHON=${METALM_PYTHON:-.venv/bin/python}
 # The library beside these scripts, such as a snapshot, wins over an installed one.
 [[ -z ${METALM_ROOT:-} ]] || export PYTHONPATH=$METALM_ROOT/src${PYTHONPATH:+:$PYTHONPATH}
-in_container=()
-if [[ -n ${METALM_CONTAINER:-} ]]; then
+in_container=() within=() # options of srun, by which pyxis takes a container; words in front of each command
+if [[ -n ${METALM_CONTAINER:-} && ${METALM_CONTAINER_RUNTIME:-pyxis} = pyxis ]]; then
     in_container=("--container-image=$METALM_CONTAINER" "--container-workdir=$PWD")
     [[ -z ${METALM_MOUNTS:-} ]] || in_container+=("--container-mounts=$METALM_MOUNTS")
+elif [[ -n ${METALM_CONTAINER:-} && $METALM_CONTAINER_RUNTIME = apptainer ]]; then
+    within=(apptainer exec --pwd "$PWD" --bind "$PWD")
+    [[ -z ${METALM_MOUNTS:-} ]] || within+=(--bind "$METALM_MOUNTS")
+    [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || within+=(--nv)
+    within+=("$METALM_CONTAINER")
+elif [[ -n ${METALM_CONTAINER:-} ]]; then
+    give_up $EXIT_USAGE "METALM_CONTAINER_RUNTIME is $METALM_CONTAINER_RUNTIME, expected pyxis or apptainer"
 fi
 
 # Run Python once, on the node of the batch script.
 run_python() {
     if [[ ${#in_container[@]} = 0 ]]; then
-        "$METALM_PYTHON" "$@"
+        "${within[@]}" "$METALM_PYTHON" "$@"
     else
         srun --nodes=1 --ntasks=1 --relative=0 "${in_container[@]}" "$METALM_PYTHON" "$@"
     fi

@@ -49,7 +49,8 @@ fi
 # Slurm tells a job that is cancelled by TERM to every process: the ranks stop and save, this script waits.
 trap : TERM INT USR2
 say "$num_ranks ranks on $num_nodes nodes by ${METALM_LAUNCHER:-torchrun}, first $head, port $port"
-srun "${layout[@]}" "${in_container[@]}" --kill-on-bad-exit=1 --label --unbuffered "${start[@]}" &
+srun "${layout[@]}" "${in_container[@]}" --kill-on-bad-exit=1 --label --unbuffered "${within[@]}" \
+    "${start[@]}" &
 child=$!
 while :; do
     wait "$child"

@@ -16,8 +16,9 @@ main() {
     trap on_warning USR2
     trap on_end TERM
     (($# > 0)) || give_up "$EXIT_USAGE" "usage: sbatch slurm/$template PIPELINE [section.key=value...]"
-    local plan code
-    plan=$(run_python -m metalm train "$@" --dry-run --ranks $((SLURM_JOB_NUM_NODES * $(ranks_per_node))))
+    local plan code options=()
+    [[ -z ${METALM_STAGE:-} ]] || options+=(--without-data) # the ranks look when the data are there
+    plan=$(run_python -m metalm train "$@" --dry-run --ranks $((SLURM_JOB_NUM_NODES * $(ranks_per_node))) "${options[@]}")
     code=$?
     if ((code != 0)); then
         refused $code "$plan"
@@ -41,7 +42,10 @@ main() {
     rm -f "$run_folder/logs/stop_answered" # of an earlier start
     check_nodes
     code=$?
-    if ((code == 0)); then
+    if ((code == 0)) && ! stage; then
+        code=$EXIT_NODE
+        echo "the data could not be copied to the nodes' disks" >"$METALM_CODES/cause"
+    elif ((code == 0)); then
         : >"$METALM_CODES/began"
         watch_for_hang &
         local watch=$!
@@ -49,7 +53,7 @@ main() {
         code=$?
         kill "$watch" 2>/dev/null
     fi
-    finish $code "$@"
+    finish "$code" "$@"
 }
 
 # A run that was started before has its records: what keeps it from starting again stands there, too.
@@ -83,6 +87,13 @@ check_nodes() {
     code=$?
     ((code != 0)) || rm -f "$METALM_CODES"/*
     return $code
+}
+
+# Copy data to the nodes' own disks.
+stage() {
+    [[ -n ${METALM_STAGE:-} ]] || return 0
+    say "copying $METALM_STAGE"
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$root/slurm/stage.sh"
 }
 
 # The last lines of the dry run are for this script, a name and a value each. They are never evaluated.

@@ -137,3 +137,81 @@ def test_parts_are_joined_though_the_task_that_joined_them_was_killed(tmp_path: 
     code, output = task(0, sys.executable)
     assert code == 0 and "is ready already" in output, output
     assert (tmp_path / "out" / "index.json").read_bytes() == index
+
+
+def test_data_are_copied_to_a_nodes_disk_again_only_where_they_differ(tmp_path: Path) -> None:
+    source, disk = tmp_path / "große Daten", tmp_path / "local disk/data"
+    (source / "part 1").mkdir(parents=True)
+    for name in ("a.tar", "part 1/b.tar", "part 1/c.tar"):
+        (source / name).write_bytes(name.encode())
+
+    def stage(pairs: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(REPOSITORY / "slurm" / "stage.sh")]
+        return subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "METALM_STAGE": pairs}
+        )
+
+    assert stage(f"{source}:{disk}").returncode == 0
+    (disk / "a.tar").write_bytes(b"other")  # of the same size
+    (disk / "part 1/b.tar").write_bytes(b"cut")
+    found = stage(f"{source}:{disk},{source / 'part 1'}:{tmp_path / 'second'}")
+    assert (found.returncode, found.stderr) == (0, "")
+    copied = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*.tar")}
+    assert copied["local disk/data/a.tar"] == b"other"
+    assert copied["local disk/data/part 1/b.tar"] == copied["second/b.tar"] == b"part 1/b.tar"
+    assert len(copied) == 3 + 3 + 2 and not list(tmp_path.rglob("*.partial"))
+    found = stage(f"{tmp_path / 'absent'}:{disk}")
+    assert (found.returncode, "is not of the form FROM:TO" in found.stderr) == (64, True)
+
+
+def test_a_container_of_apptainer_is_around_every_command(tmp_path: Path) -> None:
+    apptainer = tmp_path / "bin/apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    apptainer.chmod(0o755)
+    program = f". {REPOSITORY}/slurm/cluster.sh; run_python -m metalm status 'a run'"
+    settings = {"METALM_CONTAINER": "metalm.sif", "METALM_MOUNTS": "/data:/data", "SLURM_GPUS_ON_NODE": "4"}
+
+    def shown(runtime: str) -> subprocess.CompletedProcess[str]:
+        variables = {"PATH": f"{apptainer.parent}:{os.environ['PATH']}", "METALM_CONTAINER_RUNTIME": runtime}
+        command = ["bash", "-uc", program]
+        return subprocess.run(command, capture_output=True, text=True, env={**settings, **variables})
+
+    python = [".venv/bin/python", "-m", "metalm", "status", "a run"]
+    around = ["exec", "--pwd", str(REPOSITORY), "--bind", str(REPOSITORY), "--bind", "/data:/data", "--nv"]
+    assert shown("apptainer").stdout.splitlines() == [*around, "metalm.sif", *python]
+    refused = shown("docker")
+    assert refused.returncode == 64
+    assert "METALM_CONTAINER_RUNTIME is docker, expected pyxis or apptainer" in refused.stderr
+
+
+def test_tasks_get_the_jobs_environment_whatever_sbatch_was_told(tmp_path: Path) -> None:
+    """As after `sbatch --export=NONE`: srun starts its tasks without the environment, unless it is told."""
+    srun = tmp_path / "bin/srun"
+    srun.parent.mkdir()
+    srun.write_text(
+        "#!/usr/bin/env bash\n"
+        "while [[ $1 == --* ]]; do shift; done\n"
+        "own=(SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NNODES=1)\n"
+        '[[ ${SLURM_EXPORT_ENV:-ALL} = NONE ]] || exec env "${own[@]}" "$@"\n'
+        'exec env -i PATH="$PATH" "${own[@]}" "$@"\n'
+    )
+    (srun.parent / "scontrol").write_text("#!/usr/bin/env bash\necho localhost\n")
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$MASTER_ADDR $METALM_NODES" >"$METALM_CODES/seen"\n')
+    for program in (*srun.parent.iterdir(), python):
+        program.chmod(0o755)
+    variables = {
+        "PATH": f"{srun.parent}:{os.environ['PATH']}",
+        "SLURM_EXPORT_ENV": "NONE",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "localhost",
+        "METALM_LAUNCHER": "srun",
+        "METALM_PYTHON": str(python),
+        "METALM_CODES": str(tmp_path),
+    }
+    command = ["bash", str(REPOSITORY / "slurm" / "launch.sh"), "train", "x.yaml"]
+    found = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert (tmp_path / "seen").read_text() == "localhost localhost\n"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def causes(folder: Path) -> list[str]:
     return [event["cause"] for event in events(folder) if event["event"] == "end"]
 
 
+def state(run: Path) -> str:
+    """As `metalm status` tells it."""
+    (line,) = (line for line in describe_run(run, time.time()).splitlines() if line.startswith("state"))
+    return line.removeprefix("state").strip()
+
+
 def wait_for_step(folder: Path, step: int) -> None:
     latest = folder / "run/checkpoints/latest"
     wait_until(
@@ -80,6 +87,22 @@ def test_what_starting_again_cannot_mend_is_not_queued_again(
     facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", f"{code}:0", "0")
     assert causes(tmp_path) == [f"ranks ended with {code}"]
+
+
+def test_no_name_is_evaluated_and_no_file_but_manifests_believed(
+    cluster: VirtualCluster, submit: Submit, tmp_path: Path
+) -> None:
+    folder = tmp_path / "Läufe von heute, $(touch executed) it's"
+    checkpoint = folder / "run/checkpoints/step_00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    executed = tmp_path / "executed"
+    (checkpoint.parent / "latest").write_text(f"step_0+a[$(touch {executed})0]\n")
+    job = submit(f"run.folder={folder}", "steps=7")
+    facts = cluster.wait_for(job, ENDED, timeout_s=120)
+    assert facts["JobState"] == "COMPLETED", (tmp_path / "job.log").read_text()
+    assert [(event["event"], event["step"]) for event in events(folder)] == [("start", 5), ("end", 7)]
+    assert not executed.exists() and not (REPOSITORY / "executed").exists()
 
 
 def test_a_fault_comes_back_and_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
@@ -140,6 +163,10 @@ def test_scancel_saves_and_ends(cluster: VirtualCluster, submit: Submit, tmp_pat
     facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     wait_until(lambda: causes(tmp_path) == ["cancelled"], "the end is on record", timeout_s=120)
+    saved = events(tmp_path)[-1]["step"]
+    assert state(tmp_path / "run").endswith(
+        f"job {job}: cancelled (exit code 75); started again, it goes on from step {saved}"
+    )
 
 
 def test_an_operators_stop_ends(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
@@ -150,7 +177,9 @@ def test_an_operators_stop_ends(cluster: VirtualCluster, submit: Submit, tmp_pat
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
     (cause,) = causes(tmp_path)
     assert cause.startswith("asked to stop: root 20")
-    assert "asked to stop" in describe_run(tmp_path / "run", 0.0)
+    saved = events(tmp_path)[-1]["step"]
+    assert state(tmp_path / "run").startswith("ended ")
+    assert f": {cause} (exit code 75); started again, it goes on from step {saved}" in state(tmp_path / "run")
 
 
 def test_a_run_that_stops_by_itself_comes_back(
@@ -174,6 +203,7 @@ def test_an_operators_stop_holds_for_a_job_that_waits(
     (cause,) = causes(tmp_path)
     assert cause.startswith("asked to stop before it started: root 20")
     assert [event["event"] for event in events(tmp_path)] == ["end"]
+    assert state(tmp_path / "run").endswith(f"{cause} (exit code 75); nothing is saved")
     assert not (tmp_path / "run/stop").exists()
 
 
@@ -199,6 +229,7 @@ def test_an_operators_requeue_comes_back_once(
     ended, again = events(tmp_path)[1:3]
     assert (ended["cause"], ended["code"]) == ("queued again by Slurm", 75)
     assert (again["job"], again["restart"], again["step"]) == (job, 1, ended["step"])
+    assert state(tmp_path / "run") == f"running (job {job} on node[1-2], 4 ranks)"
 
 
 def test_a_successor_where_requeueing_is_not_allowed(

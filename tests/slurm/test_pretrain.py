@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -110,6 +111,30 @@ def test_a_bad_config_starts_nothing(cluster: VirtualCluster, pipeline: Path, tm
     facts = cluster.wait_for(job, ENDED, timeout_s=120)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "64:0", "0")
     assert "training.step: unknown key; did you mean 'steps'?" in log.read_text()
+
+
+def test_a_second_job_of_a_run_is_refused_by_the_name_of_the_first(
+    cluster: VirtualCluster, pipeline: Path, tmp_path: Path
+) -> None:
+    run, log = pipeline.parent / "runs/taken", tmp_path / "job.log"
+    hold = (
+        "import sys, time; from pathlib import Path; from metalm.run_lock import RunLock\n"
+        "lock = RunLock(Path(sys.argv[1])); lock.accept(); time.sleep(600)"
+    )
+    first = cluster.submit(
+        "--nodes=1", "--output=/dev/null", "--wrap", shlex.join([sys.executable, "-c", hold, str(run)])
+    )
+    wait_until((run / "lock").exists, "the first holds the run", timeout_s=60)
+    words = ("--nodes=1", "--ntasks=1", f"--output={log}", "slurm/pretrain.sbatch", str(pipeline))
+    second = cluster.submit(*words, "parallel.tensor=1", "run.name=taken", environment=settings("srun"))
+    facts = cluster.wait_for(second, ENDED, timeout_s=120)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "64:0", "0"), (
+        log.read_text()
+    )
+    node = cluster.facts(first)["NodeList"]
+    assert re.search(rf"taken is held by process \d+ on {node}, Slurm job {first}, since", log.read_text())
+    assert cluster.facts(first)["JobState"] == "RUNNING"
+    assert [path.name for path in run.iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("what", ["power", "network"])

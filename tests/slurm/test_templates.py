@@ -112,6 +112,15 @@ def test_tensorboard_is_reached_on_its_node_alone(cluster: VirtualCluster, tmp_p
         "import sys, urllib.request as r; print(r.urlopen(sys.argv[1] + '/data/logdir').read().decode())"
     )
     fetch = (sys.executable, "-c", program)
+    address = REPOSITORY / f"tensorboard-{job}.address"
+    assert address.stat().st_mode & 0o777 == 0o600
+    (secret,) = re.findall(r"^http://localhost:6006/([0-9a-f]{32})/#custom_scalars$", address.read_text())
     node = cluster.facts(job)["NodeList"]
-    assert str(tmp_path) in cluster.on_node(node, *fetch, f"http://localhost:{port}")
-    assert not cluster.command(*fetch, f"http://{node}:{port}", check=False)
+    assert str(tmp_path) in cluster.on_node(node, *fetch, f"http://localhost:{port}/{secret}")
+    with pytest.raises(AssertionError, match="404"):
+        cluster.on_node(node, *fetch, f"http://localhost:{port}")
+    assert not cluster.command(*fetch, f"http://{node}:{port}/{secret}", check=False)
+    assert secret not in log.read_text()
+    assert secret not in cluster.on_node(node, "ps", "-ef")
+    cluster.command("scancel", job)
+    wait_until(lambda: not address.exists(), "the address is gone", timeout_s=60)

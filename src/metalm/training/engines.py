@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
-import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.comm.torch import build_shm_op
-from torch import Tensor, nn
+from torch import nn
 
 from metalm.config import OptimizerConfig, RunConfig
 from metalm.config.load import load_deepspeed_json
@@ -26,6 +22,7 @@ from metalm.model.encoder import EncoderBank, encoder_draw, load_pretrained_weig
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
+from metalm.training.extensions import prepare_extensions
 from metalm.training.frozen_engine import FrozenEngine
 from metalm.training.owned_ranges import create_optimizer_state
 
@@ -85,7 +82,7 @@ def build_engines(
 
     Collective: every rank of the job.
     """
-    _prepare_extensions()
+    prepare_extensions()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints on every rank
         deepspeed.init_distributed(verbose=False)
         decoder = _build_decoder(config, topology, given.get("decoder", ()))
@@ -180,28 +177,3 @@ def _build_optimizer(
         eps=config.eps,
         fused=device.type == "cuda",
     )
-
-
-def _prepare_extensions() -> None:
-    """Have DeepSpeed's shared-memory op compiled, past locks that killed runs left behind.
-
-    torch's extension loader waits for ever on the lock file of a dead process. Whoever holds our own
-    lock, which the kernel releases on death, knows that such a file is stale.
-    """
-    if torch.cuda.is_available():
-        return
-    name = f"metalm-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions" / name)))
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "metalm.lock"):
-        for stale in folder.glob("*/lock"):
-            stale.unlink(missing_ok=True)
-        build_shm_op()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

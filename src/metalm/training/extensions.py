@@ -1,0 +1,59 @@
+"""DeepSpeed's extension for ranks on CPU, which is compiled at its first use on a machine.
+
+`python -m metalm.training.extensions` compiles it beforehand.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from deepspeed.comm.torch import build_shm_op
+
+logger = logging.getLogger(__name__)
+
+_COMPILED = "deepspeed_shm_comm/deepspeed_shm_comm.so"
+
+
+def prepare_extensions() -> None:
+    """Have DeepSpeed's shared-memory op compiled, past locks that killed runs left behind.
+
+    torch's extension loader waits for ever on the lock file of a dead process. Whoever holds our own
+    lock, which the kernel releases on death, knows that such a file is stale.
+
+    The loader asks ninja whether the op is up to date, and two versions of ninja, that of the environment and
+    that of the system, refuse each other's logs: each would compile anew. So the environment's comes first,
+    whether or not it is activated.
+    """
+    if torch.cuda.is_available():
+        return
+    programs = Path(sys.executable).parent
+    if (programs / "ninja").exists():
+        os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    name = f"metalm-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions" / name)))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / _COMPILED).exists():
+        logger.warning("compiling an extension of DeepSpeed in %s, once: this takes some minutes", folder)
+    with _locked(folder / "metalm.lock"):
+        for stale in folder.glob("*/lock"):
+            stale.unlink(missing_ok=True)
+        build_shm_op()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    prepare_extensions()
