@@ -82,9 +82,11 @@ def export_checkpoint(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
+    partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    if os.path.lexists(partial):
+        raise ConfigError(f"{partial} is in the way: move it")
     source = open_checkpoint(checkpoint, tokenizer, merges_adapters=not adapter_apart)
     report(f"checkpoint {source.folder}, step {source.reader.step}: every file is as its manifest says")
-    partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")  # nobody else's
     try:
         partial.mkdir(parents=True)
         result = _write(source, partial, out, dtype, max_shard_bytes, with_proof, license_name, report)

@@ -64,7 +64,9 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
     weights = FolderWeights(folder)
     foreign = read_foreign_decoder(folder, weights.names)
-    partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")  # nobody else's
+    partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    if os.path.lexists(partial):
+        raise ConfigError(f"{partial} is in the way: move it")
     try:
         partial.mkdir(parents=True)
         tokenizer = complete_tokenizer(folder, partial / TOKENIZER_FOLDER)

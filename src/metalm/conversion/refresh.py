@@ -27,6 +27,8 @@ from metalm.conversion.proof import (
 from metalm.errors import CheckpointError, ConfigError
 
 BEFORE_SUFFIX = ".before"
+MARKER_NAME = ".metalm_refresh"
+"""In folders that a refresh is at work on: what it left behind when it was killed, it may remove."""
 _TEXT = "A language model reads what stands before."
 
 
@@ -38,18 +40,24 @@ def refresh_export(folder: Path, report: Report = print) -> None:
         report: is told of progress.
 
     Raises:
-        ConfigError: it is no exported folder.
+        ConfigError: it is no exported folder, or others lie where it would be written.
         CheckpointError: the folder's own code does not run here, the new code says something else, or a write
             failed. The folder is as it was.
     """
     before = folder.with_name(folder.name + BEFORE_SUFFIX)
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    for left in (before, partial):
+        if os.path.lexists(left) and not (left / MARKER_NAME).is_file():
+            raise ConfigError(f"{left} is in the way, and nothing that this tool left behind: move it")
     if before.exists() and not folder.exists():  # cut off between the two renames below
         before.replace(folder)
     config = _read_config(folder)
     try:
         for left in (before, partial):
             shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir()
+        for marked in (partial, folder):
+            (marked / MARKER_NAME).touch()
         _copy(folder, partial)
         write_model_code(partial)
         _write_configs(partial, config)
@@ -63,6 +71,7 @@ def refresh_export(folder: Path, report: Report = print) -> None:
     finally:
         if before.exists() and not folder.exists():
             before.replace(folder)
+        (folder / MARKER_NAME).unlink(missing_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
 
@@ -93,8 +102,8 @@ def _copy(folder: Path, partial: Path) -> None:
                 pass
         shutil.copy2(source, target)
 
-    left_out = shutil.ignore_patterns("*_metalm.py", "__pycache__")
-    shutil.copytree(folder, partial, copy_function=link_or_copy, ignore=left_out)
+    left_out = shutil.ignore_patterns("*_metalm.py", "__pycache__", MARKER_NAME)
+    shutil.copytree(folder, partial, copy_function=link_or_copy, ignore=left_out, dirs_exist_ok=True)
 
 
 def _write_configs(folder: Path, config: dict[str, Any]) -> None:

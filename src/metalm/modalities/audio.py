@@ -48,6 +48,12 @@ class Audio(Media):
     noun = "clip"
     is_exported = False
     formats: ClassVar = {"wav": "wav", "flac": "flac", "ogg": "ogg"}
+    other_suffixes = frozenset(
+        (
+            *("aac", "aif", "aiff", "amr", "ape", "m4a", "mka"),
+            *("mp3", "mp4", "oga", "opus", "webm", "wma", "wv"),
+        )
+    )
 
     def reader(self, encoder: EncoderConfig) -> ClipReader:
         assert encoder.pretrained is not None

@@ -61,6 +61,12 @@ class Image(Media):
     noun = "image"
     is_exported = True
     formats: ClassVar = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
+    other_suffixes = frozenset(
+        (
+            *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jxl"),
+            *("pbm", "pgm", "ppm", "psd", "svg", "tga", "tif", "tiff"),
+        )
+    )
 
     def reader(self, encoder: EncoderConfig) -> ImageReader:
         return ImageReader(_section(encoder))

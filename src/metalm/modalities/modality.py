@@ -69,6 +69,8 @@ class Modality:
     """Of shards, as their index has it."""
     formats: ClassVar[Mapping[str, str]]
     """Suffixes of main members, lower case, and the formats that they stand for."""
+    other_suffixes: ClassVar[frozenset[str]] = frozenset()
+    """Suffixes of its files in formats that are not read: they are counted apart."""
 
     def no_media(self, encoder: EncoderConfig) -> np.ndarray:
         """What stands in a batch where an encoder has no image or clip: [0, ...]."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metalm.config import OptimizerConfig, RunConfig
 from metalm.config.load import load_deepspeed_json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -167,6 +168,64 @@ def test_bad_images_are_skipped_and_counted(
         "missing_image": 1,
         "undecodable_image": 3,
     }
+
+
+def test_dropped_pairs_are_named_by_file_and_line(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("path,caption\none.jpg,x\nabsent.png,x\ntwo.png, \none.jpg,y\n")
+    report = prepare_image_text([tmp_path / "table.csv"], tmp_path / "out", media_folder=images)
+    assert report["dropped"] == {"missing_caption": 1, "missing_image": 1}
+    found = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert found == [
+        {"cause": "missing_image", "file": "table.csv", "line": 3, "path": str(images / "absent.png")},
+        {"cause": "missing_caption", "file": "table.csv", "line": 4, "path": str(images / "two.png")},
+    ]
+
+
+def test_other_formats_and_orphans_are_counted_under_a_name(
+    images: Path, image_bytes: ImageBytes, tmp_path: Path
+) -> None:
+    (images / "one.txt").write_text("x")
+    for name, kind in (("moving.gif", "GIF"), ("scan.TIFF", "TIFF")):
+        (images / name).write_bytes(image_bytes(kind))
+    for name in ("moving.txt", "alone.txt", "alone.json", "00000_stats.json"):
+        (images / name).write_text("x")
+    report = prepare_image_text([images], tmp_path / "out")
+    assert report["images"] == 1
+    assert report["dropped"] == {"missing_caption": 1, "missing_image": 2, "unsupported_image": 2}
+    lines = (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()
+    found = {(row["cause"], Path(row["file"]).name) for row in map(json.loads, lines)}
+    assert found == {
+        ("missing_caption", "two.png"),
+        ("missing_image", "alone.txt"),
+        ("missing_image", "alone.json"),
+        ("unsupported_image", "moving.gif"),
+        ("unsupported_image", "scan.TIFF"),
+    }
+    for image in ("one.jpg", "two.png"):
+        (images / image).unlink()
+    with pytest.raises(DataError, match="lists no image, but 2 unsupported_image, 3 missing_image"):
+        prepare_image_text([images], tmp_path / "other")
+
+
+def test_other_formats_in_archives_are_counted_under_a_name(
+    image_bytes: ImageBytes, write_shard: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "tars").mkdir()
+    good, gif = image_bytes("JPEG"), image_bytes("GIF")
+    samples = [{"jpg": good, "txt": b"x"}, {"gif": gif, "txt": b"x"}, {"txt": b"x"}]
+    write_shard(tmp_path / "tars" / "a.tar", samples)
+    report = prepare_image_text([tmp_path / "tars"], tmp_path / "out")
+    assert report["dropped"] == {"missing_image": 1, "unsupported_image": 1}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["list.json", "list.csv", "list.jsonl", "folder/a.tar"])
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"cannot read {path}: it is no regular file"):
+        prepare_image_text([path.parent if path.suffix == ".tar" else path], tmp_path / "out")
 
 
 def test_a_suffix_that_lies_is_corrected(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gzip
 import json
+import os
 import random
 import signal
 import time
@@ -21,6 +22,7 @@ import zstandard
 from data.preparation.conftest import PausedTool
 from metalm.data.preparation.fast_bpe import why_not_gigatoken
 from metalm.data.preparation.text_shards import PAPER_DROPS, SubsetFilter, prepare_text
+from metalm.data.preparation.tokenizer_training import training_texts
 from metalm.data.storage.index import open_index
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError, DataError
@@ -135,6 +137,65 @@ def test_bad_lines_are_dropped_and_counted(tmp_path: Path) -> None:
         "invalid_unicode": 1,
         "missing_text": 1,
     }
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_dropped_lines_are_named_by_file_and_line(tmp_path: Path, suffix: str, processes: int) -> None:
+    """Over many stretches, with blank lines between, whoever works on which."""
+    path, bad = tmp_path / f"corpus.{suffix}", {7: "invalid_json", 40: "empty_text", 41: "missing_text"}
+    content = {"invalid_json": "{", "empty_text": '{"text": " "}', "missing_text": "{}"}
+    lines = [
+        "" if number % 5 == 0 and number not in bad else content.get(bad.get(number, ""), '{"text": "good"}')
+        for number in range(1, 61)
+    ]
+    data = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    out = tmp_path / "out"
+    report = prepare_text([path], out, None, store="text", shard_bytes=200, processes=processes)
+    assert report["num_shards"] > 3
+    found = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+    assert found == [{"cause": cause, "file": path.name, "line": line} for line, cause in bad.items()]
+
+
+def test_a_text_that_the_tokenizer_gives_up_on_is_dropped_alone(
+    tokenizer_folder: Path, read_samples: ReadSamples, tmp_path: Path
+) -> None:
+    definition = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    regex = {"type": "Split", "pattern": {"Regex": "(z+)+#"}, "behavior": "Isolated", "invert": False}
+    byte_level = definition["pre_tokenizer"]
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [regex, byte_level]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    texts = ["the fox", "z" * 60, "the dog"]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    report = prepare_text([path], tmp_path / "out", tmp_path / "tokenizer.json", backend="huggingface")
+    assert (report["documents"], report["dropped"]) == (2, {"untokenizable": 1})
+    assert len(read_samples(tmp_path / "out")) == 2
+    (line,) = (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"cause": "untokenizable", "file": "corpus.jsonl", "line": 2}
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path, tokenizer_folder: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"cannot read .*pipe\.jsonl: it is no regular file"):
+        prepare_text([tmp_path / "pipe.jsonl"], tmp_path / "out", tokenizer_folder)
+    for inputs, captions in (([tmp_path / "pipe.jsonl"], []), ([], [tmp_path / "pipe.jsonl"])):
+        with pytest.raises(DataError, match="it is no regular file"):
+            list(training_texts(inputs, captions, 100))
+    os.mkfifo(tmp_path / "tokenizer.json")
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(DataError, match="it is no regular file"):
+        prepare_text([tmp_path / "corpus.jsonl"], tmp_path / "out", tmp_path / "tokenizer.json")
+
+
+def test_files_of_others_stay_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".notes.partial").write_text("mine")
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a"}')
+    prepare_text([tmp_path / "corpus.jsonl"], tmp_path / "out", None, store="text")
+    assert (tmp_path / "out" / ".notes.partial").read_text() == "mine"
 
 
 def test_samples_can_hold_text_and_subset_beside_ids(

@@ -6,6 +6,7 @@ command goes on with the units that have no receipt, and writes the same bytes a
 
     OUT/*.tar, index.json     the shards; the index appears last, so training never meets a torso
     OUT/report.json           what was kept and dropped
+    OUT/dropped.jsonl         where the first dropped samples of each cause were
     OUT/preparation/          plan.json and receipts/
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +28,9 @@ from metalm.data.storage.index import INDEX_NAME, build_index
 from metalm.data.storage.index_document import read_document
 from metalm.errors import ConfigError, DataError
 
+DROPPED_NAME = "dropped.jsonl"
+MAX_SHOWN_PER_CAUSE = 1000
+"""Dropped samples of one cause in `DROPPED_NAME`; report.json counts all."""
 BYTES_PER_INDEX_PROCESS = 1 << 30
 """Scanning fewer takes less time than starting another process."""
 
@@ -43,8 +48,8 @@ class PreparationFolder:
         Raises:
             ConfigError: the folder holds shards of another plan or of unknown origin, or is in use.
         """
-        has_shards = any(self.path.glob("*.tar"))
-        if has_shards and not self._plan_file.exists():
+        has_shards, is_ours = any(self.path.glob("*.tar")), self._plan_file.exists()
+        if has_shards and not is_ours:
             raise ConfigError(
                 f"{self.path} holds shards that no preparation of this program wrote: name a new folder"
             )
@@ -63,8 +68,8 @@ class PreparationFolder:
             else:
                 for receipt in self._receipts.glob("*.json"):
                     receipt.unlink()
-                _replace(self._plan_file, plan)
-            for partial in self.path.glob(f".*{PARTIAL_SUFFIX}"):
+                _replace(self._plan_file, json.dumps(plan, indent=1))
+            for partial in self.path.glob(f".*{PARTIAL_SUFFIX}") if is_ours else ():
                 partial.unlink()
             yield
 
@@ -78,8 +83,13 @@ class PreparationFolder:
 
     def record(self, unit: str, shards: Sequence[WrittenShard], tally: Tally) -> None:
         """Writes the receipt of a unit whose shards are on disk."""
-        receipt = {"shards": [asdict(shard) for shard in shards], "tally": tally.as_json()}
-        _replace(self._receipts / f"{unit}.json", receipt)
+        receipt = {
+            "shards": [asdict(shard) for shard in shards],
+            "tally": tally.as_json(),
+            "places": tally.places,
+            "num_lines": tally.num_lines,
+        }
+        _replace(self._receipts / f"{unit}.json", json.dumps(receipt, indent=1))
 
     def finish(self, *, kind: str, tokenizer_fingerprint: str | None, processes: int) -> dict[str, Any]:
         """Adds up the receipts of all units, writes the index if there is none, and the report.
@@ -87,10 +97,11 @@ class PreparationFolder:
         Raises:
             DataError: not one sample was kept, or the folder holds a shard that is not ours.
         """
-        tally, shards = Tally(), set()
-        for file in sorted(self._receipts.glob("*.json")):
+        tally, shards, dropped = Tally(), set(), _DroppedSamples()
+        for file in sorted(self._receipts.glob("*.json"), key=_unit_numbers):
             receipt = json.loads(file.read_bytes())
             tally.add(receipt["tally"])
+            dropped.add(_unit_numbers(file)[0], receipt)
             shards |= {shard["name"] for shard in receipt["shards"]}
         report = {"num_shards": len(shards), **tally.as_json()}
         if not shards:
@@ -107,7 +118,8 @@ class PreparationFolder:
                 tokenizer_fingerprint=tokenizer_fingerprint,
                 processes=min(processes, 1 + size // BYTES_PER_INDEX_PROCESS),
             )
-        _replace(self.path / "report.json", report)
+        _replace(self.path / DROPPED_NAME, dropped.lines())
+        _replace(self.path / "report.json", json.dumps(report, indent=1))
         return report
 
     def is_finished(self) -> bool:
@@ -150,11 +162,38 @@ def _require_equal_plans(folder: Path, old: Mapping[str, Any], new: Mapping[str,
         )
 
 
-def _replace(path: Path, value: Mapping[str, Any]) -> None:
+class _DroppedSamples:
+    """Places of dropped samples over all units, with lines counted from the beginning of their files."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._shown: Counter[str] = Counter()
+        self._before: Counter[int] = Counter()
+
+    def add(self, input_number: int, receipt: Mapping[str, Any]) -> None:
+        """A unit's; those of an input come in the order of its lines. Receipts of before have none."""
+        for cause, places in receipt.get("places", {}).items():
+            for place in places[: MAX_SHOWN_PER_CAUSE - self._shown[cause]]:
+                if "line" in place:
+                    place["line"] += self._before[input_number]
+                self._lines.append(json.dumps({"cause": cause, **place}))
+                self._shown[cause] += 1
+        self._before[input_number] += receipt.get("num_lines", 0)
+
+    def lines(self) -> str:
+        """The content of the file."""
+        return "\n".join(self._lines)
+
+
+def _unit_numbers(receipt: Path) -> tuple[int, ...]:
+    """Number of the input, and of the unit in it."""
+    return tuple(map(int, receipt.stem.split("-")))
+
+
+def _replace(path: Path, content: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(content + "\n" if content else "")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from metalm.errors import ConfigError, DataError
+from metalm.regular_files import open_regular
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 UNKNOWN_SUBSET = "unknown"
@@ -37,6 +38,20 @@ def is_compressed(path: Path) -> bool:
     return path.suffix in COMPRESSED_SUFFIXES
 
 
+def check_files(paths: Iterable[Path]) -> None:
+    """Raises DataError unless all of these are files that can be opened."""
+    problems = []
+    for path in paths:
+        try:
+            open_regular(path).close()
+        except FileNotFoundError:
+            problems.append(f"no such input file: {path}")
+        except OSError as error:
+            problems.append(f"cannot read {path}: {error.strerror}")
+    if problems:
+        raise DataError("; ".join(problems))
+
+
 class JsonLinesFile:
     """A file of lines, plain or compressed, open for reading; to be used in a `with` statement.
 
@@ -48,7 +63,7 @@ class JsonLinesFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("rb")
+            self._file = open_regular(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         self._content: BinaryIO = self._file

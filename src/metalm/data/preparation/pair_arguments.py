@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from metalm.data.preparation.folder import DROPPED_NAME
 from metalm.data.preparation.pair_shards import prepare_pairs
 from metalm.data.preparation.tally import format_table
 from metalm.modalities import Media
@@ -67,4 +68,6 @@ def run_preparation(
         processes=options.processes,
     )
     print(format_table(report, (modality.unit, "captions", "bytes")))
+    if report["dropped"]:
+        print(f"where the dropped were: {options.out / DROPPED_NAME}")
     print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")

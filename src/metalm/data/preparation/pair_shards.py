@@ -21,7 +21,7 @@ from metalm.data.preparation.pair_sources import (
 )
 from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
-from metalm.data.preparation.tally import Tally
+from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import Convert, Media
@@ -38,10 +38,13 @@ class ListedPairs:
     modality: Media
     records: tuple[PairRecord, ...]
 
-    def pairs(self) -> Iterator[tuple[float, Pair | str]]:
-        """Each pair or its cause of absence, with the share of the task that is done."""
+    def pairs(self) -> Iterator[tuple[float, Pair | str, Place]]:
+        """Each pair or its cause of absence, with the share of the task that is done, and its place."""
         for number, record in enumerate(self.records, start=1):
-            yield number / len(self.records), read_record(record, self.modality)
+            place: Place = {"file": str(record.media)}
+            if record.line is not None:
+                place = {"file": self.source, "line": record.line, "path": str(record.media)}
+            yield number / len(self.records), read_record(record, self.modality), place
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ class TarredPairs:
     modality: Media
     tar: Path
 
-    def pairs(self) -> Iterator[tuple[float, Pair | str]]:
-        """Each pair or its cause of absence, with the share of the task that is done."""
-        return read_tar(self.tar, self.modality)
+    def pairs(self) -> Iterator[tuple[float, Pair | str, Place]]:
+        """Each pair or its cause of absence, with the share of the task that is done, and its place."""
+        for share, pair in read_tar(self.tar, self.modality):
+            yield share, pair, {"file": str(self.tar)}
 
 
 PairTask = ListedPairs | TarredPairs
@@ -75,11 +79,11 @@ class PairPreparation:
         tally = Tally()
         reported = 0.0
         with ShardWriter(self.folder.path, task.unit, self.shard_bytes) as writer:
-            for number, (share, pair) in enumerate(task.pairs()):
+            for number, (share, pair, place) in enumerate(task.pairs()):
                 try:
                     writer.write(f"{task.unit}-{number:06d}", self._members(pair, task.source, tally))
                 except BadSample as bad:
-                    tally.drop(bad.cause)
+                    tally.drop(bad.cause, place)
                 if number % PAIRS_PER_MESSAGE == 0:
                     advance(share - reported)
                     reported = share

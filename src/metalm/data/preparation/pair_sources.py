@@ -11,9 +11,11 @@ Rows about the same file become one sample with several captions.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import mmap
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,12 @@ from metalm.data.captions import listed, read_captions, usable_captions
 from metalm.data.storage.shard_scan import MAX_MEMBER_BYTES, scan_shard
 from metalm.errors import BadSample, DataError
 from metalm.modalities import Media
+from metalm.regular_files import open_regular, read_regular
 
 COCO_SUFFIX = ".json"
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+_STATISTICS_SUFFIX = "_stats.json"
+"""What img2dataset writes beside its folders."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class PairRecord:
 
     media: Path
     captions: tuple[str, ...] | None
+    line: int | None = None
+    """Of a table, from 1."""
+    absent: str | None = None
+    """Why there is no pair, where the listing shows it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ class Pair:
 def read_record(record: PairRecord, modality: Media) -> Pair | str:
     """The pair of a record, or the cause of its absence."""
     name = modality.name
+    if record.absent is not None:
+        return record.absent
     try:
         status = record.media.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
@@ -72,7 +83,7 @@ def read_record(record: PairRecord, modality: Media) -> Pair | str:
 
 
 def read_tar(path: Path, modality: Media) -> Iterator[tuple[float, Pair | str]]:
-    """The pairs of a shard in order, or causes of absence, each with the share of the file so far.
+    """Causes of absence, then the pairs of a shard in order, each with the share of the file so far.
 
     Raises:
         DataError: the file cannot be read.
@@ -124,15 +135,36 @@ def list_records(
     """
     if source.is_dir():
         try:
-            files = (file for file in source.rglob("*") if file.suffix[1:].lower() in modality.formats)
-            records = [PairRecord(file, None) for file in sorted(files)]
+            records = _folder_records(source, modality)
         except OSError as error:
             raise DataError(f"cannot read {source}: {error.strerror or error}") from error
     else:
         records = read_list(source, media_folder or source.parent, path_column, caption_column)
-    if not records:
-        raise DataError(f"{source} lists no {modality.name}")
+    if not any(record.absent is None for record in records):
+        others = Counter(str(record.absent) for record in records)
+        found = f", but {', '.join(f'{count} {cause}' for cause, count in others.items())}" if others else ""
+        raise DataError(f"{source} lists no {modality.name}{found}")
     return records
+
+
+def _folder_records(source: Path, modality: Media) -> list[PairRecord]:
+    """All files that can be read; behind them those of other formats, and captions of nothing."""
+    files = sorted(source.rglob("*"))
+    media = [file for file in files if file.suffix[1:].lower() in modality.formats]
+    others = [file for file in files if file.suffix[1:].lower() in modality.other_suffixes]
+    captioned = {file.with_suffix("") for file in (*media, *others)}
+    orphans = [
+        file
+        for file in files
+        if file.suffix in (".txt", ".json")
+        and file.with_suffix("") not in captioned
+        and not file.name.endswith(_STATISTICS_SUFFIX)
+    ]
+    return [
+        *(PairRecord(file, None) for file in media),
+        *(PairRecord(file, None, absent=f"unsupported_{modality.name}") for file in others),
+        *(PairRecord(file, None, absent=f"missing_{modality.name}") for file in orphans),
+    ]
 
 
 def read_list(source: Path, root: Path, path_column: str, caption_column: str) -> list[PairRecord]:
@@ -153,14 +185,16 @@ def read_list(source: Path, root: Path, path_column: str, caption_column: str) -
 
 def _coco_records(source: Path, root: Path) -> list[PairRecord]:
     try:
-        content = json.loads(source.read_bytes())
+        content = json.loads(read_regular(source))
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             captions[annotation["image_id"]] += usable_captions([annotation["caption"]])
         return [
             PairRecord(root / image["file_name"], tuple(captions[image["id"]])) for image in content["images"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f'{source} is no COCO captions file, which has "images" (id, file_name) and "annotations" '
             f"(image_id, caption): {error!r}"
@@ -169,21 +203,24 @@ def _coco_records(source: Path, root: Path) -> list[PairRecord]:
 
 def _table_records(source: Path, root: Path, path_column: str, caption_column: str) -> list[PairRecord]:
     captions: dict[str, list[str]] = {}
+    lines: dict[str, int] = {}
     for line, row in _rows(source):
         try:
             found = listed(row["captions"]) if row.get("captions") else [row[caption_column]]
-            captions.setdefault(str(row[path_column]), []).extend(usable_captions(found))
+            path = str(row[path_column])
+            captions.setdefault(path, []).extend(usable_captions(found))
+            lines.setdefault(path, line)
         except KeyError as error:
             raise DataError(
                 f"{source}, line {line}: there is no {error}; it has {', '.join(map(str, row))}. Name the "
                 "columns with --path-column and --caption-column."
             ) from error
-    return [PairRecord(root / path, tuple(texts)) for path, texts in captions.items()]
+    return [PairRecord(root / path, tuple(texts), lines[path]) for path, texts in captions.items()]
 
 
 def _rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The rows of a table by column name, with line numbers."""
-    with source.open(encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(open_regular(source), encoding="utf-8-sig", newline="") as file:
         if source.suffix != ".jsonl":
             csv.field_size_limit(MAX_MEMBER_BYTES)
             rows: csv.DictReader[str]

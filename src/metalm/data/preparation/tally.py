@@ -6,21 +6,36 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+MAX_PLACES = 100
+"""Dropped samples of one cause that a work unit remembers the places of."""
+
+Place = dict[str, str | int]
+"""Where a dropped sample was: `file`, and `line` (from 1) where the file has lines."""
+
 
 class Tally:
-    """Counters by subset; `dropped` counts by cause. Adds up over work units in any order."""
+    """Counters by subset; `dropped` counts by cause. Adds up over work units in any order.
+
+    Attributes:
+        places: of the first dropped samples of each cause.
+        num_lines: that the unit has of its file; lines of its places count from its first.
+    """
 
     def __init__(self) -> None:
         self.subsets: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.dropped: Counter[str] = Counter()
+        self.places: defaultdict[str, list[Place]] = defaultdict(list)
+        self.num_lines = 0
 
     def keep(self, subset: str, **amounts: int) -> None:
         """Counts one kept sample, or several, of a subset: for example `documents=1, tokens=17`."""
         self.subsets[subset].update(amounts)
 
-    def drop(self, cause: str) -> None:
-        """Counts a sample that was left out."""
+    def drop(self, cause: str, place: Place | None = None) -> None:
+        """Counts a sample that was left out; without a place where that was asked for."""
         self.dropped[cause] += 1
+        if place is not None and len(self.places[cause]) < MAX_PLACES:
+            self.places[cause].append(place)
 
     def as_json(self) -> dict[str, Any]:
         """Totals, `dropped` and `subsets`, all in sorted order."""

@@ -18,23 +18,26 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from metalm.data.preparation.fast_bpe import gigatoken_encoder, why_not_gigatoken
 from metalm.data.preparation.folder import PreparationFolder
 from metalm.data.preparation.jsonl import (
     Document,
     JsonLinesFile,
+    check_files,
     documents,
     is_compressed,
     parse_document,
 )
 from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
-from metalm.data.preparation.tally import Tally
+from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
-from metalm.errors import ConfigError, DataError
+from metalm.errors import BadSample, ConfigError
 
 PAPER_DROPS = ("Github", "ArXiv", "PubMed Central")
 """Subsets of the Pile that the paper leaves out."""
@@ -45,8 +48,17 @@ PROOF_BYTES = 1 << 18
 
 Store = Literal["ids", "text", "both"]
 Backend = Literal["auto", "gigatoken", "huggingface"]
-Batch = list[tuple[int, Document]]
-"""Documents with the offsets of their lines."""
+
+
+class Numbered(NamedTuple):
+    """A document with its line: offset in the input, and number in its stretch, from 1."""
+
+    offset: int
+    line: int
+    document: Document
+
+
+Batch = list[Numbered]
 
 logger = logging.getLogger(__name__)
 
@@ -108,19 +120,21 @@ class TextPreparation:
             for stretch, group in itertools.groupby(lines, key=lambda item: item[0] // self.shard_bytes):
                 unit = unit_name(task.file_number, stretch)
                 if (stretch - task.first) % task.step == 0 and not self.folder.is_done(unit):
-                    for _ in self._prepare(unit, f"{task.file_number:04d}", group):
+                    for _ in self._prepare(unit, task, group):
                         advance((file.position - reported) / task.step)
                         reported = file.position
             advance((file.position - reported) / task.step)
 
-    def _prepare(self, unit: str, key: str, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[None]:
+    def _prepare(
+        self, unit: str, task: Stretches, lines: Iterable[tuple[int, bytes | None]]
+    ) -> Iterator[None]:
         """Writes the shards and the receipt of one stretch; yields after each batch."""
         tokenizer = self._load_tokenizer()
         tally = Tally()
         with ShardWriter(self.folder.path, unit, self.shard_bytes) as writer:
-            for batch in self._batches(lines, tally):
-                for sample_key, members in self._samples(batch, tokenizer, tally):
-                    writer.write(f"{key}-{sample_key:013d}", members)
+            for batch in self._batches(lines, task.path, tally):
+                for sample_key, members in self._samples(batch, tokenizer, task.path, tally):
+                    writer.write(f"{task.file_number:04d}-{sample_key:013d}", members)
                 yield
         self.folder.record(unit, writer.shards, tally)
 
@@ -134,20 +148,23 @@ class TextPreparation:
             else tokenizer
         )
 
-    def _batches(self, lines: Iterable[tuple[int, bytes | None]], tally: Tally) -> Iterator[Batch]:
-        """The documents to keep, with their offsets, in batches of about `BATCH_BYTES`."""
+    def _batches(
+        self, lines: Iterable[tuple[int, bytes | None]], path: Path, tally: Tally
+    ) -> Iterator[Batch]:
+        """The documents to keep in batches of about `BATCH_BYTES`."""
         batch: Batch = []
         size = 0
         for offset, line in lines:
+            tally.num_lines += 1
             document = parse_document(line)
             if document is None:
                 continue
             if isinstance(document, str):
-                tally.drop(document)
+                tally.drop(document, _place(path, tally.num_lines))
             elif not self.subsets.accepts(document.subset):
                 tally.drop(f"subset {document.subset}")
             else:
-                batch.append((offset, document))
+                batch.append(Numbered(offset, tally.num_lines, document))
                 size += document.num_bytes
             if size >= BATCH_BYTES:
                 yield batch
@@ -155,15 +172,19 @@ class TextPreparation:
         yield batch
 
     def _samples(
-        self, batch: Batch, tokenizer: Tokenizer | None, tally: Tally
+        self, batch: Batch, tokenizer: Tokenizer | None, path: Path, tally: Tally
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
         """The members of each document's sample, with its offset; counts what is kept."""
-        encoded = None if tokenizer is None else tokenizer.encode([document.text for _, document in batch])
-        for position, (offset, document) in enumerate(batch):
+        encoded: Sequence[np.ndarray | None] = [None] * len(batch)
+        if tokenizer is not None:
+            encoded = _encode([numbered.document.text for numbered in batch], tokenizer)
+        for (offset, line, document), ids in zip(batch, encoded, strict=True):
             members: dict[str, bytes] = {}
             amounts = {"documents": 1, "bytes": document.num_bytes}
-            if tokenizer is not None and encoded is not None:
-                ids = encoded[position]
+            if tokenizer is not None:
+                if ids is None:
+                    tally.drop("untokenizable", _place(path, line))
+                    continue
                 amounts["tokens"] = len(ids)
                 members["u16" if tokenizer.id_dtype.itemsize == 2 else "u32"] = ids.astype(
                     tokenizer.id_dtype
@@ -174,6 +195,18 @@ class TextPreparation:
                 members["json"] = json.dumps({"pile_set_name": document.subset}).encode()
             tally.keep(document.subset, **amounts)
             yield offset, members
+
+
+def _place(path: Path, line: int) -> Place:
+    return {"file": path.name, "line": line}
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray | None]:
+    """The ids of each text; None where the tokenizer gives up."""
+    try:
+        return list(tokenizer.encode(texts))
+    except BadSample:
+        return [None] if len(texts) == 1 else [ids for text in texts for ids in _encode([text], tokenizer)]
 
 
 def prepare_text(
@@ -248,8 +281,7 @@ def prepare_text(
 def _input_sizes(inputs: Sequence[Path]) -> list[int]:
     if not inputs:
         raise ConfigError("no input file was given")
-    if missing := [str(path) for path in inputs if not path.is_file()]:
-        raise DataError(f"no such input file: {', '.join(missing)}")
+    check_files(inputs)
     return [path.stat().st_size for path in inputs]
 
 

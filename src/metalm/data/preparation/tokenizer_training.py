@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from metalm.data.preparation.jsonl import documents
+from metalm.data.preparation.jsonl import check_files, documents
 from metalm.data.preparation.pair_sources import read_list
-from metalm.errors import DataError
 
 
 def training_texts(inputs: Sequence[Path], caption_tables: Sequence[Path], max_bytes: int) -> Iterator[str]:
@@ -16,8 +15,7 @@ def training_texts(inputs: Sequence[Path], caption_tables: Sequence[Path], max_b
     Raises:
         DataError: a file cannot be read.
     """
-    if missing := [str(path) for path in inputs if not path.is_file()]:
-        raise DataError(f"no such input file: {', '.join(missing)}")
+    check_files([*inputs, *caption_tables])
     for path in inputs:
         size = 0
         for document in documents([path]):

@@ -141,7 +141,8 @@ def _record(members: dict[str, Member], kind: str) -> tuple[int, ...] | str:
     present = [suffix for suffix in modality.formats if suffix in members]
     caption = description = None
     if not present:
-        return f"missing_{modality.name}"
+        of_other_format = not modality.other_suffixes.isdisjoint(members)
+        return f"{'unsupported' if of_other_format else 'missing'}_{modality.name}"
     suffix = present[0]
     if isinstance(modality, Media):
         if len(present) > 1:
