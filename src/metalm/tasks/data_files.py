@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from metalm.errors import DataError
 
@@ -124,7 +124,7 @@ def _quickly_read(tar: tarfile.TarFile) -> tarfile.TarFile:
 
     In a compressed one each step back decompresses all from the front, for hours where files are many.
     """
-    compressed = tar.fileobj
+    compressed: Any = tar.fileobj
     if compressed is None or isinstance(compressed, io.BufferedReader):
         return tar
     plain = tempfile.TemporaryFile()  # noqa: SIM115 - read as long as the tar file
