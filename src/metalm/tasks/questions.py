@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from metalm.data.documents.example import Example
@@ -105,17 +105,6 @@ def drawn(records: Sequence[TaskRecord], count: int | None, seed: int) -> list[T
         return list(records)
     kept = random.Random(seed).sample(range(len(records)), count)
     return [records[number] for number in sorted(kept)]
-
-
-def training_examples(
-    task: TaskFile, records: Sequence[TaskRecord], templates: Sequence[Template], tally: Tally
-) -> Iterator[Example]:
-    """What is learnt of records: each in every wording, in turn, of each answer that is trained on."""
-    for record in records:
-        answers = record.answers if task.train_on == "each" else record.answers[:1]
-        for answer in answers:
-            for template in templates:
-                yield render(task, template, record, answer)
 
 
 def _grouped(task: TaskFile, records: Sequence[TaskRecord]) -> list[TaskRecord]:

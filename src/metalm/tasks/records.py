@@ -74,11 +74,12 @@ class TaskData:
         self.task, self._seed = task, seed
         self.files = DataFiles(root / task.data.folder, task.data.archive)
 
-    def records(self, split: str, tally: Tally | None = None) -> list[TaskRecord]:
+    def records(self, split: str, tally: Tally | None = None, *, most: int | None = None) -> list[TaskRecord]:
         """The records of a split, in their order; at most `take` of them, drawn from all.
 
         Args:
             tally: counts them, and what is left out.
+            most: not more than these either.
 
         Raises:
             ConfigError: there is no such split, or the files lack a column.
@@ -88,9 +89,9 @@ class TaskData:
         if split not in data.splits:
             raise ConfigError(f"{self.task.task} has no split {split}; it has {', '.join(data.splits)}")
         tally = Tally() if tally is None else tally
-        kept = _drawn(
-            self._usable(split, tally), data.take.get(split), f"{self._seed} {self.task.task} {split}"
-        )
+        limits = [limit for limit in (data.take.get(split), most) if limit is not None]
+        seed = f"{self._seed} {self.task.task} {split}"
+        kept = _drawn(self._usable(split, tally), min(limits, default=None), seed)
         if not kept:
             raise DataError(
                 "\n  ".join([f"{self.task.task}: no record of {split} can be used", *tally.lines()])

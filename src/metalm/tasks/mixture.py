@@ -1,0 +1,96 @@
+"""Mixtures of tasks for training: which tasks, how many examples of each, and in which wordings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from metalm.data.documents.example import Example
+from metalm.errors import ConfigError, DataError
+from metalm.tasks.records import Tally, TaskData
+from metalm.tasks.rendering import render
+from metalm.tasks.task_file import TaskFile, Template
+
+Wordings = Literal["first", "drawn", "all"]
+"""Of each record: the first template of finetuning; one of those for instruction tuning, drawn; or all."""
+OTHER_FORMS = ("icl_only", "vl")
+"""Clusters that are no part of the mixture of text tasks, unless they are named."""
+
+
+@dataclass(frozen=True)
+class TaskExamples:
+    """The examples of one task, for `prepare_examples`: made where they are written."""
+
+    number: int
+    """Of the task, in the mixture."""
+    task: TaskFile
+    data: Path
+    split: str
+    wordings: Wordings
+    most: int | None
+    seed: int
+
+    @property
+    def unit(self) -> str:
+        """Name of its shards."""
+        return f"{self.number:04d}-00000"
+
+    @property
+    def source(self) -> str:
+        """What its examples are counted under."""
+        return self.task.task
+
+    def examples(self) -> Iterator[tuple[float, Example | str]]:
+        """Each example or the cause of its absence, with the share of the task that is done.
+
+        Raises:
+            ConfigError, DataError: the task's data cannot be used.
+        """
+        task, tally = self.task, Tally()
+        records = TaskData(task, self.data, seed=self.seed).records(self.split, tally, most=self.most)
+        for cause, (count, _) in tally.dropped.items():
+            yield from ((0.0, cause) for _ in range(count))
+        for number, record in enumerate(records):
+            share = number / len(records)
+            for template in self._templates(record.key):
+                answers = record.answers if task.train_on == "each" else record.answers[:1]
+                for answer in answers:
+                    try:
+                        yield share, render(task, template, record, answer)
+                    except DataError:
+                        yield share, "missing_media"
+
+    def _templates(self, key: str) -> Sequence[Template]:
+        if self.wordings == "first":
+            return self.task.templates_for("finetuning")[:1]
+        fitting = self.task.templates_for("instruction_tuning")
+        if self.wordings == "drawn":
+            return [random.Random(f"{self.seed} {self.task.task} {key}").choice(fitting)]
+        return fitting
+
+
+def choose_tasks(
+    tasks: Sequence[TaskFile], clusters: Sequence[str] = (), hold_out: Sequence[str] = ()
+) -> list[TaskFile]:
+    """The tasks of some clusters, without those that are held out and what is too close to them.
+
+    Args:
+        clusters: those wanted; none: all but those of other forms than text (`OTHER_FORMS`).
+        hold_out: clusters that are left out, with all that their tasks name in `held_out_with`.
+
+    Raises:
+        ConfigError: there is no such cluster, or no task is left.
+    """
+    known = {task.cluster for task in tasks}
+    if unknown := sorted((set(clusters) | set(hold_out)) - known):
+        raise ConfigError(f"there is no cluster {unknown[0]}; there are {', '.join(sorted(known))}")
+    out = set(hold_out)
+    out |= {name for task in tasks if task.cluster in hold_out for name in task.held_out_with}
+    wanted = set(clusters) or known - set(OTHER_FORMS)
+    chosen = [task for task in tasks if task.cluster in wanted - out]
+    if not chosen:
+        raise ConfigError("no task is left: all clusters are held out")
+    return chosen

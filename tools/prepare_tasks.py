@@ -1,0 +1,73 @@
+"""Prepare tasks: word the examples of many datasets, and write them as shards with an index.
+
+If it is interrupted, start the same command again: it goes on where it was.
+
+Example: python tools/prepare_tasks.py --hold-out nli --wordings drawn --out data/flan_without_nli
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import get_args
+
+from metalm.cli import ToolParser, run_tool
+from metalm.data.preparation.example_shards import prepare_examples
+from metalm.data.preparation.tally import format_table
+from metalm.tasks.mixture import TaskExamples, Wordings, choose_tasks
+from metalm.tasks.task_file import find_tasks, load_task
+
+
+def main() -> None:
+    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", help="files or names, with commas between; default: all of --clusters")
+    parser.add_argument("--clusters", default="", help="such as nli,sentiment; default: all of text")
+    parser.add_argument("--hold-out", default="", help="clusters left out, with what is close to them")
+    parser.add_argument("--data", type=Path, default=Path("data/tasks"), help="folder of all tasks' data")
+    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--wordings",
+        choices=get_args(Wordings),
+        default="first",
+        help="of each record: the first (multitask finetuning), one that is drawn, or all",
+    )
+    parser.add_argument("--most", type=int, default=30000, help="records of a task (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    options = parser.parse_args()
+    if min(options.most, options.shard_mib, options.processes) <= 0:
+        parser.error("all numbers must be positive")
+    named = _words(options.tasks) if options.tasks else list(find_tasks())
+    tasks = [load_task(name) for name in named]
+    if not options.tasks or options.clusters or options.hold_out:
+        clusters = _words(options.clusters) or (sorted({t.cluster for t in tasks}) if options.tasks else [])
+        tasks = choose_tasks(tasks, clusters, _words(options.hold_out))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    started = time.monotonic()
+    settings = {
+        "split": options.split,
+        "wordings": options.wordings,
+        "most": options.most,
+        "seed": options.seed,
+    }
+    report = prepare_examples(
+        [TaskExamples(n, task, options.data, **settings) for n, task in enumerate(tasks)],
+        options.out,
+        plan={"tasks": [task.model_dump(mode="json") for task in tasks], **settings},
+        shard_bytes=int(options.shard_mib * 2**20),
+        processes=options.processes,
+    )
+    print(format_table(report, ("examples", "answers", "media", "bytes")))
+    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+if __name__ == "__main__":
+    run_tool(main)
