@@ -33,13 +33,13 @@ def main() -> None:
         default="first",
         help="of each record: the first (multitask finetuning), one that is drawn, or all",
     )
-    parser.add_argument("--most", type=int, default=30000, help="records of a task (default: %(default)s)")
+    parser.add_argument("--most", type=int, help="records of a task; default: what its file takes")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
     options = parser.parse_args()
-    if min(options.most, options.shard_mib, options.processes) <= 0:
+    if min(options.most or 1, options.shard_mib, options.processes) <= 0:
         parser.error("all numbers must be positive")
     named = _words(options.tasks) if options.tasks else list(find_tasks())
     tasks = [load_task(name) for name in named]

@@ -22,6 +22,9 @@ from reference.pretrained import save_pretrained
 REPOSITORY = Path(__file__).parents[2]
 PIPELINES = sorted((REPOSITORY / "pipelines").glob("*.yaml"))
 TWINS = [path for path in PIPELINES if path.stem.startswith("pretrain") and path.stem.endswith("_tiny")]
+STARTED_FROM_A_RUN = [
+    path.stem.removesuffix("_tiny") for path in PIPELINES if path.stem.endswith("_tiny") and path not in TWINS
+]
 SIZES = {
     *("vocab_size", "num_layers", "hidden_size", "num_heads", "max_text_positions", "joint_layers"),
     *("num_kv_heads", "ffn_hidden_size"),
@@ -89,11 +92,12 @@ def test_a_twin_differs_in_sizes_and_folders_alone(path: Path, monkeypatch: pyte
     assert {"num_layers", "hidden_size", "steps"} <= found
 
 
-def test_adding_an_encoder_in_small_differs_in_sizes_and_folders_alone(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", STARTED_FROM_A_RUN)
+def test_what_starts_from_a_run_differs_in_small_in_sizes_and_folders_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    twin, whole = (load_config(REPOSITORY / f"pipelines/add_encoder{end}.yaml") for end in ("_tiny", ""))
+    twin, whole = (load_config(REPOSITORY / f"pipelines/{name}{end}.yaml") for end in ("_tiny", ""))
     starts = [config.initialize for config in (twin, whole)]
     assert starts[0].new == starts[1].new
     contents = [config.model_dump(exclude={"initialize"}) for config in (twin, whole)]

@@ -183,7 +183,7 @@ def _answer(
         if one.cause is not None or None in said:
             answer = {"skipped": one.cause or "undecodable"}
         elif way.scored_by == "generation":
-            answer["prediction"] = said[0].strip()
+            answer["prediction"] = task.decode.answer(said[0])
         else:
             scores = _normalised(said, question, way.normalise)
             best = max(range(len(scores)), key=lambda number: scores[number])

@@ -79,7 +79,7 @@ class TaskData:
 
         Args:
             tally: counts them, and what is left out.
-            most: not more than these either.
+            most: so many instead of `take`.
 
         Raises:
             ConfigError: there is no such split, or the files lack a column.
@@ -89,9 +89,9 @@ class TaskData:
         if split not in data.splits:
             raise ConfigError(f"{self.task.task} has no split {split}; it has {', '.join(data.splits)}")
         tally = Tally() if tally is None else tally
-        limits = [limit for limit in (data.take.get(split), most) if limit is not None]
+        limit = data.take.get(split) if most is None else most
         seed = f"{self._seed} {self.task.task} {split}"
-        kept = _drawn(self._usable(split, tally), min(limits, default=None), seed)
+        kept = _drawn(self._usable(split, tally), limit, seed)
         if not kept:
             raise DataError(
                 "\n  ".join([f"{self.task.task}: no record of {split} can be used", *tally.lines()])

@@ -205,6 +205,14 @@ class Decode(Section):
     length_penalty: float = 0.6
     """With `beam`: log-likelihoods are divided by the length to the power of this."""
     max_new_tokens: PositiveInt = 32
+    stop: tuple[str, ...] = ()
+    """What ends an answer, and is no part of it: a reason that follows, or the next question."""
+
+    def answer(self, generated: str) -> str:
+        """What of generated text is the answer."""
+        for stop in self.stop:
+            generated = generated.partition(stop)[0]
+        return generated.strip()
 
 
 class TaskFile(Section):
