@@ -53,7 +53,7 @@ templates:
   0003: !Template
     answer_choices: null
     id: 0003
-    jinja: 'Ask about {{title}} ||| {{question}}'
+    jinja: '{% if label != -1 %}Ask {{"about"}} {{title}} ||| {{question}}{% endif %}'
     metadata: !TemplateMetadata {}
     name: Ask
     reference: ''
@@ -118,6 +118,7 @@ def test_promptsources_jinja_becomes_templates_with_its_words_for_answers(tmp_pa
     }
     assert made.content["maps"] == {"words_of_in_slang": {"no": "Nope", "yes": "Yep"}}
     assert plain == {"id": "in-slang-2", "span": ["{question}? {passage}"], "target": " {answer}"}
+    assert ask["span"] == ["Ask about {title}"]
     assert (ask["use"], ask["target"]) == (["instruction_tuning"], " {question}")
     assert made.refused == {
         "with-a-condition": "{% if label %} is outside of {{name}} and {{answer_choices[name]}}",

@@ -1,8 +1,9 @@
 """The templates of FLAN and promptsource, from a user's checkout into a task file.
 
 Both are read as text, and nothing in them is run: FLAN's `flan/templates.py` for the literals it assigns,
-promptsource's `templates.yaml` with its tags as plain mappings. Of Jinja, `{{name}}`,
-`{{answer_choices[name]}}` and `|||` are understood; a template with anything else is refused.
+promptsource's `templates.yaml` with its tags as plain mappings. Of Jinja, `{{name}}`, `{{"text"}}`,
+`{{answer_choices[name]}}` and `|||` are understood, and `{% if name != -1 %}` around what needs a label,
+which all records have; a template with anything else is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from metalm.tasks.task_file import ANSWER, OPTIONS, TaskFile
 _FLAN_OPTIONS = "options_"
 _CHOICES, _SEPARATOR = "answer_choices", "|||"
 _JINJA = re.compile(r"({{.*?}}|{%.*?%}|{#.*?#})", re.DOTALL)
+_GUARD = re.compile(r"{%-?\s*if\s+\w+\s*!=\s*-1\s*-?%}((?:(?!{%).)*){%-?\s*endif\s*-?%}", re.DOTALL)
+_QUOTED = re.compile(r"""(["'])([^"'\\]*)\1""")
 _CHOSEN = re.compile(rf"{_CHOICES}\s*\[\s*(\w+)\s*\]")
 
 
@@ -107,7 +110,7 @@ def read_promptsource(path: Path) -> list[Wording]:
     wordings: list[Wording] = []
     for name, template in zip(_ids(names), templates, strict=True):
         try:
-            prompt, *rest = str(template["jinja"]).split(_SEPARATOR)
+            prompt, *rest = _GUARD.sub(r"\1", str(template["jinja"])).split(_SEPARATOR)
             if len(rest) != 1:
                 raise _Refusal(f"it has {len(rest)} {_SEPARATOR} instead of one")
             choices = _choices(template.get(_CHOICES))
@@ -248,6 +251,8 @@ def _jinja(text: str) -> Text:
             pieces.append(Slot(chosen.group(1), is_choice=True))
         elif piece.startswith("{{") and inside.isidentifier() and inside != _CHOICES:
             pieces.append(Slot(inside))
+        elif piece.startswith("{{") and (quoted := _QUOTED.fullmatch(inside)):
+            pieces.append(quoted.group(2))
         else:
             raise _Refusal(
                 f"{' '.join(piece.split())} is outside of {{{{name}}}} and {{{{{_CHOICES}[name]}}}}"
