@@ -77,10 +77,12 @@ class FolderModel:
             prompt = IMAGE_MARKER * (len(images) - 1) + self._behind_image(prompt)
         try:
             inputs = self._processor(text=prompt, images=list(images) or None)
-        except OSError as error:
-            raise DataError(f"an image cannot be read: {error}") from error
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        except Exception as error:  # Pillow's plug-ins raise what their parsers do
+            if not images:
+                raise
+            raise DataError(f"an image cannot be read: {error}") from error
         sampling = (
             {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         )
@@ -179,9 +181,10 @@ def chat_with_folder(
 
 def _load_model(folder: Path) -> Any:
     """With every weight: transformers would draw those that are not there."""
-    model, report = MetaLMForConditionalGeneration.from_pretrained(
+    loaded: Any = MetaLMForConditionalGeneration.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    model, report = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, report[kind])):
             raise ConfigError(

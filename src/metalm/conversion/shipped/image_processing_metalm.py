@@ -149,7 +149,7 @@ def _srgb(image: Any, profile: Any) -> Any:
     transform = _to_srgb(profile, colours.mode)
     if transform is None:
         return image
-    converted = ImageCms.applyTransform(colours, transform)
+    converted: Any = ImageCms.applyTransform(colours, transform)
     if alpha is not None:
         converted.putalpha(alpha)
     return converted
