@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import zstandard
-from PIL import Image
+from PIL import Image, ImageCms
 
 from metalm.data.captions import read_captions
 from metalm.data.preparation.jsonl import Document, JsonLinesFile, parse_document
@@ -46,8 +46,10 @@ def exif() -> Image.Exif:
     return fields
 
 
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 IMAGES = [
     saved("JPEG", exif=exif(), icc_profile=bytes(300)),
+    saved("JPEG", quality=20, icc_profile=SRGB),
     saved("JPEG", "CMYK"),
     saved("PNG", "RGBA"),
     saved("PNG", "P", transparency=3),

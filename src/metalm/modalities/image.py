@@ -35,6 +35,7 @@ DECODERS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000
 JPEG_QUALITY = 95
 EXIF_ORIENTATION = 0x0112
+MAX_PROFILE_BYTES = 4 << 20
 SAME_COLOURS = 2
 """A profile that changes no value by more than this, of 255, is one of sRGB."""
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -339,7 +340,7 @@ def _eight_bits(image: Pillow.Image) -> Pillow.Image:
 
 def _srgb(image: Pillow.Image, profile: bytes | None) -> Pillow.Image:
     """The image with the colours that it has by its profile."""
-    if not profile or image.mode == "1":
+    if not profile or len(profile) > MAX_PROFILE_BYTES or image.mode == "1":
         return image
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
         image = image.convert("LA" if image.mode == "L" else "RGBA")

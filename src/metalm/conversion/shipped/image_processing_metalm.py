@@ -21,6 +21,7 @@ except ImportError:  # for text it is not needed
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Of files; those that training reads."""
 EXIF_ORIENTATION = 0x0112
+MAX_PROFILE_BYTES = 4 << 20
 SAME_COLOURS = 2
 """A profile that changes no value by more than this, of 255, is one of sRGB."""
 MAX_FILE_BYTES, URL_TIMEOUT_S = 256 << 20, 60
@@ -138,7 +139,7 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 
 def _srgb(image: Any, profile: Any) -> Any:
     """The image with the colours that it has by its profile."""
-    if not profile or image.mode == "1":
+    if not profile or len(profile) > MAX_PROFILE_BYTES or image.mode == "1":
         return image
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
         image = image.convert("LA" if image.mode == "L" else "RGBA")
