@@ -48,7 +48,9 @@ def main() -> None:
     if names:
         progress = ProgressLine(len(names), "shards")
     else:
-        progress = ProgressLine(sum(path.stat().st_size for path in options.folder.glob("*.tar")), "MB", 1e6)
+        progress = ProgressLine(
+            sum(path.stat().st_size for path in options.folder.glob("*.tar") if path.is_file()), "MB", 1e6
+        )
 
     def show(shard: Shard) -> None:
         progress.advance(1 if names else shard.size)

@@ -117,5 +117,11 @@ def test_mistakes_are_one_message(workshop: Workshop, tmp_path: Path, image: Pat
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(DataError, match="cannot be read"):
         generate_from_folder(folder, "the fox", [tmp_path / "text.png"])
+    with Image.open(image) as opened:
+        opened.convert("P").save(tmp_path / "palette.png")
+    content = (tmp_path / "palette.png").read_bytes()
+    (tmp_path / "palette.png").write_bytes(content.replace(b"PLTE", b"PLTX"))
+    with pytest.raises(DataError, match="cannot be read"):
+        generate_from_folder(folder, "the fox", [tmp_path / "palette.png"])
     with pytest.raises(ConfigError, match="no encoder 'nobody'"):
         generate_from_folder(folder, "<span:nobody>x</span>")

@@ -26,6 +26,7 @@ from transformers import (
 from distributed.ranks import run_command
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import load_config
+from metalm.conversion import foreign_decoders
 from metalm.conversion.import_decoder import import_decoder
 from metalm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from metalm.errors import EXIT_USAGE, CheckpointError, ConfigError, DataError
@@ -211,6 +212,15 @@ def test_what_the_decoder_cannot_do_is_named(
         import_decoder(tmp_path / "model", tmp_path / "out")
     assert message in str(caught.value)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_config_that_says_less_than_was_known_is_refused(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if transformers had renamed a key: what the model asks for would be missed."""
+    monkeypatch.setitem(foreign_decoders._NAMED, "mistral", ("sliding_window", "window_of_old"))
+    with pytest.raises(ConfigError, match="has no window_of_old in a config of type mistral"):
+        import_decoder(models / "mistral", tmp_path / "out")
 
 
 def test_missing_and_unknown_weights_are_named(models: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from conversion.test_export import REPOSITORY
 from distributed.ranks import run_command
 from metalm.conversion import refresh
 from metalm.conversion.proof import ProofPrompt
-from metalm.conversion.refresh import BEFORE_SUFFIX, refresh_export
+from metalm.conversion.refresh import BEFORE_SUFFIX, MARKER_NAME, refresh_export
 from metalm.conversion.shipped.configuration_metalm import MetaLMConfig
 from metalm.conversion.shipped.modeling_metalm import MetaLMForConditionalGeneration
 from metalm.errors import CheckpointError, ConfigError
@@ -43,6 +43,18 @@ def old(workshop: Workshop, tmp_path: Path) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", [".partial", BEFORE_SUFFIX])
+def test_what_others_keep_beside_it_stays(old: Path, suffix: str) -> None:
+    other = old.with_name(old.name + suffix)
+    other.mkdir()
+    (other / "notes").write_text("mine")
+    before = content(old)
+    with pytest.raises(ConfigError, match="is in the way, and nothing that this tool left behind"):
+        refresh_export(old)
+    assert content(other) == {"notes": b"mine"}
+    assert content(old) == before
 
 
 def test_it_has_todays_code_and_is_proved(workshop: Workshop, old: Path) -> None:
@@ -81,6 +93,8 @@ def test_a_refresh_that_was_cut_off_leaves_the_folder_findable(
     before = content(old)
     old.replace(old.with_name(old.name + BEFORE_SUFFIX))
     old.with_name("old.partial").mkdir()
+    for left in (BEFORE_SUFFIX, ".partial"):
+        (old.with_name(old.name + left) / MARKER_NAME).touch()
 
     def fails(*unused: Any) -> list[str]:
         raise CheckpointError("no proof")

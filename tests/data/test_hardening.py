@@ -156,6 +156,27 @@ def test_a_shard_replaced_under_the_run_by_one_of_the_same_size_is_found_out(
         next(data)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_behind_a_right_header_ends_training_with_shard_and_fix(
+    text_source: Callable[..., Path], make_config: Callable[..., RunConfig], workers: int
+) -> None:
+    folder = text_source([30])
+    shard = folder / "text-00000.tar"
+    content = bytearray(shard.read_bytes())
+    record = open_index(folder).records[17]
+    content[int(record["offset"] + record["main_offset"])] ^= 2  # another id of the vocabulary
+    shard.write_bytes(content)
+    config = make_config({"source": {"path": folder}}, data={"workers": workers})
+    with (
+        opened(config) as data,
+        pytest.raises(
+            DataError, match=rf"shard {shard} is damaged.*sample 17.*copy it anew.*index the folder again"
+        ),
+    ):
+        for _ in range(20):
+            next(data)
+
+
 def test_evaluation_and_samples_leave_bad_pairs_out(
     tmp_path: Path,
     make_config: Callable[..., RunConfig],

@@ -19,7 +19,13 @@ from metalm.config import DecoderConfig, RopeScalingConfig
 from metalm.config.foreign_folder import read_foreign_config
 from metalm.errors import ConfigError
 
-LLAMA_TYPES = ("llama", "mistral", "qwen2")
+_NAMED = {
+    "llama": ("attention_bias", "mlp_bias", "head_dim"),
+    "mistral": ("sliding_window", "head_dim"),
+    "qwen2": ("sliding_window", "use_sliding_window"),
+}
+"""What transformers' config of each type has beyond what all have."""
+LLAMA_TYPES = tuple(_NAMED)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _UNUSED = re.compile(r".*(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 """Buffers that old versions of transformers saved with the weights."""
@@ -141,6 +147,11 @@ def _gpt2_source(prefix: str, target: str) -> tuple[str, Change]:
 
 
 def _llama(folder: Path, config: Any) -> ForeignDecoder:
+    if absent := [name for name in _NAMED[config.model_type] if not hasattr(config, name)]:
+        raise ConfigError(
+            f"this version of transformers has no {', '.join(absent)} in a config of type "
+            f"{config.model_type}: what the model asks for would be missed"
+        )
     rope = config.rope_parameters
     attention_bias = getattr(config, "attention_bias", False)
     mlp_bias = getattr(config, "mlp_bias", False)

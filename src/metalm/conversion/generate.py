@@ -86,6 +86,10 @@ class FolderModel:
             inputs = self._processor(text=prompt, images=contents or None)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        except Exception as error:  # Pillow's plug-ins raise what their parsers do
+            if not images:
+                raise
+            raise DataError(f"an image cannot be read: {error}") from error
         sampling = (
             {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         )

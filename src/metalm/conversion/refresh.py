@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from metalm.config.foreign_folder import read_foreign_config
 from metalm.conversion.export import PARTIAL_SUFFIX, Report, record_proof, write_model_code
 from metalm.conversion.hf_config import AUTO_MAP, FORMAT_NAME, FORMAT_VERSION, write_image_processor
 from metalm.conversion.proof import (
@@ -79,8 +80,8 @@ def refresh_export(folder: Path, report: Report = print) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = read_foreign_config(folder)
+    except ConfigError as error:
         raise ConfigError(f"{folder} is not an exported model: {error}") from None
     if config.get("model_type") != "metalm" or config.get(FORMAT_NAME, FORMAT_VERSION) != FORMAT_VERSION:
         raise ConfigError(

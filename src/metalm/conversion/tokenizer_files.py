@@ -17,6 +17,7 @@ import tokenizers
 
 from metalm.data.tokenizer import BLANK_LINE, DOCUMENT, IMAGE, PAD, PARAGRAPH, START, Tokenizer
 from metalm.errors import DataError
+from metalm.regular_files import read_regular
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -78,11 +79,11 @@ def is_same_tokenizer(exported: Path, tokenizer: Tokenizer) -> bool:
         DataError: there is no such file, or it is no tokenizer.json.
     """
     try:
-        found = _respelt(json.loads(exported.read_text()), BLANK_LINE, PARAGRAPH, special=True)
+        found = _respelt(json.loads(read_regular(exported)), BLANK_LINE, PARAGRAPH, special=True)
         own = json.loads(tokenizers.Tokenizer.from_buffer(tokenizer.definition).to_str())
         parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         return all(found[part] == own[part] for part in parts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{exported} is not an exported tokenizer: {error!r}") from None
 
 

@@ -113,9 +113,11 @@ class Tokenizer:
         Raises:
             BadSample: `token_out_of_range` (no token has such an id) or `control_token` (no text holds it).
         """
-        if ids.max() >= self.size:
-            raise BadSample("token_out_of_range")
-        if not self._is_of_text[ids].all():
+        try:
+            are_of_text = self._is_of_text[ids].all()
+        except IndexError:
+            raise BadSample("token_out_of_range") from None
+        if not are_of_text:
             is_control = np.isin(ids, self.special_ids) & ~self._is_of_text[ids]
             raise BadSample("control_token" if is_control.any() else "token_out_of_range")
 

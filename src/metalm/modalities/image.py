@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image as Pillow
-from PIL import ImageDraw, ImageFont
+from PIL import ImageCms, ImageDraw, ImageFont
 
 from metalm.config.model_schema import EncoderConfig, ImageConfig
 from metalm.errors import BadSample
@@ -36,6 +36,9 @@ DECODERS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000
 JPEG_QUALITY = 95
 EXIF_ORIENTATION = 0x0112
+MAX_PROFILE_BYTES = 4 << 20
+SAME_COLOURS = 2
+"""A profile that changes no value by more than this, of 255, is one of sRGB."""
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 _JPEG = ("JPEG", "MPO")
@@ -174,9 +177,10 @@ class ImageReader:
 
 
 def decode_image(data: bytes | memoryview, *, image_size: int | None = None) -> np.ndarray:
-    """Decodes to [height, width, 3] uint8: upright (EXIF), 16 bits scaled to 8, transparent parts white.
+    """Decodes to sRGB [height, width, 3] uint8: upright (EXIF), 16 bits scaled to 8, transparent parts white.
 
-    Of a file with several images, the first is taken. Colours are taken as sRGB; profiles are not read.
+    Of a file with several images, the first is taken. Colours of an embedded profile are converted; without
+    one, and where it is damaged or of another kind of image, they are taken as sRGB.
 
     Args:
         image_size: resize to a square of this many pixels a side; None keeps the image's own size.
@@ -188,7 +192,8 @@ def decode_image(data: bytes | memoryview, *, image_size: int | None = None) -> 
         image = _open(data)
         if image_size is not None and image.format in _JPEG:
             image.draft("RGB", (image_size, image_size))
-        return _resized(_opaque(_eight_bits(_upright(image))), image_size)
+        profile = image.info.get("icc_profile")
+        return _resized(_opaque(_srgb(_eight_bits(_upright(image)), profile)), image_size)
 
 
 def normalised_pixels(patches: Tensor, encoder: EncoderConfig) -> Tensor:
@@ -267,7 +272,7 @@ def prepare_image(data: bytes, shorter_side: int | None) -> tuple[str, bytes]:
             upright = upright.resize(size, Pillow.Resampling.BICUBIC, reducing_gap=3.0)
         buffer = io.BytesIO()
         upright.info.pop("exif", None)  # it would have the image turned once more
-        upright.save(buffer, kind, quality=JPEG_QUALITY)
+        upright.save(buffer, kind, quality=JPEG_QUALITY, icc_profile=image.info.get("icc_profile"))
         return SUFFIXES[kind], buffer.getvalue()
 
 
@@ -345,6 +350,46 @@ def _eight_bits(image: Pillow.Image) -> Pillow.Image:
         return image
     greys = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
     return Pillow.fromarray(((greys * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _srgb(image: Pillow.Image, profile: bytes | None) -> Pillow.Image:
+    """The image with the colours that it has by its profile."""
+    if not profile or len(profile) > MAX_PROFILE_BYTES or image.mode == "1":
+        return image
+    if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
+        image = image.convert("LA" if image.mode == "L" else "RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    colours = image if alpha is None else image.convert(image.mode.removesuffix("A"))
+    transform = _to_srgb(profile, colours.mode)
+    if transform is None:
+        return image
+    converted = ImageCms.applyTransform(colours, transform)
+    assert converted is not None
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+@functools.lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the colours of a profile to sRGB; None if that is what they are, or nothing can be made of it."""
+    steps = np.stack(np.meshgrid(*[np.linspace(0, 255, 9)] * 3), -1).astype(np.uint8)
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
+            mode,
+            "RGB",
+            ImageCms.Intent.PERCEPTUAL,
+        )
+        probe = Pillow.fromarray(steps.reshape(27, 27, 3)).convert(mode)
+        converted = ImageCms.applyTransform(probe, transform)
+    except Exception:  # of what is no profile, or one of another mode, whatever its parser raises
+        return None
+    change = np.asarray(converted).astype(int) - np.asarray(probe.convert("RGB"))
+    return None if mode != "CMYK" and abs(change).max() <= SAME_COLOURS else transform
 
 
 def _opaque(image: Pillow.Image) -> Pillow.Image:

@@ -201,6 +201,12 @@ def _build(config: EncoderConfig) -> Any:
             f"{config.pretrained.path}: a model of type {config.pretrained.model_type!r} has batch norms, "
             "whose statistics would depend on the ranks"
         )
+    # The definition has no dropout under any name that was known when it was read.
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        raise ConfigError(
+            f"{config.pretrained.path}: a model of type {config.pretrained.model_type!r} has dropout under a "
+            "name that is not known, whose draws would depend on the ranks"
+        )
     return model
 
 

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalm.errors import FaultError
+
+_MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride")
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -19,8 +23,17 @@ class Sharding:
 
 
 def sharding_of(parameter: Any) -> Sharding | None:
-    """The sharding of a parameter, None where it is whole on every rank."""
-    if not getattr(parameter, "tensor_model_parallel", False):
+    """The sharding of a parameter, None where it is whole on every rank.
+
+    Raises:
+        FaultError: Megatron marks it, but by other names: it would count as whole, and be lost on all ranks
+            but one.
+    """
+    marks = [name for name in _MARKS if hasattr(parameter, name)]
+    if marks and len(marks) < len(_MARKS):
+        missing = ", ".join(name for name in _MARKS if name not in marks)
+        raise FaultError(f"Megatron marks a parameter by {', '.join(marks)}, without {missing}")
+    if not marks or not parameter.tensor_model_parallel:
         return None
     return Sharding(parameter.partition_dim, parameter.partition_stride)
 

@@ -228,6 +228,15 @@ def test_what_is_no_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
         prepare_image_text([path.parent if path.suffix == ".tar" else path], tmp_path / "out")
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path, run_tool: RunTool) -> None:
+    (tmp_path / "a.tar").symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(DataError, match=f"no such input file: {tmp_path / 'a.tar'}"):
+        prepare_image_text([tmp_path], tmp_path / "out")
+    code, _, error = run_tool("index_shards.py", tmp_path, "--kind", "image_text", "--processes", 1)
+    assert (code, "Traceback" in error) == (65, False), error
+    assert f"shard {tmp_path / 'a.tar'} cannot be read: No such file or directory" in error
+
+
 def test_a_suffix_that_lies_is_corrected(
     image_bytes: ImageBytes, read_samples: ReadSamples, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -12,14 +13,17 @@ import torch
 from transformers import BatchFeature, ImageProcessingMixin
 
 try:  # in a try, or transformers asks for Pillow before it loads this file
-    from PIL import Image
+    from PIL import Image, ImageCms
 except ImportError:  # for text it is not needed
-    Image = None
+    Image = ImageCms = None
 
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Of files; those that training reads."""
 EXIF_ORIENTATION = 0x0112
+MAX_PROFILE_BYTES = 4 << 20
+SAME_COLOURS = 2
+"""A profile that changes no value by more than this, of 255, is one of sRGB."""
 MAX_FILE_BYTES, URL_TIMEOUT_S = 256 << 20, 60
 
 
@@ -53,7 +57,7 @@ class MetaLMImageProcessor(ImageProcessingMixin):
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """One image as in training: upright, opaque RGB, resized to a square, x / 127.5 - 1.
+        """One image as in training: upright, opaque sRGB, resized to a square, x / 127.5 - 1.
 
         Args:
             image: a PIL image; an array [height, width] or [height, width, channels], of uint8, of uint16 in
@@ -78,7 +82,8 @@ class MetaLMImageProcessor(ImageProcessingMixin):
                 image.draft("RGB", (side, side))
         elif not isinstance(image, Image.Image):
             image = _from_array(np.asarray(image))
-        image = _opaque(_eight_bits(_upright(image)))
+        profile = image.info.get("icc_profile")
+        image = _opaque(_srgb(_eight_bits(_upright(image)), profile))
         if image.size != (side, side):
             image = image.resize((side, side), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -130,6 +135,45 @@ def _eight_bits(image: Any) -> Any:
 
 def _scaled(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _srgb(image: Any, profile: Any) -> Any:
+    """The image with the colours that it has by its profile."""
+    if not profile or len(profile) > MAX_PROFILE_BYTES or image.mode == "1":
+        return image
+    if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
+        image = image.convert("LA" if image.mode == "L" else "RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    colours = image if alpha is None else image.convert(image.mode.removesuffix("A"))
+    transform = _to_srgb(profile, colours.mode)
+    if transform is None:
+        return image
+    converted: Any = ImageCms.applyTransform(colours, transform)
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """From the colours of a profile to sRGB; None if that is what they are, or nothing can be made of it."""
+    steps = np.stack(np.meshgrid(*[np.linspace(0, 255, 9)] * 3), -1).astype(np.uint8)
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
+            mode,
+            "RGB",
+            ImageCms.Intent.PERCEPTUAL,
+        )
+        probe = Image.fromarray(steps.reshape(27, 27, 3)).convert(mode)
+        converted = ImageCms.applyTransform(probe, transform)
+    except Exception:  # of what is no profile, or one of another mode, whatever its parser raises
+        return None
+    change = np.asarray(converted).astype(int) - np.asarray(probe.convert("RGB"))
+    return None if mode != "CMYK" and abs(change).max() <= SAME_COLOURS else transform
 
 
 def _opaque(image: Any) -> Any:

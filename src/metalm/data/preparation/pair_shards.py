@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metalm.data.preparation.folder import PreparationFolder
+from metalm.data.preparation.jsonl import check_files
 from metalm.data.preparation.pair_sources import (
     COCO_SUFFIX,
     TABLE_SUFFIXES,
@@ -180,6 +181,7 @@ def _tasks(
             f"{source}: expected a folder, a COCO {COCO_SUFFIX}, or one of {', '.join(TABLE_SUFFIXES)}"
         )
     if source.is_dir() and (tars := sorted(source.glob("*.tar"))):
+        check_files(tars)
         for position, tar in enumerate(tars):
             yield TarredPairs(f"{number:04d}-{position:05d}", source.name, modality, tar)
         return
