@@ -55,6 +55,21 @@ def test_what_lies_beside_the_pipeline_is_read_first(tmp_path: Path) -> None:
     assert config.run.folder == Path("runs")
 
 
+def test_deepspeed_files_are_the_same_wherever_the_command_is_started(tmp_path: Path) -> None:
+    other = '{"zero_optimization": {"stage": 2}}'
+    name = "deepspeed_configs/decoder_zero1.json"
+    here = write(tmp_path / "started_here" / name, other)
+    assert load_config(Path("demo.yaml")).deepspeed.decoder == REPOSITORY / name
+    assert load_config(Path("demo.yaml"), [f"deepspeed.decoder={name}"]).deepspeed.decoder == Path(name)
+    mine = write(tmp_path / "mine/pipelines/mine.yaml", (REPOSITORY / "pipelines/demo.yaml").read_text())
+    assert load_config(mine).deepspeed.decoder == REPOSITORY / name
+    above = write(tmp_path / "mine" / name, other)
+    assert load_config(mine).deepspeed.decoder.resolve() == above
+    write(mine, mine.read_text().replace(name, "decoder.json"))
+    write(here.parents[1] / "decoder.json", other)
+    assert load_config(mine).deepspeed.decoder == Path("decoder.json")
+
+
 def test_a_path_on_the_command_line_is_of_this_folder(tmp_path: Path) -> None:
     write(tmp_path / "mine/other/tokenizer.json", "{}")
     mine = write(tmp_path / "mine/mine.yaml", "extends: demo.yaml\n")

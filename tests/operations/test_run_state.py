@@ -13,6 +13,7 @@ import pytest
 
 from metalm.errors import EXIT_DATA, EXIT_DONE, EXIT_FAULT, EXIT_RESTART, ConfigError
 from metalm.operations.status import describe_run, describe_runs, status
+from metalm.operations.stop import stop
 from metalm.run_ends import record_end
 from metalm.run_lock import Holder, RunLock
 
@@ -149,6 +150,14 @@ def test_a_table_of_all_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert header.split() == ["run", "step", "loss", "left", "saved", "state"]
     assert first.startswith("a    -/1,000      -       -     80     stopped 0 s ago at step 90 by SIGTERM;")
     assert second.split() == ["b", "1,000/1,000", "2.5000", "-", "1,000", "done"]
+
+
+def test_a_stop_of_a_run_that_is_not_at_work_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_end(run, 90, EXIT_RESTART, "stopped by SIGTERM")
+    assert stop(run) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{run} is not at work: stopped 0 s ago at step 90 by SIGTERM; started again,")
+    assert told.endswith(f"Its next start will end at once, unless {run}/stop is removed\n")
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             parsed = {part: parsed}
         content = _merge(content, parsed)
     fill_in_pretrained(content)
-    config = _with_deepspeed_files(validated(RunConfig, content, str(path)))
+    typed = {override.partition("=")[0] for override in overrides}
+    read = validated(RunConfig, content, str(path))
+    config = _with_deepspeed_files(read, find_file(path, "pipelines", path), typed)
     check_config(
         config, *(load_deepspeed_json(p) for p in (config.deepspeed.decoder, config.deepspeed.encoders))
     )
@@ -153,10 +155,21 @@ def _place(content: Any, key: list[str], folder: Path) -> None:
             content[name] = str(folder / content[name])
 
 
-def _with_deepspeed_files(config: RunConfig) -> RunConfig:
+def _with_deepspeed_files(config: RunConfig, pipeline: Path, typed: set[str]) -> RunConfig:
+    """The config with DeepSpeed files that are the same wherever the command is started.
+
+    Those that were typed are of the folder in which it is; others lie beside the pipeline, in the folder
+    above it, or come with MetaLM. Where they do not, they are of that folder, too.
+    """
     files = config.deepspeed
-    given = {"decoder": files.decoder, "encoders": files.encoders}
-    found = {name: find_file(path, "deepspeed_configs", path) for name, path in given.items()}
+    found = {}
+    for name, path in (("decoder", files.decoder), ("encoders", files.encoders)):
+        is_beside = path.is_relative_to(pipeline.parent) and path.exists()
+        if is_beside or f"deepspeed.{name}" in typed:
+            found[name] = find_file(path, "deepspeed_configs", path)
+        else:
+            other = find_file(pipeline.parent.parent / path, "deepspeed_configs", path)
+            found[name] = other if other.exists() else path
     return config.model_copy(update={"deepspeed": files.model_copy(update=found)})
 
 

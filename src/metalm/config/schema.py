@@ -210,7 +210,8 @@ class GuardConfig(Section):
     """What a run does about harm from inside."""
 
     spike_sigma: PositiveFloat | None = 6.0
-    """A step whose loss or gradient norm is this many standard deviations above the mean is skipped."""
+    """A step whose gradient norm is this many standard deviations above the mean is skipped, and one whose
+    loss is so far above what the usual losses of its sources lead to expect."""
     spike_window: Annotated[int, Field(ge=2)] = 128
     """Accepted steps that mean and deviation are taken over; before so many, nothing is a spike."""
     max_skipped_steps: PositiveInt = 16
@@ -222,7 +223,8 @@ class GuardConfig(Section):
     drift_every_steps: PositiveInt = 1000
     """How often replicas of parameters are compared bit by bit."""
     slow_rank_ratio: Annotated[float, Field(gt=1)] = 2.0
-    """A rank that takes this many times the median rank's time is named in the log."""
+    """A rank that takes this many times the median rank's time, of those with the same work, is named in the
+    log, where it matters."""
 
 
 class CheckpointConfig(Section):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from metalm.errors import ConfigError
+from metalm.operations.status import is_run, read_run
 from metalm.run_folder import STOP_NAME
 
 
@@ -24,6 +25,12 @@ def stop(run_folder: Path) -> int:
     if path.exists():
         print(f"{run_folder} has been asked to stop before: {path.read_text().strip() or 'no word by whom'}")
         return 0
+    state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
     path.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    if state is not None and not state.goes_on:
+        print(
+            f"{run_folder} is not at work: {state}. Its next start will end at once, unless {path} is removed"
+        )
+        return 0
     print(f"{run_folder} saves and ends after its step; `metalm status {run_folder}` tells when")
     return 0
