@@ -192,6 +192,8 @@ def test_another_tokenizer_is_refused(store: CheckpointStore, tmp_path: Path) ->
         ("model__decoder__recompute", True),
         ("model__decoder__dropout", 0.1),
         ("model__encoders__text__trained_layers", 1),
+        ("model__decoder__trained_layers", "none"),
+        ("model__encoders__image__trained_connector", False),
         ("training__steps", 7),
         ("training__optimizer__learning_rate", 0.1),
     ],
