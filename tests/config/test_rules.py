@@ -57,6 +57,37 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("model.encoders.text.joint_layers=1", "model.encoders.text.joint_layers is given, but"),
         ("model.encoders.text.trained_layers=2", "text.trained_layers = 2 is above num_layers = 1"),
+        ("model.decoder.trained_layers=99", "model.decoder.trained_layers = 99 is above num_layers"),
+        (
+            "model={decoder: {trained_layers: none}, encoders: {text: {trained_layers: none, "
+            "trained_connector: false}, scene: {trained_layers: none, trained_connector: false}}}",
+            "nothing is trained: model.decoder.trained_layers is none, and no encoder, connector or adapter",
+        ),
+        (
+            "model.decoder.adapter={targets: [qkv]}",
+            "model.decoder.adapter.targets: 'qkv' is none of query_key_value, attention_output, feed_forw",
+        ),
+        (
+            "model.encoders.text.adapter={kind: ia3, targets: [feed_forward_in]}",
+            "'feed_forward_in' is none of query_key_value, feed_forward_out, which ia3 can adapt",
+        ),
+        (
+            "model.decoder={trained_layers: 1, adapter: {kind: lora}}",
+            "trained_layers = 1 with an adapter, beside which all layers are frozen: leave one of them out",
+        ),
+        ("model.decoder.adapter={kind: ia3, rank: 4}", "rank and alpha are lora's; ia3 has neither"),
+        (
+            "training.optimizer.learning_rates={connectors: {scen: 1.0e-3}}",
+            "training.optimizer.learning_rates.connectors.scen is not in model.encoders (text, scene)",
+        ),
+        (
+            "data.evaluation.scenes.augmentation={}",
+            "data.evaluation.scenes.augmentation is given, but evaluation is of images as they are",
+        ),
+        (
+            "data.sources.text.augmentation={}",
+            "data.sources.text.augmentation is of images, but data.sources.text.readers names no encoder",
+        ),
         (
             "model.encoders.scene.image=null",
             "data.sources.scenes.readers.image = 'scene', but that encoder has no `image` section",

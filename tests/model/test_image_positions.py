@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from metalm.errors import CheckpointError
-from metalm.model.image_positions import fit_image_positions
+from metalm.model.image_positions import fit_image_positions, fit_positions
 
 
 def cubic_weight(distance: float) -> float:
@@ -51,3 +51,14 @@ def test_the_same_grid_is_left_alone() -> None:
 def test_a_table_that_is_no_square_is_refused(old: int, new: int) -> None:
     with pytest.raises(CheckpointError, match=f"{old} patches cannot be fitted to {new}"):
         fit_image_positions(torch.zeros(old, 2), new)
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(1 + 9, 1 + 25), (9, 25), (2 + 9, 2 + 4)])
+def test_rows_before_the_patches_stay(rows: int, wanted: int) -> None:
+    """As of ViT's class token, and DeiT's two."""
+    table = torch.randn(1, rows, 3)
+    before = 0 if rows == 9 else rows - 9
+    found = fit_positions(table, (1, wanted, 3))
+    assert torch.equal(found[:, :before], table[:, :before])
+    patches = fit_image_positions(table[0, before:], wanted - before)
+    assert torch.equal(found[0, before:], patches)

@@ -149,6 +149,39 @@ def test_a_new_run_draws_only_what_its_sources_lack(
         assert torch.equal(tensor, before[name] if is_taken else fresh[name]), name
 
 
+def test_an_adapter_begins_beside_given_weights_and_is_not_lost_without_a_word(
+    topology: Any, tmp_path: Path
+) -> None:
+    """Nor are positions of another grid of patches, which are fitted."""
+
+    def run(name: str, start: str | None, **changes: Any) -> dict[str, torch.Tensor]:
+        sources = (
+            {}
+            if start is None
+            else {component: str(tmp_path / start) for component in ("decoder", "encoders")}
+        )
+        config = config_with(tmp_path, run__name=name, initialize=sources, **changes)
+        store = CheckpointStore(tmp_path / name, config, topology)
+        decided = decide_start(Corpus(config), store)
+        engines = build_engines(config, topology, decided.given)
+        load_start(decided, config, topology, engines)
+        store.save(engines, 1, None, RunFacts())
+        return weights(engines)
+
+    base = run("base", None)
+    finer = {"image_size": 12, "patch_size": 4}
+    adapted = run("adapted", "base", model__decoder__adapter={"rank": 2}, model__encoders__image__image=finer)
+    position = "encoders/encoders.image.image_positions.weight"
+    assert adapted.pop(position).shape[0] == 9 and base.pop(position).shape[0] == 4
+    new = adapted.keys() - base.keys()
+    assert len(new) == 2 * 4 * 2 and all(not adapted[name].any() for name in new if name.endswith("lora_b"))
+    assert all(torch.equal(adapted[name], base[name]) for name in base)
+    with pytest.raises(
+        CheckpointError, match="has an adapter, such as gpt.* give the model the same adapter"
+    ):
+        run("plain", "adapted", model__encoders__image__image=finer)
+
+
 @pytest.fixture
 def store(topology: Any, tmp_path: Path) -> CheckpointStore:
     """Of a run with a hand-made checkpoint, which `config_with(tmp_path)` describes."""
@@ -192,6 +225,8 @@ def test_another_tokenizer_is_refused(store: CheckpointStore, tmp_path: Path) ->
         ("model__decoder__recompute", True),
         ("model__decoder__dropout", 0.1),
         ("model__encoders__text__trained_layers", 1),
+        ("model__decoder__trained_layers", "none"),
+        ("model__encoders__image__trained_connector", False),
         ("training__steps", 7),
         ("training__optimizer__learning_rate", 0.1),
     ],

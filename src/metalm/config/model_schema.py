@@ -70,11 +70,6 @@ class DecoderConfig(TrainableSection):
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, slower."""
 
     @property
-    def is_trained(self) -> bool:
-        """Whether anything of it is trained."""
-        return self.trained_layers != "none" or self.adapter is not None
-
-    @property
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
         return self.ffn_hidden_size or 4 * self.hidden_size
@@ -249,7 +244,7 @@ class EncoderConfig(TrainableSection):
     @property
     def is_trained(self) -> bool:
         """Whether anything of it or of its connector is trained."""
-        return self.trained_layers != "none" or self.adapter is not None or self.trained_connector
+        return super().is_trained or self.trained_connector
 
     def section(self, modality: str) -> ImageConfig | AudioConfig | None:
         """Of what it reads beside text, by modality."""

@@ -79,6 +79,11 @@ class TrainableSection(Section):
         return self
 
     @property
+    def is_trained(self) -> bool:
+        """Whether anything of it is trained."""
+        return self.trained_layers != "none" or self.adapter is not None
+
+    @property
     def num_frozen_layers(self) -> int:
         """Leading layers that are not trained."""
         if isinstance(self.trained_layers, int):
