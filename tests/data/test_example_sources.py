@@ -154,7 +154,7 @@ def test_readers_and_overflow_must_fit_the_shards(
     text_only = {"path": folder, "readers": {"text": "text"}, "overflow": "split"}
     with (
         opened(make_config({"chats": text_only})) as data,
-        pytest.raises(ConfigError, match="in its readers"),
+        pytest.raises(ConfigError, match="source chats: .* in its readers"),
     ):
         next(data)
 

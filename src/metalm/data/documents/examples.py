@@ -112,7 +112,10 @@ class ExampleMaker:
             BadSample: as `Source.example` and `make`.
             ConfigError: as `make`.
         """
-        return self.make(source.example(location))
+        try:
+            return self.make(source.example(location))
+        except ConfigError as error:
+            raise ConfigError(f"source {source.name}: {error}") from None
 
     def finish(self, seen: Made, draws: Sequence[float]) -> Made:
         """What was looked at: nothing of an example is drawn."""
