@@ -74,7 +74,8 @@ def test_the_twin_learns_its_chats_and_its_export_answers(folder: Path, tiny_dat
     no_dropout = ["model.decoder.dropout=0", "model.encoders.pairs.dropout=0"]
     faster = ["training.steps=120", "training.optimizer.learning_rate=3e-3", "checkpoint.every_steps=120"]
     quiet = ["monitor.evaluate_every_steps=120", "monitor.sample_every_steps=120"]
-    losses = train(folder, tiny_data, "run", 1, "training.micro_batch_size=8", *no_dropout, *faster, *quiet)
+    small = ["data.sequence_length=80", "training.global_batch_size=4", "training.micro_batch_size=4"]
+    losses = train(folder, tiny_data, "run", 1, *small, *no_dropout, *faster, *quiet)
     assert losses[120] < 0.02
     held_out = [
         one["held_out/pictures"] for one in read_metrics(folder / "run") if "held_out/pictures" in one

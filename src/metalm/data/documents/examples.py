@@ -162,7 +162,11 @@ class ExampleMaker:
 
     def _plain(self, part: ExamplePart) -> Part:
         assert isinstance(part.content, str)
-        return self._tokens(part.content, float(part.is_trained))
+        plain = self._tokens(part.content, float(part.is_trained or part.is_end))
+        if not part.is_end:
+            return plain
+        assert len(plain) == 1
+        return replace(plain, targets=np.array([self._tokenizer.document_id], np.int32))
 
     def _tokens(self, text: str, weight: float) -> Part:
         return Part(TEXT, self._tokenizer.encode([text])[0], weight=weight)
