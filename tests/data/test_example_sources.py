@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,19 @@ def test_rows_depend_on_neither_ranks_nor_workers_nor_resumes(config: RunConfig)
         rows, states = global_rows(config, steps, dp_size=dp_size, states=states)
         assert rows == reference[done : done + steps]
         done += steps
+
+
+def test_streamed_shards_give_whole_examples_and_are_resumed(
+    make_config: MakeConfig, folder: Path, tmp_path: Path
+) -> None:
+    for name in ("index.json", *(path.name for path in folder.glob("*.records"))):
+        shutil.copy(folder / name, tmp_path / name)
+    away = {"path": tmp_path, "readers": READERS, "overflow": "split", "url": f"pipe:cat {folder}/{{shard}}"}
+    config = make_config({"chats": away})
+    reference, _ = global_rows(config, 6, dp_size=1)
+    rows, states = global_rows(config, 4, dp_size=2)
+    assert rows == reference[:4]
+    assert global_rows(config, 2, dp_size=1, states=states)[0] == reference[4:]
 
 
 def test_every_chat_is_whole_in_its_row_with_its_own_images(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -123,4 +123,5 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def _has_pairs(config: RunConfig) -> bool:
-    return any(set(source.readers) - {TEXT} for source in config.data.sources.values())
+    sources = config.data.sources.values()
+    return any(set(source.readers) - {TEXT} for source in sources if source.overflow is None)
