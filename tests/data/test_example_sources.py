@@ -36,7 +36,7 @@ def chat(number: int) -> list[dict[str, Any]]:
     """Of one to three turns."""
     parts: list[dict[str, Any]] = []
     for turn in range(1 + number % 3):
-        parts += [{"text": "\n\n"}] if parts else []
+        parts += [{"text": "\n\n", "end": True}] if parts else []
         parts += [
             {"text": f"fox {number} {turn}", "encoded": True},
             {"text": f"dog {number}", "trained": True},
@@ -111,8 +111,9 @@ def test_every_chat_is_whole_in_its_row_with_its_own_images(config: RunConfig, t
             asked = [f"fox {number} {turn}dog {number}" for turn in range(count)]
             assert words == "\n\n".join(asked)
             trained = row.tokens[start + 1 : end][row.loss_weights[start : end - 1] == 1]
-            assert tokenizer.decode(trained) == f"dog {number}" * count
+            assert tokenizer.decode(trained) == "\n\n".join([f"dog {number}"] * count)
             assert trained[-1] == tokenizer.document_id
+            assert (row.targets is not None) or count == 1
             assert len(own) == (0 if number % 3 else 2 if number % 9 == 0 else 1)
             for colour in own:
                 np.testing.assert_allclose(colour, [number, 2 * number, 3 * number], atol=3)
