@@ -151,6 +151,8 @@ def _run_command(arguments: Sequence[str]) -> int | None:
 
     chat = commands.add_parser("chat", help="talk with an exported model: /image PATH, /forget, end of input")
     chat.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
+    chat.add_argument("--web", action="store_true", help="on a page of this machine's browser instead")
+    chat.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
     chat.set_defaults(run=_chat)
     for command in (generate, chat):
         command.add_argument("--max-new-tokens", type=int, default=64)
@@ -273,6 +275,18 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
+    if options.web:
+        from metalm.conversion.chat_page import serve_page
+
+        serve_page(
+            options.folder,
+            options.port,
+            functools.partial(print, flush=True),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            device=options.device,
+        )
+        return
     from metalm.conversion.chat import chat_with_folder
 
     chat_with_folder(

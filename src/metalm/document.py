@@ -34,6 +34,9 @@ class Part:
     """What the reader reads where that is not `tokens`: ids [n] of an encoder with a tokenizer of its own;
     of an image or clip the bytes of its file, and once it is decoded what the encoder is fed."""
 
+    targets: np.ndarray | None = None
+    """[n] int, what the positions before its tokens predict, where that is not its tokens."""
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -90,7 +93,10 @@ class Document:
         for part in self.parts:
             if room <= 0:
                 break
-            parts.append(part if len(part) <= room else replace(part, tokens=part.tokens[:room]))
+            if len(part) > room:
+                targets = None if part.targets is None else part.targets[:room]
+                part = replace(part, tokens=part.tokens[:room], targets=targets)
+            parts.append(part)
             room -= len(part)
         return replace(self, parts=tuple(parts), ends=False)
 

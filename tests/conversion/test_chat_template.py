@@ -14,7 +14,8 @@ from hypothesis import strategies
 from conversion.cases import pictures, run_config
 from conversion.conftest import Workshop
 from metalm.config import RunConfig
-from metalm.config.schema import SourceConfig
+from metalm.config.pretrained_folder import fill_in_pretrained
+from metalm.config.schema import Overflow, SourceConfig
 from metalm.conversion.generate import load_processor
 from metalm.conversion.hf_config import write_configs
 from metalm.conversion.tokenizer_files import write_tokenizer
@@ -25,12 +26,15 @@ from metalm.data.row import Row, lay_out
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import BadSample
 from metalm.modalities.image import encode_png
+from reference.encoder_tokenizer import save_tokenizer
+from reference.pretrained import save_pretrained
 
 READERS = {
     "apart": {"image": "vision", "text": "text"},
     "joint": {"image": "vision", "text": "vision"},
     "image alone": {"image": "vision"},
 }
+LONGEST = 6
 WORDS = ["fox", "the dog", " ", "\n", "\n\n", "\n\n\n", " brown"]
 TEXTS = strategies.lists(strategies.sampled_from(WORDS), max_size=4).map("".join)
 PARTS = strategies.lists(TEXTS | strategies.integers(0, 2), max_size=4)
@@ -45,13 +49,18 @@ class Chats:
     """One assignment of readers: its exported processor, and its documents."""
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, config: RunConfig, readers: dict[str, str]
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        readers: dict[str, str],
+        overflow: Overflow = "split",
     ) -> None:
         data = config.data.model_copy(
-            update={"sources": {"chats": SourceConfig(path=Path("x"), readers=readers, overflow="split")}}
+            update={"sources": {"chats": SourceConfig(path=Path("x"), readers=readers, overflow=overflow)}}
         )
         encoders = {
-            name: one.model_copy(update={"max_text_positions": 60})
+            name: one.model_copy(update={"max_text_positions": LONGEST})
             for name, one in config.model.encoders.items()
         }
         model = config.model.model_copy(update={"encoders": encoders})
@@ -60,7 +69,7 @@ class Chats:
         write_tokenizer(tokenizer, folder, 512)
         self.processor = load_processor(folder)
         self.tokenizer = tokenizer
-        self.maker = Corpus(self.config).example_maker(readers, overflow="split")
+        self.maker = Corpus(self.config).example_maker(readers, overflow=overflow)
 
     def row(self, example: Example) -> Row:
         document = self.maker.make(example, is_open=True).document
@@ -78,6 +87,10 @@ class Chats:
             docked = inputs["span_numbers"][0].numpy() > 0
             read = inputs["span_input_ids"][0].numpy()
             placeholder = self.tokenizer.paragraph_id
+            own = [spans.ids for spans in row.spans.values() if spans.ids is not None]
+            if own:
+                assert (read[docked] - self.config.model.vocab_size).tolist() == np.concatenate(own).tolist()
+                read = row.tokens
             ids[docked] = np.where(read == self.tokenizer.image_id, placeholder, read)[docked]
             numbers, encoders = (inputs[f"span_{name}"][0].numpy() for name in ("numbers", "encoders"))
             names = sorted(self.config.model.encoders)
@@ -126,6 +139,28 @@ def test_any_chat_has_the_tokens_of_training(chats: Chats, drawn: list[tuple[str
         return
     chats.check(messages, example)
     chats.check(messages[:-1], example.prompt())
+
+
+@pytest.mark.parametrize("overflow", ["split", "cut_left", "cut_right"])
+@pytest.mark.parametrize("has_own_tokenizer", [False, True])
+def test_texts_longer_than_the_encoder_go_where_they_go_in_training(
+    workshop: Workshop, tmp_path: Path, overflow: Overflow, has_own_tokenizer: bool
+) -> None:
+    config = run_config("deepnorm", workshop.tokenizer_folder)
+    if has_own_tokenizer:
+        save_pretrained("bert", tmp_path / "bert")
+        save_tokenizer(tmp_path / "bert")
+        content = config.model_dump(mode="json")
+        content["model"]["encoders"]["text"] = {"pretrained": {"path": str(tmp_path / "bert")}}
+        fill_in_pretrained(content)
+        config = RunConfig.model_validate(content)
+    (tmp_path / "exported").mkdir()
+    tokenizer = load_tokenizer(workshop.tokenizer_folder)
+    chats = Chats(tmp_path / "exported", tokenizer, config, READERS["apart"], overflow)
+    text = "the quick brown fox jumps over the lazy dog"
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "fox"}]
+    turns = [Turn(message["role"], (message["content"],)) for message in messages]
+    chats.check(messages, chat_example(turns))
 
 
 def test_what_a_chat_looks_like(workshop: Workshop, tmp_path: Path) -> None:

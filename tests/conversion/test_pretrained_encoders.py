@@ -17,8 +17,9 @@ from conversion.conftest import TrainingModel, Workshop, write_run
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import RunConfig
 from metalm.config.pretrained_folder import fill_in_pretrained
+from metalm.conversion.chat import chat_with_folder
 from metalm.conversion.export import export_checkpoint
-from metalm.conversion.generate import FolderModel, chat_with_folder
+from metalm.conversion.generate import FolderModel
 from metalm.conversion.restore import restore_checkpoint
 from metalm.errors import ConfigError, DataError
 from metalm.model.pretrained import PretrainedEncoder, load_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import struct
@@ -23,9 +24,12 @@ from metalm.data.checking import check_shards
 from metalm.data.corpus import Corpus
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.held_out import evaluation_batches, held_out_samples
+from metalm.data.lanes import Lane, Mixture
 from metalm.data.order.sample_order import SampleOrder
 from metalm.data.order.streams import Stream
 from metalm.data.packing.whole import WholePacker
+from metalm.data.preparation.chat_shards import prepare_chats
+from metalm.data.preparation.example_shards import default_converts
 from metalm.data.sources import open_sources
 from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
@@ -337,6 +341,33 @@ def test_samples_to_listen_to_and_a_check_of_the_shards(
     assert np.abs(span_costs(np.array([39, 5]), encoder) - span_costs(np.array([39, 39]), encoder)).max() == 0
     (check,) = check_shards(audio_source, tokenizer_folder, samples_per_shard=27)
     assert check.problems == ("sample 7: undecodable_audio",)
+
+
+def test_chats_about_clips_are_prepared_and_packed(
+    run: RunConfig, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """A short clip counts as a whole one: a row of 64 holds one of at most 39 vectors."""
+    lines = []
+    for number in range(6):
+        data = base64.b64encode(encoded(tone(0.01 + 0.005 * number))).decode()
+        clip = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+        content = [{"type": "text", "text": "what?"}, clip]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f"fox {number}"}]
+        lines.append(json.dumps({"messages": messages}))
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    chats = tmp_path / "chats"
+    prepare_chats([tmp_path / "chats.jsonl"], chats, converts=default_converts(), settings={})
+    source = SourceConfig(path=chats, readers={"audio": "wave"}, overflow="split")
+    data = run.data.model_copy(update={"sources": {"chats": source}})
+    lane = Lane(Mixture(Corpus(run.model_copy(update={"data": data}))), 0)
+    heard = set()
+    for _ in range(12):
+        row = lane.next_row()
+        (count,) = row.spans["wave"].num_patches
+        words = tokenizer.decode(row.tokens[1 + count : -1])
+        assert words.startswith("what?\n\nfox ")
+        heard.add(words[-1])
+    assert len(heard) == 6
 
 
 def test_a_source_needs_an_encoder_of_its_kind(run: RunConfig, tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_the_mean_row_weighs_the_sources() -> None:
     assert row.encoders["image"].elements == pytest.approx(2 * (4 + 4.5) * 3 / 4)
 
 
+def test_a_row_of_examples_holds_images_and_texts_of_which_half_is_encoded() -> None:
+    """Each of 4 patches, 128 tokens, start and end; the encoder of text reads 16 of 64 at once."""
+    config = tiny_config("unused")
+    source = {"path": "unused", "readers": {"image": "image", "text": "text"}, "overflow": "cut_left"}
+    data = config.data.model_dump() | {"sources": {"chats": source}, "sequence_length": 268}
+    config = type(config).model_validate(config.model_dump() | {"data": data})
+    row = mean_row(config)
+    assert row.positions == 268
+    assert row.encoders["image"].elements == row.encoders["image"].patches == 2 * 4
+    assert row.encoders["text"].elements == 2 * 16
+    assert "examples of 128 tokens of text" in describe_cost(plan_run(config, 1, find_device("cpu")))
+
+
 def test_time_is_the_sum_of_its_parts_and_follows_the_assumptions() -> None:
     config, device = planned_config(tensor=2), find_device("h100")
     plan = plan_run(config, 4, device)

@@ -113,6 +113,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
     """The content of processor_config.json."""
     encoders = config.model.encoders
     settings = [modality_of_encoder(encoder).exported_settings(encoder) for encoder in encoders.values()]
+    chats = chat_source(config)
     sizes = {one["image_size"] for one in settings if "image_size" in one}
     if len(sizes) > 1:
         raise ConfigError(f"encoders of images of different sizes ({sorted(sizes)}) cannot be exported")
@@ -130,6 +131,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
         "image_encoder": image_encoder(config),
         "text_encoder": text_encoder(config),
         "image_size": next(iter(sizes), None),
+        "overflow": None if chats is None else chats.overflow,
     }
 
 

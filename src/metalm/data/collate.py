@@ -32,7 +32,8 @@ def collate(
 ) -> SemiCausalBatch:
     """Makes one micro-batch of rows.
 
-    Position p predicts the token at p + 1, with the row's loss weight there; padding has weight 0.
+    Position p predicts the token at p + 1, or the row's target, with the row's loss weight there; padding has
+    weight 0.
 
     Args:
         rows: at most `sequence_length` tokens each.
@@ -47,6 +48,10 @@ def collate(
         if row.next_token != NO_TOKEN:
             stream[b, len(row.tokens)] = row.next_token
     tokens, labels = stream[:, :-1].copy(), stream[:, 1:].copy()
+    for b, row in enumerate(rows):
+        if row.targets is not None:
+            own = labels[b, : len(row.targets)]
+            own[row.targets != NO_TOKEN] = row.targets[row.targets != NO_TOKEN]
 
     start, lengths = _document_intervals(rows, length)
     attention_start = np.repeat(start, lengths).reshape(num_rows, length)

@@ -39,6 +39,8 @@ class Row:
     """First token of the last document's continuation in the next row, if it goes on there."""
     spans: dict[str, RowSpans] = field(default_factory=dict)  # by encoder
     source_id: int = 0
+    targets: np.ndarray | None = None
+    """[n] int32, what each position predicts; NO_TOKEN: the next token, as all do where there is none."""
     dropout_seed: int = 0
     """What the model drops in this row is drawn from it."""
 
@@ -85,6 +87,7 @@ def lay_out(
     weighted: list[tuple[int, int, float]] = []  # tokens of another weight than 1
     ends: list[int] = []
     spans: dict[str, list[_Span]] = {}
+    targeted: list[tuple[int, np.ndarray]] = []
     start, end = (np.array([token], np.int32) for token in (frame.start_id, frame.document_id))
     at = 0
     for document in documents:
@@ -96,6 +99,8 @@ def lay_out(
             tokens.append(part.tokens)
             if part.weight != 1.0:
                 weighted.append((at, at + len(part), part.weight))
+            if part.targets is not None:
+                targeted.append((at, part.targets))
             if part.reader is not None and len(part):
                 of_reader = spans.setdefault(part.reader, [])
                 if previous is not None and previous.reader == part.reader and not part.is_media:
@@ -122,7 +127,15 @@ def lay_out(
         next_token=next_token,
         spans={reader: _row_spans(found) for reader, found in spans.items()},
         source_id=source_id,
+        targets=_row_targets(at, targeted) if targeted else None,
     )
+
+
+def _row_targets(num_tokens: int, targeted: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    targets = np.full(num_tokens, NO_TOKEN, np.int32)
+    for start, wanted in targeted:
+        targets[start - 1 : start - 1 + len(wanted)] = wanted
+    return targets
 
 
 def _loss_weights(

@@ -13,6 +13,7 @@ from metalm.model.encoder_parameters import (
 from metalm.planning.memory import KINDS
 from metalm.planning.plan import CONTEXT_BYTES, USABLE_SHARE, Plan
 from metalm.planning.search import Found, overrides
+from metalm.planning.workload import EXAMPLE_TOKENS
 
 GIB, MIB = 2**30, 2**20
 SHOWN_LAYOUTS = 10
@@ -116,6 +117,8 @@ def describe_search(found: Found, base: RunConfig) -> str:
 def _assumptions(plan: Plan) -> list[str]:
     a, device = plan.assumptions, plan.device
     captions = f"; captions of {a.caption_tokens} tokens" if _has_pairs(plan.config) else ""
+    if any(source.overflow is not None for source in plan.config.data.sources.values()):
+        captions += f"; examples of {EXAMPLE_TOKENS} tokens of text, half of it encoded"
     assumed = [
         f"products and attention at {a.compute_efficiency:.0%} of the peak, links at {a.link_efficiency:.0%} "
         f"of {device.intra_node / 1e9:g} GB/s inside and {device.inter_node / 1e9:g} GB/s between nodes",
@@ -128,4 +131,5 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def _has_pairs(config: RunConfig) -> bool:
-    return any(set(source.readers) - {TEXT} for source in config.data.sources.values())
+    sources = config.data.sources.values()
+    return any(set(source.readers) - {TEXT} for source in sources if source.overflow is None)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 
 from metalm.data.documents.chats import Medium, Turn, chat_example
-from metalm.data.documents.example import Example
+from metalm.data.documents.example import Example, ExamplePart
 from metalm.errors import BadSample
 
 IMAGE, OTHER = Medium("image", b"one"), Medium("image", b"two")
 
 
 def said(example: Example) -> list[tuple[str, object]]:
-    kinds = {(True, False): "encoded", (False, True): "trained", (False, False): "plain"}
-    return [(kinds[part.is_encoded, part.is_trained], part.content) for part in example.parts]
+    def kind(part: ExamplePart) -> str:
+        flags = {"encoded": part.is_encoded, "trained": part.is_trained, "end": part.is_end}
+        return " ".join(name for name, is_set in flags.items() if is_set) or "plain"
+
+    return [(kind(part), part.content) for part in example.parts]
 
 
 def test_questions_are_encoded_and_answers_trained() -> None:
@@ -22,9 +25,9 @@ def test_questions_are_encoded_and_answers_trained() -> None:
         Turn("user", ("And ", "this?")), Turn("gpt", ("A dog.",)), Turn("user", ("left out",)),
     ]  # fmt: skip
     asked = [("encoded", "Be brief.\n\nWhat?"), ("encoded", "And this?")]
-    expected = [asked[0], ("trained", "A fox."), ("plain", "\n\n"), asked[1], ("trained", "A dog.")]
+    expected = [asked[0], ("trained", "A fox."), ("end", "\n\n"), asked[1], ("trained", "A dog.")]
     assert said(chat_example(turns)) == expected
-    expected[1] = ("plain", "A fox.")
+    expected[1:3] = [("plain", "A fox."), ("plain", "\n\n")]
     assert said(chat_example(turns, "last")) == expected
 
 

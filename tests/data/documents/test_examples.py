@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metalm.config.model_schema import EncoderConfig
+from metalm.config.model_schema import DecoderConfig, EncoderConfig, ModelConfig
 from metalm.config.schema import Overflow
+from metalm.data.collate import collate
 from metalm.data.documents.example import Example, ExamplePart
 from metalm.data.documents.examples import ExampleMaker
 from metalm.data.documents.retokenize import SpanRetokenizer
-from metalm.data.row import Row, lay_out
+from metalm.data.row import NO_TOKEN, Row, lay_out
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import BadSample, ConfigError
 from metalm.modalities.image import ImageReader
@@ -75,15 +76,18 @@ def test_answers_and_the_end_are_trained_and_inputs_encoded(
     maker = make_maker({"text": "text", "image": "vision"})
     ids = {text: tokenizer.encode([text])[0].tolist() for text in ("the fox", "dog", "\n\n", "lazy", "quick")}
     parts = (
-        image(jpeg((1, 2, 3))), encoded("the "), encoded("fox"), trained("dog"), ExamplePart("\n\n"),
-        encoded("quick"), trained("lazy"),
+        image(jpeg((1, 2, 3))), encoded("the "), encoded("fox"), trained("dog"),
+        ExamplePart("\n\n", is_end=True), encoded("quick"), trained("lazy"),
     )  # fmt: skip
     row = row_of(maker, Example(parts), tokenizer)
     assert row.tokens.tolist() == [
         tokenizer.start_id, *[tokenizer.paragraph_id] * PATCHES, *ids["the fox"], *ids["dog"], *ids["\n\n"],
         *ids["quick"], *ids["lazy"], tokenizer.document_id,
     ]  # fmt: skip
-    assert trained_tokens(row) == [*ids["dog"], *ids["lazy"], tokenizer.document_id]
+    paragraph, end = tokenizer.paragraph_id, tokenizer.document_id
+    assert trained_tokens(row) == [*ids["dog"], paragraph, *ids["lazy"], end]
+    assert row.targets is not None
+    assert row.targets[row.targets != NO_TOKEN].tolist() == [end]
     assert row.spans["vision"].bounds.tolist() == [[1, 1 + PATCHES]]
     first = 1 + PATCHES
     second = first + len(ids["the fox"]) + len(ids["dog"]) + 1
@@ -91,6 +95,23 @@ def test_answers_and_the_end_are_trained_and_inputs_encoded(
         [first, first + len(ids["the fox"])],
         [second, second + len(ids["quick"])],
     ]
+
+
+def test_an_end_within_is_learnt_where_a_paragraph_stands(
+    tokenizer: Tokenizer, make_maker: MakeMaker, encoders: dict[str, EncoderConfig]
+) -> None:
+    parts = (encoded("fox"), trained("a"), ExamplePart("\n\n", is_end=True), encoded("dog"), trained("b"))
+    row = row_of(make_maker({"text": "text"}), Example(parts), tokenizer)
+    model = ModelConfig(
+        vocab_size=300, decoder=DecoderConfig(num_layers=1, hidden_size=8, num_heads=1), encoders=encoders
+    )
+    batch = collate([row], model_config=model, sequence_length=32, tp_size=1, pad_id=tokenizer.pad_id)
+    (first,), (second,) = (ids.tolist() for ids in tokenizer.encode(["a", "b"]))
+    end = tokenizer.document_id
+    assert batch.labels[batch.loss_weights == 1].tolist() == [first, end, second, end]
+    place = row.tokens.tolist().index(first)
+    assert batch.tokens[0, place + 1] == tokenizer.paragraph_id
+    assert batch.loss_weights[0, place + 1] == 0
 
 
 def test_a_prompt_is_the_beginning_of_its_row(

@@ -69,6 +69,7 @@ class MetaLMProcessor(ProcessorMixin):
         image_encoder: str | None = None,
         text_encoder: str | None = None,
         image_size: int | None = None,
+        overflow: str | None = None,
     ) -> None:
         """Made by `AutoProcessor.from_pretrained`.
 
@@ -79,12 +80,15 @@ class MetaLMProcessor(ProcessorMixin):
             image_encoder: reads images whose span names none.
             text_encoder: reads texts whose span names none.
             image_size: pixels per side.
+            overflow: what becomes of a text that is longer than its encoder reads, as in training: `split`
+                (spans one after another), `cut_left` or `cut_right`; None: it is refused.
         """
         super().__init__(tokenizer, chat_template=chat_template)
         self.encoders = dict(sorted((encoders or {}).items()))
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.image_size = image_size
+        self.overflow = overflow
         self.image_token = IMAGE_MARKER
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         self._image_processor = None if image_size is None else MetaLMImageProcessor(image_size)
@@ -268,13 +272,15 @@ class MetaLMProcessor(ProcessorMixin):
             elif is_mark and piece == _SPAN_END:
                 if span is None:
                     raise ValueError(f"{piece} has no counterpart in {text!r}")
-                number += 1
-                self._append(prompt, *self._read(span), number)
+                for read in self._read(span):
+                    number += 1
+                    self._append(prompt, *read, number)
                 span = None
             elif is_mark and piece == IMAGE_MARKER:
                 if span is None:
                     number += 1
-                    self._append(prompt, *self._read(Span(None, True, [], [])), number)
+                    (read,) = self._read(Span(None, True, [], []))
+                    self._append(prompt, *read, number)
                 elif span.has_image or span.ids:
                     raise ValueError(f"in a span, one image comes first: {text!r}")
                 else:
@@ -290,8 +296,9 @@ class MetaLMProcessor(ProcessorMixin):
             raise ValueError(f"<span> has no counterpart in {text!r}")
         return prompt
 
-    def _read(self, span: Span) -> tuple[list[int], int]:
-        """Tokens that an encoder reads, image tokens for patches, and the encoder's place."""
+    def _read(self, span: Span) -> list[tuple[list[int], int]]:
+        """Tokens that an encoder reads, image tokens for patches, and the encoder's place: once, or once for
+        each of the spans that a long text becomes."""
         name = span.encoder or (self.image_encoder if span.has_image else self.text_encoder)
         if name not in self.encoders:
             known = ", ".join(self.encoders) or "none"
@@ -300,19 +307,38 @@ class MetaLMProcessor(ProcessorMixin):
         sizes = self.encoders[name]
         if span.has_image and not sizes["num_patches"]:
             raise ValueError(f"encoder {name!r} reads no images")
-        ids = span.ids
+        longest = sizes["max_text_positions"]
         if "vocab_size" in sizes:
-            ids = [
-                sizes["vocab_size"] + n for n in self._own_tokenizers[name].encode("".join(span.words)).ids
-            ]
-        if len(ids) > sizes["max_text_positions"]:
-            raise ValueError(
-                f"encoder {name!r} reads at most {sizes['max_text_positions']} tokens, a span has {len(ids)}"
-            )
-        ids = [self.image_token_id] * (sizes["num_patches"] if span.has_image else 0) + ids
-        if not ids:
+            own = self._own_tokenizers[name]
+            texts = self._fitting_texts(name, own, "".join(span.words), longest)
+            found = [[sizes["vocab_size"] + n for n in own.encode(text).ids] for text in texts]
+        else:
+            found = self._fitting_ids(name, span.ids, longest)
+        found[0] = [self.image_token_id] * (sizes["num_patches"] if span.has_image else 0) + found[0]
+        if not found[0]:
             raise ValueError("a span is empty")
-        return ids, list(self.encoders).index(name) + 1
+        place = list(self.encoders).index(name) + 1
+        return [(ids, place) for ids in found]
+
+    def _fitting_ids(self, name: str, ids: list[int], longest: int) -> list[list[int]]:
+        """Tokens in pieces that an encoder reads."""
+        if len(ids) <= longest:
+            return [ids]
+        if self.overflow is None or not longest:
+            raise _too_long(name, longest, len(ids))
+        if self.overflow == "split":
+            return [ids[first : first + longest] for first in range(0, len(ids), longest)]
+        return [ids[-longest:] if self.overflow == "cut_left" else ids[:longest]]
+
+    def _fitting_texts(self, name: str, own: Tokenizer, text: str, longest: int) -> list[str]:
+        """A text in pieces that an encoder with a tokenizer of its own reads."""
+        count = len(own.encode(text).ids)
+        if self.overflow is None and count > longest:
+            raise _too_long(name, longest, count)
+        pieces = [_fitting_text(own, text, longest, keeps_end=self.overflow == "cut_left")]
+        while self.overflow == "split" and (rest := text[sum(map(len, pieces)) :]):
+            pieces.append(_fitting_text(own, rest, longest, keeps_end=False))
+        return pieces
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of a text, in which nothing is a special token."""
@@ -323,6 +349,22 @@ class MetaLMProcessor(ProcessorMixin):
         prompt.span_input_ids.extend(ids if encoder else [self.tokenizer.pad_token_id] * len(ids))
         prompt.span_encoders.extend([encoder] * len(ids))
         prompt.span_numbers.extend([number] * len(ids))
+
+
+def _fitting_text(own: Tokenizer, text: str, longest: int, *, keeps_end: bool) -> str:
+    """The beginning of a text, or its end, that has at most so many tokens."""
+    if len(own.encode(text).ids) <= longest:
+        return text
+    offsets = own.encode(text, add_special_tokens=False).offsets
+    for count in range(min(longest, len(offsets)), 0, -1):
+        kept = text[offsets[-count][0] :] if keeps_end else text[: offsets[count - 1][1]]
+        if kept and len(own.encode(kept).ids) <= longest:
+            return kept
+    raise ValueError(f"an encoder reads at most {longest} tokens, and a character has more")
+
+
+def _too_long(name: str, longest: int, count: int) -> ValueError:
+    return ValueError(f"encoder {name!r} reads at most {longest} tokens, a span has {count}")
 
 
 def _flat_images(images: Any, prompts: Sequence[Prompt]) -> list[Any]:

@@ -7,9 +7,9 @@
   user.
 - A turn with one image or clip begins with it, and its text follows as one. With several, each stands where
   it was, and texts between them are encoded by themselves. BLANKS around a text go.
-- `</s>` stands behind an answer that is not the last, and is not trained on: the model learns to end answers
-  by `</d>`, which stands behind the last one. Where the decoder reads the user's text itself, `</s>` stands
-  behind that, too (see `ExampleMaker`).
+- `</s>` stands behind an answer that is not the last. What is learnt in its place is `</d>`, so that answers
+  end by `</d>` wherever they stand. Where the decoder reads the user's text itself, `</s>` stands behind
+  that, too (see `ExampleMaker`).
 
 The chat template of exported models (`conversion/chat_template.py`) lays messages out in the same way.
 """
@@ -72,9 +72,10 @@ def chat_example(turns: Sequence[Turn], train: TrainedAnswers = "all") -> Exampl
         if not is_answer:
             parts += _asked(said)
             continue
-        parts.append(ExamplePart(_answer(said), is_trained=is_last or train == "all"))
+        is_trained = is_last or train == "all"
+        parts.append(ExamplePart(_answer(said), is_trained=is_trained))
         if not is_last:
-            parts.append(ExamplePart(BLANK_LINE))
+            parts.append(ExamplePart(BLANK_LINE, is_end=is_trained))
     return Example(tuple(parts))
 
 

@@ -18,6 +18,8 @@ class ExamplePart:
     """An encoder reads it, if the model has one for its modality. Images and clips always are."""
     is_trained: bool = False
     """Its tokens are learnt: answers, and with the last of them the end of the document."""
+    is_end: bool = False
+    """It is a blank line, `</s>`, behind an answer; the end of the document is learnt in its place."""
 
 
 @dataclass(frozen=True)

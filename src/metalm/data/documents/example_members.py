@@ -3,7 +3,8 @@
     {"parts": [{"image": "0.jpg"}, {"text": "What?", "encoded": true}, {"text": "A fox.", "trained": true}]}
 
 The image is the member `KEY.0.jpg`. A part is a text, or the name of a member under its modality; what is
-encoded and trained is false where it is not said. Other keys are left alone.
+encoded and trained is false where it is not said. `{"text": "\\n\\n", "end": true}` stands behind an answer
+that is not the last. Other keys are left alone.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 from metalm.config.model_schema import TEXT
 from metalm.data.documents.example import Example, ExamplePart
 from metalm.data.storage.tar import BytesStream, Member, scan_members
+from metalm.data.tokenizer import BLANK_LINE
 from metalm.errors import BadSample
 from metalm.modalities import MEDIA, Convert
 
 DESCRIPTION = "json"
-_ENCODED, _TRAINED = "encoded", "trained"
+_ENCODED, _TRAINED, _END = "encoded", "trained", "end"
 
 
 def members_of(example: Example, converts: Mapping[str, Convert]) -> dict[str, bytes]:
@@ -35,7 +37,7 @@ def members_of(example: Example, converts: Mapping[str, Convert]) -> dict[str, b
     files: dict[str, bytes] = {}
     for part in example.parts:
         if isinstance(part.content, str):
-            flags = {_ENCODED: part.is_encoded, _TRAINED: part.is_trained}
+            flags = {_ENCODED: part.is_encoded, _TRAINED: part.is_trained, _END: part.is_end}
             parts.append({TEXT: part.content, **{name: True for name, is_set in flags.items() if is_set}})
             continue
         suffix, content = converts[part.modality](bytes(part.content))
@@ -85,11 +87,13 @@ def _part(described: Any, members: Mapping[str, memoryview]) -> ExamplePart:
         if content.lower() not in members:
             raise BadSample("missing_member")
         return ExamplePart(members[content.lower()], modality, is_encoded=True)
-    flags = [described.get(name, False) for name in (_ENCODED, _TRAINED)]
-    if not all(isinstance(flag, bool) for flag in flags) or all(flags):
+    flags = [described.get(name, False) for name in (_ENCODED, _TRAINED, _END)]
+    if not all(isinstance(flag, bool) for flag in flags) or sum(flags) > 1:
+        raise BadSample("bad_parts")
+    if flags[2] and content != BLANK_LINE:
         raise BadSample("bad_parts")
     try:
         content.encode()
     except UnicodeEncodeError:
         raise BadSample("not_unicode") from None
-    return ExamplePart(content, is_encoded=flags[0], is_trained=flags[1])
+    return ExamplePart(content, is_encoded=flags[0], is_trained=flags[1], is_end=flags[2])

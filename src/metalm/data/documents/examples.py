@@ -112,7 +112,10 @@ class ExampleMaker:
             BadSample: as `Source.example` and `make`.
             ConfigError: as `make`.
         """
-        return self.make(source.example(location))
+        try:
+            return self.make(source.example(location))
+        except ConfigError as error:
+            raise ConfigError(f"source {source.name}: {error}") from None
 
     def finish(self, seen: Made, draws: Sequence[float]) -> Made:
         """What was looked at: nothing of an example is drawn."""
@@ -159,7 +162,11 @@ class ExampleMaker:
 
     def _plain(self, part: ExamplePart) -> Part:
         assert isinstance(part.content, str)
-        return self._tokens(part.content, float(part.is_trained))
+        plain = self._tokens(part.content, float(part.is_trained or part.is_end))
+        if not part.is_end:
+            return plain
+        assert len(plain) == 1
+        return replace(plain, targets=np.array([self._tokenizer.document_id], np.int32))
 
     def _tokens(self, text: str, weight: float) -> Part:
         return Part(TEXT, self._tokenizer.encode([text])[0], weight=weight)

@@ -1,0 +1,85 @@
+"""The page of `metalm chat --web`: it answers as the conversation does, and to its own page alone."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conversion.cases import pictures
+from conversion.conftest import Workshop
+from metalm.conversion.chat import Conversation
+from metalm.conversion.chat_page import ChatServer
+from metalm.conversion.generate import FolderModel
+from metalm.errors import ConfigError
+
+KIND = "deepnorm"
+
+
+@pytest.fixture(scope="module")
+def model(workshop: Workshop) -> FolderModel:
+    return FolderModel(workshop.exported(KIND))
+
+
+@pytest.fixture
+def server(model: FolderModel) -> Iterator[ChatServer]:
+    with ChatServer(Conversation(model), 0, max_new_tokens=4) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def send(
+    server: ChatServer, method: str, path: str, body: bytes | None = None, **headers: str
+) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    found = response.status, response.read()
+    connection.close()
+    return found
+
+
+def ask(server: ChatServer, text: str, *images: bytes) -> list[dict[str, Any]]:
+    body = json.dumps({"text": text, "images": [base64.b64encode(image).decode() for image in images]})
+    status, answer = send(server, "POST", "/ask", body.encode(), Origin=server.url.rstrip("/"))
+    assert status == 200
+    return [json.loads(line) for line in answer.splitlines()]
+
+
+def test_questions_with_images_are_answered_and_mistakes_told(
+    server: ChatServer, model: FolderModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(np.asarray(pictures()[1])).save(path)
+    alone = Conversation(model)
+    expected = alone.ask("the fox", [path], max_new_tokens=4)
+    assert "".join(line["piece"] for line in ask(server, "the fox", path.read_bytes())) == expected
+    (mistake,) = ask(server, "dog", b"no image")
+    assert "undecodable_image" in mistake["error"]
+    assert "".join(one["piece"] for one in ask(server, "over")) == alone.ask("over", max_new_tokens=4)
+    assert send(server, "POST", "/forget")[0] == 204
+    expected = Conversation(model).ask("over", max_new_tokens=4)
+    assert "".join(one["piece"] for one in ask(server, "over")) == expected
+
+
+def test_only_the_page_itself_is_answered(server: ChatServer) -> None:
+    status, page = send(server, "GET", "/")
+    assert status == 200 and b"<title>MetaLM</title>" in page
+    assert send(server, "GET", "/etc/passwd")[0] == 404
+    assert send(server, "GET", "/", Host="evil.example")[0] == 403
+    assert send(server, "POST", "/forget", Origin="http://evil.example")[0] == 403
+    for body in (b"{", b"[]", b'{"text": 3, "images": []}', b'{"text": "a", "images": ["!"]}'):
+        assert send(server, "POST", "/ask", body)[0] == 400
+    with pytest.raises(ConfigError, match="cannot be used"):
+        ChatServer(Conversation(server._conversation.model), server.port)
