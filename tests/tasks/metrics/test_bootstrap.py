@@ -119,6 +119,11 @@ def test_an_unknown_metric_is_refused_with_the_names_of_those_there_are() -> Non
         measure("rouge", [Answered("a", ("a",))])
 
 
+def test_what_is_there_is_required_in_silence() -> None:
+    for name in METRICS.keys() - {"meteor", "spice"}:
+        METRICS[name].require()
+
+
 def test_importing_the_metrics_imports_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "scipy", "sklearn", "nltk", "sacrebleu", "rouge_score", "pandas"]
     found = subprocess.run(

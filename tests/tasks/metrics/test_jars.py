@@ -89,6 +89,8 @@ def test_without_its_jar_a_metric_is_refused(
     monkeypatch.delenv(variable, raising=False)
     with pytest.raises(ConfigError, match=f"{name} is computed by its authors' jar.*set {variable}"):
         METRICS[name].score(CAPTIONS)
+    with pytest.raises(ConfigError, match=f"set {variable}"):
+        METRICS[name].require()
     monkeypatch.setenv(variable, str(tmp_path / "nowhere.jar"))
     with pytest.raises(ConfigError, match=f"{name}: {variable} names .*nowhere.jar, which is not a file"):
         METRICS[name].score(CAPTIONS)
@@ -102,8 +104,12 @@ def test_without_its_jar_a_metric_is_refused(
     ("program", "message"),
     [
         ("raise SystemExit('Invalid or corrupt jarfile')", "ended with 1: Invalid or corrupt jarfile"),
-        ("print('Meteor version 1.5')", "expected lines of numbers .*'Meteor version 1.5'"),
-        ("print('1.0 2.0')", "expected 4 lines .* got 1"),
+        (
+            "print('help\\n' * 4, end='')",
+            "expected lines of 23 numbers from .*metric.jar, got 'help'; is it METEOR 1.5",
+        ),
+        ("print('1.0 2.0\\n' * 4, end='')", "expected lines of 23 numbers from .*metric.jar, got '1.0 2.0'"),
+        ("print('1.0 2.0')", "expected 4 lines .* got 1; is it METEOR 1.5"),
         ("", "expected 4 lines .* got 0"),
     ],
 )

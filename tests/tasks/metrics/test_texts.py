@@ -64,3 +64,5 @@ def test_a_missing_package_is_one_message(name: str, package: str, monkeypatch: 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"needs the package {package}.*pip install 'metalm\[tasks\]'"):
         measure(name, ANSWERED)
+    with pytest.raises(ConfigError, match=f"needs the package {package}"):
+        METRICS[name].require()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,9 +58,13 @@ def _em(given: list[str], wanted: list[str]) -> float:
     return float(set(given) == set(wanted) and len(given) == len(wanted))
 
 
+def _scipy_optimize() -> Any:
+    return optional("scipy.optimize")
+
+
 def _f1(given: list[str], wanted: list[str]) -> float:
     """Mean F1 of the best alignment of spans, 0 for those left over; to two decimals, as DROP's own."""
-    assign = optional("scipy.optimize").linear_sum_assignment
+    assign = _scipy_optimize().linear_sum_assignment
     pairs = np.array([[_f1_of_words(set(a.split()), set(b.split())) for a in given] for b in wanted])
     rows, columns = assign(pairs, maximize=True)
     return float(np.round(pairs[rows, columns].sum() / max(pairs.shape), 2))
@@ -81,4 +86,4 @@ def _best(score: Callable[[list[str], list[str]], float]) -> Callable[[Sequence[
     return scores
 
 
-DROP = [mean_of("drop_em", _best(_em)), mean_of("drop_f1", _best(_f1))]
+DROP = [mean_of("drop_em", _best(_em)), mean_of("drop_f1", _best(_f1), require=_scipy_optimize)]

@@ -23,8 +23,9 @@ from metalm.tasks.metrics.treebank import caption_words
 METEOR_JAR = "METALM_METEOR_JAR"
 SPICE_JAR = "METALM_SPICE_JAR"
 
+_NUM_COUNTS = 23
 _CHUNKS, _PREDICTION_MATCHES, _REFERENCE_MATCHES = 20, 21, 22
-"""Columns of METEOR's statistics, of which the first two are the lengths of prediction and reference."""
+"""Columns of METEOR 1.5's counts, of which the first two are the lengths of prediction and reference."""
 
 
 def _java(metric: str, variable: str, memory: str) -> list[str]:
@@ -49,6 +50,14 @@ def _java(metric: str, variable: str, memory: str) -> list[str]:
     return [java, f"-Xmx{memory}", "-Dfile.encoding=UTF-8", "-jar", str(Path(jar).resolve())]
 
 
+def _meteor_java() -> list[str]:
+    return _java("meteor", METEOR_JAR, "2G")
+
+
+def _spice_java() -> list[str]:
+    return _java("spice", SPICE_JAR, "8G")
+
+
 def _run(metric: str, command: list[str], lines: str) -> str:
     """What the command writes when it reads `lines`, run in the jar's folder, where its data are.
 
@@ -70,25 +79,27 @@ def _caption(text: str) -> str:
     return " ".join(caption_words(text))
 
 
-def _meteor(requests: Sequence[str], answers_each: int) -> np.ndarray:
-    """The numbers of METEOR's answers to requests of a line each: [requests, answers_each, numbers].
+def _meteor(requests: Sequence[str], answers_each: int, numbers_each: int) -> np.ndarray:
+    """METEOR's answers to requests of a line each: [requests, answers_each, numbers_each].
 
     Raises:
         ConfigError: there is no jar.
         DataError: the jar failed, or answered otherwise.
     """
-    command = [*_java("meteor", METEOR_JAR, "2G"), "-", "-", "-stdio", "-l", "en", "-norm"]
+    command = [*_meteor_java(), "-", "-", "-stdio", "-l", "en", "-norm"]
     lines = _run("meteor", command, "".join(request + "\n" for request in requests)).splitlines()
+    jar = os.environ[METEOR_JAR]
     expected = len(requests) * answers_each
+    if len(lines) != expected:
+        raise DataError(f"meteor: expected {expected} lines from {jar}, got {len(lines)}; is it METEOR 1.5?")
     try:
         numbers = np.array([line.split() for line in lines], np.float64)
+        return numbers.reshape(len(requests), answers_each, numbers_each)
     except ValueError:
         raise DataError(
-            f"meteor: expected lines of numbers from {command[-7]}, got {lines[0][:200]!r}"
+            f"meteor: expected lines of {numbers_each} numbers from {jar}, got {lines[0][:200]!r}; "
+            "is it METEOR 1.5?"
         ) from None
-    if len(numbers) != expected:
-        raise DataError(f"meteor: expected {expected} lines from {command[-7]}, got {len(lines)}")
-    return numbers.reshape(len(requests), answers_each, -1)
 
 
 def _meteor_statistics(answered: Sequence[Answered]) -> np.ndarray:
@@ -97,7 +108,7 @@ def _meteor_statistics(answered: Sequence[Answered]) -> np.ndarray:
         " ||| ".join(["SCORE", *map(_caption, example.references), _caption(example.prediction)])
         for example in answered
     ]
-    counts = _meteor(requests, answers_each=1)[:, 0]
+    counts = _meteor(requests, answers_each=1, numbers_each=_NUM_COUNTS)[:, 0]
     # METEOR's own sum over captions leaves out the one chunk of a caption that is its reference.
     whole = (counts[:, [_PREDICTION_MATCHES, _REFERENCE_MATCHES]] == counts[:, :2]).all(axis=1)
     counts[whole & (counts[:, _CHUNKS] == 1), _CHUNKS] = 0
@@ -107,12 +118,12 @@ def _meteor_statistics(answered: Sequence[Answered]) -> np.ndarray:
 def _meteor_value(sums: np.ndarray) -> np.ndarray:
     """METEOR of summed counts: of a set of one sum the jar gives the score of the sum, then of the set."""
     requests = [f"EVAL ||| {' '.join(map(str, counts.tolist()))}" for counts in sums]
-    return _meteor(requests, answers_each=2)[:, 1, 0]
+    return _meteor(requests, answers_each=2, numbers_each=1)[:, 1, 0]
 
 
 def _spice(answered: Sequence[Answered]) -> list[float]:
     """F of each caption's scene graph; NaN where the jar gives none."""
-    command = _java("spice", SPICE_JAR, "8G")
+    command = _spice_java()
     captions = [
         {
             "image_id": position,
@@ -136,4 +147,7 @@ def _spice(answered: Sequence[Answered]) -> list[float]:
     ]
 
 
-JARS = [Metric("meteor", _meteor_statistics, _meteor_value), mean_of("spice", _spice)]
+JARS = [
+    Metric("meteor", _meteor_statistics, _meteor_value, require=_meteor_java),
+    mean_of("spice", _spice, require=_spice_java),
+]

@@ -55,11 +55,14 @@ class Metric:
         name: as task files name it.
         statistics: examples to float64 [n, k]: what is added up over them.
         value: sums [r, k] to the metric of each of r sets, float64 [r].
+        require: raises ConfigError where a package or a program that the metric needs is missing. To be
+            called before answers are made, which takes longest.
     """
 
     name: str
     statistics: Callable[[Sequence[Answered]], np.ndarray]
     value: Callable[[np.ndarray], np.ndarray]
+    require: Callable[[], object] = lambda: None
 
     def score(self, answered: Sequence[Answered]) -> float:
         """The metric of all examples together.
@@ -85,13 +88,17 @@ class MeanMetric(Metric):
         return self.statistics(answered)[:, 0]
 
 
-def mean_of(name: str, scores: Callable[[Sequence[Answered]], Sequence[float]]) -> MeanMetric:
+def mean_of(
+    name: str,
+    scores: Callable[[Sequence[Answered]], Sequence[float]],
+    require: Callable[[], object] = lambda: None,
+) -> MeanMetric:
     """The metric that is the mean of `scores`, which gives one score an example."""
 
     def statistics(answered: Sequence[Answered]) -> np.ndarray:
         return np.stack([np.asarray(scores(answered), np.float64), np.ones(len(answered))], axis=1)
 
-    return MeanMetric(name, statistics, lambda sums: sums[:, 0] / sums[:, 1])
+    return MeanMetric(name, statistics, lambda sums: sums[:, 0] / sums[:, 1], require)
 
 
 def best_of(score: Callable[[str, str], float]) -> Callable[[Sequence[Answered]], list[float]]:

@@ -6,14 +6,19 @@ Its words are runs of a-z and 0-9: other scripts score 0. For ROUGE-Lsum a sente
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from metalm.tasks.metrics.metric import Answered, mean_of
 from metalm.tasks.metrics.optional import optional
 
 
+def _rouge_score() -> Any:
+    return optional("rouge_score.rouge_scorer")
+
+
 def _f1(kind: str) -> Callable[[Sequence[Answered]], list[float]]:
     def scores(answered: Sequence[Answered]) -> list[float]:
-        scorer = optional("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=True)
+        scorer = _rouge_score().RougeScorer([kind], use_stemmer=True)
         return [
             scorer.score_multi(example.references, example.prediction)[kind].fmeasure for example in answered
         ]
@@ -21,4 +26,6 @@ def _f1(kind: str) -> Callable[[Sequence[Answered]], list[float]]:
     return scores
 
 
-ROUGE = [mean_of(kind, _f1(kind)) for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")]
+ROUGE = [
+    mean_of(kind, _f1(kind), require=_rouge_score) for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")
+]
