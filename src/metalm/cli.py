@@ -301,8 +301,8 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _evaluate_tasks(options: argparse.Namespace) -> None:
-    from metalm.evaluation.task_scores import TaskSettings
     from metalm.tasks.task_file import load_task
+    from metalm.tasks.ways import TaskSettings
 
     tasks = [load_task(name) for name in _words(options.tasks)]
     settings = TaskSettings(

@@ -57,7 +57,7 @@ def run(*words: str | Path, num_ranks: int = 1) -> str:
     return output
 
 
-def finetune(name: str, case: Case, folder: Path, tokenizer: Path, start: str) -> Path:
+def finetune(name: str, case: Case, folder: Path, tokenizer: Path, start: str, *more: str) -> Path:
     """Prepare the tasks, train on them in `folder`, and hold them to be learnt; the run's folder."""
     folder.mkdir(exist_ok=True)
     shards = folder / f"shards of {name}"
@@ -66,7 +66,7 @@ def finetune(name: str, case: Case, folder: Path, tokenizer: Path, start: str) -
     starts = (f"initialize.decoder={start}", f"initialize.encoders={start}")
     pipeline = REPOSITORY / f"pipelines/{name}_tiny.yaml"
     evaluation = f"data.evaluation.tasks.path={shards}"
-    run("-m", "metalm", "train", pipeline, *where, evaluation, *starts, *TRAINING, num_ranks=2)
+    run("-m", "metalm", "train", pipeline, *where, evaluation, *starts, *TRAINING, *more, num_ranks=2)
     run_folder = folder / f"{name}_tiny"
     losses = [entry["loss/all"] for entry in read_metrics(run_folder) if "loss/all" in entry]
     assert losses[-1] < case.largest_loss, losses
@@ -75,6 +75,23 @@ def finetune(name: str, case: Case, folder: Path, tokenizer: Path, start: str) -
 
 def asked(case: Case) -> tuple[str | Path, ...]:
     return ("--data", DATA, "--split", "validation", "--tasks", ",".join(case.metrics))
+
+
+def test_a_run_is_scored_on_tasks_while_it_trains(tiny_data: Path, tmp_path: Path) -> None:
+    watched = {"names": ["qnli"], "data": str(DATA), "every_steps": 60, "questions": 2}
+    case = Case({"qnli": "exact_match"})
+    folder = finetune(
+        "finetune_multitask", case, tmp_path, tiny_data / "tokenizer", "null", f"monitor.tasks={watched}"
+    )
+    scores = {
+        entry["step"]: entry["tasks/qnli/exact_match"]
+        for entry in read_metrics(folder)
+        if "tasks/qnli/exact_match" in entry
+    }
+    assert sorted(scores) == [60, 120]
+    assert scores[120] == 1.0
+    (result,) = json.loads((folder / "tasks/step_00000120/results.json").read_text())
+    assert result["questions"] == 2
 
 
 def hold_export_to_know(case: Case, run_folder: Path, out: Path) -> None:

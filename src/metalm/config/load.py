@@ -31,6 +31,7 @@ _READ_FROM = (
     "data.tokenizer",
     "data.sources.*.path",
     "data.evaluation.*.path",
+    "monitor.tasks.data",
     "initialize.decoder",
     "initialize.encoders",
 )

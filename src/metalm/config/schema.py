@@ -275,6 +275,22 @@ class SinksConfig(Section):
     prometheus: PrometheusConfig | None = None
 
 
+class TasksConfig(Section):
+    """Tasks that a run is scored on while it trains, on the same questions each time."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Task files, or names of those that come with MetaLM."""
+    data: Path = Path("data/tasks")
+    """Folder of all tasks' data."""
+    every_steps: PositiveInt = 1000
+    questions: PositiveInt = 64
+    """Of each task, drawn from all."""
+    shots: tuple[NonNegativeInt, ...] | None = None
+    """Demonstrations, in the wording for prompts; default: as finetuned, without any."""
+    batch_size: PositiveInt = 8
+    """Documents that a data-parallel rank takes at once."""
+
+
 class MonitorConfig(Section):
     """What is logged, and how often."""
 
@@ -285,6 +301,7 @@ class MonitorConfig(Section):
     sample_every_steps: PositiveInt = 1000
     num_samples: PositiveInt = 4
     sample_new_tokens: PositiveInt = 48
+    tasks: TasksConfig | None = None
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in the training precision; default: looked up by device name, else not shown."""
     sinks: SinksConfig = SinksConfig()

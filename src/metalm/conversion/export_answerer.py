@@ -23,9 +23,10 @@ from metalm.data.row import Row, lay_out
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample, ConfigError
 from metalm.evaluation.answering import Likelihood
-from metalm.evaluation.task_scores import TaskSettings, evaluate_tasks
+from metalm.evaluation.task_scores import evaluate_tasks
 from metalm.modalities import MEDIA, Media, modality_of_encoder
 from metalm.tasks.task_file import Decode, TaskFile
+from metalm.tasks.ways import TaskSettings
 
 Answer = TypeVar("Answer")
 

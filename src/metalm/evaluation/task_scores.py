@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from metalm.data.documents.example import Example
 from metalm.document import Document
@@ -21,59 +21,12 @@ from metalm.evaluation.task_results import TaskResult, rows_of, table
 from metalm.tasks.metrics import Answered, measure
 from metalm.tasks.questions import Asked, Asker, Question, drawn
 from metalm.tasks.records import Tally, TaskData
-from metalm.tasks.task_file import TaskFile, Template
+from metalm.tasks.task_file import TaskFile
+from metalm.tasks.ways import TaskSettings, Way
 
 QUESTIONS_AT_ONCE = 64
 CHOICE_METRICS = ("exact_match", "macro_f1", "matthews")
 """Metrics that an option which was chosen by its likelihood can be scored with."""
-ScoredBy = Literal["likelihood", "generation"]
-
-
-class Way(NamedTuple):
-    """One way in which a task is asked and scored."""
-
-    template: Template
-    num_shots: int
-    scored_by: ScoredBy
-    normalise: str
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """What of tasks is evaluated, and how."""
-
-    data: Path
-    """Folder of all tasks' data."""
-    shots: tuple[int, ...] | None = None
-    """Numbers of demonstrations, in the in-context wording; None: as finetuned, in the first template."""
-    templates: int | None = None
-    """As finetuned: in so many of the templates for evaluation."""
-    scored_by: ScoredBy | None = None
-    """None: as the task file says; of templates, by generation."""
-    split: str | None = None
-    """None: that which the task file says."""
-    limit: int | None = None
-    """Questions of a task, drawn from all."""
-    seed: int = 0
-    readers: Mapping[str, str] | None = None
-    overflow: Literal["split", "cut_left", "cut_right"] = "split"
-
-    def ways(self, task: TaskFile) -> list[Way]:
-        """
-        Raises:
-            ConfigError: the task cannot be asked so.
-        """
-        if self.shots is not None:
-            if task.icl is None:
-                raise ConfigError(f"{task.task} has no icl section, so it has no wording for --shots")
-            by = self.scored_by or task.icl.score
-            ways = [Way(task.icl.template, shots, by, task.icl.normalise) for shots in self.shots]
-        else:
-            templates = task.templates_for("evaluation")[: self.templates or 1]
-            ways = [Way(template, 0, self.scored_by or "generation", "none") for template in templates]
-        if task.options is None and any(way.scored_by == "likelihood" for way in ways):
-            raise ConfigError(f"{task.task} has no options to compare by their likelihood")
-        return ways
 
 
 def evaluate_tasks(
@@ -94,6 +47,8 @@ def evaluate_tasks(
         ConfigError: a task cannot be asked so, or the folder holds answers of something else.
         DataError: a task's data cannot be used.
     """
+    for task in tasks:
+        settings.check(task)
     results = []
     asked = [(task, way) for task in tasks for way in settings.ways(task)]
     for task, way in asked:

@@ -12,8 +12,12 @@ from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.names import CHECKPOINTS_NAME, CONFIG_NAME, list_checkpoints
 from metalm.config import RunConfig, load_config
 from metalm.config.rules import check_topology
+from metalm.config.schema import TasksConfig
 from metalm.data.corpus import Corpus
 from metalm.objectives import build_objective
+from metalm.tasks.records import TaskData
+from metalm.tasks.task_file import load_task
+from metalm.tasks.ways import TaskSettings
 
 
 def check_start(config: RunConfig, world_size: int) -> Corpus:
@@ -21,19 +25,28 @@ def check_start(config: RunConfig, world_size: int) -> Corpus:
 
     Raises:
         TopologyError: so many ranks cannot hold the run.
-        ConfigError: objective, sources, encoders and tokenizer do not fit each other.
-        DataError: a source or the tokenizer cannot be used.
+        ConfigError: objective, sources, encoders and tokenizer do not fit each other, or a task is not there.
+        DataError: a source, the tokenizer or a task's data cannot be used.
         CheckpointError: there are no weights where a new run is to take its own from.
     """
     check_topology(config, world_size)
     build_objective(config)
     corpus = Corpus(config)
     corpus.check()
+    if (wanted := config.monitor.tasks) is not None:
+        for task in map(load_task, wanted.names):
+            task_settings(wanted).check(task)
+            TaskData(task, wanted.data)
     if not list_checkpoints(config.run.folder / config.run.name / CHECKPOINTS_NAME):
         for path in (config.initialize.decoder, config.initialize.encoders):
             if path is not None:
                 find_checkpoint(path)
     return corpus
+
+
+def task_settings(wanted: TasksConfig) -> TaskSettings:
+    """How a run is scored on tasks while it trains."""
+    return TaskSettings(data=wanted.data, shots=wanted.shots, limit=wanted.questions)
 
 
 def open_run(run_folder: Path, overrides: Sequence[str], world_size: int) -> Corpus:

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from metalm.config.schema import TasksConfig
 from metalm.data.corpus import Corpus
 from metalm.evaluation.answering import EngineAnswerer
-from metalm.evaluation.task_scores import TaskSettings, evaluate_tasks
-from metalm.tasks.task_file import TaskFile
+from metalm.evaluation.task_scores import evaluate_tasks
+from metalm.parallel.topology import Topology
+from metalm.tasks.task_file import TaskFile, load_task
+from metalm.tasks.ways import TaskSettings
+from metalm.training.check_start import task_settings
+from metalm.training.engines import Engines
 from metalm.training.evaluate import load_newest
 from metalm.training.session import open_session
+
+
+def score_in_training(
+    engines: Engines, topology: Topology, corpus: Corpus, wanted: TasksConfig, out: Path
+) -> dict[str, float]:
+    """What a run has reached on its tasks, by `TASK/METRIC`, with the number of demonstrations where asked.
+
+    Args:
+        out: folder of answers and results, which is emptied first.
+
+    Collective: all ranks.
+    """
+    if topology.rank == 0:
+        shutil.rmtree(out, ignore_errors=True)
+    answerer = EngineAnswerer(engines, topology, corpus, batch_size=wanted.batch_size)
+    tasks = [load_task(name) for name in wanted.names]
+    results = evaluate_tasks(answerer, tasks, task_settings(wanted), out.name, out, lambda line: None)
+    return {
+        f"{result.task}{'' if wanted.shots is None else f'/{result.shots}_shots'}/{name}": score.value
+        for result in results
+        for name, score in result.scores.items()
+    }
 
 
 def evaluate_run(

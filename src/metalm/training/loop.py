@@ -23,6 +23,7 @@ from metalm.parallel.regions import broadcast_batches
 from metalm.training.drift import find_drift
 from metalm.training.dry_run import describe_plan
 from metalm.training.ending import Ending, told_end
+from metalm.training.evaluate_tasks import score_in_training
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
 from metalm.training.monitor.json_lines import read_metrics
@@ -257,6 +258,15 @@ class _Run:
                     samples = generate_samples(*parts, source, monitor.num_samples, monitor.sample_new_tokens)
                     if session.is_first:
                         self._monitor.write_samples(self._step, samples)
+            self._watchdog.beat(f"step {self._step + 1}")
+
+        if monitor.tasks is not None and self._step and self._is_due(monitor.tasks.every_steps):
+            self._watchdog.beat("scoring tasks")
+            out = session.run_folder / "tasks" / f"step_{self._step:08d}"
+            with self._monitor.apart("tasks", self._step):
+                scores = score_in_training(*parts, monitor.tasks, out)
+            if session.is_first:
+                self._monitor.write_scores(self._step, scores)
             self._watchdog.beat(f"step {self._step + 1}")
 
     def _was_killed_before_evaluating(self) -> bool:

@@ -86,6 +86,10 @@ class Monitor:
         """Show held-out losses."""
         self._sinks.write(step, {f"held_out/{n}": loss for n, loss in losses.items()}, About.HELD_OUT)
 
+    def write_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Show scores on tasks."""
+        self._sinks.write(step, {f"tasks/{n}": score for n, score in scores.items()}, About.TASKS)
+
     def write_samples(self, step: int, samples: list[Sample]) -> None:
         """Show captions under their images or beside their clips, and continuations as text."""
         self._samples.show(step, samples)

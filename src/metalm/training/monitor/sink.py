@@ -13,6 +13,7 @@ class About(Enum):
 
     STEPS = "the steps since the last line"
     HELD_OUT = "held-out losses"
+    TASKS = "scores on tasks"
     APART = "time beside the steps"
 
 

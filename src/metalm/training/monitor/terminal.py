@@ -25,6 +25,9 @@ class Terminal(Sink):
         elif about is About.HELD_OUT:
             losses = "  ".join(f"{n.removeprefix('held_out/')} {v:.4f}" for n, v in figures.items())
             self.say(f"held out at step {step}: {losses}")
+        elif about is About.TASKS:
+            scores = "  ".join(f"{n.removeprefix('tasks/')} {v:.4f}" for n, v in figures.items())
+            self.say(f"tasks at step {step}: {scores}")
 
     def say(self, line: str) -> None:
         print(line, flush=True)
