@@ -21,6 +21,7 @@ from metalm.evaluation.task_results import TaskResult, rows_of, table
 from metalm.tasks.metrics import Answered, measure
 from metalm.tasks.questions import Asked, Asker, Question, drawn
 from metalm.tasks.records import Tally, TaskData
+from metalm.tasks.rendering import UnusableRecord
 from metalm.tasks.task_file import TaskFile
 from metalm.tasks.ways import TaskSettings, Way
 
@@ -87,8 +88,8 @@ def _evaluate(
         for record in some:
             try:
                 questions.append(asker.question(record))
-            except DataError as error:
-                new[record.key] = {"skipped": "missing_media", "why": str(error)}
+            except UnusableRecord as unusable:
+                new[record.key] = {"skipped": unusable.cause, "why": str(unusable)}
         made = [_Made.of(question, maker.make, way) for question in questions]
         new |= _answer(answerer, made, way, task, maker.read)
         answers |= new

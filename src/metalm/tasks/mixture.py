@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from metalm.data.documents.example import Example
-from metalm.errors import ConfigError, DataError
+from metalm.errors import ConfigError
 from metalm.tasks.records import Tally, TaskData
-from metalm.tasks.rendering import render
+from metalm.tasks.rendering import UnusableRecord, render
 from metalm.tasks.task_file import TaskFile, Template
 
 Wordings = Literal["first", "drawn", "all"]
@@ -60,8 +60,8 @@ class TaskExamples:
                 for answer in answers:
                     try:
                         yield share, render(task, template, record, answer)
-                    except DataError:
-                        yield share, "missing_media"
+                    except UnusableRecord as unusable:
+                        yield share, unusable.cause
 
     def _templates(self, key: str) -> Sequence[Template]:
         if self.wordings == "first":

@@ -75,7 +75,7 @@ class Asker:
         """The question that a record makes.
 
         Raises:
-            DataError: an image or a clip is not there.
+            UnusableRecord: it cannot be worded.
         """
         task, template = self._task, self._asked.template
         demonstrations = [render(task, template, one, one.answers[0]) for one in self._demonstrations(record)]

@@ -150,6 +150,8 @@ class TaskData:
                 fields[name] = apply(filters, "" if value is NOTHING else value, task.maps)
             except (LookupError, ValueError, TypeError):
                 return BadRecord(f"unusable_{name}", key)
+            if not _is_unicode(fields[name]):
+                return BadRecord("not_unicode", key)
         for name, values in task.data.drop.items():
             if (value := as_text(fields[name])) in values:
                 return BadRecord(f"unwanted_{name}", f"{key}, {value!r}")
@@ -204,6 +206,18 @@ def _options(options: Mapping[str, str] | OwnOptions, fields: Mapping[str, Any])
     else:
         keys = _texts(fields[options.keys]) if isinstance(options.keys, str) else tuple(options.keys)
     return dict(zip(keys, texts, strict=True)) if len(keys) == len(texts) else {}
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all text in a value is: JSON can hold half a surrogate pair."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+    if isinstance(value, (list, dict)):
+        return all(map(_is_unicode, value if isinstance(value, list) else (*value, *value.values())))
+    return True
 
 
 def _texts(value: Any) -> tuple[str, ...]:

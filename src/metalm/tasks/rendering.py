@@ -19,6 +19,15 @@ PARAGRAPH = "\n\n"
 _NEWLINES = re.compile(r"\s*\n\s*")
 
 
+class UnusableRecord(DataError):
+    """A record that cannot be worded."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+        """The name of the counter."""
+
+
 def render(task: TaskFile, template: Template, record: TaskRecord, answer: str) -> Example:
     """A record in one wording: what an encoder reads, what the decoder reads, and what is learnt, the target.
 
@@ -28,9 +37,20 @@ def render(task: TaskFile, template: Template, record: TaskRecord, answer: str) 
         answer: one of the record's answers, or any of its options.
 
     Raises:
-        DataError: an image or a clip is not there.
-        LookupError, ValueError: a value does not suit a filter of the template.
+        UnusableRecord: an image or a clip is not there, or a value does not suit a filter of the template.
     """
+    try:
+        return _render(task, template, record, answer)
+    except UnusableRecord:
+        raise
+    except DataError as error:
+        raise UnusableRecord("missing_media", str(error)) from None
+    except (LookupError, ValueError, TypeError) as error:
+        where = f"{task.task}, {record.key}, template {template.id}"
+        raise UnusableRecord("unusable_value", f"{where}: {error}") from None
+
+
+def _render(task: TaskFile, template: Template, record: TaskRecord, answer: str) -> Example:
     values = {**record.fields, ANSWER: answer, OPTIONS: LIST_FILTERS["lines"](list(record.options))}
     parts: list[ExamplePart] = []
     for lines in template.all_spans:
@@ -58,6 +78,7 @@ def answer_alone(task: TaskFile, template: Template, record: TaskRecord, answer:
 
     Raises:
         ConfigError: the plain lines name fields, so that they are no context of the answer alone.
+        UnusableRecord: as `render`.
     """
     bare = template.model_copy(update={"span": (), "spans": ()})
     if not bare.plain or set(bare.fields()) - {ANSWER}:

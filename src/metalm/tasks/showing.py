@@ -14,9 +14,10 @@ from metalm.data.documents.example import Example
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import MEDIA
 from metalm.modalities.image import write_png
-from metalm.tasks.readers import check_reader
+from metalm.tasks.metrics import find_metric
+from metalm.tasks.readers import BadRecord, check_reader
 from metalm.tasks.records import Tally, TaskData
-from metalm.tasks.rendering import PARAGRAPH, answer_alone, render
+from metalm.tasks.rendering import PARAGRAPH, UnusableRecord, answer_alone, render
 from metalm.tasks.task_file import TaskFile, find_tasks, load_task
 
 ENCODED, TRAINED, PLAIN = "\033[36m", "\033[1;32m", "\033[0m"
@@ -40,17 +41,23 @@ def check_task(name: str, root: Path) -> Iterator[str]:
     """
     task = load_task(name)
     check_reader(task.data)
+    for metric in task.metrics:
+        find_metric(metric)
     data = TaskData(task, root)
     for split in task.data.splits:
         tally = Tally()
         records = data.records(split, tally)
         templates = [*task.templates, *([task.icl.template] if task.icl else [])]
         for record in records:
-            for template in templates:
-                for answer in record.options or record.answers:
-                    render(task, template, record, answer)
-            if task.icl and task.icl.normalise == "answer_context":
-                answer_alone(task, task.icl.template, record, record.answers[0])
+            try:
+                for template in templates:
+                    for answer in record.options or record.answers:
+                        render(task, template, record, answer)
+                if task.icl and task.icl.normalise == "answer_context":
+                    answer_alone(task, task.icl.template, record, record.answers[0])
+            except UnusableRecord as unusable:
+                tally.kept -= 1
+                tally.drop(BadRecord(unusable.cause, f"{record.key}, {unusable}"))
         yield from (f"{split}: {line}" for line in tally.lines())
 
 
@@ -93,6 +100,7 @@ def shown(example: Example, *, in_colour: bool = False) -> str:
         text = part.content if isinstance(part.content, str) else f"<{part.modality}>"
         colour = ENCODED if part.is_encoded else TRAINED if part.is_trained else PLAIN
         begin, end = (colour, PLAIN) if in_colour else _MARKUP.get(colour, ("", ""))
+        text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
         if text:
             written.append(f"{begin}{text.replace(PARAGRAPH, '</s>' + chr(10))}{end}")
     return "".join(written)
