@@ -64,8 +64,12 @@ def test_the_dry_run_refuses_what_the_start_would(
     assert (found, message in output) == (code, True), output
     assert f"run folder: {tmp_path}/runs/" in output  # the batch script notes the refusal there
     assert not (tmp_path / "runs").exists()
-    found, output = metalm("train", *pipeline, override, "--dry-run", "--without-data")
-    assert (found, "what is read: not checked" in output) == (0, True), output
+
+
+def test_the_dry_run_says_what_it_does_not_check(pipeline: list[str]) -> None:
+    absent = ("data.tokenizer=absent", "data.sources.text.path=absent", "initialize.decoder=absent")
+    code, output = metalm("train", *pipeline, *absent, "--dry-run", "--without-data")
+    assert (code, "what is read: not checked" in output) == (0, True), output
 
 
 @pytest.mark.parametrize(
