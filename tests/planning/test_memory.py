@@ -3,10 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from distributed.planned import planned_config
+from distributed.planned import measured_batches, planned_config
 from distributed.ranks import run_ranks
+from metalm.config import RunConfig
+from metalm.model.decoder import Decoder
+from metalm.model.encoder import EncoderBank
 from metalm.model.parameters import ParameterCount
+from metalm.parallel.topology import Topology
 from metalm.planning.devices import find_device
 from metalm.planning.memory import shard_bytes
 from metalm.planning.plan import plan_run
@@ -65,3 +70,33 @@ def test_bytes_and_traffic_equal_those_of_real_engines(tensor: int, data: int, t
         if "encoders_zero3" not in result["pair"]:
             sent = sum(part.num_bytes for part in plan.traffic)
             assert sum(result["sent"].values()) == pytest.approx(sent, rel=0.02)
+
+
+@pytest.mark.parametrize(("trained_layers", "share"), [("all", 1.0), (2, 0.85), ("none", 0.69)])
+def test_frozen_layers_keep_less_for_the_backward_pass_and_hold_no_gradients(
+    trained_layers: int | str, share: float, topology: Topology
+) -> None:
+    """What autograd keeps is measured; the share is of what it keeps of a decoder that is trained whole."""
+    content = planned_config().model_dump()
+    content["model"]["decoder"]["trained_layers"] = trained_layers
+    config = RunConfig.model_validate(content)
+    decoder = Decoder(config.model, config.data.sequence_length, topology)
+    encoders = EncoderBank(config.model)
+    batch = measured_batches(config, 0, 1)[0]
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = decoder(batch, encoders({name: s.shares[0] for name, s in batch.encoders.items()}))
+    weights = {p.untyped_storage().data_ptr() for module in (decoder, encoders) for p in module.parameters()}
+    measured = sum(size for pointer, size in kept.items() if pointer not in weights)
+    plan = plan_run(config, 1, find_device("cpu"))
+    assert plan.bytes_by_kind["activations"] == pytest.approx(measured, rel=0.02)
+    whole = plan_run(planned_config(), 1, find_device("cpu"))
+    assert measured / whole.bytes_by_kind["activations"] == pytest.approx(share, abs=0.01)
+    losses.sum().backward()
+    gradients = sum(p.grad.nbytes for p in decoder.parameters() if p.grad is not None)
+    assert gradients == plan.engines["decoder"].held.gradients

@@ -169,8 +169,9 @@ def test_an_adapter_begins_beside_given_weights_and_is_not_lost_without_a_word(
         return weights(engines)
 
     base = run("base", None)
-    finer = {"image_size": 12, "patch_size": 4}
-    adapted = run("adapted", "base", model__decoder__adapter={"rank": 2}, model__encoders__image__image=finer)
+    finer = {"model__encoders__image__image": {"image_size": 12, "patch_size": 4}}
+    lora = {"model__decoder__trained_layers": "none", "model__decoder__adapter": {"rank": 2}}
+    adapted = run("adapted", "base", **lora, **finer)
     position = "encoders/encoders.image.image_positions.weight"
     assert adapted.pop(position).shape[0] == 9 and base.pop(position).shape[0] == 4
     new = adapted.keys() - base.keys()
@@ -179,7 +180,7 @@ def test_an_adapter_begins_beside_given_weights_and_is_not_lost_without_a_word(
     with pytest.raises(
         CheckpointError, match="has an adapter, such as gpt.* give the model the same adapter"
     ):
-        run("plain", "adapted", model__encoders__image__image=finer)
+        run("plain", "adapted", **finer)
 
 
 @pytest.fixture
