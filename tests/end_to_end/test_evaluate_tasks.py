@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from built_once import built_once
 from distributed.ranks import run_program
@@ -111,6 +112,7 @@ def test_options_are_as_likely_on_every_layout_and_in_the_export(trained: Traine
     assert len(reference) == 8
     spread = [max(one["scores"]) - min(one["scores"]) for one in reference.values()]
     assert min(spread) > 1e-2
+    board = EventAccumulator(str(trained.run / "tensorboard"))
     ways = {
         "many": (trained.export, (*asked, "--batch-size", "16"), 1),
         "tensor": (trained.run, asked, 2),
@@ -122,6 +124,10 @@ def test_options_are_as_likely_on_every_layout_and_in_the_export(trained: Traine
         for key, one in reference.items():
             assert found[key]["prediction"] == one["prediction"]
             np.testing.assert_allclose(found[key]["scores"], one["scores"], rtol=0, atol=1e-4)
+    board.Reload()
+    right = np.mean([one["prediction"] in one["references"] for one in reference.values()])
+    shown = [event.value for event in board.Scalars("tasks/colours/1_shots/exact_match")]
+    assert shown == pytest.approx([right, right])  # of both layouts
 
 
 def test_the_run_and_its_export_generate_alike(trained: Trained, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metalm.tasks.metrics import Score
+from metalm.tasks.task_file import IN_CONTEXT
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,16 @@ class TaskResult:
             for name, score in self.scores.items()
         }
         return {**self.__dict__, "scores": scores}
+
+
+def figures(results: Sequence[TaskResult]) -> dict[str, float]:
+    """Scores by `TASK/METRIC`, or `TASK/K_shots/METRIC` in the wording for prompts; means over templates."""
+    values: dict[str, list[float]] = {}
+    for one in results:
+        shots = f"/{one.shots}_shots" if one.template == IN_CONTEXT else ""
+        for name, score in one.scores.items():
+            values.setdefault(f"{one.task}{shots}/{name}", []).append(score.value)
+    return {name: _mean(of_templates) for name, of_templates in values.items()}
 
 
 def table(results: Sequence[TaskResult], model: str) -> str:

@@ -18,7 +18,7 @@ from metalm.tasks.metrics import find_metric
 from metalm.tasks.readers import BadRecord, check_reader
 from metalm.tasks.records import Tally, TaskData
 from metalm.tasks.rendering import PARAGRAPH, UnusableRecord, answer_alone, render
-from metalm.tasks.task_file import TaskFile, find_tasks, load_task
+from metalm.tasks.task_file import IN_CONTEXT, TaskFile, find_tasks, load_task
 
 ENCODED, TRAINED, PLAIN = "\033[36m", "\033[1;32m", "\033[0m"
 """Colours of a terminal for what an encoder reads and what is learnt."""
@@ -107,7 +107,7 @@ def shown(example: Example, *, in_colour: bool = False) -> str:
 
 
 def _ids(task: TaskFile) -> list[str]:
-    return [template.id for template in task.templates] + (["in-context"] if task.icl else [])
+    return [template.id for template in task.templates] + ([IN_CONTEXT] if task.icl else [])
 
 
 class _Folder:

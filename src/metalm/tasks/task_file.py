@@ -24,6 +24,9 @@ TASKS_FOLDER = "pipelines/tasks"
 ANSWER, OPTIONS = "answer", "options"
 """What templates may name beside fields: the answer, or the option that is tried, and all options."""
 
+IN_CONTEXT = "in-context"
+"""The id of the wording for prompts, among those of templates."""
+
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Split = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Line = str | dict[str, str]
@@ -187,7 +190,7 @@ class InContext(Section):
     def template(self) -> Template:
         """As one of the task's templates."""
         return Template(
-            id="in-context", use=("evaluation",), span=self.span, plain=self.plain, target=self.target
+            id=IN_CONTEXT, use=("evaluation",), span=self.span, plain=self.plain, target=self.target
         )
 
     @model_validator(mode="after")

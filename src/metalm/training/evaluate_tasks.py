@@ -9,6 +9,7 @@ from pathlib import Path
 from metalm.config.schema import TasksConfig
 from metalm.data.corpus import Corpus
 from metalm.evaluation.answering import EngineAnswerer
+from metalm.evaluation.task_results import figures
 from metalm.evaluation.task_scores import evaluate_tasks
 from metalm.parallel.topology import Topology
 from metalm.tasks.task_file import TaskFile, load_task
@@ -16,13 +17,15 @@ from metalm.tasks.ways import TaskSettings
 from metalm.training.check_start import task_settings
 from metalm.training.engines import Engines
 from metalm.training.evaluate import load_newest
+from metalm.training.monitor.sink import About
+from metalm.training.monitor.tensorboard import TensorBoard
 from metalm.training.session import open_session
 
 
 def score_in_training(
     engines: Engines, topology: Topology, corpus: Corpus, wanted: TasksConfig, out: Path
 ) -> dict[str, float]:
-    """What a run has reached on its tasks, by `TASK/METRIC`, with the number of demonstrations where asked.
+    """What a run has reached on its tasks: see `figures`.
 
     Args:
         out: folder of answers and results, which is emptied first.
@@ -33,12 +36,7 @@ def score_in_training(
         shutil.rmtree(out, ignore_errors=True)
     answerer = EngineAnswerer(engines, topology, corpus, batch_size=wanted.batch_size)
     tasks = [load_task(name) for name in wanted.names]
-    results = evaluate_tasks(answerer, tasks, task_settings(wanted), out.name, out, lambda line: None)
-    return {
-        f"{result.task}{'' if wanted.shots is None else f'/{result.shots}_shots'}/{name}": score.value
-        for result in results
-        for name, score in result.scores.items()
-    }
+    return figures(evaluate_tasks(answerer, tasks, task_settings(wanted), out.name, out, lambda line: None))
 
 
 def evaluate_run(
@@ -61,4 +59,11 @@ def evaluate_run(
         session.log.open()
         answerer = EngineAnswerer(engines, session.topology, corpus, batch_size=batch_size)
         place = out or session.run_folder / "tasks" / f"step_{step:08d}"
-        evaluate_tasks(answerer, tasks, settings, f"{session.run_folder} at step {step}", place, print)
+        model = f"{session.run_folder} at step {step}"
+        results = evaluate_tasks(answerer, tasks, settings, model, place, print)
+        if session.is_first and corpus.config.monitor.sinks.tensorboard:
+            board = TensorBoard(corpus.config, session.run_folder)
+            board.reopen()
+            scores = {f"tasks/{name}": score for name, score in figures(results).items()}
+            board.write(step, scores, About.TASKS)
+            board.close()
