@@ -54,7 +54,9 @@ def main() -> None:
         first = 0 if state is None else state.step
         store = CheckpointStore(run_folder, config, topology)
         store.save(engines, first, None, RunFacts())
-        step = TrainStep(engines, topology, 2, StepGuard(config.guards, topology.device), SemiCausal())
+        step = TrainStep(
+            engines, topology, 2, StepGuard(config.guards, ["one", "other"], topology.device), SemiCausal()
+        )
         losses = []
         for number in range(first, first + shape["steps"]):
             batches = micro_batches(global_batch(number), config, topology.data_rank, topology.data_size)

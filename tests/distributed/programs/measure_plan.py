@@ -39,7 +39,7 @@ def main() -> None:
         batches = measured_batches(config, topology.data_rank, topology.data_size)
         found["activations"] = kept_bytes(engines, batches[0], topology)
         step = TrainStep(
-            engines, topology, 2, StepGuard(config.guards, config.data.sources, topology.device), SemiCausal()
+            engines, topology, 2, StepGuard(config.guards, ["one", "other"], topology.device), SemiCausal()
         )
         with Sent(topology) as sent:
             step.run(batches, 1e-3)
