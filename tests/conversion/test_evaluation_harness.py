@@ -331,6 +331,10 @@ def test_generation_stops_at_the_texts_given(workshop: Workshop) -> None:
     assert answer("the quick", until=["no such text", end], max_gen_toks=40) == whole[: whole.find(end)]
     assert whole.startswith(short := answer("the quick", until=end[0], max_new_tokens=2))
     assert len(short) < len(whole)
+    beams = answer("the quick", num_beams=3, max_gen_toks=12)
+    assert (
+        answer("the quick", num_beams=3, max_gen_toks=12, until=beams[4:6]) == beams[: beams.find(beams[4:6])]
+    )
     with pytest.raises(ConfigError, match="generation_kwargs has typical_p: metalm knows"):
         answer("the quick", typical_p=0.3)
     with pytest.raises(ConfigError, match="max_gen_toks is 128, the model has 128 positions"):
@@ -459,7 +463,7 @@ def test_tasks_run_with_turns_and_images(workshop: Workshop, tmp_path: Path) -> 
         workshop.exported(KIND),
         tmp_path,
         "choices,pictures",
-        *("--apply_chat_template", "--num_fewshot", "1"),
+        *("--apply_chat_template", "--fewshot_as_multiturn", "--num_fewshot", "1"),
     )
     source = open_checkpoint(workshop.run_folder(KIND))
     for sample, (context, choices) in zip(samples["choices"], QUESTIONS, strict=True):
