@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from metalm.data.documents.example import Example, ExamplePart
 from metalm.data.row import Row, lay_out
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, Part
-from metalm.errors import ConfigError
-from metalm.modalities.image import encode_png
+from metalm.errors import ConfigError, DataError
+from metalm.modalities.image import decode_image, encode_png
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -158,6 +159,11 @@ def test_generation_stops_at_the_texts_given(workshop: Workshop, tokenizer: Toke
     tokens = workshop.hf_model(KIND).generate(**inputs, num_beams=3, do_sample=False, max_new_tokens=12)
     beams = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :].tolist())
     assert answer("the quick", num_beams=3, max_gen_toks=12) == beams != whole[: len(beams)]
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(answer("the quick", do_sample=True, temperature=2.0, top_k=200, max_gen_toks=12))
+    assert drawn[0] == drawn[1] != whole[: len(drawn[0])]
     with pytest.raises(ConfigError, match="generation_kwargs has typical_p: metalm knows"):
         answer("the quick", typical_p=0.3)
     with pytest.raises(ConfigError, match="max_gen_toks is 128, the model has 128 positions"):
@@ -251,7 +257,24 @@ def test_contexts_too_long_for_a_row_lose_their_beginning(
         harness.loglikelihood([asked("loglikelihood", "the", context)], disable_tqdm=True)
 
 
-def test_what_does_not_fit_is_refused_by_name(workshop: Workshop) -> None:
+def test_images_of_every_kind_become_files_that_training_reads(tmp_path: Path) -> None:
+    pixels = pictures()[1]
+    image, turned = Image.fromarray(pixels), Image.Exif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=turned)
+    (tmp_path / "whole.png").write_bytes(encode_png(pixels))
+    given = [image, encode_png(pixels), tmp_path / "whole.png", str(tmp_path / "turned.png")]
+    files = image_files([*given, Image.open(tmp_path / "turned.png")])
+    upright = np.rot90(pixels, -1)
+    for file, expected in zip(files, [pixels, pixels, pixels, upright, upright], strict=True):
+        assert np.array_equal(decode_image(file), expected)
+    with pytest.raises(DataError, match="image .*/none.png cannot be read"):
+        image_files(str(tmp_path / "none.png"))
+    with pytest.raises(DataError, match="an image is a dict: PIL images, paths and bytes are read"):
+        image_files([{}])
+
+
+def test_what_does_not_fit_is_refused_by_name(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     from metalm.conversion.evaluation_harness import HarnessModel
 
     folder, harness = str(workshop.exported(KIND)), harness_model(workshop)
@@ -264,6 +287,13 @@ def test_what_does_not_fit_is_refused_by_name(workshop: Workshop) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             HarnessModel(folder, **options)
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="2 processes"):
+            HarnessModel(folder)
+    damaged = {"visual": [encode_png(pictures()[0])[:-30]]}
+    with pytest.raises(DataError, match="an image"):
+        harness.loglikelihood([asked("loglikelihood", "the", " fox", damaged)], disable_tqdm=True)
     image = {"visual": [Image.fromarray(pictures()[0])]}
     for context, further, message in (
         ("<image> or <image>", [image], r"marks 2 image\(s\) by <image>, the task gives 1"),

@@ -7,6 +7,7 @@ The harness finds it by the entry point `lm_eval.models`; releases that look for
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -83,6 +84,10 @@ class HarnessModel(LM):
             )
         if not isinstance(encoded, bool):
             raise ConfigError(f"encoded is {encoded!r}: it is true or false")
+        if (num_processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ConfigError(
+                f"metalm was started in {num_processes} processes and runs in one: leave out the launcher"
+            )
         self._folder, self._encoded = Path(pretrained), encoded
         self._batch_size = _positive(batch_size)
         self._answerer = ExportAnswerer(
