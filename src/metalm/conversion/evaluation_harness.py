@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -144,24 +145,13 @@ class HarnessModel(LM):
             ways.setdefault(self._generation(request.args[1]), []).append(number)
         found: dict[int, str] = {}
         for way, numbers in ways.items():
-            room = self._answerer.longest - way.decode.max_new_tokens
-
-            def answer(asked: Sequence[Instance], way: Generation = way, room: int = room) -> list[str]:
-                prompts = [self._prompts.prompt(one.args[0], _images(one.args[2:])) for one in asked]
-                return _all_found(
-                    self._answerer.continuations(
-                        [self._fitted(prompt, room) for prompt in prompts],
-                        self._prompts.read,
-                        way.decode,
-                        until=way.until,
-                        sampling=way.sampling,
-                    )
-                )
-
-            of_way = [requests[number] for number in numbers]
-            found |= dict(
-                zip(numbers, self._in_batches("generate_until", of_way, answer, disable_tqdm), strict=True)
+            answers = self._in_batches(
+                "generate_until",
+                [requests[number] for number in numbers],
+                partial(self._continued, way),
+                disable_tqdm,
             )
+            found |= dict(zip(numbers, answers, strict=True))
         self._tell_cuts()
         return [found[number] for number in range(len(requests))]
 
@@ -187,6 +177,19 @@ class HarnessModel(LM):
             "metalm_encoded": self._encoded,
             "metalm_cut_contexts": self._num_cut_contexts,
         }
+
+    def _continued(self, way: Generation, asked: Sequence[Instance]) -> list[str]:
+        room = self._answerer.longest - way.decode.max_new_tokens
+        prompts = [self._prompts.prompt(one.args[0], _images(one.args[2:])) for one in asked]
+        return _all_found(
+            self._answerer.continuations(
+                [self._fitted(prompt, room) for prompt in prompts],
+                self._prompts.read,
+                way.decode,
+                until=way.until,
+                sampling=way.sampling,
+            )
+        )
 
     def _scored(self, documents: Sequence[Document]) -> list[tuple[float, bool]]:
         scored = _all_found(self._answerer.scored(documents, self._prompts.read))
