@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tokenizers
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from metalm.config.model_schema import TEXT, EncoderConfig, ImageConfig
 from metalm.config.schema import Overflow
@@ -20,6 +21,7 @@ from metalm.conversion.tokenizer_files import read_tokenizer
 from metalm.data.documents.examples import ExampleMaker
 from metalm.data.documents.retokenize import SpanRetokenizer
 from metalm.data.row import Row, lay_out
+from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample, ConfigError
 from metalm.evaluation.answering import Likelihood
@@ -31,24 +33,46 @@ from metalm.tasks.ways import TaskSettings
 Answer = TypeVar("Answer")
 
 
+class Scored(NamedTuple):
+    """What a model makes of the trained tokens of a document."""
+
+    likelihood: Likelihood
+    is_greedy: bool
+    """Whether each is the most likely one at its place."""
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; None: as transformers does by itself."""
+
+    temperature: float
+    top_p: float | None = None
+    top_k: int | None = None
+
+
 class ExportAnswerer:
     """See `metalm.evaluation.answering.Answerer`; one process."""
 
     is_first = True
 
-    def __init__(self, folder: Path, *, batch_size: int, device: str) -> None:
+    def __init__(
+        self, folder: Path, *, batch_size: int, device: str, dtype: torch.dtype | None = None
+    ) -> None:
         """Load an exported folder.
 
         Args:
             batch_size: documents at once.
+            dtype: of the weights; None: as they are stored.
 
         Raises:
             ConfigError: the folder cannot be loaded.
             DataError: its tokenizer is not one of ours.
         """
         self._folder, self._batch_size = folder, batch_size
-        self._model = FolderModel(folder, device).model
-        self._tokenizer = read_tokenizer(folder)
+        loaded = FolderModel(folder, device)
+        self._model, self.processor = loaded.model, loaded.processor
+        if dtype is not None:
+            self._model.to(dtype)
+        self.tokenizer = read_tokenizer(folder)
         self._encoders = {name: _encoder(sizes) for name, sizes in self._model.config.encoders.items()}
 
     @property
@@ -56,20 +80,35 @@ class ExportAnswerer:
         """Positions of the longest document."""
         return int(self._model.config.max_position_embeddings)
 
-    def maker(self, readers: Mapping[str, str] | None, overflow: Overflow) -> ExampleMaker:
-        """See `Answerer`."""
+    @property
+    def num_parameters(self) -> int:
+        """Of the model, encoders among them."""
+        return int(self._model.num_parameters())
+
+    def maker(
+        self,
+        readers: Mapping[str, str] | None,
+        overflow: Overflow,
+        *,
+        sequence_length: int | None = None,
+    ) -> ExampleMaker:
+        """See `Answerer`.
+
+        Args:
+            sequence_length: positions that a document may have; None: as many as the model has.
+        """
         media_readers = {}
         for name, encoder in self._encoders.items():
             modality = modality_of_encoder(encoder)
             if isinstance(modality, Media):
                 media_readers[name] = modality.reader(encoder)
         return ExampleMaker(
-            self._tokenizer,
+            self.tokenizer,
             self._usual_readers() if readers is None else readers,
             media_readers=media_readers,
             encoders=self._encoders,
             retokenizer=self._retokenizer,
-            sequence_length=self.longest,
+            sequence_length=self.longest if sequence_length is None else sequence_length,
             overflow=overflow,
         )
 
@@ -79,11 +118,32 @@ class ExportAnswerer:
 
     def likelihoods(self, documents: Sequence[Document], read: ReadPart) -> list[Likelihood | None]:
         """See `Answerer`."""
-        return self._in_batches(documents, read, self._likelihoods)
+        return [None if one is None else one.likelihood for one in self.scored(documents, read)]
 
-    def continuations(self, prompts: Sequence[Document], read: ReadPart, decode: Decode) -> list[str | None]:
-        """See `Answerer`."""
-        return self._in_batches(prompts, read, lambda rows: self._continuations(rows, decode))
+    def scored(self, documents: Sequence[Document], read: ReadPart) -> list[Scored | None]:
+        """As `likelihoods`, and whether the model would have chosen the tokens itself."""
+        return self._in_batches(documents, read, self._scored)
+
+    def continuations(
+        self,
+        prompts: Sequence[Document],
+        read: ReadPart,
+        decode: Decode,
+        *,
+        until: Sequence[str] = (),
+        sampling: Sampling | None = None,
+    ) -> list[str | None]:
+        """See `Answerer`.
+
+        Args:
+            until: texts that end a continuation, which is without them.
+            sampling: draw tokens instead of taking the most likely ones.
+        """
+
+        def answer(rows: Sequence[Row]) -> list[str]:
+            return self._continuations(rows, decode, until, sampling)
+
+        return self._in_batches(prompts, read, answer)
 
     def _in_batches(
         self, documents: Sequence[Document], read: ReadPart, answer: Callable[[Sequence[Row]], list[Answer]]
@@ -94,13 +154,13 @@ class ExportAnswerer:
             rows: dict[int, Row] = {}
             for number in order[first : first + self._batch_size]:
                 with suppress(BadSample):
-                    rows[number] = lay_out([documents[number].decoded(read)], self._tokenizer)
+                    rows[number] = lay_out([documents[number].decoded(read)], self.tokenizer)
             if rows:
                 found |= dict(zip(rows, answer(list(rows.values())), strict=True))
         return [found.get(number) for number in range(len(documents))]
 
     @torch.no_grad()
-    def _likelihoods(self, rows: Sequence[Row]) -> list[Likelihood]:
+    def _scored(self, rows: Sequence[Row]) -> list[Scored]:
         inputs = self._inputs(rows)
         logits = self._model(**inputs).logits.float()
         answers = []
@@ -109,26 +169,31 @@ class ExportAnswerer:
             tokens = torch.from_numpy(row.tokens[1:].astype("int64")).to(logits.device)
             taken = log_probabilities.gather(1, tokens[:, None])[:, 0].double()
             weights = torch.from_numpy(row.loss_weights[:-1]).to(logits.device)
-            answers.append(Likelihood(float((taken * weights).sum()), int((weights > 0).sum())))
+            likelihood = Likelihood(float((taken * weights).sum()), int((weights > 0).sum()))
+            is_greedy = (log_probabilities.argmax(dim=-1) == tokens) | (weights == 0)
+            answers.append(Scored(likelihood, bool(is_greedy.all())))
         return answers
 
     @torch.no_grad()
-    def _continuations(self, rows: Sequence[Row], decode: Decode) -> list[str]:
+    def _continuations(
+        self, rows: Sequence[Row], decode: Decode, until: Sequence[str], sampling: Sampling | None
+    ) -> list[str]:
         inputs = self._inputs(rows)
         longest = inputs["input_ids"].shape[1]
-        beams = {}
+        how: dict[str, Any] = {"do_sample": sampling is not None}
         if decode.method == "beam":
-            beams = {"num_beams": decode.num_beams, "length_penalty": decode.length_penalty}
+            how |= {"num_beams": decode.num_beams, "length_penalty": decode.length_penalty}
+        if sampling is not None:
+            how |= {name: value for name, value in sampling._asdict().items() if value is not None}
+        if until:
+            how["stopping_criteria"] = StoppingCriteriaList([_Until(until, self.tokenizer, longest)])
         tokens = self._model.generate(
-            **inputs,
-            max_new_tokens=min(decode.max_new_tokens, self.longest - longest),
-            do_sample=False,
-            **beams,
+            **inputs, max_new_tokens=min(decode.max_new_tokens, self.longest - longest), **how
         )
-        return [
-            self._tokenizer.decode(_until_end(ids, self._tokenizer.document_id))
-            for ids in tokens[:, longest:]
-        ]
+        texts = (
+            self.tokenizer.decode(_until_end(ids, self.tokenizer.document_id)) for ids in tokens[:, longest:]
+        )
+        return [_before_any(text, until) for text in texts]
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         inputs = model_inputs(rows, self._model.config)
@@ -155,7 +220,25 @@ class ExportAnswerer:
         own = tokenizers.Tokenizer.from_file(str(file))
         own.no_padding()
         own.no_truncation()
-        return SpanRetokenizer(own, self._tokenizer, self._encoders[name].max_text_positions)
+        return SpanRetokenizer(own, self.tokenizer, self._encoders[name].max_text_positions)
+
+
+class _Until(StoppingCriteria):
+    """Ends a continuation when one of some texts stands in it, wherever tokens begin and end."""
+
+    def __init__(self, ends: Sequence[str], tokenizer: Tokenizer, start: int) -> None:
+        """
+        Args:
+            start: position of the first token of continuations.
+        """
+        self._ends, self._tokenizer, self._start = ends, tokenizer, start
+        self._most_tokens = max(len(end.encode()) for end in ends)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Of each row of [B, tokens], whether its newest tokens have such a text: [B] bool."""
+        newest = input_ids[:, self._start :][:, -self._most_tokens :].tolist()
+        texts = map(self._tokenizer.decode, newest)
+        return torch.tensor([any(end in text for end in self._ends) for text in texts]).to(input_ids.device)
 
 
 def evaluate_export(
@@ -200,3 +283,7 @@ def _encoder(sizes: Mapping[str, Any]) -> EncoderConfig:
 def _until_end(ids: torch.Tensor, end: int) -> list[int]:
     tokens: list[int] = ids.tolist()
     return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def _before_any(text: str, ends: Sequence[str]) -> str:
+    return text[: min((at for end in ends if (at := text.find(end)) >= 0), default=len(text))]

@@ -54,6 +54,11 @@ class FolderModel:
         """`MetaLMForConditionalGeneration`."""
         return self._model
 
+    @property
+    def processor(self) -> Any:
+        """`MetaLMProcessor`."""
+        return self._processor
+
     def generate(
         self,
         prompt: str,

@@ -30,8 +30,8 @@ from .image_processing_metalm import MetaLMImageProcessor
 IMAGE_MARKER = "<image>"
 OWN_TOKENIZER_NAME = "tokenizer_of_{}.json"
 """File of the tokenizer of an encoder."""
-_SPAN_MARKER = re.compile(r"<span(?::([a-z0-9_]+))?>")
-_SPAN_END = "</span>"
+SPAN_MARKER = re.compile(r"<span(?::([a-z0-9_]+))?>")
+SPAN_END = "</span>"
 _NOTHING = "<|>"
 _ENCODER_NAME = re.compile("[a-z][a-z0-9_]*")
 
@@ -227,7 +227,7 @@ class MetaLMProcessor(ProcessorMixin):
 
     def num_images(self, text: str) -> int:
         """How many images a prompt marks."""
-        return sum(piece == IMAGE_MARKER for piece, is_mark in self._pieces(text) if is_mark)
+        return sum(piece == IMAGE_MARKER for piece, is_mark in self.pieces(text) if is_mark)
 
     @property
     def _marks(self) -> re.Pattern[str]:
@@ -235,11 +235,11 @@ class MetaLMProcessor(ProcessorMixin):
         special = [re.escape(token) for token in self.tokenizer.all_special_tokens]
         return re.compile(
             r"(\\*)("
-            + "|".join([_SPAN_MARKER.pattern, _SPAN_END, re.escape(_NOTHING), IMAGE_MARKER, *special])
+            + "|".join([SPAN_MARKER.pattern, SPAN_END, re.escape(_NOTHING), IMAGE_MARKER, *special])
             + ")"
         )
 
-    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
+    def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """Text, and whether it is a marker or special token; backslashes have done their work."""
         words, end = "", 0
         for found in self._marks.finditer(text):
@@ -264,12 +264,12 @@ class MetaLMProcessor(ProcessorMixin):
             self._append(prompt, [self.tokenizer.bos_token_id])
         span: Span | None = None
         number = 0
-        for piece, is_mark in self._pieces(text):
-            if is_mark and (opening := _SPAN_MARKER.fullmatch(piece)):
+        for piece, is_mark in self.pieces(text):
+            if is_mark and (opening := SPAN_MARKER.fullmatch(piece)):
                 if span is not None:
                     raise ValueError(f"spans do not nest: {text!r}")
                 span = Span(opening[1], False, [], [])
-            elif is_mark and piece == _SPAN_END:
+            elif is_mark and piece == SPAN_END:
                 if span is None:
                     raise ValueError(f"{piece} has no counterpart in {text!r}")
                 for read in self._read(span):
