@@ -162,17 +162,19 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     scores = commands.add_parser("evaluate-tasks", help="score a run or an exported model on tasks")
     scores.add_argument("model", type=Path, help="a run's folder, or one written by convert_to_hf.py")
     scores.add_argument("overrides", nargs="*", metavar="section.key=value", help="of a run's config")
-    scores.add_argument("--tasks", required=True, help="files or names, with commas between")
+    scores.add_argument("--tasks", type=_words, required=True, help="files or names, with commas between")
     scores.add_argument("--data", type=Path, default=Path("data/tasks"), help="folder of all tasks' data")
-    scores.add_argument("--shots", help="demonstrations, such as 0,1,4: in the in-context wording")
-    scores.add_argument("--templates", type=int, help="average over so many wordings; default: 1")
+    scores.add_argument(
+        "--shots", type=_counts, help="demonstrations, such as 0,1,4: in the in-context wording"
+    )
+    scores.add_argument("--templates", type=_positive, help="average over so many wordings; default: 1")
     scores.add_argument("--score-by", choices=("likelihood", "generation"), help="default: the task's")
     scores.add_argument("--split", help="default: the task's")
-    scores.add_argument("--limit", type=int, help="questions of a task, drawn from all")
+    scores.add_argument("--limit", type=_positive, help="questions of a task, drawn from all")
     scores.add_argument("--seed", type=int, default=0, help="of demonstrations and --limit")
-    scores.add_argument("--readers", help="who reads what, such as text=scene,image=scene")
+    scores.add_argument("--readers", type=_readers, help="who reads what, such as text=scene,image=scene")
     scores.add_argument("--overflow", choices=("split", "cut_left", "cut_right"), default="split")
-    scores.add_argument("--batch-size", type=int, default=16, help="documents at once, on each rank")
+    scores.add_argument("--batch-size", type=_positive, default=16, help="documents at once, on each rank")
     scores.add_argument("--device", default="cpu", help="of an exported model")
     scores.add_argument("--out", type=Path, help="default: tasks/ in the model's folder")
     scores.set_defaults(run=_evaluate_tasks)
@@ -191,7 +193,7 @@ def _run_command(arguments: Sequence[str]) -> int | None:
             "--data", type=Path, default=Path("data/tasks"), help="folder of all tasks' data"
         )
     show.add_argument("--split", help="default: that which the task is evaluated on")
-    show.add_argument("-n", "--examples", type=int, default=3)
+    show.add_argument("-n", "--examples", type=_positive, default=3)
     show.add_argument("--template", metavar="ID", help="default: all")
     show.add_argument("--pictures", type=Path, metavar="FOLDER", help="write images, with their texts, there")
 
@@ -304,19 +306,21 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
     from metalm.tasks.task_file import load_task
     from metalm.tasks.ways import TaskSettings
 
-    tasks = [load_task(name) for name in _words(options.tasks)]
+    tasks = [load_task(name) for name in options.tasks]
     settings = TaskSettings(
         data=options.data,
-        shots=tuple(map(int, _words(options.shots))) if options.shots else None,
+        shots=options.shots,
         templates=options.templates,
         scored_by=options.score_by,
         split=options.split,
         limit=options.limit,
         seed=options.seed,
-        readers=dict(word.split("=", 1) for word in _words(options.readers)) if options.readers else None,
+        readers=options.readers,
         overflow=options.overflow,
     )
     if (options.model / "config.json").is_file():
+        if options.overrides:
+            raise ConfigError(f"{options.model} is an exported model: {options.overrides[0]} is for runs")
         from metalm.conversion.export_answerer import evaluate_export
 
         evaluate_export(
@@ -334,7 +338,29 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise argparse.ArgumentTypeError("give one or more, with commas between")
+    return words
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if not all(word.isdecimal() for word in _words(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers with commas between, such as 0,1,4")
+    return tuple(map(int, _words(text)))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def _readers(text: str) -> dict[str, str]:
+    pairs = [word.partition("=") for word in _words(text)]
+    if not all(name and encoder for name, _, encoder in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}: say who reads what, such as text=E1,image=E2")
+    return {name: encoder for name, _, encoder in pairs}
 
 
 def _list_tasks(options: argparse.Namespace) -> None:

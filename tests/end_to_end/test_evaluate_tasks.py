@@ -161,6 +161,28 @@ def test_an_evaluation_that_was_killed_goes_on(trained: Trained, tmp_path: Path)
     assert "holds answers of another model, task or setting" in output
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shots", "one"), "give numbers with commas between"),
+        (("--limit", "0"), "is no number above 0"),
+        (("--readers", "image"), "say who reads what"),
+        (("--readers", "image=scene"), "the model's encoders are image, text"),
+        (("parallel.tensor=1",), "is for runs"),
+        (("--tasks", "mnil"), "there is no task mnil"),
+        (("--device", "abacus"), "--device abacus"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_asked_is_refused(
+    trained: Trained, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    task = trained.task(tmp_path / "task.yaml")
+    code, output = trained.evaluate(trained.export, task, tmp_path / "out", *words)
+    assert (code, message in output) == (64, True), output
+    assert "Traceback" not in output
+
+
 def test_more_demonstrations_than_there_are_is_refused(trained: Trained, tmp_path: Path) -> None:
     task = trained.task(tmp_path / "task.yaml")
     code, output = trained.evaluate(trained.export, task, tmp_path / "out", "--shots", "5")

@@ -24,7 +24,7 @@ from metalm.data.row import Row, lay_out
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample, ConfigError
-from metalm.evaluation.answering import Likelihood
+from metalm.evaluation.answering import Likelihood, check_readers
 from metalm.evaluation.task_scores import evaluate_tasks
 from metalm.modalities import MEDIA, Media, modality_of_encoder
 from metalm.tasks.task_file import Decode, TaskFile
@@ -97,6 +97,9 @@ class ExportAnswerer:
         Args:
             sequence_length: positions that a document may have; None: as many as the model has.
         """
+        if readers is None:
+            readers = self._usual_readers()
+        check_readers(readers, self._encoders)
         media_readers = {}
         for name, encoder in self._encoders.items():
             modality = modality_of_encoder(encoder)
@@ -104,7 +107,7 @@ class ExportAnswerer:
                 media_readers[name] = modality.reader(encoder)
         return ExampleMaker(
             self.tokenizer,
-            self._usual_readers() if readers is None else readers,
+            readers,
             media_readers=media_readers,
             encoders=self._encoders,
             retokenizer=self._retokenizer,

@@ -6,7 +6,7 @@ in `metalm.conversion`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from metalm.data.corpus import Corpus
 from metalm.data.documents.examples import ExampleMaker
 from metalm.data.row import Row, lay_out
 from metalm.document import Document, ReadPart
-from metalm.errors import BadSample
+from metalm.errors import BadSample, ConfigError
 from metalm.evaluation.generation import EvaluatedModel, evaluating, generate_by_beams, generate_greedily
 from metalm.objectives import encode
 from metalm.parallel.topology import Topology
@@ -50,6 +50,9 @@ class Answerer(Protocol):
 
         Args:
             readers: the encoder of each modality; None: those that the model was trained with.
+
+        Raises:
+            ConfigError: the model has no such encoder.
         """
         ...
 
@@ -64,6 +67,17 @@ class Answerer(Protocol):
     def continuations(self, prompts: Sequence[Document], read: ReadPart, decode: Decode) -> list[str | None]:
         """What the model generates after each prompt; None as above."""
         ...
+
+
+def check_readers(readers: Mapping[str, str], encoders: Collection[str]) -> None:
+    """
+    Raises:
+        ConfigError: an encoder is none of the model's.
+    """
+    for modality, name in readers.items():
+        if name not in encoders:
+            known = ", ".join(encoders) or "none"
+            raise ConfigError(f"the reader of {modality} is {name!r}, but the model's encoders are {known}")
 
 
 class EngineAnswerer:
@@ -82,6 +96,7 @@ class EngineAnswerer:
         """See `Answerer`."""
         if readers is None:
             readers = self._corpus.usual_readers()
+        check_readers(readers, self._corpus.config.model.encoders)
         return self._corpus.example_maker(readers, overflow=overflow)
 
     def agreed(self, value: Answer) -> Answer:
