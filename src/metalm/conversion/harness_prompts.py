@@ -215,7 +215,7 @@ class HarnessPrompts:
         readers = {IMAGE: image_reader, TEXT: text_reader}
         return self._answerer.maker(
             {modality: name for modality, name in readers.items() if name is not None},
-            "split",
+            self._processor.overflow or "split",
             sequence_length=sys.maxsize,
         )
 
