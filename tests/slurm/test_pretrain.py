@@ -175,7 +175,7 @@ def test_a_job_that_is_queued_again_runs_what_was_submitted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     repository = tmp_path / "repository"
-    for name in ("src", "slurm", "tools", "deepspeed_configs"):
+    for name in ("src", "slurm", "tools", "deepspeed_configs", "pipelines"):
         shutil.copytree(REPOSITORY / name, repository / name, ignore=shutil.ignore_patterns("*.egg-info"))
     monkeypatch.chdir(repository)
     run = pipeline.parent / "Läufe von heute/submitted"
