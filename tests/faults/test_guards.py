@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -148,12 +148,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def fill(disk: Path, *, but_for: int = 0) -> Path:
+    """A file that takes all that is left of a disk, whatever others write meanwhile, but for some bytes."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        with suppress(OSError):
+            while file.write(bytes(1 << 16)):
+                pass
+        file.truncate(max(0, file.tell() - but_for))
+    return filler
+
+
 def test_a_full_disk_is_told_and_the_training_goes_on(start: Start, small_disk: Path) -> None:
     run = small_disk / "run"
     ranks = start(run, "checkpoint.keep_last=2", fault=("slow_steps", {"seconds": 0.2}))
     assert wait_until(lambda: len(list_checkpoints(run / "checkpoints")) == 1, ranks)
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    filler = fill(small_disk)
     assert wait_until(lambda: "could not be saved" in ranks.output(), ranks)
     filler.unlink()
     assert ranks.wait() == [0, 0], ranks.output()
@@ -171,7 +181,7 @@ def test_a_last_save_that_fails_ends_with_a_fault(start: Start, small_disk: Path
         run, "training.steps=10", "checkpoint.every_steps=10", fault=("slow_steps", {"seconds": 0.2})
     )
     assert wait_until(lambda: (run / "logs" / "metrics.jsonl").exists(), ranks)
-    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 64 * 1024))
+    fill(small_disk, but_for=64 * 1024)
     assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 2, ranks.output()
     assert "could not be saved" in ranks.output()
     assert list((run / "checkpoints").iterdir()) == []
