@@ -15,7 +15,7 @@ from metalm.data.preparation.chat_records import turns_of
 from metalm.data.preparation.example_shards import SHARD_BYTES, ExampleTask, prepare_examples
 from metalm.data.preparation.jsonl import COMPRESSED_SUFFIXES, JsonLinesFile, is_compressed
 from metalm.data.preparation.media_files import MediaFiles
-from metalm.errors import BadSample, ConfigError, DataError
+from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
 from metalm.modalities import Convert
 
 LINES_SUFFIX, ARRAY_SUFFIX, PARQUET_SUFFIX = ".jsonl", ".json", ".parquet"
@@ -37,6 +37,10 @@ class ChatForm(NamedTuple):
             return chat_example(turns_of(record, _open_files(self.media_root)), self.train)
         except BadSample as bad:
             return bad.cause
+        except MetaLMError:
+            raise
+        except Exception:  # a record may hold anything anywhere
+            return "bad_record"
 
 
 @functools.lru_cache(maxsize=4)
