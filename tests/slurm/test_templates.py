@@ -55,12 +55,12 @@ def test_an_array_prepares_what_one_process_does(
 def test_evaluate_says_its_ranks_code(cluster: VirtualCluster, pipeline: Path, tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     words = (f"--output={log}", "slurm/evaluate.sbatch", str(pipeline), "training.step=3")
-    settings = {**SETTINGS, "METALM_RANKS_PER_NODE": "1"}
-    job = cluster.submit("--nodes=2", *words, environment=settings)
+    settings = {**SETTINGS, "METALM_RANKS_PER_NODE": "1", "METALM_ROOT": str(REPOSITORY)}
+    job = cluster.submit("--nodes=2", f"--chdir={tmp_path}", *words, environment=settings)
     facts = cluster.wait_for(job, ENDED, timeout_s=150)
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "64:0")
     assert "did you mean 'steps'?" in log.read_text()
-    assert not list(REPOSITORY.glob(".exit_codes.*"))
+    assert not list(tmp_path.glob(".exit_codes.*"))
 
 
 def test_a_run_is_evaluated_on_two_nodes_and_converted_after_it(
