@@ -214,19 +214,22 @@ def _read_answers(path: Path, about: Mapping[str, Any]) -> dict[str, dict[str, A
     """
     if not path.exists():
         return {}
-    lines = path.read_text().split("\n")[:-1]
-    if not lines or json.loads(lines[0]) != about:
-        raise ConfigError(f"{path} holds answers of another model, task or setting: choose another --out")
-    return dict(json.loads(line) for line in lines[1:])
+    try:
+        first, *answers = [json.loads(line) for line in path.read_text().split("\n")[:-1]] or [about]
+        if first == about:
+            return dict(answers)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} holds no answers ({error}): remove it, or choose another --out") from None
+    raise ConfigError(f"{path} holds answers of another model, task or setting: choose another --out")
 
 
 def _append(path: Path, about: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         file.seek(0)
-        written = file.read()
-        file.truncate(written.rfind(b"\n") + 1)  # a torn last line goes
-        lines = [] if written else [json.dumps(about)]
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)  # a torn last line goes
+        lines = [] if whole else [json.dumps(about)]
         lines += [json.dumps(one) for one in answers.items()]
         file.write("".join(f"{line}\n" for line in lines).encode())
 
