@@ -30,7 +30,7 @@ from metalm.training.saving import HostBuffers
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="decoder layers of 768 (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=5, help="medians are shown (default: %(default)s)")

@@ -52,7 +52,7 @@ FRACTIONS = (0.01, 0.5, 0.99)
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("--text-mb", type=float, default=60, help="raw text (default: %(default)s)")
     parser.add_argument(
         "--photographs", type=int, default=300, help="per group of sizes (default: %(default)s)"

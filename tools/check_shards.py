@@ -17,7 +17,7 @@ from metalm.errors import EXIT_DATA, EXIT_DONE
 
 
 def main() -> int:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of .tar shards with an index")
     parser.add_argument("--url", help="where the shards are, if not in the folder: the source's `url`")
     parser.add_argument("--tokenizer", type=Path, help="folder or tokenizer.json, of shards of text")

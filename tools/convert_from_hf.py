@@ -7,7 +7,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
@@ -15,7 +14,7 @@ from metalm.config import load_config
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", type=Path, help="exported, or saved by transformers")
     parser.add_argument("pipeline", type=Path, help="of the run that is to go on from it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

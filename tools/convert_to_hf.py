@@ -8,7 +8,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def size_in_bytes(text: str) -> int:
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint), or a step folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(

@@ -9,14 +9,13 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", type=Path, help="config.json, safetensors and tokenizer.json")
     parser.add_argument("out", type=Path, help="must not exist")
     options = parser.parse_args()

@@ -18,7 +18,7 @@ from metalm.tasks.task_file import find_tasks
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("templates", type=Path, help="flan/templates.py, or a templates.yaml of promptsource")
     parser.add_argument("--group", help="of FLAN's templates, such as bool_q")
     parser.add_argument(

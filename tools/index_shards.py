@@ -22,7 +22,7 @@ from metalm.data.tokenizer import load_tokenizer
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of .tar shards, or of the index alone (--url)")
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument(

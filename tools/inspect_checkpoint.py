@@ -15,7 +15,7 @@ from metalm.cli import ToolParser, run_tool
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a step folder, or a run folder for its latest")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="show how each parameter differs")
     parser.add_argument("--state", choices=STATES, default="master", help="what is compared")

@@ -14,7 +14,7 @@ from metalm.data.demo.dataset import write_chats, write_instructions, write_scen
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("out", type=Path, help="folder to write into")
     parser.add_argument("--seed", type=int, default=1, help="of the scenes (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes (default: %(default)s)")

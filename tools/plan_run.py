@@ -1,7 +1,8 @@
-"""Says what a run needs before it is submitted: bytes, communication, operations, time. Starts nothing.
+"""Say what a run needs before it is submitted: bytes, communication, operations, time. Starts nothing.
 
-python tools/plan_run.py pipelines/demo.yaml --gpus 2 --gpu cpu
-python tools/plan_run.py pipelines/demo.yaml --gpus 8 --search --plot layouts.png training.steps=200
+Examples:
+    python tools/plan_run.py pipelines/demo.yaml --gpus 2 --gpu cpu
+    python tools/plan_run.py pipelines/demo.yaml --gpus 8 --search --plot layouts.png training.steps=200
 """
 
 import argparse
@@ -24,7 +25,7 @@ from metalm.planning.search import search_layouts
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--gpus", type=int, required=True, help="ranks, one device each")

@@ -32,7 +32,7 @@ def steps(out: Path, scenes: int, evaluation_scenes: int, text_mib: float) -> It
 
 
 def main() -> int:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=Path("data/demo"), help="default: %(default)s")
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes (default: %(default)s)")
     parser.add_argument("--evaluation-scenes", type=int, default=1_000, help="default: %(default)s")

@@ -21,7 +21,7 @@ from metalm.tasks.task_file import find_tasks, load_task
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("--tasks", help="files or names, with commas between; default: all of --clusters")
     parser.add_argument("--clusters", default="", help="such as nli,sentiment; default: all of text")
     parser.add_argument("--hold-out", default="", help="clusters left out, with what is close to them")

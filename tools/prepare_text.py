@@ -19,7 +19,7 @@ from metalm.data.preparation.text_shards import PAPER_DROPS, SubsetFilter, prepa
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("inputs", type=Path, nargs="+", help=".jsonl, .jsonl.gz or .jsonl.zst files")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--tokenizer", type=Path, help="folder or tokenizer.json")

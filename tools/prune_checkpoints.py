@@ -15,7 +15,7 @@ from metalm.run_lock import RunLock
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--keep-last", type=int, default=1, help="at least 1 (default: %(default)s)")
     parser.add_argument("--keep-every-steps", type=int, help="multiples of this stay")

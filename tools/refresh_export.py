@@ -8,14 +8,13 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", type=Path, help="written by convert_to_hf")
     options = parser.parse_args()
 

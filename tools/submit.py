@@ -1,12 +1,11 @@
-"""Submits a run to Slurm with one command:
+"""Submit a run to Slurm, with a copy of code and config that later changes do not touch.
 
-python tools/submit.py pipelines/X.yaml training.steps=500 --nodes 2 --gpus-per-node 8 --dry-run
-
-It copies code and config into the run folder, and the job runs the copy, also when it is queued again: the
-repository may be changed meanwhile. --dry-run writes nothing; it shows the resolved config, the plan and the
-line that would be typed.
+The copy is in the run folder, and the job runs it, also when it is queued again. --dry-run writes nothing; it
+shows the resolved config, the plan and the line that would be typed.
 
 `--template evaluate` and `--template convert --argument exported/X` submit the other jobs of a run alike.
+
+Example: python tools/submit.py pipelines/X.yaml training.steps=500 --nodes 2 --gpus-per-node 8 --dry-run
 """
 
 import argparse
@@ -29,7 +28,7 @@ from metalm.training.dry_run import describe_plan
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(

@@ -19,7 +19,7 @@ SUMMARY_NAME = "summary.json"
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
     run = parser.parse_args().run
     summary = summarise(run)

@@ -13,7 +13,7 @@ from metalm.data.tokenizer import train_tokenizer
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("inputs", type=Path, nargs="+", help="text: .jsonl, .jsonl.gz or .jsonl.zst files")
     parser.add_argument(
         "--captions", type=Path, action="append", default=[], help="table of images and captions"

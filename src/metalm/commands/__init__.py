@@ -1,0 +1,1 @@
+"""The subcommands of `metalm`, by the job that they do."""

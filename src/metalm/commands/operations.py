@@ -1,0 +1,68 @@
+"""`metalm status`, `stop` and `preflight`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from metalm.operations.preflight_limits import Limits
+
+
+def add_commands(commands: Any) -> None:
+    status = commands.add_parser(
+        "status", help="tell how a run, or each of a folder, is doing", epilog="Example: metalm status runs"
+    )
+    status.add_argument(
+        "run_folder",
+        type=Path,
+        metavar="RUN",
+        help="the run's folder, such as runs/NAME; or that of all runs",
+    )
+    status.set_defaults(run=_status)
+
+    stop = commands.add_parser(
+        "stop", help="ask a run to save and end", epilog="Example: metalm stop runs/first"
+    )
+    stop.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder, such as runs/NAME")
+    stop.set_defaults(run=_stop)
+
+    preflight = commands.add_parser(
+        "preflight",
+        help="check the nodes of a job before a run starts on them",
+        epilog="Example: srun metalm preflight runs/first --bad-nodes bad_nodes.txt",
+    )
+    preflight.add_argument("run_folder", type=Path, metavar="RUN", help="where the run will write")
+    for limit in dataclasses.fields(Limits):
+        name = f"--{limit.name.replace('_', '-')}"
+        preflight.add_argument(name, type=float, default=limit.default, **limit.metadata)
+    preflight.add_argument("--deadline-s", type=float, default=40.0, help="for reports, and again for links")
+    preflight.add_argument("--mebibytes", type=int, default=64, help="size of the tensor that is summed")
+    preflight.add_argument("--bad-nodes", type=Path, help="file for the names of nodes that are not fit")
+    preflight.set_defaults(run=_preflight)
+
+
+def _status(options: argparse.Namespace) -> int | None:
+    from metalm.operations.status import status
+
+    return status(options.run_folder)
+
+
+def _stop(options: argparse.Namespace) -> int | None:
+    from metalm.operations.stop import stop
+
+    return stop(options.run_folder)
+
+
+def _preflight(options: argparse.Namespace) -> int | None:
+    from metalm.operations.preflight import preflight
+
+    limits = Limits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(Limits)})
+    return preflight(
+        options.run_folder,
+        limits,
+        deadline_s=options.deadline_s,
+        mebibytes=options.mebibytes,
+        bad_nodes=options.bad_nodes,
+    )

@@ -1,0 +1,98 @@
+"""`metalm train` and `metalm evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metalm.commands.libraries import set_up_libraries
+from metalm.errors import ConfigError
+from metalm.project_files import project_root
+
+if TYPE_CHECKING:
+    from metalm.config import RunConfig
+    from metalm.data.corpus import Corpus
+
+
+def add_commands(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train, or resume, the run of a pipeline file",
+        epilog="Example: metalm train demo.yaml run.name=first training.steps=200",
+    )
+    train.add_argument(
+        "pipeline", nargs="?", type=Path, help="a file, or the name of one that comes with MetaLM"
+    )
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the resolved run, check its data and stop"
+    )
+    train.add_argument("--ranks", type=int, help="with --dry-run: plan for this many ranks")
+    train.add_argument(
+        "--without-data",
+        action="store_true",
+        help="with --dry-run: leave unchecked what is read, as where the data are elsewhere",
+    )
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="evaluate the newest checkpoint of a run",
+        epilog="Example: metalm evaluate demo.yaml run.name=first",
+    )
+    evaluate.add_argument("pipeline", nargs="?", type=Path, help="as of train")
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    evaluate.add_argument("--samples", type=int, default=64, help="samples to generate per held-out source")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _train(options: argparse.Namespace) -> int | None:
+    from metalm.config import load_config
+    from metalm.parallel.launch import find_launch
+    from metalm.training.monitor.sinks import check_sinks
+
+    config = load_config(_pipeline(options), options.overrides)
+    check_sinks(config)
+    if options.dry_run:
+        from metalm.training.dry_run import dry_run
+
+        ranks = options.ranks or find_launch(os.environ).world_size
+        return dry_run(config, ranks, with_data=not options.without_data)
+    corpus = _prepare_training(config)
+    from metalm.training.loop import train
+
+    return train(corpus)
+
+
+def _evaluate(options: argparse.Namespace) -> int | None:
+    from metalm.config import load_config
+
+    config = load_config(_pipeline(options), options.overrides)
+    corpus = _prepare_training(config)
+    from metalm.training.evaluate import evaluate
+
+    return evaluate(corpus, options.samples)
+
+
+def _pipeline(options: argparse.Namespace) -> Path:
+    """The pipeline file that was given."""
+    given = options.pipeline
+    if given is not None and ("=" not in str(given) or given.exists()):
+        return given
+    shipped = sorted(path.name for path in (project_root() / "pipelines").glob("*.yaml"))
+    raise ConfigError(
+        f"metalm {options.command} needs a pipeline file before any section.key=value, such as "
+        f"`metalm {options.command} demo.yaml`; these come with MetaLM: {', '.join(shipped)}"
+    )
+
+
+def _prepare_training(config: RunConfig) -> Corpus:
+    """Refuse what cannot start, before anything that is slow to load is imported."""
+    from metalm.parallel.launch import find_launch
+    from metalm.training.check_start import check_start
+
+    corpus = check_start(config, find_launch(os.environ).world_size)
+    set_up_libraries()
+    return corpus
