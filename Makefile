@@ -82,6 +82,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'slurm/*.sh' 'slurm/*.sbatch' 'slurm/clusters/*.env' 'tests/slurm/*.sh')
+	$(BIN)/hadolint slurm/container/Dockerfile
 
 clean:
 	rm -rf $(DEMO) $(RUN)
