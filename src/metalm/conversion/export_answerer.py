@@ -12,9 +12,10 @@ import tokenizers
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from metalm.config.model_schema import TEXT, EncoderConfig, ImageConfig
+from metalm.config.model_schema import TEXT
 from metalm.config.schema import Overflow
 from metalm.conversion.generate import FolderModel
+from metalm.conversion.hf_config import exported_encoder
 from metalm.conversion.row_inputs import model_inputs
 from metalm.conversion.shipped.processing_metalm import OWN_TOKENIZER_NAME
 from metalm.conversion.tokenizer_files import read_tokenizer
@@ -73,7 +74,9 @@ class ExportAnswerer:
         if dtype is not None:
             self._model.to(dtype)
         self.tokenizer = read_tokenizer(folder)
-        self._encoders = {name: _encoder(sizes) for name, sizes in self._model.config.encoders.items()}
+        self._encoders = {
+            name: exported_encoder(sizes) for name, sizes in self._model.config.encoders.items()
+        }
 
     @property
     def longest(self) -> int:
@@ -199,16 +202,16 @@ class ExportAnswerer:
         return [_before_any(text, until) for text in texts]
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
-        inputs = model_inputs(rows, self._model.config)
+        inputs = model_inputs(rows, self._model.config, self._encoders)
         return {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
 
     def _usual_readers(self) -> dict[str, str]:
-        """As `Corpus.usual_readers`, of which the export keeps the image encoder."""
+        """As `Corpus.usual_readers`, of which the export keeps the encoders of images and clips."""
+        usual = {"image": self.processor.image_encoder, "audio": self.processor.audio_encoder}
         readers = {}
         for modality in MEDIA:
             fitting = [name for name, one in self._encoders.items() if one.section(modality) is not None]
-            named = [self._model.config.image_encoder] if modality == "image" else []
-            if found := [name for name in (*named, *fitting) if name in fitting]:
+            if found := [name for name in (usual[modality], *fitting) if name in fitting]:
                 readers[modality] = found[0]
         reading = [name for name, one in self._encoders.items() if one.max_text_positions]
         if reading:
@@ -267,20 +270,6 @@ def evaluate_export(
         raise ConfigError(f"--device {device}: {error}") from None
     answerer = ExportAnswerer(folder, batch_size=batch_size, device=device)
     evaluate_tasks(answerer, tasks, settings, str(folder.resolve()), out or folder / "tasks", print)
-
-
-def _encoder(sizes: Mapping[str, Any]) -> EncoderConfig:
-    """What of an exported encoder says what it reads."""
-    image = None
-    if sizes["image_size"] is not None:
-        image = ImageConfig(image_size=sizes["image_size"], patch_size=sizes["patch_size"])
-    return EncoderConfig(
-        num_layers=sizes["num_hidden_layers"],
-        hidden_size=sizes["hidden_size"],
-        num_heads=sizes["num_attention_heads"],
-        max_text_positions=sizes["max_text_positions"],
-        image=image,
-    )
 
 
 def _until_end(ids: torch.Tensor, end: int) -> list[int]:
