@@ -175,7 +175,7 @@ def _run_command(arguments: Sequence[str]) -> int | None:
     scores.add_argument("--readers", type=_readers, help="who reads what, such as text=scene,image=scene")
     scores.add_argument("--overflow", choices=("split", "cut_left", "cut_right"), default="split")
     scores.add_argument("--batch-size", type=_positive, default=16, help="documents at once, on each rank")
-    scores.add_argument("--device", default="cpu", help="of an exported model")
+    scores.add_argument("--device", default="cpu", help="of an exported model; cuda: a GPU each process")
     scores.add_argument("--out", type=Path, help="default: tasks/ in the model's folder")
     scores.set_defaults(run=_evaluate_tasks)
 
@@ -303,6 +303,7 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _evaluate_tasks(options: argparse.Namespace) -> None:
+    from metalm.parallel.launch import find_launch
     from metalm.tasks.task_file import load_task
     from metalm.tasks.ways import TaskSettings
 
@@ -324,10 +325,15 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
         from metalm.conversion.export_answerer import evaluate_export
 
         evaluate_export(
-            options.model, tasks, settings, options.out, batch_size=options.batch_size, device=options.device
+            options.model,
+            tasks,
+            settings,
+            options.out,
+            batch_size=options.batch_size,
+            device=options.device,
+            launch=find_launch(os.environ),
         )
         return
-    from metalm.parallel.launch import find_launch
     from metalm.training.check_start import open_run
 
     corpus = open_run(options.model, options.overrides, find_launch(os.environ).world_size)
