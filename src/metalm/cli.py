@@ -141,15 +141,20 @@ def _run_command(arguments: Sequence[str]) -> int | None:
 
     generate = commands.add_parser("generate", help="continue a prompt with an exported model")
     generate.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
-    generate.add_argument("--prompt", default="", help="text; without a marker, images are encoded with it")
+    generate.add_argument(
+        "--prompt", default="", help="text; without markers, images and clips are before it"
+    )
     generate.add_argument(
         "--image", type=Path, action="append", default=[], help="may be given several times"
     )
+    generate.add_argument("--audio", type=Path, action="append", default=[], help="a clip, as --image")
     generate.add_argument("--num-beams", type=int, default=1)
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
 
-    chat = commands.add_parser("chat", help="talk with an exported model: /image PATH, /forget, end of input")
+    chat = commands.add_parser(
+        "chat", help="talk with an exported model: /image and /clip PATH, /forget, end of input"
+    )
     chat.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
     chat.add_argument("--web", action="store_true", help="on a page of this machine's browser instead")
     chat.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
@@ -267,6 +272,7 @@ def _generate(options: argparse.Namespace) -> None:
         options.folder,
         options.prompt,
         options.image,
+        options.audio,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         temperature=options.temperature,

@@ -18,10 +18,15 @@ from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import EncoderConfig, RunConfig
 from metalm.config.load import load_resolved_config
 from metalm.conversion.export import export_checkpoint
-from metalm.conversion.generate import FolderModel, load_processor
+from metalm.conversion.export_answerer import ExportAnswerer
+from metalm.conversion.chat import chat_with_folder
+from metalm.conversion.generate import FolderModel, generate_from_folder, load_processor
+from metalm.conversion.harness_prompts import HarnessPrompts, clip_files
 from metalm.conversion.restore import restore_checkpoint
 from metalm.conversion.shipped import audio_processing_metalm
-from metalm.errors import BadSample, ConfigError
+from metalm.data.documents.chats import Medium, Turn, chat_example
+from metalm.data.row import lay_out
+from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import MEDIA
 
 ENCODERS = {"ear": "wav2vec2-masked", "mel": "ast"}
@@ -89,14 +94,12 @@ def test_a_file_has_the_features_of_training(
 def test_samples_are_heard_as_their_file_is(processor) -> None:
     integers = (tone(0.03, rate=8_000) * 32767).astype(np.int16)
     expected = processor(text="<audio>", audio=file_of(integers, 8_000))["audio_values"]
-    forms: list[Any] = [integers, integers / 32768, (integers / 32768).tolist()]
-    for samples in forms:
-        for given, options in (
-            ({"array": samples, "sampling_rate": 8_000}, {}),
-            ([samples], {"sampling_rate": 8_000}),
-        ):
-            found = processor(text="<audio>", audio=given, **options)["audio_values"]
-            torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    floats = integers / 32768
+    forms = [{"array": one, "sampling_rate": 8_000} for one in (integers, floats, floats.tolist())]
+    for given in (*forms, integers, [floats]):
+        options = {} if isinstance(given, dict) else {"sampling_rate": 8_000}
+        found = processor(text="<audio>", audio=given, **options)["audio_values"]
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_neither_soundfile_nor_soxr_is_needed_for_samples_at_the_rate_of_the_encoder(
@@ -111,6 +114,10 @@ def test_neither_soundfile_nor_soxr_is_needed_for_samples_at_the_rate_of_the_enc
         processor(text="<audio>", audio=FILES["wav"])
 
 
+CUT = file_of(tone(0.2), kind="FLAC")
+CUT = CUT[: len(CUT) // 2]
+
+
 def nonsense(samples: np.ndarray) -> dict[str, Any]:
     return {"array": samples, "sampling_rate": RATE}
 
@@ -123,12 +130,12 @@ def nonsense(samples: np.ndarray) -> dict[str, Any]:
         ("<span>fox<audio></span>", FILES["wav"], "one image or clip comes first"),
         ("<span:ear><audio>fox</span>", FILES["wav"], "'ear' reads at most 0 tokens"),
         ("<span:text><audio></span>", FILES["wav"], "'text' reads no clips"),
-        ("<span:ear><image></span>", None, r"1 image marker"),
+        ("<span:ear><image></span>", None, "'ear' reads no images"),
         ("<audio>", tone(0.02), "sampling rate of a clip is not known"),
         ("<audio>", file_of(tone(0.001)), "a clip of 0.001 s is too short: its encoder reads 0.001875 s"),
         ("<audio>", b"RIFFnothing", "cannot be decoded"),
         ("<audio>", b"nothing", "no WAV, FLAC or Ogg file"),
-        ("<audio>", FILES["flac"][:900], "cannot be decoded|ends after"),
+        ("<audio>", CUT, "cannot be decoded|ends after"),
         ("<audio>", nonsense(np.zeros((2, 900))), r"shape \[2, 900\], expected one channel"),
         ("<audio>", nonsense(np.full(900, np.nan)), "no numbers, or far beyond"),
         ("<audio>", nonsense(np.zeros(900, np.uint8)), "uint8, expected floats or signed integers"),
@@ -244,3 +251,62 @@ def test_messages_with_clips_are_prompts_with_clips(processor, tmp_path: Path) -
         same = processor(text=prompt, audio=FILES["flac"])
         for key in same:
             assert torch.equal(torch.as_tensor(inputs[key]), same[key])
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    (tmp_path / "clip.flac").write_bytes(FILES["flac"])
+    return tmp_path / "clip.flac"
+
+
+def test_a_conversation_has_clips(heard: tuple[Path, Path], clip: Path) -> None:
+    """Each stands where it was when there are several."""
+    folder, said = heard[1], []
+    turns = [f"/clip {clip}", "the fox", f"/clip {clip}", f"/clip {clip}", "dog", "/clip nowhere.wav", "over"]
+    chat_with_folder(folder, iter(turns), said.append, max_new_tokens=4)
+    first, second, mistake = said
+    prompt = "<audio><span>the fox</span>"
+    assert first == generate_from_folder(folder, prompt, clips=[clip], max_new_tokens=4)
+    prompt = f"{prompt}{first}\n\n<audio><audio><span>dog</span>"
+    assert second == generate_from_folder(folder, prompt, clips=[clip] * 3, max_new_tokens=4)
+    assert mistake == "error: clip nowhere.wav does not exist"
+
+
+def test_a_prompt_without_markers_stands_behind_its_clips(
+    heard: tuple[Path, Path], workshop: Workshop, clip: Path
+) -> None:
+    folder = heard[1]
+    expected = generate_from_folder(folder, "<audio>the fox", clips=[clip], max_new_tokens=4)
+    assert generate_from_folder(folder, "the fox", clips=[clip], max_new_tokens=4) == expected
+    clip.write_bytes(b"RIFF but no sound")
+    with pytest.raises(DataError, match=r"clip .*/clip.flac cannot be read: a clip cannot be decoded"):
+        generate_from_folder(folder, "the fox", clips=[clip])
+    with pytest.raises(ConfigError, match="was given, but the model reads no clips"):
+        generate_from_folder(workshop.exported("llama"), "the fox", clips=[clip])
+
+
+def test_the_harness_and_training_lay_a_chat_with_clips_out_alike(heard: tuple[Path, Path]) -> None:
+    answerer = ExportAnswerer(heard[1], batch_size=2, device="cpu")
+    prompts = HarnessPrompts(answerer, encoded=True)
+    samples = tone(0.03, rate=8_000).astype(np.float64)
+    given = [{"array": samples, "sampling_rate": 8_000}, FILES["ogg"]]
+    messages = [
+        {"role": "user", "content": "<audio>the fox"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "over <audio>"},
+    ]
+    document = prompts.prompt(prompts.chat(messages), {"audio": clip_files(given)}).decoded(prompts.read)
+    asked = (("the fox", file_of(samples, 8_000, subtype="FLOAT")), ("over", FILES["ogg"]))
+    turns = [Turn("user", (Medium("audio", data), text)) for text, data in asked]
+    example = chat_example([turns[0], Turn("assistant", ("yes",)), turns[1], Turn("assistant", ("no",))])
+    maker = answerer.maker(None, "split")
+    expected = maker.make(example.prompt(), is_open=True).document.decoded(maker.read)
+    one, other = (lay_out([found], answerer.tokenizer) for found in (document, expected))
+    assert one.tokens.tolist() == other.tokens.tolist()
+    np.testing.assert_array_equal(one.spans["ear"].media, other.spans["ear"].media)
+    (likelihood,) = answerer.scored(
+        [prompts.pair("<audio>", " fox", {"audio": clip_files(given[:1])})], prompts.read
+    )
+    assert likelihood is not None and likelihood.likelihood.total < 0
+    with pytest.raises(DataError, match="sampling rate of a clip is not known"):
+        clip_files([samples])

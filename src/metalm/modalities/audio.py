@@ -280,6 +280,14 @@ def encode_flac(clip: Clip) -> bytes:
     return file.getvalue()
 
 
+def encode_wav(clip: Clip) -> bytes:
+    """The clip as a file that loses nothing."""
+    soundfile, _ = _libraries()
+    file = io.BytesIO()
+    soundfile.write(file, clip.samples, clip.sampling_rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
 def encode_clips(model: Any, features: Tensor, lengths: Tensor, audio: AudioConfig) -> Tensor:
     """Vectors [C, num_patches, D] of clips [C, ...], of which the first `lengths` [C] are real."""
     import torch
