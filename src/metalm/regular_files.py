@@ -1,4 +1,5 @@
-"""Files from outside, read only if they are files: opening a named pipe or a device could wait for ever."""
+"""Files that are read only if they are files, for opening a named pipe or a device could wait for ever; and
+files that are replaced as a whole."""
 
 from __future__ import annotations
 
@@ -36,6 +37,14 @@ def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
         if max_bytes is not None and size > max_bytes:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {max_bytes:,} are read", str(path))
         return file.read()
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a text file, and its folder where there is none; readers find the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content)
+    partial.replace(path)
 
 
 def path_exists(path: Path) -> bool:

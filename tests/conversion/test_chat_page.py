@@ -16,7 +16,7 @@ from PIL import Image
 
 from conversion.cases import pictures
 from conversion.conftest import Workshop
-from metalm.conversion.chat import Conversation
+from metalm.conversion.chat import Conversation, Shown
 from metalm.conversion.chat_page import ChatServer
 from metalm.conversion.generate import FolderModel
 from metalm.errors import ConfigError
@@ -51,7 +51,8 @@ def send(
 
 
 def ask(server: ChatServer, text: str, *images: bytes) -> list[dict[str, Any]]:
-    body = json.dumps({"text": text, "images": [base64.b64encode(image).decode() for image in images]})
+    media = [{"type": "image", "data": base64.b64encode(image).decode()} for image in images]
+    body = json.dumps({"text": text, "media": media})
     status, answer = send(server, "POST", "/ask", body.encode(), Origin=server.url.rstrip("/"))
     assert status == 200
     return [json.loads(line) for line in answer.splitlines()]
@@ -63,7 +64,7 @@ def test_questions_with_images_are_answered_and_mistakes_told(
     path = tmp_path / "image.png"
     Image.fromarray(np.asarray(pictures()[1])).save(path)
     alone = Conversation(model)
-    expected = alone.ask("the fox", [path], max_new_tokens=4)
+    expected = alone.ask("the fox", [Shown("image", path)], max_new_tokens=4)
     assert "".join(line["piece"] for line in ask(server, "the fox", path.read_bytes())) == expected
     (mistake,) = ask(server, "dog", b"no image")
     assert "undecodable_image" in mistake["error"]
@@ -79,7 +80,13 @@ def test_only_the_page_itself_is_answered(server: ChatServer) -> None:
     assert send(server, "GET", "/etc/passwd")[0] == 404
     assert send(server, "GET", "/", Host="evil.example")[0] == 403
     assert send(server, "POST", "/forget", Origin="http://evil.example")[0] == 403
-    for body in (b"{", b"[]", b'{"text": 3, "images": []}', b'{"text": "a", "images": ["!"]}'):
+    bad_media = (b"3", b'["!"]', b'[{"type": "image", "data": "!"}]', b'[{"type": "smell", "data": ""}]')
+    for body in (
+        b"{",
+        b"[]",
+        b'{"text": 3, "media": []}',
+        *(b'{"text": "a", "media": %s}' % m for m in bad_media),
+    ):
         assert send(server, "POST", "/ask", body)[0] == 400
     with pytest.raises(ConfigError, match="cannot be used"):
         ChatServer(Conversation(server._conversation.model), server.port)

@@ -197,7 +197,7 @@ def chat_row(
     images = [
         Image.open(io.BytesIO(pngs[one])) for _, content in said for one in content if isinstance(one, int)
     ]
-    document = prompts.prompt(prompts.chat(messages), image_files(images)).decoded(prompts.read)
+    document = prompts.prompt(prompts.chat(messages), {"image": image_files(images)}).decoded(prompts.read)
     turns = [
         Turn(role, tuple(one if isinstance(one, str) else Medium("image", pngs[one]) for one in content))
         for role, content in [*said, ("assistant", ["x"])]

@@ -79,7 +79,7 @@ def test_code_that_says_something_else_is_not_put_in(old: Path, monkeypatch: pyt
         path.write_text(path.read_text().replace(RIGHT, WRONG))
 
     monkeypatch.setattr(refresh, "write_model_code", forgets)
-    monkeypatch.setattr(refresh, "_prompts", lambda folder: {"text": ProofPrompt("the quick brown", None)})
+    monkeypatch.setattr(refresh, "_prompts", lambda folder: {"text": ProofPrompt("the quick brown")})
     before = content(old)
     with pytest.raises(CheckpointError, match=r"text, cached: generated token \d+ of \d+ is"):
         refresh_export(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,29 @@ def test_an_evaluation_that_was_killed_goes_on(trained: Trained, tmp_path: Path)
     assert "holds answers of another model, task or setting" in output
 
 
+def test_processes_that_share_an_export_write_what_one_does(trained: Trained, tmp_path: Path) -> None:
+    """To the bit, and whoever answered the questions before a kill."""
+    task = trained.task(tmp_path / "task.yaml")
+    asked = ("--shots", "1", "--batch-size", "7")
+    outs = {num_ranks: tmp_path / str(num_ranks) for num_ranks in (1, 2, 3)}
+    for num_ranks in (1, 2):
+        trained.answers(trained.export, task, outs[num_ranks], *asked, num_ranks=num_ranks)
+    expected = folder_content(outs[1])
+    assert len(expected) == 3
+    assert folder_content(outs[2]) == expected
+    shutil.copytree(outs[2], outs[3])
+    (file,) = (outs[3] / "answers").iterdir()
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[: 1 + QUESTIONS_AT_ONCE]) + lines[-1][:20])
+    trained.answers(trained.export, task, outs[3], *asked, num_ranks=3)
+    assert folder_content(outs[3]) == expected
+
+
+def folder_content(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -171,6 +195,7 @@ def test_an_evaluation_that_was_killed_goes_on(trained: Trained, tmp_path: Path)
         (("parallel.tensor=1",), "is for runs"),
         (("--tasks", "mnil"), "there is no task mnil"),
         (("--device", "abacus"), "--device abacus"),
+        (("--device", "cuda:7"), "GPU 7 is wanted, this machine has 0"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -16,17 +16,20 @@ def add_commands(commands: Any) -> None:
         epilog='Example: metalm generate exported/demo --image scene.png --prompt "Summarize this image:"',
     )
     generate.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
-    generate.add_argument("--prompt", default="", help="text; without a marker, images are encoded with it")
+    generate.add_argument(
+        "--prompt", default="", help="text; without markers, images and clips are before it"
+    )
     generate.add_argument(
         "--image", type=Path, action="append", default=[], help="may be given several times"
     )
+    generate.add_argument("--audio", type=Path, action="append", default=[], help="a clip, as --image")
     generate.add_argument("--num-beams", type=int, default=1)
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser(
         "chat",
-        help="talk with an exported model: /image PATH, /forget, end of input",
+        help="talk with an exported model: /image and /clip PATH, /forget, end of input",
         epilog="Example: metalm chat exported/demo --web",
     )
     chat.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
@@ -46,6 +49,7 @@ def _generate(options: argparse.Namespace) -> None:
         options.folder,
         options.prompt,
         options.image,
+        options.audio,
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         temperature=options.temperature,

@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
     scores.add_argument("--readers", type=readers, help="who reads what, such as text=scene,image=scene")
     scores.add_argument("--overflow", choices=("split", "cut_left", "cut_right"), default="split")
     scores.add_argument("--batch-size", type=positive, default=16, help="documents at once, on each rank")
-    scores.add_argument("--device", default="cpu", help="of an exported model")
+    scores.add_argument("--device", default="cpu", help="of an exported model; cuda: a GPU each process")
     scores.add_argument("--out", type=Path, help="default: tasks/ in the model's folder")
     scores.set_defaults(run=_evaluate_tasks)
 
@@ -65,6 +65,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _evaluate_tasks(options: argparse.Namespace) -> None:
+    from metalm.parallel.launch import find_launch
     from metalm.tasks.task_file import load_task
     from metalm.tasks.ways import TaskSettings
 
@@ -86,10 +87,15 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
         from metalm.conversion.export_answerer import evaluate_export
 
         evaluate_export(
-            options.model, tasks, settings, options.out, batch_size=options.batch_size, device=options.device
+            options.model,
+            tasks,
+            settings,
+            options.out,
+            batch_size=options.batch_size,
+            device=options.device,
+            launch=find_launch(os.environ),
         )
         return
-    from metalm.parallel.launch import find_launch
     from metalm.training.check_start import open_run
 
     corpus = open_run(options.model, options.overrides, find_launch(os.environ).world_size)

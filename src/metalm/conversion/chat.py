@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from metalm.conversion.generate import FolderModel, Hear
 from metalm.data.documents.chats import BLANKS
 from metalm.errors import ConfigError, DataError
+from metalm.modalities import MEDIA
 
-IMAGE_COMMAND = "/image "
+COMMANDS = {f"/{one.noun} ": one.name for one in MEDIA.values()}
+"""What a line begins with that names a file, `/image ` and `/clip `, and the modality of that."""
 FORGET_COMMAND = "/forget"
+
+
+class Shown(NamedTuple):
+    """An image or a clip."""
+
+    modality: str
+    path: Path
 
 
 @dataclass
@@ -21,12 +30,12 @@ class Conversation:
 
     model: FolderModel
     messages: list[dict[str, Any]] = field(default_factory=list)
-    images: list[Path] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
 
     def ask(
         self,
         text: str,
-        images: Sequence[Path] = (),
+        media: Sequence[Shown] = (),
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -34,18 +43,23 @@ class Conversation:
     ) -> str:
         """Say something, and hear the answer: see `FolderModel.generate`. An error leaves all as it was.
 
+        Args:
+            media: images and clips, which stand before the text.
+
         Raises:
             ConfigError: the conversation does not fit the model, or the model cannot go on from it.
-            DataError: an image file is missing or is no image.
+            DataError: a file is missing, or is no image or clip.
         """
         said = {"type": "text", "text": self.model.escape(text.strip(BLANKS))}
-        content = [*({"type": "image"} for _ in images), said]
+        content = [*({"type": one.modality} for one in media), said]
         asked = [*self.messages, {"role": "user", "content": content}]
-        shown = [*self.images, *images]
+        shown = [*self.shown, *media]
+        images, clips = ([one.path for one in shown if one.modality == name] for name in ("image", "audio"))
         try:
             answer = self.model.generate(
                 self.model.chat_prompt(asked),
-                shown,
+                images,
+                clips,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 hear=hear,
@@ -53,12 +67,12 @@ class Conversation:
         except (RuntimeError, IndexError) as error:  # out of memory, or past the last position
             raise ConfigError(f"the model cannot go on from this: {error}") from error
         answered = {"role": "assistant", "content": self.model.escape(answer.strip(BLANKS))}
-        self.messages, self.images = [*asked, answered], shown
+        self.messages, self.shown = [*asked, answered], shown
         return answer
 
     def forget(self) -> None:
         """Begin anew."""
-        self.messages, self.images = [], []
+        self.messages, self.shown = [], []
 
 
 def chat_with_folder(
@@ -75,7 +89,7 @@ def chat_with_folder(
 
     Args:
         folder: the exported model.
-        lines: a turn each; `/image PATH` adds an image to the next turn, `/forget` starts anew.
+        lines: a turn each; `/image PATH` and `/clip PATH` add to the next turn, `/forget` starts anew.
         say: is told each answer, and each mistake in a turn.
         hear: is told each answer in pieces as it is made, and `say` then nothing but its end, an empty text.
         max_new_tokens: per answer.
@@ -86,15 +100,16 @@ def chat_with_folder(
         ConfigError: the folder is no exported model.
     """
     conversation = Conversation(FolderModel(folder, device))
-    waiting: list[Path] = []
+    waiting: list[Shown] = []
     for line in lines:
         turn = line.strip()
         if turn == FORGET_COMMAND:
             conversation.forget()
             waiting = []
             continue
-        if turn.startswith(IMAGE_COMMAND):
-            waiting.append(Path(turn.removeprefix(IMAGE_COMMAND).strip()))
+        named = [command for command in COMMANDS if turn.startswith(command)]
+        if named:
+            waiting.append(Shown(COMMANDS[named[0]], Path(turn.removeprefix(named[0]).strip())))
             continue
         if not turn and not waiting:
             continue

@@ -1,4 +1,4 @@
-"""A page to talk with an exported model: drop an image, ask, read the answer as it is made.
+"""A page to talk with an exported model: drop an image or a clip, ask, read the answer as it is made.
 
 Served on the loopback alone, by the standard library: who reaches it may use the model. What comes from
 elsewhere (another site's script, another host's name for this machine) is refused.
@@ -17,9 +17,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from metalm.conversion.chat import Conversation
+from metalm.conversion.chat import Conversation, Shown
 from metalm.conversion.generate import FolderModel
 from metalm.errors import ConfigError, DataError
+from metalm.modalities import MEDIA
 
 LOOPBACK = "127.0.0.1"
 MAX_REQUEST_BYTES = 64 << 20
@@ -67,17 +68,21 @@ class ChatServer(ThreadingHTTPServer):
         super().server_close()
         self._uploads.cleanup()
 
-    def ask(self, text: str, images: list[bytes], hear: Callable[[str], None]) -> None:
-        """Ask the model; errors as `Conversation.ask`."""
+    def ask(self, text: str, media: list[tuple[str, bytes]], hear: Callable[[str], None]) -> None:
+        """Ask the model; errors as `Conversation.ask`.
+
+        Args:
+            media: modality and content of files.
+        """
         with self._turn:
-            paths = []
-            for image in images:
+            shown = []
+            for modality, content in media:
                 self._num_uploads += 1
-                paths.append(Path(self._uploads.name) / str(self._num_uploads))
-                paths[-1].write_bytes(image)
+                shown.append(Shown(modality, Path(self._uploads.name) / str(self._num_uploads)))
+                shown[-1].path.write_bytes(content)
             self._conversation.ask(
                 text,
-                paths,
+                shown,
                 max_new_tokens=self._max_new_tokens,
                 temperature=self._temperature,
                 hear=hear,
@@ -133,14 +138,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._begin(HTTPStatus.NO_CONTENT, "text/plain")
             return
         try:
-            text, images = self._question()
+            text, media = self._question()
         except (ValueError, KeyError, TypeError, binascii.Error):
-            self.send_error(HTTPStatus.BAD_REQUEST, "expected JSON with a text and images in base64")
+            self.send_error(HTTPStatus.BAD_REQUEST, "expected JSON with a text and media in base64")
             return
         self._begin(HTTPStatus.OK, "application/x-ndjson")
         with contextlib.suppress(ConnectionError):  # the reader may have left
             try:
-                self.server.ask(text, images, lambda piece: self._write({"piece": piece}))
+                self.server.ask(text, media, lambda piece: self._write({"piece": piece}))
             except (ConfigError, DataError) as error:
                 self._write({"error": str(error)})
 
@@ -159,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _question(self) -> tuple[str, list[bytes]]:
+    def _question(self) -> tuple[str, list[tuple[str, bytes]]]:
         size = int(self.headers["Content-Length"])
         if not 0 <= size <= MAX_REQUEST_BYTES:
             raise ValueError
@@ -167,14 +172,17 @@ class _Handler(BaseHTTPRequestHandler):
         text = asked["text"]
         if not isinstance(text, str):
             raise TypeError
-        return text, [base64.b64decode(image, validate=True) for image in asked["images"]]
+        media = [(one["type"], base64.b64decode(one["data"], validate=True)) for one in asked["media"]]
+        if not all(modality in MEDIA for modality, _ in media):
+            raise ValueError
+        return text, media
 
     def _begin(self, status: HTTPStatus, kind: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Cache-Control", "no-store")
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-        policy += "img-src data: blob:; connect-src 'self'; frame-ancestors 'none'"
+        policy += "img-src data: blob:; media-src data: blob:; connect-src 'self'; frame-ancestors 'none'"
         self.send_header("Content-Security-Policy", policy)
         self.end_headers()
 

@@ -60,8 +60,8 @@ _TEMPLATE = """\
 {%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}
 {%- if part['type'] == 'text' -%}
 {%- set ns.items = ns.items + [[turn, 'text', part['text']]] -%}
-{%- elif part['type'].removesuffix('_url') in media -%}
-{%- set ns.items = ns.items + [[turn, part['type'].removesuffix('_url'), '']] -%}
+{%- elif part['type'].removeprefix('input_').removesuffix('_url') in media -%}
+{%- set ns.items = ns.items + [[turn, part['type'].removeprefix('input_').removesuffix('_url'), '']] -%}
 {%- endif -%}
 {%- endfor -%}
 {%- endfor -%}

@@ -20,7 +20,6 @@ from metalm.conversion.adapters import Adapters, without_adapters
 from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
-from metalm.modalities import Media, modality_of_encoder
 from metalm.model.adapters import is_adapter
 
 MAPPED_BYTES = 2**28
@@ -72,7 +71,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: damaged, partial, or not of the model that its config describes.
-        ConfigError: the model has an encoder of what the processor does not take, or is not one to export.
+        ConfigError: the model is not one to export.
         DataError: there is no tokenizer, or it is not the run's.
     """
     folder = find_checkpoint(path)
@@ -80,16 +79,11 @@ def open_checkpoint(
     config_path = reader.path_of(CONFIG_NAME)
     config = load_resolved_config(config_path)
     content = yaml.safe_load(config_path.read_text())
-    for name, encoder in config.model.encoders.items():
+    for encoder in config.model.encoders.values():
         if encoder.connector == "detection":
             raise ConfigError(
                 f"{folder} is of replaced-token detection: its encoder is for another run to start from, "
                 "by initialize.encoders, and no model to export"
-            )
-        modality = modality_of_encoder(encoder)
-        if isinstance(modality, Media) and not modality.is_exported:
-            raise ConfigError(
-                f"{folder}: encoder {name} reads {modality.name}, which the exported processor cannot prepare"
             )
     adapters = Adapters(config.model, reader)
     config = config.model_copy(update={"model": without_adapters(config.model)})

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from metalm.config.model_schema import TEXT
 from metalm.conversion.export_answerer import ExportAnswerer, Sampling
-from metalm.conversion.harness_prompts import HarnessPrompts, fit, image_files
+from metalm.conversion.harness_prompts import Files, HarnessPrompts, clip_files, fit, image_files
 from metalm.document import Document, Part
 from metalm.errors import ConfigError, DataError
 from metalm.tasks.task_file import Decode
@@ -110,7 +110,7 @@ class HarnessModel(LM):
         """
 
         def answer(asked: Sequence[Instance]) -> list[tuple[float, bool]]:
-            pairs = [self._prompts.pair(one.args[0], one.args[1], _images(one.args[2:])) for one in asked]
+            pairs = [self._prompts.pair(one.args[0], one.args[1], self._files(one.args[2:])) for one in asked]
             return self._scored([self._fitted(pair, self._answerer.longest) for pair in pairs])
 
         answers = self._in_batches("loglikelihood", requests, answer, disable_tqdm)
@@ -180,7 +180,7 @@ class HarnessModel(LM):
 
     def _continued(self, way: Generation, asked: Sequence[Instance]) -> list[str]:
         room = self._answerer.longest - way.decode.max_new_tokens
-        prompts = [self._prompts.prompt(one.args[0], _images(one.args[2:])) for one in asked]
+        prompts = [self._prompts.prompt(one.args[0], self._files(one.args[2:])) for one in asked]
         return _all_found(
             self._answerer.continuations(
                 [self._fitted(prompt, room) for prompt in prompts],
@@ -194,6 +194,17 @@ class HarnessModel(LM):
     def _scored(self, documents: Sequence[Document]) -> list[tuple[float, bool]]:
         scored = _all_found(self._answerer.scored(documents, self._prompts.read))
         return [(one.likelihood.total, one.is_greedy) for one in scored]
+
+    def _files(self, multimodal: Sequence[Mapping[str, Any]]) -> Files:
+        """The images and clips of a request, whose further arguments these are."""
+        given = multimodal[0] if multimodal else {}
+        visual, heard = given.get("visual"), given.get("audio")
+        if heard is not None and self._answerer.processor.audio_encoder is None:
+            raise ConfigError("a task gives clips, and the model has no encoder of clips")
+        return {
+            "image": [] if visual is None else image_files(visual),
+            "audio": [] if heard is None else clip_files(heard),
+        }
 
     def _windows(self, request: Instance) -> list[Document]:
         """The text of a request in documents, each token weighted in one of them."""
@@ -274,19 +285,12 @@ class HarnessModel(LM):
         return [found[number] for number in range(len(requests))]
 
 
-def _images(multimodal: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The images of a request, whose further arguments these are."""
-    given = multimodal[0] if multimodal else {}
-    if given.get("audio") is not None:
-        raise ConfigError("a task gives clips: exported models read text and images")
-    visual = given.get("visual")
-    return [] if visual is None else image_files(visual)
-
-
 def _all_found(answers: Sequence[Answer | None]) -> list[Answer]:
     found = [one for one in answers if one is not None]
     if len(found) < len(answers):
-        raise DataError(f"{len(answers) - len(found)} request(s) have an image that cannot be decoded")
+        raise DataError(
+            f"{len(answers) - len(found)} request(s) have an image or a clip that cannot be decoded"
+        )
     return found
 
 

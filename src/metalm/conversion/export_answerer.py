@@ -12,9 +12,11 @@ import tokenizers
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from metalm.config.model_schema import TEXT, EncoderConfig, ImageConfig
+from metalm.config.model_schema import TEXT
 from metalm.config.schema import Overflow
 from metalm.conversion.generate import FolderModel
+from metalm.conversion.hf_config import exported_encoder
+from metalm.conversion.peers import Peers, device_of, joined
 from metalm.conversion.row_inputs import model_inputs
 from metalm.conversion.shipped.processing_metalm import OWN_TOKENIZER_NAME
 from metalm.conversion.tokenizer_files import read_tokenizer
@@ -23,10 +25,11 @@ from metalm.data.documents.retokenize import SpanRetokenizer
 from metalm.data.row import Row, lay_out
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, ReadPart
-from metalm.errors import BadSample, ConfigError
+from metalm.errors import BadSample
 from metalm.evaluation.answering import Likelihood, check_readers
 from metalm.evaluation.task_scores import evaluate_tasks
 from metalm.modalities import MEDIA, Media, modality_of_encoder
+from metalm.parallel.launch import Launch
 from metalm.tasks.task_file import Decode, TaskFile
 from metalm.tasks.ways import TaskSettings
 
@@ -50,30 +53,40 @@ class Sampling(NamedTuple):
 
 
 class ExportAnswerer:
-    """See `metalm.evaluation.answering.Answerer`; one process."""
-
-    is_first = True
+    """See `metalm.evaluation.answering.Answerer`; each process has the whole model."""
 
     def __init__(
-        self, folder: Path, *, batch_size: int, device: str, dtype: torch.dtype | None = None
+        self,
+        folder: Path,
+        *,
+        batch_size: int,
+        device: str,
+        dtype: torch.dtype | None = None,
+        peers: Peers | None = None,
     ) -> None:
         """Load an exported folder.
 
         Args:
             batch_size: documents at once.
             dtype: of the weights; None: as they are stored.
+            peers: those that evaluate it together; None: this process alone.
 
         Raises:
             ConfigError: the folder cannot be loaded.
             DataError: its tokenizer is not one of ours.
         """
         self._folder, self._batch_size = folder, batch_size
+        self._peers = Peers() if peers is None else peers
+        self.is_first = self._peers.rank == 0
+        self.share, self.num_shares = self._peers.rank, self._peers.size
         loaded = FolderModel(folder, device)
         self._model, self.processor = loaded.model, loaded.processor
         if dtype is not None:
             self._model.to(dtype)
         self.tokenizer = read_tokenizer(folder)
-        self._encoders = {name: _encoder(sizes) for name, sizes in self._model.config.encoders.items()}
+        self._encoders = {
+            name: exported_encoder(sizes) for name, sizes in self._model.config.encoders.items()
+        }
 
     @property
     def longest(self) -> int:
@@ -117,7 +130,11 @@ class ExportAnswerer:
 
     def agreed(self, value: Answer) -> Answer:
         """See `Answerer`."""
-        return value
+        return self._peers.agreed(value)
+
+    def gathered(self, value: Answer) -> list[Answer]:
+        """See `Answerer`."""
+        return self._peers.gathered(value)
 
     def likelihoods(self, documents: Sequence[Document], read: ReadPart) -> list[Likelihood | None]:
         """See `Answerer`."""
@@ -199,16 +216,16 @@ class ExportAnswerer:
         return [_before_any(text, until) for text in texts]
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
-        inputs = model_inputs(rows, self._model.config)
+        inputs = model_inputs(rows, self._model.config, self._encoders)
         return {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
 
     def _usual_readers(self) -> dict[str, str]:
-        """As `Corpus.usual_readers`, of which the export keeps the image encoder."""
+        """As `Corpus.usual_readers`, of which the export keeps the encoders of images and clips."""
+        usual = {"image": self.processor.image_encoder, "audio": self.processor.audio_encoder}
         readers = {}
         for modality in MEDIA:
             fitting = [name for name, one in self._encoders.items() if one.section(modality) is not None]
-            named = [self._model.config.image_encoder] if modality == "image" else []
-            if found := [name for name in (*named, *fitting) if name in fitting]:
+            if found := [name for name in (usual[modality], *fitting) if name in fitting]:
                 readers[modality] = found[0]
         reading = [name for name, one in self._encoders.items() if one.max_text_positions]
         if reading:
@@ -252,35 +269,23 @@ def evaluate_export(
     *,
     batch_size: int,
     device: str,
+    launch: Launch,
 ) -> None:
     """Evaluate an exported folder on tasks.
 
     Args:
         out: where answers and results go; default: `tasks` in the folder.
+        device: `cuda`: each process takes a GPU.
+        launch: the processes that share the questions out. Their answers are those of one process, bit by
+            bit.
 
     Raises:
         ConfigError, DataError: the folder cannot be loaded; as `evaluate_tasks`.
     """
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {device}: {error}") from None
-    answerer = ExportAnswerer(folder, batch_size=batch_size, device=device)
-    evaluate_tasks(answerer, tasks, settings, str(folder.resolve()), out or folder / "tasks", print)
-
-
-def _encoder(sizes: Mapping[str, Any]) -> EncoderConfig:
-    """What of an exported encoder says what it reads."""
-    image = None
-    if sizes["image_size"] is not None:
-        image = ImageConfig(image_size=sizes["image_size"], patch_size=sizes["patch_size"])
-    return EncoderConfig(
-        num_layers=sizes["num_hidden_layers"],
-        hidden_size=sizes["hidden_size"],
-        num_heads=sizes["num_attention_heads"],
-        max_text_positions=sizes["max_text_positions"],
-        image=image,
-    )
+    own_device = device_of(device, launch)
+    with joined(launch) as peers:
+        answerer = ExportAnswerer(folder, batch_size=batch_size, device=own_device, peers=peers)
+        evaluate_tasks(answerer, tasks, settings, str(folder.resolve()), out or folder / "tasks", print)
 
 
 def _until_end(ids: torch.Tensor, end: int) -> list[int]:

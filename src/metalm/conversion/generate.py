@@ -15,7 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from metalm.config.foreign_folder import read_foreign_config
 from metalm.conversion.shipped.modeling_metalm import MetaLMForConditionalGeneration
-from metalm.conversion.shipped.processing_metalm import IMAGE_MARKER, MetaLMProcessor
+from metalm.conversion.shipped.processing_metalm import (
+    AUDIO_MARKER,
+    IMAGE_MARKER,
+    MetaLMProcessor,
+)
 from metalm.data.storage.shard_scan import MAX_MEMBER_BYTES
 from metalm.data.tokenizer import panics_as_errors
 from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
@@ -63,6 +67,7 @@ class FolderModel:
         self,
         prompt: str,
         images: Sequence[Path] = (),
+        clips: Sequence[Path] = (),
         *,
         max_new_tokens: int = 64,
         num_beams: int = 1,
@@ -73,22 +78,28 @@ class FolderModel:
 
         Args:
             prompt: where it marks no image, all stand before it and the last is encoded with it, as
-                `<span><image>prompt</span>`, if the encoder of images reads text, too.
+                `<span><image>prompt</span>`, if the encoder of images reads text, too. Where it marks no
+                clip, all stand before that.
             images: image files, in the order of their markers.
+            clips: audio files, as above.
             max_new_tokens: at most so many; the end of the document ends it.
             num_beams: 1 for the most likely token each time.
             temperature: above 0, sample.
             hear: is told the answer in pieces, too; with one beam alone.
 
         Raises:
-            ConfigError: prompt and images do not fit the model or each other.
-            DataError: an image file is missing or is no image.
+            ConfigError: prompt, images and clips do not fit the model or each other.
+            DataError: a file is missing, or is no image or clip.
         """
         contents = [_read_image(path) for path in images]
+        sounds = [self._read_clip(path) for path in clips]
+        is_marked = self._processor.num_clips(prompt) > 0
         if images and not self._processor.num_images(prompt):
             prompt = IMAGE_MARKER * (len(images) - 1) + self._behind_image(prompt)
+        if not is_marked:
+            prompt = AUDIO_MARKER * len(clips) + prompt
         try:
-            inputs = self._processor(text=prompt, images=contents or None)
+            inputs = self._processor(text=prompt, images=contents or None, audio=sounds or None)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         except Exception as error:  # Pillow's plug-ins raise what their parsers do
@@ -106,6 +117,24 @@ class FolderModel:
             **sampling,
         )
         return self._processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _read_clip(self, path: Path) -> bytes:
+        """The bytes of an audio file that the model can hear.
+
+        Raises:
+            ConfigError: it hears none.
+            DataError: there is no such file.
+        """
+        if self._processor.audio_encoder is None:
+            raise ConfigError(f"clip {path} was given, but the model reads no clips")
+        content = _read_file(path, "clip")
+        try:
+            self._processor.prepare_clip(content)
+        except ValueError as error:
+            raise DataError(f"clip {path} cannot be read: {error}") from None
+        except ImportError as error:
+            raise ConfigError(str(error)) from None
+        return content
 
     def _behind_image(self, prompt: str) -> str:
         encoder = self._processor.encoders.get(self._processor.image_encoder, {})
@@ -134,20 +163,29 @@ class _Streamer(TextStreamer):
             self._hear(text)
 
 
+def _read_file(path: Path, noun: str) -> bytes:
+    """The bytes of an image or a clip.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        if not path.is_file():
+            raise DataError(f"{noun} {path} does not exist")
+        if path.stat().st_size > MAX_MEMBER_BYTES:
+            raise DataError(f"{noun} {path} is larger than {MAX_MEMBER_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a path that no file can have is a ValueError
+        raise DataError(f"{noun} {path} cannot be read: {error}") from None
+
+
 def _read_image(path: Path) -> bytes:
     """The bytes of an image file that can be decoded.
 
     Raises:
         DataError: there is none.
     """
-    try:
-        if not path.is_file():
-            raise DataError(f"image {path} does not exist")
-        if path.stat().st_size > MAX_MEMBER_BYTES:
-            raise DataError(f"image {path} is larger than {MAX_MEMBER_BYTES >> 20} MiB")
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:  # a path that no file can have is a ValueError
-        raise DataError(f"image {path} cannot be read: {error}") from None
+    content = _read_file(path, "image")
     try:
         decode_image(content)
     except BadSample as bad:
@@ -159,6 +197,7 @@ def generate_from_folder(
     folder: Path,
     prompt: str,
     images: Sequence[Path] = (),
+    clips: Sequence[Path] = (),
     *,
     max_new_tokens: int = 64,
     num_beams: int = 1,
@@ -170,7 +209,7 @@ def generate_from_folder(
     model = FolderModel(folder, device)
     set_seed(seed)
     return model.generate(
-        prompt, images, max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=temperature
+        prompt, images, clips, max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=temperature
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 from metalm.config import DecoderConfig, EncoderConfig, PretrainedConfig, RunConfig
+from metalm.config.model_schema import AudioConfig, ImageConfig
 from metalm.config.pretrained_folder import positions_before_text
 from metalm.conversion.chat_template import chat_readers, chat_source, chat_template
 from metalm.data.documents.retokenize import load_retokenizer
@@ -92,7 +94,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "scale_embedding": decoder.scale_embedding,
         "spans": decoder.spans,
         "encoders": {name: _encoder(encoder) for name, encoder in sorted(model.encoders.items())},
-        "image_encoder": image_encoder(config),
+        "image_encoder": media_encoder(config, "image"),
         "image_token_id": tokenizer.image_id,
         "own_token_offset": model.vocab_size,
         "bos_token_id": tokenizer.start_id,
@@ -112,9 +114,9 @@ def _transformers_version(config: RunConfig) -> str:
 def processor_config(config: RunConfig) -> dict[str, Any]:
     """The content of processor_config.json."""
     encoders = config.model.encoders
-    settings = [modality_of_encoder(encoder).exported_settings(encoder) for encoder in encoders.values()]
+    settings = {name: modality_of_encoder(one).exported_settings(one) for name, one in encoders.items()}
     chats = chat_source(config)
-    sizes = {one["image_size"] for one in settings if "image_size" in one}
+    sizes = {one["image_size"] for one in settings.values() if "image_size" in one}
     if len(sizes) > 1:
         raise ConfigError(f"encoders of images of different sizes ({sorted(sizes)}) cannot be exported")
     return {
@@ -124,20 +126,22 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
             name: {
                 "max_text_positions": encoder.max_text_positions,
                 "num_patches": modality_of_encoder(encoder).max_vectors(encoder),
+                **({"audio": settings[name]["audio"]} if "audio" in settings[name] else {}),
                 **_own_vocabulary(config, encoder),
             }
             for name, encoder in sorted(encoders.items())
         },
-        "image_encoder": image_encoder(config),
+        "image_encoder": media_encoder(config, "image"),
+        "audio_encoder": media_encoder(config, "audio"),
         "text_encoder": text_encoder(config),
         "image_size": next(iter(sizes), None),
         "overflow": None if chats is None else chats.overflow,
     }
 
 
-def image_encoder(config: RunConfig) -> str | None:
-    """The encoder that images go to: see `chat_readers`."""
-    return chat_readers(config).media.get("image")
+def media_encoder(config: RunConfig, modality: str) -> str | None:
+    """The encoder that images or clips go to: see `chat_readers`."""
+    return chat_readers(config).media.get(modality)
 
 
 def text_encoder(config: RunConfig) -> str | None:
@@ -203,9 +207,30 @@ def _encoder(encoder: EncoderConfig) -> dict[str, Any]:
         "connector": encoder.connector,
         "image_size": None,
         "patch_size": None,
+        "audio": None,
         **modality_of_encoder(encoder).exported_settings(encoder),
         **(_pretrained(encoder.pretrained) if encoder.pretrained else {}),
     }
+
+
+def exported_encoder(sizes: Mapping[str, Any]) -> EncoderConfig:
+    """What of an encoder in config.json says what it reads."""
+    image = audio = pretrained = None
+    if sizes["image_size"] is not None:
+        image = ImageConfig(image_size=sizes["image_size"], patch_size=sizes["patch_size"])
+    if sizes["audio"] is not None:
+        heard = dict(sizes["audio"])
+        pretrained = PretrainedConfig(path=Path(), processor=heard.pop("extractor"))
+        audio = AudioConfig.model_validate({**heard, "weights_per_patch": 1})
+    return EncoderConfig(
+        num_layers=sizes["num_hidden_layers"],
+        hidden_size=sizes["hidden_size"],
+        num_heads=sizes["num_attention_heads"],
+        max_text_positions=sizes["max_text_positions"],
+        image=image,
+        audio=audio,
+        pretrained=pretrained,
+    )
 
 
 def _pretrained(pretrained: PretrainedConfig) -> dict[str, Any]:

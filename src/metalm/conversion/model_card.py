@@ -10,11 +10,12 @@ import torch
 
 from metalm.config.schema import SourceConfig
 from metalm.conversion.checkpoint_source import CheckpointSource
-from metalm.conversion.hf_config import image_encoder, text_encoder
+from metalm.conversion.hf_config import media_encoder, text_encoder
 from metalm.conversion.proof import TOLERANCE, ProofResult
 from metalm.modalities import modality_of_encoder
 
 CARD_NAME = "README.md"
+_FOR_CLIPS = "soundfile (for files) and soxr (for other sampling rates) for clips"
 
 
 def write_model_card(
@@ -38,19 +39,23 @@ def write_model_card(
         proof: empty if there was none.
         license_name: identifier as the Hugging Face hub knows it.
     """
-    images = image_encoder(source.config) is not None
+    images, clips = (media_encoder(source.config, modality) is not None for modality in ("image", "audio"))
+    needed = [name for name, is_needed in (("Pillow for images", images), (_FOR_CLIPS, clips)) if is_needed]
     parts = [
-        _front_matter(images, license_name),
+        _front_matter(images, clips, license_name),
         f"# {name}\n\n"
         "A MetaLM (arXiv 2206.06336): a causal decoder into whose input the vectors of bidirectional "
         "encoders are docked.\n",
         "## Use\n\nThe model code is in this folder and needs torch and transformers 5.17 or newer"
-        + (", and Pillow for images.\n" if images else ".\n"),
-        _snippet(source, name, images),
-        "In a prompt, `<span>...</span>` marks text that an encoder reads, `<image>` an image, and "
-        "`<span><image>...</span>` an image read together with text; `<span:NAME>` chooses an encoder. "
-        "A backslash before a marker makes it text, as `processor.escape` does for a whole text. "
-        "A blank line is the end-of-paragraph token. Images are resized to a square, without cropping.\n"
+        + "".join(f", and {one}" for one in needed)
+        + ".\n",
+        _snippet(source, name, images, clips),
+        "In a prompt, `<span>...</span>` marks text that an encoder reads, `<image>` an image, `<audio>` a "
+        "clip, and `<span><image>...</span>` an image read together with text; `<span:NAME>` chooses an "
+        "encoder. A backslash before a marker makes it text, as `processor.escape` does for a whole text. "
+        "A blank line is the end-of-paragraph token. Images are resized to a square, without cropping; "
+        "clips are resampled, their channels averaged, and cut where they are longer than their encoder "
+        "reads.\n"
         if source.config.model.encoders
         else "",
         "## Training\n\n" + _table(_figures(source, dtype, num_parameters)),
@@ -60,8 +65,8 @@ def write_model_card(
     (folder / CARD_NAME).write_text("\n".join(part for part in parts if part))
 
 
-def _front_matter(images: bool, license_name: str) -> str:
-    task = "image-text-to-text" if images else "text-generation"
+def _front_matter(images: bool, clips: bool, license_name: str) -> str:
+    task = "image-text-to-text" if images else "audio-text-to-text" if clips else "text-generation"
     fields = (
         "library_name: transformers",
         f"pipeline_tag: {task}",
@@ -71,8 +76,10 @@ def _front_matter(images: bool, license_name: str) -> str:
     return "\n".join(["---", *fields, "---", ""])
 
 
-def _snippet(source: CheckpointSource, name: str, images: bool) -> str:
-    auto = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+def _snippet(source: CheckpointSource, name: str, images: bool, clips: bool) -> str:
+    auto = "AutoModelForCausalLM"
+    if images or clips:
+        auto = "AutoModelForMultimodalLM" if clips else "AutoModelForImageTextToText"
     lines = [
         f"from transformers import {auto}, AutoProcessor",
         "",
@@ -96,6 +103,16 @@ def _snippet(source: CheckpointSource, name: str, images: bool) -> str:
             "",
             'image = Image.new("RGB", (64, 64), "red")',
             'inputs = processor(text="<image>", images=image)',
+            "tokens = model.generate(**inputs, max_new_tokens=20)",
+            "print(processor.decode(tokens[0], skip_special_tokens=True))",
+        ]
+    if clips:
+        lines += [
+            "",
+            "import numpy as np",
+            "",
+            "clip = np.sin(np.arange(16000) / 5)  # or the path of a WAV, FLAC or Ogg file",
+            'inputs = processor(text="<audio>", audio=clip, sampling_rate=16000)',
             "tokens = model.generate(**inputs, max_new_tokens=20)",
             "print(processor.decode(tokens[0], skip_special_tokens=True))",
         ]

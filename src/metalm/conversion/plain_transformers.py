@@ -2,7 +2,7 @@
 
 Usage: python -I plain_transformers.py FOLDER PROMPTS.json ANSWERS.safetensors
 
-PROMPTS.json: {"prompts": a list of {"text", "image": path of a .npy [height, width, 3] uint8, or null},
+PROMPTS.json: {"prompts": a list of {"text", "media": "image", "audio" or null, "path": of that file},
 "ways": of generating, "cached" or "uncached", "num_new_tokens"}. The prompts run as one left-padded batch; by
 its number, each has `logits` of its own tokens, float32, and for each way so many most likely tokens (or as
 many as the model has positions for) and their `logits_WAY`.
@@ -26,19 +26,21 @@ def main(folder: Path, prompts_path: Path, out: Path) -> None:
     """Write the answers to the prompts."""
     for name in FORBIDDEN:
         sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
-    import numpy as np
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     asked = json.loads(prompts_path.read_text())
     prompts = asked["prompts"]
-    images = [np.load(prompt["image"]) for prompt in prompts if prompt["image"]]
-    auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    media = {
+        argument: [prompt["path"] for prompt in prompts if prompt["media"] == modality] or None
+        for argument, modality in (("images", "image"), ("audio", "audio"))
+    }
+    auto = AutoModelForImageTextToText if any(media.values()) else AutoModelForCausalLM
     model = auto.from_pretrained(folder, trust_remote_code=True).eval()
     if model.dtype != torch.float32:
         compute_in_float32(model)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor(text=[prompt["text"] for prompt in prompts], images=images or None)
+    inputs = processor(text=[prompt["text"] for prompt in prompts], **media)
     with torch.no_grad():
         logits = model(**inputs).logits
     own = inputs["attention_mask"].bool()

@@ -32,8 +32,7 @@ from metalm.data.documents.spans import text_document
 from metalm.data.row import Row, lay_out
 from metalm.document import Document, Part
 from metalm.errors import CheckpointError
-from metalm.modalities import MEDIA
-from metalm.modalities.image import encode_png
+from metalm.modalities import Media, modality_of_encoder
 
 TOLERANCE = 1e-4
 """Largest difference between two logits, in float32."""
@@ -55,7 +54,10 @@ class ProofPrompt:
     """One prompt as the processor takes it."""
 
     text: str
-    image: np.ndarray | None  # [height, width, 3] uint8
+    media: str | None = None
+    """Modality of its image or clip."""
+    file: bytes = b""
+    """Of that."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ class ProofCase:
     """One prompt, as the processor and as the training data path take it."""
 
     name: str
-    text: str
-    image: np.ndarray | None  # [height, width, 3] uint8
+    prompt: ProofPrompt
     row: Row
 
 
@@ -107,7 +108,7 @@ def prove(source: CheckpointSource, folder: Path, dtype: torch.dtype) -> list[Pr
             or a generated token is not the checkpoint's own.
     """
     cases = proof_cases(source)
-    exported = exported_answers(folder, [ProofPrompt(case.text, case.image) for case in cases])
+    exported = exported_answers(folder, [case.prompt for case in cases])
     own = _own_logits(source, [case.row for case in cases], dtype)
     results = [_compare(*sides) for sides in zip(cases, own, exported, strict=True)]
     if bad := [result for result in results if not result.largest_difference <= TOLERANCE]:
@@ -177,9 +178,9 @@ def proof_cases(source: CheckpointSource) -> list[ProofCase]:
     tokenizer = source.tokenizer
     ids = tokenizer.encode([_BEFORE + _AFTER])[0]
     row = lay_out([Document((Part(TEXT, ids),), ends=False)], tokenizer)
-    cases = [ProofCase("text", _BEFORE + _AFTER, None, row)]
+    cases = [ProofCase("text", ProofPrompt(_BEFORE + _AFTER), row)]
     for name, encoder in source.config.model.encoders.items():
-        case = _text_case if encoder.media is None else _image_case
+        case = _text_case if encoder.media is None else _media_case
         cases.append(case(source, name, encoder))
     return cases
 
@@ -193,27 +194,22 @@ def _text_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> P
     if (retokenizer := load_retokenizer(encoder, source.tokenizer)) is not None:
         documents, _ = retokenizer.refit(documents, _LONGEST_ROW)
     marked = f"{_BEFORE}<span:{name}>{words}</span>{_AFTER}"
-    return ProofCase(f"text with a span of {name}", marked, None, lay_out(documents, source.tokenizer))
+    row = lay_out(documents, source.tokenizer)
+    return ProofCase(f"text with a span of {name}", ProofPrompt(marked), row)
 
 
-def _image_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> ProofCase:
-    words = _fitting(source, "Summarize this image:", encoder.max_text_positions)
+def _media_case(source: CheckpointSource, name: str, encoder: EncoderConfig) -> ProofCase:
+    modality = modality_of_encoder(encoder)
+    assert isinstance(modality, Media)
+    words = _fitting(source, f"Summarize this {modality.name}:", encoder.max_text_positions)
     prefix, caption = source.tokenizer.encode([words, _CAPTION])
-    pixels, reader = proof_image(), MEDIA["image"].reader(encoder)
-    data = encode_png(pixels)
-    image = MEDIA["image"].part(data, reader, name, source.tokenizer.paragraph_id)
-    document = Document((image, Part(TEXT, prefix, name), Part(TEXT, caption)), ends=False)
+    data, reader = modality.proof_file(encoder), modality.reader(encoder)
+    media = modality.part(data, reader, name, source.tokenizer.paragraph_id)
+    document = Document((media, Part(TEXT, prefix, name), Part(TEXT, caption)), ends=False)
     row = lay_out([document.decoded(lambda _: reader.read(data))], source.tokenizer)
-    return ProofCase(
-        f"image and text of {name}", f"<span:{name}><image>{words}</span>{_CAPTION}", pixels, row
-    )
-
-
-def proof_image() -> np.ndarray:
-    """A picture with detail in every patch, [200, 260, 3] uint8."""
-    rows, columns = np.mgrid[0:200, 0:260]
-    channels = (rows * columns // 97, rows * 2 + columns, 7 * rows ^ 3 * columns)
-    return np.stack([channel % 256 for channel in channels], axis=-1).astype(np.uint8)
+    text = f"<span:{name}><{modality.name}>{words}</span>{_CAPTION}"
+    title = f"{modality.name} and text of {name}"
+    return ProofCase(title, ProofPrompt(text, modality.name, data), row)
 
 
 def _fitting(source: CheckpointSource, words: str, max_tokens: int) -> str:
@@ -235,11 +231,9 @@ def exported_answers(
         scratch = Path(scratch_name)
         prompts = []
         for number, prompt in enumerate(asked):
-            image = None
-            if prompt.image is not None:
-                image = str(scratch / f"{number}.npy")
-                np.save(image, prompt.image)
-            prompts.append({"text": prompt.text, "image": image})
+            place = scratch / f"{number}.media"
+            place.write_bytes(prompt.file)
+            prompts.append({"text": prompt.text, "media": prompt.media, "path": str(place)})
         questions = {"prompts": prompts, "ways": ways, "num_new_tokens": NUM_NEW_TOKENS}
         (scratch / "prompts.json").write_text(json.dumps(questions))
         out = scratch / "answers.safetensors"

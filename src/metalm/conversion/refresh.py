@@ -16,16 +16,23 @@ import torch
 
 from metalm.config.foreign_folder import read_foreign_config
 from metalm.conversion.export import PARTIAL_SUFFIX, Report, record_proof, write_model_code
-from metalm.conversion.hf_config import AUTO_MAP, FORMAT_NAME, FORMAT_VERSION, write_image_processor
+from metalm.conversion.hf_config import (
+    AUTO_MAP,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    exported_encoder,
+    write_image_processor,
+)
 from metalm.conversion.proof import (
     TOLERANCE,
     ExportedAnswer,
     ProofPrompt,
     check_generated,
     exported_answers,
-    proof_image,
 )
+from metalm.conversion.shipped.configuration_metalm import ENCODER_DEFAULTS
 from metalm.errors import CheckpointError, ConfigError
+from metalm.modalities import Media, modality_of_encoder
 
 BEFORE_SUFFIX = ".before"
 MARKER_NAME = ".metalm_refresh"
@@ -116,12 +123,18 @@ def _write_configs(folder: Path, config: dict[str, Any]) -> None:
 
 def _prompts(folder: Path) -> dict[str, ProofPrompt]:
     """Plain text, and for each encoder a span of what it reads, by name."""
-    prompts = {"text": ProofPrompt(_TEXT, None)}
-    processor = json.loads((folder / "processor_config.json").read_text())
-    for name, sizes in processor["encoders"].items():
-        content = "<image>" if sizes["num_patches"] else "a"
-        image = proof_image() if sizes["num_patches"] else None
-        prompts[f"a span of {name}"] = ProofPrompt(f"<span:{name}>{content}</span>{_TEXT}", image)
+    prompts = {"text": ProofPrompt(_TEXT)}
+    config = json.loads((folder / "config.json").read_text())
+    for name, sizes in config["encoders"].items():
+        encoder = exported_encoder(ENCODER_DEFAULTS | sizes)
+        modality, text = modality_of_encoder(encoder), f"<span:{name}>{{}}</span>{_TEXT}"
+        if isinstance(modality, Media):
+            prompt = ProofPrompt(
+                text.format(f"<{modality.name}>"), modality.name, modality.proof_file(encoder)
+            )
+        else:
+            prompt = ProofPrompt(text.format("a"))
+        prompts[f"a span of {name}"] = prompt
     return prompts
 
 

@@ -5,28 +5,31 @@ The processor comes to the same inputs from marked prompts; here they come from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metalm.config.model_schema import ImageConfig
+from metalm.config.model_schema import EncoderConfig
 from metalm.data.row import Row
-from metalm.modalities.image import join_patches
+from metalm.modalities import Media, modality_of_encoder
 
 
-def model_inputs(rows: Sequence[Row], config: Any) -> dict[str, Tensor]:
+def model_inputs(
+    rows: Sequence[Row], config: Any, encoders: Mapping[str, EncoderConfig]
+) -> dict[str, Tensor]:
     """Inputs of rows of one document each, padded on the left as generation wants it.
 
     Args:
         rows: open, of parts that the model's encoders read.
         config: `MetaLMConfig` of the model.
+        encoders: what its encoders read, by name.
 
     Returns:
-        `input_ids` and `attention_mask` [B, S] int64, the span tensors where there are spans, and
-        `pixel_values` [images, 3, height, width] float32 where there are images, row after row.
+        `input_ids` and `attention_mask` [B, S] int64, the span tensors where there are spans, and where there
+        are images or clips what their encoders are fed, float32, row after row: see `Media.exported_media`.
     """
     longest = max(len(row.tokens) for row in rows)
     names = list(config.encoders)
@@ -35,12 +38,12 @@ def model_inputs(rows: Sequence[Row], config: Any) -> dict[str, Tensor]:
         for name in ("input_ids", "attention_mask", "span_input_ids", "span_encoders", "span_numbers")
     }
     columns["input_ids"][:] = config.pad_token_id
-    images: list[np.ndarray] = []
+    media: dict[str, list[np.ndarray]] = {}
     for b, row in enumerate(rows):
         first = longest - len(row.tokens)
         columns["input_ids"][b, first:] = row.tokens
         columns["attention_mask"][b, first:] = 1
-        of_row: list[tuple[int, np.ndarray]] = []  # where an image begins, and its pixels
+        of_row: list[tuple[int, str, np.ndarray]] = []  # where an image or clip begins, and what is fed
         spans = sorted(
             (int(start), int(end), name, number)
             for name, found in row.spans.items()
@@ -55,19 +58,22 @@ def model_inputs(rows: Sequence[Row], config: Any) -> dict[str, Tensor]:
             columns["span_numbers"][b, place] = span_number
         for name, found in row.spans.items():
             if found.media is not None:
-                sizes = config.encoders[name]
-                starts = found.bounds[found.num_patches > 0, 0]
-                pixels = join_patches(
-                    found.media, ImageConfig(image_size=sizes["image_size"], patch_size=sizes["patch_size"])
-                )
-                of_row += zip(starts.tolist(), pixels, strict=True)
-        images += [pixels for _, pixels in sorted(of_row, key=lambda one: one[0])]
+                modality = modality_of_encoder(encoders[name])
+                assert isinstance(modality, Media)
+                starts = found.bounds[found.num_patches > 0, 0].tolist()
+                fed = modality.exported_media(found.media, encoders[name])
+                of_row += [
+                    (start, modality.exported_name, one) for start, one in zip(starts, fed, strict=True)
+                ]
+        for _, argument, one in sorted(of_row, key=lambda one: one[0]):
+            media.setdefault(argument, []).append(one)
     if not any(row.spans for row in rows):
         columns = {name: columns[name] for name in ("input_ids", "attention_mask")}
     inputs = {name: torch.from_numpy(column) for name, column in columns.items()}
-    if images:
-        channels_first = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        inputs["pixel_values"] = channels_first.float() / 127.5 - 1.0
+    for argument, fed in media.items():
+        widest = max(one.shape[-1] for one in fed)
+        wide = [np.pad(one, [(0, 0)] * (one.ndim - 1) + [(0, widest - one.shape[-1])]) for one in fed]
+        inputs[argument] = torch.from_numpy(np.stack(wide))
     return inputs
 
 

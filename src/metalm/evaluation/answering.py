@@ -40,6 +40,14 @@ class Answerer(Protocol):
 
     is_first: bool
     """Whether this process speaks for all that answer together."""
+    share: int
+    num_shares: int
+    """Processes that answer apart: each is asked every `num_shares`-th group of questions, from its `share`
+    on. Those of one share answer together."""
+
+    def gathered(self, value: Answer) -> list[Answer]:
+        """The values of all shares, in all."""
+        ...
 
     def agreed(self, value: Answer) -> Answer:
         """The first process's value, in all."""
@@ -89,6 +97,7 @@ class EngineAnswerer:
             batch_size: documents that a data-parallel rank takes at once.
         """
         self.is_first = topology.rank == 0
+        self.share, self.num_shares = 0, 1
         self._model, self._topology, self._corpus = model, topology, corpus
         self._batch_size = batch_size
 
@@ -104,6 +113,10 @@ class EngineAnswerer:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._topology.world_group)
         return values[0]
+
+    def gathered(self, value: Answer) -> list[Answer]:
+        """See `Answerer`."""
+        return [value]
 
     def likelihoods(self, documents: Sequence[Document], read: ReadPart) -> list[Likelihood | None]:
         """See `Answerer`."""

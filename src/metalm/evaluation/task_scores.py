@@ -15,12 +15,13 @@ from typing import Any
 
 from metalm.data.documents.example import Example
 from metalm.document import Document
-from metalm.errors import BadSample, ConfigError, DataError
+from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
 from metalm.evaluation.answering import Answerer, Likelihood
 from metalm.evaluation.task_results import TaskResult, rows_of, table
+from metalm.regular_files import replace_file
 from metalm.tasks.metrics import Answered, measure
 from metalm.tasks.questions import Asked, Asker, Question, drawn
-from metalm.tasks.records import Tally, TaskData
+from metalm.tasks.records import Tally, TaskData, TaskRecord
 from metalm.tasks.rendering import UnusableRecord
 from metalm.tasks.task_file import TaskFile
 from metalm.tasks.ways import TaskSettings, Way
@@ -57,8 +58,10 @@ def evaluate_tasks(
         results.append(result)
         if answerer.is_first:
             report(next(iter(rows_of([result]))))
-            _replace(out / "results.json", json.dumps([one.as_json() for one in results], indent=1) + "\n")
-            _replace(out / "results.md", table(results, model))
+            replace_file(
+                out / "results.json", json.dumps([one.as_json() for one in results], indent=1) + "\n"
+            )
+            replace_file(out / "results.md", table(results, model))
     return results
 
 
@@ -80,24 +83,45 @@ def _evaluate(
     about = _fingerprint(task, way, settings, split, model)
     answers = answerer.agreed(_read_answers(out / "answers" / f"{name}.jsonl", about))
     maker = answerer.maker(settings.readers, settings.overflow)
-    waiting = [record for record in records if record.key not in answers]
-    for first in range(0, len(waiting), QUESTIONS_AT_ONCE):
-        some = waiting[first : first + QUESTIONS_AT_ONCE]
+
+    def ask(group: Sequence[TaskRecord]) -> dict[str, dict[str, Any]]:
         new: dict[str, dict[str, Any]] = {}
         questions = []
-        for record in some:
+        for record in group:
             try:
                 questions.append(asker.question(record))
             except UnusableRecord as unusable:
                 new[record.key] = {"skipped": unusable.cause, "why": str(unusable)}
         made = [_Made.of(question, maker.make, way) for question in questions]
-        new |= _answer(answerer, made, way, task, maker.read)
-        answers |= new
-        if answerer.is_first:
-            _append(out / "answers" / f"{name}.jsonl", about, new)
-            if len(waiting) > QUESTIONS_AT_ONCE:
-                report(f"{name}: {len(answers):,} of {len(records):,} questions")
+        return new | _answer(answerer, made, way, task, maker.read)
+
+    waiting = [record for record in records if record.key not in answers]
+    # A group is asked as a whole wherever it is: an answer depends a little on what is in a batch with it.
+    groups = [waiting[at : at + QUESTIONS_AT_ONCE] for at in range(0, len(waiting), QUESTIONS_AT_ONCE)]
+    for first in range(0, len(groups), answerer.num_shares):
+        own = first + answerer.share
+        for new in _of_all(answerer, lambda own=own: ask(groups[own]) if own < len(groups) else {}):
+            answers |= new
+            if answerer.is_first and new:
+                _append(out / "answers" / f"{name}.jsonl", about, new)
+        if answerer.is_first and len(groups) > 1:
+            report(f"{name}: {len(answers):,} of {len(records):,} questions")
     return _scored(task, way, split, [answers[record.key] for record in records], tally)
+
+
+def _of_all(answerer: Answerer, ask: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of all shares; what one cannot go on from, none does."""
+    new: dict[str, Any] | MetaLMError
+    try:
+        new = ask()
+    except MetaLMError as error:
+        new = error
+    found: list[dict[str, Any]] = []
+    for one in answerer.gathered(new):
+        if isinstance(one, MetaLMError):
+            raise one
+        found.append(one)
+    return found
 
 
 @dataclass(frozen=True)
@@ -232,10 +256,3 @@ def _append(path: Path, about: Mapping[str, Any], answers: Mapping[str, Any]) ->
         lines = [] if whole else [json.dumps(about)]
         lines += [json.dumps(one) for one in answers.items()]
         file.write("".join(f"{line}\n" for line in lines).encode())
-
-
-def _replace(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content)
-    partial.replace(path)

@@ -38,6 +38,8 @@ MAX_AMPLITUDE = 1000.0
 """Float files may leave -1..1 by some factor, not by any."""
 HEARD_SECONDS, HEARD_HERTZ = 30, 16_000
 """What people are given to hear of a clip, at most."""
+PROOF_HERTZ = 48_000
+"""Sampling rate of the clip on which exported models are proved, which is resampled for most."""
 
 
 class Audio(Media):
@@ -46,7 +48,7 @@ class Audio(Media):
     name = "audio"
     kind = "audio_text"
     noun = "clip"
-    is_exported = False
+    exported_name = "audio_values"
     formats: ClassVar = {"wav": "wav", "flac": "flac", "ogg": "ogg"}
     other_suffixes = frozenset(
         (
@@ -108,6 +110,28 @@ class Audio(Media):
         audio = _section(encoder)
         seconds = audio.max_samples / audio.sampling_rate
         return f"clips of up to {seconds:g} s at {audio.sampling_rate} Hz in {audio.num_patches} vectors"
+
+    def exported_settings(self, encoder: EncoderConfig) -> dict[str, Any]:
+        audio, pretrained = _section(encoder), encoder.pretrained
+        assert pretrained is not None
+        kind = pretrained.processor["feature_extractor_type"]
+        names = ("feature_extractor_type", *EXTRACTORS[kind])
+        extractor = {name: pretrained.processor[name] for name in names if name in pretrained.processor}
+        sizes = audio.model_dump(mode="json", exclude={"weights_per_patch"})
+        return {"audio": {**sizes, "extractor": extractor}}
+
+    def exported_media(self, media: np.ndarray, encoder: EncoderConfig) -> np.ndarray:
+        """[clips, values], the features of each end to end."""
+        return media.reshape(len(media), -1)
+
+    def proof_file(self, encoder: EncoderConfig) -> bytes:
+        """A rising tone over a hum, shorter than the longest clip where that is a matter of seconds."""
+        audio = _section(encoder)
+        longest = min(audio.max_samples, audio.sampling_rate)
+        seconds = max(audio.min_samples, 0.7 * longest) / audio.sampling_rate
+        time = np.arange(math.ceil(seconds * PROOF_HERTZ) + 1) / PROOF_HERTZ
+        samples = 0.4 * np.sin(2 * np.pi * (200 + 1500 * time) * time) + 0.2 * np.sin(2 * np.pi * 90 * time)
+        return encode_flac(Clip(samples.astype(np.float32), PROOF_HERTZ))
 
     def decode(self, data: bytes | memoryview) -> Clip:
         return decode_clip(data)
@@ -253,6 +277,14 @@ def encode_flac(clip: Clip) -> bytes:
         soundfile.write(file, clip.samples, clip.sampling_rate, format="FLAC", subtype="PCM_16")
     except soundfile.LibsndfileError:
         raise BadSample("unsupported_rate") from None
+    return file.getvalue()
+
+
+def encode_wav(clip: Clip) -> bytes:
+    """The clip as a file that loses nothing."""
+    soundfile, _ = _libraries()
+    file = io.BytesIO()
+    soundfile.write(file, clip.samples, clip.sampling_rate, format="WAV", subtype="FLOAT")
     return file.getvalue()
 
 

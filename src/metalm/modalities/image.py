@@ -62,7 +62,7 @@ class Image(Media):
     name = "image"
     kind = "image_text"
     noun = "image"
-    is_exported = True
+    exported_name = "pixel_values"
     formats: ClassVar = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
     other_suffixes = frozenset(
         (
@@ -132,6 +132,17 @@ class Image(Media):
     def exported_settings(self, encoder: EncoderConfig) -> dict[str, Any]:
         image = _section(encoder)
         return {"image_size": image.image_size, "patch_size": image.patch_size}
+
+    def exported_media(self, media: np.ndarray, encoder: EncoderConfig) -> np.ndarray:
+        """[images, 3, height, width], x / 127.5 - 1 of 8-bit pixels."""
+        pixels = join_patches(media, _section(encoder)).transpose(0, 3, 1, 2)
+        return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+
+    def proof_file(self, encoder: EncoderConfig) -> bytes:
+        """A picture of 260 x 200."""
+        rows, columns = np.mgrid[0:200, 0:260]
+        channels = (rows * columns // 97, rows * 2 + columns, 7 * rows ^ 3 * columns)
+        return encode_png(np.stack([channel % 256 for channel in channels], axis=-1).astype(np.uint8))
 
     def decode(self, data: bytes | memoryview) -> np.ndarray:
         return decode_image(data)

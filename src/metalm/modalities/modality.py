@@ -120,10 +120,10 @@ class Modality:
 class Media(Modality, ABC):
     """Images, clips and the like: files that stand in pairs with text, and lead a span of their encoder."""
 
-    is_exported: ClassVar[bool]
-    """Whether the shipped processor takes it."""
     noun: ClassVar[str]
     """What one is called to people."""
+    exported_name: ClassVar[str]
+    """Argument of the shipped model for what its encoders are fed."""
 
     def part(
         self, data: bytes | memoryview, reader: MediaReader, reader_name: str, placeholder_id: int
@@ -165,6 +165,19 @@ class Media(Modality, ABC):
     @abstractmethod
     def vectors_of_zeros(self, model: Any, encoder: EncoderConfig) -> Tensor:
         """Vectors of an image or a clip of zeros: which weights do they depend on?"""
+
+    @abstractmethod
+    def exported_media(self, media: np.ndarray, encoder: EncoderConfig) -> np.ndarray:
+        """What stands in `RowSpans.media`, as the shipped model is fed it.
+
+        Returns:
+            One row for each image or clip, float32; rows of several encoders differ in their last dimension
+            alone.
+        """
+
+    @abstractmethod
+    def proof_file(self, encoder: EncoderConfig) -> bytes:
+        """A file with detail in every vector, on which an exported model is proved."""
 
     @abstractmethod
     def decode(self, data: bytes | memoryview) -> Any:

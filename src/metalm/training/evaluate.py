@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
 from metalm.evaluation.generation import generate_samples
 from metalm.evaluation.losses import held_out_losses
 from metalm.objectives import build_objective
+from metalm.regular_files import replace_file
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
 from metalm.training.session import Session, open_session
@@ -44,10 +44,10 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
             )
             if session.is_first:
                 lines = (json.dumps({"reference": s.reference, "generated": s.generated}) for s in samples)
-                _replace(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
+                replace_file(session.run_folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
         if session.is_first:
             result = {"step": step, "losses": losses}
-            _replace(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+            replace_file(session.run_folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
             for name, loss in losses.items():
                 print(f"{name:<40} {loss:8.4f} {objective.loss_unit}".rstrip())
     return 0
@@ -68,9 +68,3 @@ def load_newest(corpus: Corpus, session: Session) -> tuple[Engines, int]:
     engines = build_engines(config, topology, start.given)
     load_start(start, config, topology, engines)
     return engines, start.checkpoint.step
-
-
-def _replace(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content)
-    partial.replace(path)

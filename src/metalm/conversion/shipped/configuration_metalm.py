@@ -25,6 +25,7 @@ ENCODER_DEFAULTS: dict[str, Any] = {
     "connector": "linear",
     "image_size": None,
     "patch_size": None,
+    "audio": None,
     "pretrained": None,
     "image_mean": None,
     "image_std": None,
@@ -51,6 +52,7 @@ class MetaLMConfig(PreTrainedConfig):
             "feed_forward"; `relative_bias` None or T5's `num_buckets` and `max_distance`; `positions` of
             text are "learned" or "rope"; `num_key_value_heads` None: as many as heads; `joint_layers`
             None, or the number of last layers with a joint feed-forward beside those of the modalities.
+            `audio` is None, or what an encoder of clips reads, as in processor_config.json.
             `pretrained` is None, or the config of the model of transformers that the encoder is: `image_mean`
             and `image_std` are then of its pixels in 0..1, `first_position` of its text.
         image_encoder: the encoder of images that come without span tensors.

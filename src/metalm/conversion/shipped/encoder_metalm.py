@@ -27,7 +27,7 @@ class Spans:
 
     input_ids: Tensor
     """The token that the encoder reads, plus `own_token_offset` if it has a tokenizer of its own; the image
-    token where it reads a patch."""
+    token where it reads an image or a clip."""
     encoders: Tensor
     """0: the decoder's own token. k: the k-th encoder in alphabetical order."""
     numbers: Tensor
@@ -54,10 +54,15 @@ class Spans:
             "span_numbers": self.numbers,
         }
 
-    def image_starts(self, image_token_id: int | None) -> Tensor:
-        """[B, S] bool: the first patch of each image."""
+    def media_starts(self, config: MetaLMConfig) -> tuple[Tensor, Tensor]:
+        """[B, S] bool each: the first vector of each image, and of each clip."""
         before = functional.pad(self.numbers, (1, 0))[:, :-1]
-        return (self.numbers != before) & (self.numbers > 0) & (self.input_ids == image_token_id)
+        starts = (self.numbers != before) & (self.numbers > 0) & (self.input_ids == config.image_token_id)
+        is_heard = torch.zeros_like(starts)
+        for place, sizes in enumerate(config.encoders.values(), start=1):
+            if sizes["audio"] is not None:
+                is_heard = is_heard | (self.encoders == place)
+        return starts & ~is_heard, starts & is_heard
 
 
 def spans_of_images(input_ids: Tensor, config: MetaLMConfig) -> Spans:
@@ -81,6 +86,8 @@ def spans_of_images(input_ids: Tensor, config: MetaLMConfig) -> Spans:
 
 class MetaLMEncoder(nn.Module):
     """A bidirectional encoder of text, or of images followed by text, with its connector."""
+
+    reads_clips = False
 
     def __init__(self, config: MetaLMConfig, name: str) -> None:
         super().__init__()
@@ -177,7 +184,7 @@ class MetaLMEncoder(nn.Module):
 
 
 class MetaLMPretrainedEncoder(nn.Module):
-    """An encoder that is a model of transformers, of text or of images, with its connector."""
+    """An encoder that is a model of transformers, of text, images or clips, with its connector."""
 
     def __init__(self, config: MetaLMConfig, name: str) -> None:
         super().__init__()
@@ -187,20 +194,27 @@ class MetaLMPretrainedEncoder(nn.Module):
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None
         self.token_offset, self.first_position = config.own_token_offset, sizes["first_position"]
+        self.media_token = config.image_token_id
         self.max_text, self.max_elements = sizes["max_text_positions"], _max_elements(sizes)
         self.reads_images = sizes["image_size"] is not None
         self.num_patches = (sizes["image_size"] // sizes["patch_size"]) ** 2 if self.reads_images else 0
         self.image_mean, self.image_std = sizes["image_mean"], sizes["image_std"]
+        self.audio, self.reads_clips = sizes["audio"], sizes["audio"] is not None
         self.connector = _connector(sizes["connector"], sizes["hidden_size"], config.hidden_size)
 
     def forward(
-        self, input_ids: Tensor, num_elements: Tensor, pixel_values: Tensor | None, dtype: torch.dtype
+        self, input_ids: Tensor, num_elements: Tensor, media: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """As `MetaLMEncoder`; an image has no text behind it.
+        """As `MetaLMEncoder`; an image or a clip has no text behind it.
+
+        Args:
+            media: `pixel_values` of its images, or `audio_values` of its clips.
 
         Raises:
             ValueError: it has.
         """
+        if self.reads_clips:
+            return self._encode_clips(input_ids, num_elements, media, dtype)
         if not self.reads_images:
             index = torch.arange(input_ids.shape[1], device=input_ids.device)
             found = self.model(
@@ -211,15 +225,36 @@ class MetaLMPretrainedEncoder(nn.Module):
             )
             return self.connector(found.last_hidden_state)
         is_checked = not torch.compiler.is_compiling()
-        if pixel_values is None or (is_checked and bool((num_elements != self.num_patches).any())):
+        if media is None or (is_checked and bool((num_elements != self.num_patches).any())):
             raise ValueError("this encoder of images reads no text")
         mean, deviation = (
-            torch.tensor(values, device=pixel_values.device)[:, None, None]
+            torch.tensor(values, device=media.device)[:, None, None]
             for values in (self.image_mean, self.image_std)
         )
-        pixels = ((pixel_values.float() + 1.0) / 2.0 - mean) / deviation
+        pixels = ((media.float() + 1.0) / 2.0 - mean) / deviation
         found = self.model(pixel_values=pixels.to(dtype))
         return self.connector(found.last_hidden_state[:, -self.num_patches :])
+
+    def _encode_clips(
+        self, input_ids: Tensor, num_elements: Tensor, values: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """[clips, vectors of a whole clip, decoder's hidden size]; a shorter clip has its own in front."""
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        is_text = (index < num_elements[:, None]) & (input_ids != self.media_token)
+        if values is None or (not torch.compiler.is_compiling() and bool(is_text.any())):
+            raise ValueError("this encoder of clips reads no text")
+        shape = self.audio["features"]
+        options = {}
+        if self.audio["masks_padding"]:
+            # The model takes a mask over samples and derives that of vectors: any length with as many does.
+            samples = num_elements[: len(values)]
+            for kernel, stride in reversed(self.audio["convolutions"]):
+                samples = (samples - 1) * stride + kernel
+            place = torch.arange(self.audio["max_samples"], device=values.device)
+            options["attention_mask"] = (place < samples[:, None]).long()
+        clips = values[:, : math.prod(shape)].unflatten(1, shape).to(dtype)
+        found = self.model(input_values=clips, **options)
+        return self.connector(found.last_hidden_state[:, -self.audio["num_patches"] :])
 
 
 class MetaLMEncoders(nn.ModuleDict):
@@ -234,7 +269,7 @@ class MetaLMEncoders(nn.ModuleDict):
                 for name, sizes in config.encoders.items()
             }
         )
-        self.image_token_id = config.image_token_id
+        self.config, self.image_token_id = config, config.image_token_id
         self.image_encoder, self.num_patches = config.image_encoder, config.num_patches
 
     def encode_images(self, pixel_values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -249,37 +284,48 @@ class MetaLMEncoders(nn.ModuleDict):
         ids = torch.full(shape, self.image_token_id, device=pixel_values.device)
         return self[self.image_encoder](ids, ids.new_full(shape[:1], self.num_patches), pixel_values, dtype)
 
-    def dock(self, hidden: Tensor, spans: Spans, pixel_values: Tensor | None) -> Tensor:
+    def dock(
+        self, hidden: Tensor, spans: Spans, pixel_values: Tensor | None, audio_values: Tensor | None
+    ) -> Tensor:
         """Encode the spans and put their vectors where they stand in the decoder's input.
 
         Args:
             hidden: [B, S', decoder's hidden size]; S' may be longer than the spans' S, by generated tokens.
             spans: of the first S positions.
             pixel_values: of all images, row after row.
+            audio_values: of all clips, row after row.
 
         Raises:
-            ValueError: the number of images is not that of the image spans.
+            ValueError: the number of images or clips is not that of their spans.
         """
-        starts = spans.image_starts(self.image_token_id)
-        given = 0 if pixel_values is None else pixel_values.shape[0]
-        if torch.compiler.is_compiling():
-            torch._assert_async(starts.sum() == given, "the prompts and pixel_values have different images")
-        elif int(starts.sum()) != given:
-            raise ValueError(f"the prompts have {int(starts.sum())} image(s), pixel_values has {given}")
+        image_starts, clip_starts = spans.media_starts(self.config)
+        _check_count("image", "pixel_values", image_starts, pixel_values)
+        _check_count("clip", "audio_values", clip_starts, audio_values)
         for place, encoder in enumerate(self.values(), start=1):
             rows, columns = (spans.encoders == place).nonzero(as_tuple=True)  # [N], row after row
+            media, starts = (
+                (audio_values, clip_starts) if encoder.reads_clips else (pixel_values, image_starts)
+            )
             if torch.compiler.is_compiling():
-                if pixel_values is None and not encoder.max_text:
+                if media is None and not encoder.max_text:
                     continue
             elif not len(rows):
                 continue
             elif encoder.max_elements == encoder.max_text and bool((starts[rows, columns]).any()):
                 raise ValueError("an image stands in a span of an encoder that reads no images")
-            own = None if pixel_values is None else pixel_values[spans.encoders[starts] == place]
+            own = None if media is None else media[spans.encoders[starts] == place]
             ids, numbers = spans.input_ids[rows, columns], spans.numbers[rows, columns]
             vectors = _encode(encoder, ids, rows, numbers, own, hidden.dtype, hidden.shape[1])
             hidden = hidden.index_put((rows, columns), vectors.to(hidden.device, hidden.dtype))
         return hidden
+
+
+def _check_count(noun: str, name: str, starts: Tensor, values: Tensor | None) -> None:
+    given = 0 if values is None else values.shape[0]
+    if torch.compiler.is_compiling():
+        torch._assert_async(starts.sum() == given, f"the prompts and {name} have different {noun}s")
+    elif int(starts.sum()) != given:
+        raise ValueError(f"the prompts have {int(starts.sum())} {noun}(s), {name} has {given}")
 
 
 def _encode(
@@ -287,7 +333,7 @@ def _encode(
     ids: Tensor,
     rows: Tensor,
     numbers: Tensor,
-    pixel_values: Tensor | None,
+    media: Tensor | None,
     dtype: torch.dtype,
     row_length: int,
 ) -> Tensor:
@@ -308,12 +354,14 @@ def _encode(
     else:
         padded = ids.new_zeros((len(begins), int(lengths.max())))
     padded[span, element] = ids
-    return encoder(padded, lengths, pixel_values, dtype)[span, element]
+    return encoder(padded, lengths, media, dtype)[span, element]
 
 
 def _max_elements(sizes: dict[str, Any]) -> int:
     """Of the longest span that an encoder of these sizes reads."""
     num_patches = 0 if sizes["image_size"] is None else (sizes["image_size"] // sizes["patch_size"]) ** 2
+    if sizes["audio"] is not None:
+        num_patches = sizes["audio"]["num_patches"]
     return num_patches + sizes["max_text_positions"]
 
 

@@ -1,10 +1,11 @@
-"""Attention and transformer layer of MetaLM, the same for the decoder and the encoders.
+"""Positions of MetaLM, and its attention and layers, the same for the decoder and the encoders.
 
 Shape letters: B rows or spans, L positions, D hidden, H heads, K head width.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,34 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_metalm import MetaLMConfig
+
+
+def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
+    """Sines at even and cosines at odd dimensions (Vaswani et al., 2017); [...] to [..., D] float32."""
+    exponents = torch.arange(0, hidden_size, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[..., None] * torch.exp(exponents * (-math.log(10000.0) / hidden_size))
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def rotary_factors(positions: Tensor, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, K] float32.
+
+    Raises:
+        ValueError: `parameters` ask for a scaling other than "llama3".
+    """
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    frequencies = 1.0 / parameters["rope_theta"] ** exponents
+    if parameters["rope_type"] == "llama3":
+        # Short wavelengths stay, long ones are stretched, those between blend.
+        turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / parameters["factor"])
+    elif parameters["rope_type"] != "default":
+        raise ValueError(f"rope_type is {parameters['rope_type']!r}, expected 'default' or 'llama3'")
+    angles = positions.float()[:, None, :, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def eager_attention(

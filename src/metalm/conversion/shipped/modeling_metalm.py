@@ -6,7 +6,6 @@ S positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from typing import Any
 
@@ -29,7 +28,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_metalm import MetaLMConfig
 from .encoder_metalm import MetaLMEncoder, MetaLMEncoders, Spans, spans_of_images
-from .layers_metalm import MetaLMCausalAttention, MetaLMDecoderLayer, MetaLMLinear, build_norm
+from .layers_metalm import (
+    MetaLMCausalAttention,
+    MetaLMDecoderLayer,
+    MetaLMLinear,
+    build_norm,
+    rotary_factors,
+    sinusoidal_positions,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -40,40 +46,12 @@ CACHE_NAME = fields(BaseModelOutputWithPast)[1].name
 """What this version of transformers calls the cache: "past_key_values" before 5.24, then "cache"."""
 
 
-def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
-    """Sines at even and cosines at odd dimensions (Vaswani et al., 2017); [...] to [..., D] float32."""
-    exponents = torch.arange(0, hidden_size, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[..., None] * torch.exp(exponents * (-math.log(10000.0) / hidden_size))
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
-
-
-def rotary_factors(positions: Tensor, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, K] float32.
-
-    Raises:
-        ValueError: `parameters` ask for a scaling other than "llama3".
-    """
-    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
-    frequencies = 1.0 / parameters["rope_theta"] ** exponents
-    if parameters["rope_type"] == "llama3":
-        # Short wavelengths stay, long ones are stretched, those between blend.
-        turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        frequencies = frequencies * (kept + (1.0 - kept) / parameters["factor"])
-    elif parameters["rope_type"] != "default":
-        raise ValueError(f"rope_type is {parameters['rope_type']!r}, expected 'default' or 'llama3'")
-    angles = positions.float()[:, None, :, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
 class MetaLMPreTrainedModel(PreTrainedModel):
     """Loading, saving and initial weights."""
 
     config_class = MetaLMConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "audio", "text")
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _no_split_modules = ("MetaLMDecoderLayer", "MetaLMEncoder", "MetaLMPretrainedEncoder")
@@ -158,6 +136,7 @@ class MetaLMModel(MetaLMPreTrainedModel):
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        audio_values: Tensor | None = None,
         span_input_ids: Tensor | None = None,
         span_encoders: Tensor | None = None,
         span_numbers: Tensor | None = None,
@@ -165,13 +144,16 @@ class MetaLMModel(MetaLMPreTrainedModel):
         """The spans that a forward's arguments describe, None if there are none.
 
         Raises:
-            ValueError: some of the span tensors are missing, or the image tokens make no whole images.
+            ValueError: some of the span tensors are missing, or all beside clips, or the image tokens make no
+                whole images.
         """
         given = (span_input_ids, span_encoders, span_numbers)
         if all(tensor is not None for tensor in given):
             return Spans(*given)
         if any(tensor is not None for tensor in given):
             raise ValueError("span_input_ids, span_encoders and span_numbers belong together")
+        if audio_values is not None:
+            raise ValueError("audio_values need span_input_ids, span_encoders and span_numbers beside them")
         if pixel_values is None:
             return None
         if inputs_embeds is not None:
@@ -206,6 +188,7 @@ class MetaLMModel(MetaLMPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        audio_values: Tensor | None = None,
         span_input_ids: Tensor | None = None,
         span_encoders: Tensor | None = None,
         span_numbers: Tensor | None = None,
@@ -228,6 +211,7 @@ class MetaLMModel(MetaLMPreTrainedModel):
             inputs_embeds: [B, S, D] in place of `input_ids`, as `get_input_embeddings()` gives them. Without
                 span tensors, images stand where the image token's embedding does.
             pixel_values: [images, 3, height, width], x / 127.5 - 1 of 8-bit pixels, row after row.
+            audio_values: [clips, values], features end to end, row after row; with span tensors only.
             span_input_ids, span_encoders, span_numbers: [B, S] each, see `Spans`. Without them every
                 `num_patches` image tokens are one image of `pixel_values`.
             use_cache: answer with a cache.
@@ -247,6 +231,7 @@ class MetaLMModel(MetaLMPreTrainedModel):
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
+            audio_values=audio_values,
             span_input_ids=span_input_ids,
             span_encoders=span_encoders,
             span_numbers=span_numbers,
@@ -257,7 +242,7 @@ class MetaLMModel(MetaLMPreTrainedModel):
         if self.config.scale_embedding:
             hidden = hidden * self.config.hidden_size**0.5
         if spans is not None:
-            hidden = self.encoders.dock(hidden, spans, pixel_values)
+            hidden = self.encoders.dock(hidden, spans, pixel_values, audio_values)
 
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             cache = None  # a layer that is run again for its gradients would write to it twice
@@ -326,6 +311,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        audio_values: Tensor | None = None,
         span_input_ids: Tensor | None = None,
         span_encoders: Tensor | None = None,
         span_numbers: Tensor | None = None,
@@ -354,6 +340,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
+            audio_values=audio_values,
             span_input_ids=span_input_ids,
             span_encoders=span_encoders,
             span_numbers=span_numbers,
@@ -394,6 +381,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        audio_values: Tensor | None = None,
         span_input_ids: Tensor | None = None,
         span_encoders: Tensor | None = None,
         span_numbers: Tensor | None = None,
@@ -401,7 +389,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The next forward's inputs; spans and images only while their positions are not in the cache."""
+        """The next forward's inputs; spans and media only while their positions are not in the cache."""
         cache = _one_cache(cache, past_key_values)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
@@ -410,6 +398,7 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
+            audio_values=audio_values,
             span_input_ids=span_input_ids,
             span_encoders=span_encoders,
             span_numbers=span_numbers,
@@ -420,13 +409,15 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         embedded = inputs.get("inputs_embeds")
         stop = start + (inputs["input_ids"] if embedded is None else embedded).shape[1]
         fed = spans.columns(start, stop)
-        if pixel_values is not None:
-            column = spans.image_starts(self.config.image_token_id).nonzero()[:, 1]
-            pixel_values = pixel_values[(column >= start) & (column < stop)]
+        media = {"pixel_values": pixel_values, "audio_values": audio_values}
+        for name, starts in zip(media, spans.media_starts(self.config), strict=True):
+            if media[name] is not None:
+                column = starts.nonzero()[:, 1]
+                media[name] = media[name][(column >= start) & (column < stop)]
         if self.config.spans == "bidirectional":
             # For a static cache transformers makes a causal mask here; the forward knows the spans.
             inputs["attention_mask"] = kwargs.get("attention_mask")
-        return inputs | {"pixel_values": pixel_values} | fed.tensors()
+        return inputs | media | fed.tensors()
 
     @staticmethod
     def create_masks_for_generate(config: MetaLMConfig, attention_mask: Tensor | None, **kwargs: Any) -> Any:
@@ -442,23 +433,24 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeat each row for its beams, its images together."""
-        pixel_values = model_kwargs.get("pixel_values")
-        if pixel_values is not None:
-            names = ("inputs_embeds", "pixel_values", "span_input_ids", "span_encoders", "span_numbers")
+        """Repeat each row for its beams, its images and its clips together."""
+        media = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "audio_values")}
+        if any(values is not None for values in media.values()):
+            names = ("inputs_embeds", "span_input_ids", "span_encoders", "span_numbers")
             given = {name: model_kwargs.get(name) for name in names}
-            spans = self.model.spans(input_ids=input_ids, **given)
-            counts = spans.image_starts(self.config.image_token_id).sum(dim=1).tolist()
-            rows = pixel_values.split(counts)
-            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
-            model_kwargs |= {"pixel_values": None} | spans.tensors()
+            spans = self.model.spans(input_ids=input_ids, **media, **given)
+            for name, starts in zip(media, spans.media_starts(self.config), strict=True):
+                if media[name] is not None:
+                    rows = media[name].split(starts.sum(dim=1).tolist())
+                    media[name] = torch.cat([row for row in rows for _ in range(expand_size)])
+            model_kwargs |= spans.tensors()
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
             **model_kwargs,
         )
-        return input_ids, model_kwargs | ({} if pixel_values is None else {"pixel_values": pixel_values})
+        return input_ids, model_kwargs | {n: values for n, values in media.items() if values is not None}
 
 
 def _warn_of_newer_transformers(proved: str | None) -> None:

@@ -1,8 +1,9 @@
-"""Prompts and images to the model's inputs: what the encoders read is marked in the prompt.
+"""Prompts, images and clips to the model's inputs: what the encoders read is marked in the prompt.
 
     <span>some text</span>            the text encoder reads it, the decoder sees its vectors
     <image>                           the image encoder reads the next image
     <span><image>some text</span>     the image encoder reads the next image and the text together
+    <audio>                           the audio encoder reads the next clip
     <span:NAME>...</span>             the encoder NAME reads it
 
 Everything else is text that the decoder reads itself. A prompt starts with `<s>`, as documents did in
@@ -25,9 +26,10 @@ from tokenizers import Tokenizer
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
+from .audio_processing_metalm import ClipFeatures, MetaLMAudioProcessor, open_clip
 from .image_processing_metalm import MetaLMImageProcessor
 
-IMAGE_MARKER = "<image>"
+IMAGE_MARKER, AUDIO_MARKER = "<image>", "<audio>"
 OWN_TOKENIZER_NAME = "tokenizer_of_{}.json"
 """File of the tokenizer of an encoder."""
 SPAN_MARKER = re.compile(r"<span(?::([a-z0-9_]+))?>")
@@ -44,54 +46,64 @@ class Prompt(NamedTuple):
     span_encoders: list[int]
     span_numbers: list[int]
     num_images: int
+    clips: list[ClipFeatures]
 
 
 class Span(NamedTuple):
     """What one encoder reads."""
 
     encoder: str | None
-    """None: the one for images or the one for text."""
-    has_image: bool
+    """None: the one for images, for clips or for text."""
+    marker: str | None
+    """Of the image or clip that it begins with."""
     ids: list[int]
-    """Of the text behind the image."""
+    """Of the text behind that."""
     words: list[str]
     """That text without special tokens, in pieces."""
 
 
 class MetaLMProcessor(ProcessorMixin):
-    """Tokenizer and image preparation in one."""
+    """Tokenizer and preparation of images and clips in one."""
 
     def __init__(
         self,
         tokenizer: Any = None,
         chat_template: str | None = None,
-        encoders: dict[str, dict[str, int]] | None = None,
+        encoders: dict[str, dict[str, Any]] | None = None,
         image_encoder: str | None = None,
         text_encoder: str | None = None,
         image_size: int | None = None,
         overflow: str | None = None,
+        audio_encoder: str | None = None,
     ) -> None:
         """Made by `AutoProcessor.from_pretrained`.
 
         Args:
-            encoders: by name, `max_text_positions`, `num_patches` (0: text only) and, for an encoder with a
-                tokenizer of its own, `vocab_size` of the model and `own_vocab_size` of the encoder; the
-                tokenizer is then in a file beside.
+            encoders: by name, `max_text_positions`, `num_patches` (0: text only); for an encoder with a
+                tokenizer of its own also `vocab_size` of the model and `own_vocab_size` of the encoder, the
+                tokenizer being in a file beside; for one of clips `audio`, how they are prepared.
             image_encoder: reads images whose span names none.
             text_encoder: reads texts whose span names none.
             image_size: pixels per side.
             overflow: what becomes of a text that is longer than its encoder reads, as in training: `split`
                 (spans one after another), `cut_left` or `cut_right`; None: it is refused.
+            audio_encoder: reads clips whose span names none.
         """
         super().__init__(tokenizer, chat_template=chat_template)
         self.encoders = dict(sorted((encoders or {}).items()))
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
+        self.audio_encoder = audio_encoder
         self.image_size = image_size
         self.overflow = overflow
         self.image_token = IMAGE_MARKER
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
         self._image_processor = None if image_size is None else MetaLMImageProcessor(image_size)
+        self._audio_processors = {
+            name: MetaLMAudioProcessor(sizes["audio"])
+            for name, sizes in self.encoders.items()
+            if sizes.get("audio") is not None
+        }
         self._own_tokenizers: dict[str, Tokenizer] = {}
 
     @classmethod
@@ -145,15 +157,17 @@ class MetaLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """What a call may answer with."""
         spans = ["span_input_ids", "span_encoders", "span_numbers"] if self.encoders else []
-        return ["input_ids", "attention_mask", *spans, *(["pixel_values"] if self.image_encoder else [])]
+        media = {"pixel_values": self.image_encoder, "audio_values": self._audio_processors}
+        return ["input_ids", "attention_mask", *spans, *(name for name, read in media.items() if read)]
 
     def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: None = None,
-        audio: None = None,
+        audio: Any = None,
         *,
+        sampling_rate: int | None = None,
         add_special_tokens: bool = True,
         padding: bool | str = True,
         padding_side: str = "left",
@@ -167,7 +181,11 @@ class MetaLMProcessor(ProcessorMixin):
             images: one, a list in the order of the prompts' image markers, or a list per prompt. Each is a
                 PIL image, [height, width, 3] uint8, the bytes or the path of an image file, or a URL.
             text: one prompt or several.
-            videos, audio: None; transformers hands them over.
+            videos: None; transformers hands them over.
+            audio: one, a list in the order of the prompts' audio markers, or a list per prompt. Each is the
+                path or the bytes of a WAV, FLAC or Ogg file, a URL, samples [n] of one channel, or these in
+                a dictionary of `array` and `sampling_rate`.
+            sampling_rate: of samples that do not tell their own, in hertz.
             add_special_tokens: put `<s>` before prompts that do not start with it.
             padding: False, True (to the longest prompt) or "max_length".
             padding_side: "left" for generation.
@@ -177,20 +195,23 @@ class MetaLMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask`; span tensors if there is a span; `pixel_values` [images, 3,
-            height, width] float32 if there is an image.
+            height, width] float32 if there is an image; `audio_values` [clips, values] float32 if there is a
+            clip.
 
         Raises:
-            ValueError: a prompt's markers, length or images do not fit the model.
+            ValueError: a prompt's markers, length, images or clips do not fit the model.
         """
         if text is None:
             raise ValueError("text is missing; the prompt of an image by itself is '<image>'")
-        if videos is not None or audio is not None:
-            raise ValueError("this model reads text and images only")
+        if videos is not None:
+            raise ValueError("this model reads no videos")
         if truncation:
             raise ValueError("truncation is not supported, because it would cut spans: shorten the prompt")
         texts = [text] if isinstance(text, str) else list(text)
-        prompts = [self._prompt(one, add_special_tokens) for one in texts]
-        pixels = [self._prepare_image(image) for image in _flat_images(images, prompts)]
+        clips = iter(_flat_media("audio", audio, [self._count(one, AUDIO_MARKER) for one in texts]))
+        prompts = [self._prompt(one, add_special_tokens, clips, sampling_rate) for one in texts]
+        given = _flat_media("image", images, [prompt.num_images for prompt in prompts])
+        pixels = [self._prepare_image(image) for image in given]
         lengths = [len(prompt.input_ids) for prompt in prompts]
         if max_length is not None and max(lengths) > max_length:
             raise ValueError(f"the longest prompt has {max(lengths)} tokens, max_length is {max_length}")
@@ -212,12 +233,52 @@ class MetaLMProcessor(ProcessorMixin):
             data["span_numbers"] = column([p.span_numbers for p in prompts], 0)
         if pixels:
             data["pixel_values"] = torch.stack(pixels) if return_tensors == "pt" else np.stack(pixels)
+        if features := [clip.values for prompt in prompts for clip in prompt.clips]:
+            widest = max(map(len, features))
+            data["audio_values"] = np.stack([np.pad(one, (0, widest - len(one))) for one in features])
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _prepare_image(self, image: Any) -> torch.Tensor:
         if self._image_processor is None:
-            raise ValueError("an image was given, but this model reads text only")
+            raise ValueError("an image was given, but this model reads none")
         return self._image_processor.prepare_image(image)
+
+    def prepare_clip(
+        self, clip: Any, encoder: str | None = None, *, sampling_rate: int | None = None
+    ) -> ClipFeatures:
+        """What an encoder reads of a clip.
+
+        Args:
+            clip, sampling_rate: as of a call.
+            encoder: None: the one for clips.
+
+        Raises:
+            ValueError: the encoder reads none, or the clip cannot be used.
+        """
+        name = encoder or self.audio_encoder
+        if name not in self._audio_processors:
+            raise ValueError(f"encoder {name!r} reads no clips" if name else "this model reads no clips")
+        return self._audio_processors[name].prepare(clip, sampling_rate)
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As any processor's; clips are decoded as in training."""
+        return super().apply_chat_template(self._with_open_clips(conversation), chat_template, **kwargs)
+
+    def _with_open_clips(self, conversation: Any) -> Any:
+        """Messages whose clips are samples that know their rate: transformers hands them over as they are."""
+        if isinstance(conversation, list | tuple):
+            return [self._with_open_clips(one) for one in conversation]
+        content = conversation.get("content") if isinstance(conversation, dict) else None
+        if not isinstance(content, list | tuple) or not self._audio_processors:
+            return conversation
+        longest_s = max(one.longest_s for one in self._audio_processors.values())
+        parts = []
+        for part in content:
+            given = [part[name] for name in ("audio", "url", "path") if part.get(name) is not None]
+            if part.get("type") == "audio" and given and not isinstance(given[0], np.ndarray):
+                part = {"type": "audio", "audio": open_clip(given[0], longest_s=longest_s)}
+            parts.append(part)
+        return {**conversation, "content": parts}
 
     def escape(self, text: str) -> str:
         """A text as a prompt in which nothing of it is a marker or a special token, whatever follows it."""
@@ -227,7 +288,14 @@ class MetaLMProcessor(ProcessorMixin):
 
     def num_images(self, text: str) -> int:
         """How many images a prompt marks."""
-        return sum(piece == IMAGE_MARKER for piece, is_mark in self.pieces(text) if is_mark)
+        return self._count(text, IMAGE_MARKER)
+
+    def num_clips(self, text: str) -> int:
+        """How many clips a prompt marks."""
+        return self._count(text, AUDIO_MARKER)
+
+    def _count(self, text: str, marker: str) -> int:
+        return sum(piece == marker for piece, is_mark in self.pieces(text) if is_mark)
 
     @property
     def _marks(self) -> re.Pattern[str]:
@@ -235,7 +303,9 @@ class MetaLMProcessor(ProcessorMixin):
         special = [re.escape(token) for token in self.tokenizer.all_special_tokens]
         return re.compile(
             r"(\\*)("
-            + "|".join([SPAN_MARKER.pattern, SPAN_END, re.escape(_NOTHING), IMAGE_MARKER, *special])
+            + "|".join(
+                [SPAN_MARKER.pattern, SPAN_END, re.escape(_NOTHING), IMAGE_MARKER, AUDIO_MARKER, *special]
+            )
             + ")"
         )
 
@@ -258,8 +328,10 @@ class MetaLMProcessor(ProcessorMixin):
         if words + text[end:]:
             yield words + text[end:], False
 
-    def _prompt(self, text: str, add_special_tokens: bool) -> Prompt:
-        prompt = Prompt([], [], [], [], self.num_images(text))
+    def _prompt(
+        self, text: str, add_special_tokens: bool, clips: Iterator[Any], sampling_rate: int | None
+    ) -> Prompt:
+        prompt = Prompt([], [], [], [], self.num_images(text), [])
         if add_special_tokens and not text.startswith(self.tokenizer.bos_token):
             self._append(prompt, [self.tokenizer.bos_token_id])
         span: Span | None = None
@@ -268,23 +340,27 @@ class MetaLMProcessor(ProcessorMixin):
             if is_mark and (opening := SPAN_MARKER.fullmatch(piece)):
                 if span is not None:
                     raise ValueError(f"spans do not nest: {text!r}")
-                span = Span(opening[1], False, [], [])
+                span = Span(opening[1], None, [], [])
             elif is_mark and piece == SPAN_END:
                 if span is None:
                     raise ValueError(f"{piece} has no counterpart in {text!r}")
-                for read in self._read(span):
+                for read in self._read(span, prompt):
                     number += 1
                     self._append(prompt, *read, number)
                 span = None
-            elif is_mark and piece == IMAGE_MARKER:
+            elif is_mark and piece in (IMAGE_MARKER, AUDIO_MARKER):
+                if piece == AUDIO_MARKER:
+                    encoder = None if span is None else span.encoder
+                    features = self.prepare_clip(next(clips), encoder, sampling_rate=sampling_rate)
+                    prompt.clips.append(features)
                 if span is None:
                     number += 1
-                    (read,) = self._read(Span(None, True, [], []))
+                    (read,) = self._read(Span(None, piece, [], []), prompt)
                     self._append(prompt, *read, number)
-                elif span.has_image or span.ids:
-                    raise ValueError(f"in a span, one image comes first: {text!r}")
+                elif span.marker or span.ids:
+                    raise ValueError(f"in a span, one image or clip comes first: {text!r}")
                 else:
-                    span = span._replace(has_image=True)
+                    span = span._replace(marker=piece)
             else:
                 ids = [self.tokenizer.convert_tokens_to_ids(piece)] if is_mark else self._ids(piece)
                 if span is None:
@@ -296,17 +372,23 @@ class MetaLMProcessor(ProcessorMixin):
             raise ValueError(f"<span> has no counterpart in {text!r}")
         return prompt
 
-    def _read(self, span: Span) -> list[tuple[list[int], int]]:
-        """Tokens that an encoder reads, image tokens for patches, and the encoder's place: once, or once for
-        each of the spans that a long text becomes."""
-        name = span.encoder or (self.image_encoder if span.has_image else self.text_encoder)
+    def _read(self, span: Span, prompt: Prompt) -> list[tuple[list[int], int]]:
+        """Tokens that an encoder reads, and the encoder's place: once, or once for each of the spans that a
+        long text becomes. The vectors of an image or of the prompt's last clip are image tokens."""
+        usual = {IMAGE_MARKER: self.image_encoder, AUDIO_MARKER: self.audio_encoder, None: self.text_encoder}
+        name = span.encoder or usual[span.marker]
         if name not in self.encoders:
             known = ", ".join(self.encoders) or "none"
-            what = "images" if span.has_image else "text"
+            what = {IMAGE_MARKER: "images", AUDIO_MARKER: "clips", None: "text"}[span.marker]
             raise ValueError(f"no encoder {name or 'for this'!r} to read {what}; the model has: {known}")
         sizes = self.encoders[name]
-        if span.has_image and not sizes["num_patches"]:
-            raise ValueError(f"encoder {name!r} reads no images")
+        num_vectors = 0
+        if span.marker == AUDIO_MARKER:
+            num_vectors = prompt.clips[-1].num_vectors
+        elif span.marker == IMAGE_MARKER:
+            num_vectors = sizes["num_patches"]
+            if not num_vectors or name in self._audio_processors:
+                raise ValueError(f"encoder {name!r} reads no images")
         longest = sizes["max_text_positions"]
         if "vocab_size" in sizes:
             own = self._own_tokenizers[name]
@@ -314,7 +396,7 @@ class MetaLMProcessor(ProcessorMixin):
             found = [[sizes["vocab_size"] + n for n in own.encode(text).ids] for text in texts]
         else:
             found = self._fitting_ids(name, span.ids, longest)
-        found[0] = [self.image_token_id] * (sizes["num_patches"] if span.has_image else 0) + found[0]
+        found[0] = [self.image_token_id] * num_vectors + found[0]
         if not found[0]:
             raise ValueError("a span is empty")
         place = list(self.encoders).index(name) + 1
@@ -367,23 +449,22 @@ def _too_long(name: str, longest: int, count: int) -> ValueError:
     return ValueError(f"encoder {name!r} reads at most {longest} tokens, a span has {count}")
 
 
-def _flat_images(images: Any, prompts: Sequence[Prompt]) -> list[Any]:
-    """All images in the order of the prompts, checked against the prompts' markers."""
-    counts = [prompt.num_images for prompt in prompts]
-    if images is None:
+def _flat_media(marker: str, media: Any, counts: Sequence[int]) -> list[Any]:
+    """All images or clips in the order of the prompts, checked against the prompts' markers."""
+    if media is None:
         given = []
-    elif not isinstance(images, list | tuple):
-        given = [images]
-    elif images and all(isinstance(group, list | tuple) for group in images):
-        if [len(group) for group in images] != counts:
-            raise ValueError(
-                f"the prompts have {counts} image marker(s), images has {[len(group) for group in images]}"
-            )
-        given = [image for group in images for image in group]
+    elif not isinstance(media, list | tuple):
+        given = [media]
+    elif media and all(isinstance(group, list | tuple) for group in media):
+        lengths = [len(group) for group in media]
+        if lengths != list(counts):
+            raise ValueError(f"the prompts have {counts} {marker} marker(s), the lists {lengths}")
+        given = [one for group in media for one in group]
     else:
-        given = list(images)
-    if len(given) != sum(counts):
-        raise ValueError(f"the prompts have {sum(counts)} image marker(s), {len(given)} image(s) were given")
+        given = list(media)
+    if (count := sum(counts)) != len(given):
+        noun = {"image": "image", "audio": "clip"}[marker]
+        raise ValueError(f"the prompts have {count} {marker} marker(s), {len(given)} {noun}(s) were given")
     return given
 
 
