@@ -1,0 +1,1 @@
+"""The paper's claims tried at small scale on public data."""
