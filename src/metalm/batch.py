@@ -1,10 +1,11 @@
 """SemiCausalBatch: the one contract between data and model.
 
-Every index that the step needs (positions, intervals, dock indices, the shares of the TP ranks) is
+Every index that the step needs (positions, intervals, dock indices, the shares of the ranks) is
 computed in the collator, on the CPU, so that the step itself never waits for the device.
 
-Shape letters: B rows, S decoder positions, T tensor-parallel ranks, L encoder elements of one share,
-P patches of one share (of images, or vectors of clips), N docked vectors.
+Shape letters: B rows, S decoder positions, R ranks that work on the same rows (T tensor-parallel x C
+context-parallel ones), L encoder elements of one share, P patches of one share (of images, or vectors of
+clips), N docked vectors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EncoderShare:
-    """The spans of one micro-batch that one TP rank encodes with one encoder, packed end to end.
+    """The spans of one micro-batch that one rank encodes with one encoder, packed end to end.
 
     A span is a run of elements: first the patches of its image or clip, if any, then its text tokens. In
     an encoder with dropout every span begins at a multiple of 4, because its attention draws four words
@@ -49,19 +50,21 @@ class EncoderShare:
 
 @dataclass(frozen=True)
 class EncoderBatch:
-    """The spans of one micro-batch that go through one encoder, split over the TP ranks.
+    """The spans of one micro-batch that go through one encoder, split over the ranks with the same rows.
 
-    The shares have one common length L, so the vectors of all ranks gather to [T * L, hidden].
+    The shares have one common length L, so the vectors of all ranks gather to [R * L, hidden].
     """
 
-    shares: tuple[EncoderShare, ...]  # one per TP rank
-    dock_vectors: Tensor  # [N] int64; index into the gathered [T * L]
+    shares: tuple[EncoderShare, ...]  # one per rank
+    dock_vectors: Tensor  # [N] int64; index into the gathered [R * L]
     dock_positions: Tensor  # [N] int64; row * S + decoder position
+    dock_bounds: tuple[int, ...]
+    """[C + 1], from 0 to N; which of the N stand in each context rank's run of the B * S positions."""
 
 
 @dataclass(frozen=True)
 class SemiCausalBatch:
-    """One micro-batch of packed rows.
+    """One micro-batch of packed rows, whole on every rank that works on it.
 
     Position p predicts `labels[p]`, and its loss counts `loss_weights[p]` times. Positions inside a span
     before its last one, last positions of documents and padding have weight 0.

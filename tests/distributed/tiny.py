@@ -57,24 +57,37 @@ def tiny_config(
     folder: str,
     *,
     tensor: int = 1,
+    context: int = 1,
     sequence_parallel: bool = False,
     micro_batch_size: int = 1,
     options: str = "paper",
+    dropout: float = 0.0,
     **deepspeed: str,
 ) -> RunConfig:
     """Two decoder layers, a DeepNorm text encoder, a pre-LN image encoder; vocabulary with padding rows.
 
-    Where the decoder recomputes, the encoders do so, too.
+    Where the decoder recomputes, the encoders do so, too; all have the same dropout.
     """
     recompute = OPTIONS[options].get("recompute", False)
     return RunConfig.model_validate(
         {
             "run": {"name": "tiny", "folder": folder, "seed": 5},
-            "parallel": {"tensor": tensor, "sequence_parallel": sequence_parallel, "timeout_minutes": 3},
+            "parallel": {
+                "tensor": tensor,
+                "context": context,
+                "sequence_parallel": sequence_parallel,
+                "timeout_minutes": 3,
+            },
             "deepspeed": deepspeed,
             "model": {
                 "vocab_size": VOCAB,
-                "decoder": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, **OPTIONS[options]},
+                "decoder": {
+                    "num_layers": 2,
+                    "hidden_size": 32,
+                    "num_heads": 4,
+                    "dropout": dropout,
+                    **OPTIONS[options],
+                },
                 "encoders": {
                     "text": {
                         "num_layers": 2,
@@ -82,9 +95,11 @@ def tiny_config(
                         "num_heads": 2,
                         "max_text_positions": 16,
                         "recompute": recompute,
+                        "dropout": dropout,
                     },
                     "image": {
                         "recompute": recompute,
+                        "dropout": dropout,
                         "num_layers": 2,
                         "hidden_size": 16,
                         "num_heads": 2,
@@ -140,6 +155,7 @@ def micro_batches(
             sequence_length=config.data.sequence_length,
             tp_size=config.parallel.tensor,
             pad_id=PAD,
+            cp_size=config.parallel.context,
         )
         for first in range(0, share, size)
     ]

@@ -46,6 +46,7 @@ class WrittenBy(Record):
     """The layout of the ranks that wrote the checkpoint."""
 
     tensor: Annotated[int, Field(gt=0)]
+    context: Annotated[int, Field(gt=0)] = 1
     data: Annotated[int, Field(gt=0)]
 
 

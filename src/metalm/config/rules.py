@@ -65,10 +65,15 @@ def check_topology(config: RunConfig, world_size: int) -> None:
     Raises:
         TopologyError: naming every rule that is broken.
     """
-    tensor = config.parallel.tensor
+    tensor, context = config.parallel.tensor, config.parallel.context
     if world_size % tensor:
         raise TopologyError(f"{world_size} rank(s) cannot be split into tensor-parallel groups of {tensor}")
-    data = world_size // tensor
+    if world_size % (tensor * context):
+        raise TopologyError(
+            f"{world_size} rank(s) cannot be split into groups of parallel.tensor = {tensor} x "
+            f"parallel.context = {context}"
+        )
+    data = world_size // (tensor * context)
     decoder, training = config.model.decoder, config.training
     sizes = {
         "model.decoder.num_heads": decoder.num_heads,
@@ -76,13 +81,12 @@ def check_topology(config: RunConfig, world_size: int) -> None:
         "model.decoder.ffn_hidden_size": decoder.feed_forward_size,
         "the padded vocabulary": config.model.padded_vocab_size,
     }
-    if config.parallel.sequence_parallel:
-        sizes["data.sequence_length"] = config.data.sequence_length
     problems = [
         f"{name} = {size} is not divisible by parallel.tensor = {tensor}"
         for name, size in sizes.items()
         if size % tensor
     ]
+    problems += _context_problems(config)
     if config.data.lanes % data:
         problems.append(
             f"data.lanes = {config.data.lanes} is not divisible by {data} data-parallel ranks: start as many "
@@ -94,8 +98,33 @@ def check_topology(config: RunConfig, world_size: int) -> None:
             f"{data} data-parallel ranks x training.micro_batch_size = {training.micro_batch_size}"
         )
     if problems:
-        layout = f"{world_size} rank(s), tensor {tensor} x data {data}"
+        between = f"context {context} x " if context > 1 else ""
+        layout = f"{world_size} rank(s), tensor {tensor} x {between}data {data}"
         raise TopologyError("\n".join([f"the run does not fit on {layout}", *(f"  {p}" for p in problems)]))
+
+
+def _context_problems(config: RunConfig) -> Iterator[str]:
+    """Of the lengths and heads that are shared out beside the tensor-parallel cut."""
+    parallel, decoder = config.parallel, config.model.decoder
+    tensor, context = parallel.tensor, parallel.context
+    cut = " x ".join(
+        [f"parallel.context = {context}"] * (context > 1)
+        + [f"parallel.tensor = {tensor}"] * parallel.sequence_parallel
+    )
+    if config.data.sequence_length % parallel.length_multiple:
+        yield f"data.sequence_length = {config.data.sequence_length} is not divisible by {cut}"
+    if context == 1 or decoder.num_heads % tensor or decoder.key_value_heads % tensor:
+        return
+    if decoder.num_heads % (tensor * context):
+        yield (
+            f"model.decoder.num_heads = {decoder.num_heads} is not divisible by parallel.tensor = {tensor} x "
+            f"parallel.context = {context}: context ranks share the heads of a tensor-parallel rank"
+        )
+    elif (own := decoder.key_value_heads // tensor) % context and context % own:
+        yield (
+            f"model.decoder.num_kv_heads = {decoder.key_value_heads} leaves {own} to a tensor-parallel rank, "
+            f"which parallel.context = {context} must divide, or be a multiple of"
+        )
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:

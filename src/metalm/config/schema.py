@@ -50,13 +50,21 @@ class RunSection(Section):
 
 
 class ParallelConfig(Section):
-    """How ranks are laid out. The data-parallel size is the number of ranks divided by `tensor`."""
+    """How ranks are laid out. The data-parallel size is their number divided by `tensor` and `context`."""
 
     tensor: PositiveInt = 1
+    context: PositiveInt = 1
+    """So many ranks share the positions of the same rows, which are too long for one, by DeepSpeed-Ulysses'
+    exchange around attention."""
     sequence_parallel: bool = False
     """Split what the decoder's layers keep between attention and feed-forward over the tensor ranks, too."""
     timeout_minutes: PositiveInt = 30
     """How long a collective may wait before the process group gives up."""
+
+    @property
+    def length_multiple(self) -> int:
+        """What the length of rows must be a multiple of, so that the ranks' shares of them are equal."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
 
 
 class DeepSpeedConfig(Section):

@@ -138,7 +138,8 @@ def _figures(source: CheckpointSource, dtype: torch.dtype, num_parameters: int) 
     yield "Precision", training.precision
     yield "Learning rate", f"{training.optimizer.learning_rate:g}, {training.schedule.decay} decay"
     topology = state.topology
-    yield "Layout", f"tensor {topology.tensor} x data {topology.data}"
+    context = f"context {topology.context} x " if topology.context > 1 else ""
+    yield "Layout", f"tensor {topology.tensor} x {context}data {topology.data}"
     yield "ZeRO stages", ", ".join(f"{name} {stage}" for name, stage in state.zero_stages.items())
     yield "Seed", str(config.run.seed)
     yield "Code", str(source.provenance.get("commit"))

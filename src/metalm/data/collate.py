@@ -28,7 +28,13 @@ DROPOUT_MULTIPLE = 4
 
 
 def collate(
-    rows: Sequence[Row], *, model_config: ModelConfig, sequence_length: int, tp_size: int, pad_id: int
+    rows: Sequence[Row],
+    *,
+    model_config: ModelConfig,
+    sequence_length: int,
+    tp_size: int,
+    pad_id: int,
+    cp_size: int = 1,
 ) -> SemiCausalBatch:
     """Makes one micro-batch of rows.
 
@@ -37,8 +43,10 @@ def collate(
 
     Args:
         rows: at most `sequence_length` tokens each.
-        tp_size: the spans of each encoder are split into so many shares.
+        tp_size: tensor-parallel ranks that work on the rows.
         pad_id: stands where there is no token.
+        cp_size: context-parallel ranks that do. The spans of each encoder are split into a share for each of
+            the ranks of both; the positions of all rows, end to end, into an equal run for each of these.
     """
     num_rows, length = len(rows), sequence_length
     # One column more holds the token that follows a full row.
@@ -72,7 +80,9 @@ def collate(
     labels[loss_weights == 0] = pad_id
 
     encoders = {
-        name: _encoder_batch(span, tokens.reshape(-1), model_config.encoders[name], tp_size, pad_id)
+        name: _encoder_batch(
+            span, tokens.reshape(-1), model_config.encoders[name], tp_size * cp_size, cp_size, pad_id
+        )
         for name, span in spans.items()
     }
     for span in spans.values():
@@ -149,10 +159,10 @@ def span_seeds(row_seed: int, starts: np.ndarray) -> np.ndarray:
 
 
 def _encoder_batch(
-    spans: _RowsSpans, tokens: np.ndarray, config: EncoderConfig, tp_size: int, pad_id: int
+    spans: _RowsSpans, tokens: np.ndarray, config: EncoderConfig, num_shares: int, cp_size: int, pad_id: int
 ) -> EncoderBatch:
-    owners = assign_spans(span_costs(spans.lengths, config), tp_size)
-    members = [np.flatnonzero(owners == rank) for rank in range(tp_size)]
+    owners = assign_spans(span_costs(spans.lengths, config), num_shares)
+    members = [np.flatnonzero(owners == rank) for rank in range(num_shares)]
     multiple = DROPOUT_MULTIPLE if config.dropout else 1
     taken = -(-spans.lengths // multiple) * multiple
     totals = [int(taken[chosen].sum()) for chosen in members]
@@ -176,10 +186,14 @@ def _encoder_batch(
         routed = config.joint_layers is not None
         own_media = media[_ranges(first_rows[chosen], rows_of_media[chosen])]
         shares.append(_share(spans, chosen, layout, span_tokens, own_media, pad_id, routed))
+    dock_vectors, dock_positions = np.concatenate(vectors), np.concatenate(positions)
+    holders = dock_positions // (len(tokens) // cp_size)
+    order = np.argsort(holders, kind="stable")
     return EncoderBatch(
         shares=tuple(shares),
-        dock_vectors=torch.from_numpy(np.concatenate(vectors)),
-        dock_positions=torch.from_numpy(np.concatenate(positions)),
+        dock_vectors=torch.from_numpy(dock_vectors[order]),
+        dock_positions=torch.from_numpy(dock_positions[order]),
+        dock_bounds=tuple(np.searchsorted(holders[order], range(cp_size + 1)).tolist()),
     )
 
 

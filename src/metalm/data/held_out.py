@@ -61,6 +61,7 @@ def evaluation_batches(
     dp_rank: int,
     dp_size: int,
     tp_size: int,
+    cp_size: int = 1,
     wrong_media: bool = False,
 ) -> Iterator[SemiCausalBatch]:
     """Micro-batches of the first `num_rows` rows of a source of `corpus.held_out`, for one rank.
@@ -90,7 +91,7 @@ def evaluation_batches(
     for _ in range(num_batches):
         batch = list(islice(rows, micro_batch_size))
         full = objective.arrange(batch + [empty_row()] * (micro_batch_size - len(batch)))
-        yield make_micro_batch(full, corpus, objective, tp_size)
+        yield make_micro_batch(full, corpus, objective, tp_size, cp_size)
 
 
 def held_out_samples(corpus: Corpus, source: Source, count: int) -> list[HeldOutSample]:

@@ -40,7 +40,7 @@ class _Step(NamedTuple):
 class TrainingData:
     """Endless iterator over the steps of one data-parallel rank; `next` gives a step's micro-batches.
 
-    All ranks of a TP group get the same batches when they are given the same `dp_rank`.
+    All ranks that work on the same rows get the same batches when they are given the same `dp_rank`.
 
     Attributes:
         wait_s: seconds that the last `next` took.
@@ -56,6 +56,7 @@ class TrainingData:
         dp_rank: int,
         dp_size: int,
         tp_size: int,
+        cp_size: int = 1,
         lane_states: dict[int, LaneState] | None = None,
     ) -> None:
         """Starts the workers.
@@ -72,7 +73,7 @@ class TrainingData:
         """
         config = corpus.config
         data, training = config.data, config.training
-        self._config, self._tp_size = config, tp_size
+        self._config, self._tp_size, self._cp_size = config, tp_size, cp_size
         self._corpus, self._objective = corpus, objective
         self._lanes = owned_lanes(data.lanes, dp_rank, dp_size)
         if training.global_batch_size % data.lanes:
@@ -164,7 +165,7 @@ class TrainingData:
         return found
 
     def tensor_imbalances(self) -> dict[str, float]:
-        """By encoder: the largest TP share over the mean share, minus 1, averaged over this process's
+        """By encoder: the largest share of a rank over the mean share, minus 1, averaged over this process's
         micro-batches.
         """
         return {name: mean.value for name, mean in self._imbalance.items()}
@@ -192,8 +193,9 @@ class TrainingData:
         costs = row_costs(rows, self._config.model.encoders)
         in_lane_order = np.arange(len(rows)).reshape(-1, size)
         groups = np.array(group_rows(costs, size))
+        sizes = self._tp_size, self._cp_size
         batches = [
-            make_micro_batch([rows[number] for number in group], self._corpus, self._objective, self._tp_size)
+            make_micro_batch([rows[number] for number in group], self._corpus, self._objective, *sizes)
             for group in groups
         ]
         if torch.cuda.is_available():

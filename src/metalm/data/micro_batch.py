@@ -25,7 +25,7 @@ class RowObjective(Protocol):
 
 
 def make_micro_batch(
-    rows: Sequence[Row], corpus: Corpus, objective: RowObjective, tp_size: int
+    rows: Sequence[Row], corpus: Corpus, objective: RowObjective, tp_size: int, cp_size: int = 1
 ) -> SemiCausalBatch:
     """A micro-batch of arranged rows: see `collate`."""
     config = corpus.config
@@ -35,5 +35,6 @@ def make_micro_batch(
         sequence_length=config.data.sequence_length,
         tp_size=tp_size,
         pad_id=corpus.tokenizer.pad_id,
+        cp_size=cp_size,
     )
     return objective.complete(batch, rows, corpus.tokenizer)

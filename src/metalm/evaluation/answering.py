@@ -164,7 +164,7 @@ class EngineAnswerer:
 
     def _likelihoods(self, rows: Sequence[Row]) -> list[Likelihood]:
         config, topology = self._corpus.config, self._topology
-        multiple = topology.tensor_size if config.parallel.sequence_parallel else 1
+        multiple = config.parallel.length_multiple
         longest = max(len(row.tokens) for row in rows)
         batch = collate(
             rows,
@@ -172,10 +172,13 @@ class EngineAnswerer:
             sequence_length=-(-longest // multiple) * multiple,
             tp_size=topology.tensor_size,
             pad_id=self._corpus.tokenizer.pad_id,
+            cp_size=topology.context_size,
         ).to(topology.device)
         with evaluating(self._model):
             losses = self._model.decoder(batch, encode(self._model, batch, topology))
         totals = -(losses.double() * batch.loss_weights).sum(dim=1)
+        if topology.context_size > 1:
+            dist.all_reduce(totals, group=topology.context_group)
         counts = (batch.loss_weights > 0).sum(dim=1)
         return [Likelihood(*one) for one in zip(totals.tolist(), counts.tolist(), strict=True)]
 

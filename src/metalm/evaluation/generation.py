@@ -177,7 +177,7 @@ class _Started:
         max_new_tokens: int,
     ) -> None:
         self._model, self._topology = model, topology
-        multiple = topology.tensor_size if config.parallel.sequence_parallel else 1
+        multiple = config.parallel.length_multiple
         wanted = -(-(max(len(p.tokens) for p in prompts) + max_new_tokens) // multiple) * multiple
         self._longest = min(wanted, config.data.sequence_length)
         self.rooms = [min(max_new_tokens, self._longest - len(p.tokens)) for p in prompts]
@@ -189,6 +189,7 @@ class _Started:
             sequence_length=self._longest,
             tp_size=topology.tensor_size,
             pad_id=tokenizer.pad_id,
+            cp_size=topology.context_size,
         ).to(topology.device)
         self._encoded = encode(model, self._batch, topology)
 

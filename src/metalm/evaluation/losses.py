@@ -53,13 +53,16 @@ def _measure(
             dp_rank=topology.data_rank,
             dp_size=topology.data_size,
             tp_size=topology.tensor_size,
+            cp_size=topology.context_size,
             wrong_media=wrong_media,
         ):
             batch = batch.to(topology.device)
             losses = objective.losses(model, batch, topology)
-            totals[key] += torch.stack([losses.weighted.double().sum(), batch.loss_weights.double().sum()])
+            # Each context rank has the losses of its own positions, and the weights of all.
+            weights = batch.loss_weights.double().sum() / topology.context_size
+            totals[key] += torch.stack([losses.weighted.double().sum(), weights])
             for part, measured in losses.parts.items():
                 totals[f"{key}/{part}"] = totals.get(f"{key}/{part}", 0.0) + measured
     for total in totals.values():
-        dist.all_reduce(total, group=topology.data_group)
+        dist.all_reduce(total, group=topology.replica_group)
     return {name: float(total[0] / total[1].clamp(min=1)) for name, total in totals.items()}

@@ -31,14 +31,18 @@ from metalm.model.megatron_config import mark_sharded_parameters, megatron_confi
 from metalm.model.positions import rotary_angles, sinusoidal_positions
 from metalm.model.visibility import batch_mask
 from metalm.parallel.megatron_on_cpu import let_megatron_allocate_on_cpu
-from metalm.parallel.regions import gather_last_dimension
+from metalm.parallel.regions import gather_last_dimension, gather_positions
 from metalm.parallel.topology import Topology
 
 PRE_LN_STD = 0.02
 
 
 class Decoder(nn.Module):
-    """This rank's tensor-parallel shard of the decoder."""
+    """This rank's tensor-parallel shard of the decoder.
+
+    The positions of a micro-batch's rows, laid end to end, are cut into a run for each context-parallel rank;
+    a run is what embeddings, layers and loss of the rank see.
+    """
 
     def __init__(
         self,
@@ -55,13 +59,12 @@ class Decoder(nn.Module):
             sequence_length: longest row.
             topology: this rank's place.
             sequence_parallel: split the positions between the layers' matrix products over the TP group;
-                the group's size must divide the row length.
+                the group's size must divide the row length, or its share of a context rank.
         """
         super().__init__()
         self.config = config.decoder
         self.vocab_size = config.vocab_size
-        self.tensor_group = topology.tensor_group
-        self.tensor_rank, self.tensor_size = topology.tensor_rank, topology.tensor_size
+        self.topology, self.tensor_group = topology, topology.tensor_group
         self.sequence_parallel = sequence_parallel and topology.tensor_size > 1
         if self.sequence_parallel:
             let_megatron_allocate_on_cpu()
@@ -98,60 +101,70 @@ class Decoder(nn.Module):
 
         Args:
             batch: one micro-batch, on the parameters' device.
-            encoded: by encoder name, the vectors [T * L, D] of all TP ranks.
+            encoded: by encoder name, the vectors [R * L, D] of all ranks with these rows.
             logits_at: [M] int64, indices into the flattened [B * S] positions.
             with_losses: both, as a pair.
 
         Returns:
-            Losses [B, S] float32, of every position, trained or not; or logits [M, vocabulary], whole on
-            every TP rank and without gradients.
+            Losses [B, S] float32, of every position, trained or not, but 0 where another context rank has the
+            position; or logits [M, vocabulary], whole on every rank with these rows and without gradients.
 
-        Collective: the TP group.
+        Collective: the ranks with these rows.
         """
         hidden = self._layers(self._input(batch, encoded), batch)
         logits = None
         if logits_at is not None:
-            shard = functional.linear(hidden.detach().index_select(0, logits_at), self.output_weight.detach())
+            chosen = gather_positions(hidden, logits_at, self.topology)
+            shard = functional.linear(chosen, self.output_weight.detach())
             logits = gather_last_dimension(shard, self.tensor_group)[:, : self.vocab_size]
             if not with_losses:
                 return logits
+        held = self._held(batch)
         losses = linear_cross_entropy(
             hidden,
             self.output_weight,
-            batch.labels.flatten(),
+            batch.labels.flatten()[held],
             group=self.tensor_group,
             vocab_size=self.vocab_size,
         )
-        losses = losses.view_as(batch.labels)
+        losses = functional.pad(losses, (held.start, batch.labels.numel() - held.stop)).view_as(batch.labels)
         return losses if logits is None else (losses, logits)
 
+    def _held(self, batch: SemiCausalBatch) -> slice:
+        """This context rank's run of the B * S positions."""
+        share = batch.tokens.numel() // self.topology.context_size
+        return slice(self.topology.context_rank * share, (self.topology.context_rank + 1) * share)
+
     def _input(self, batch: SemiCausalBatch, encoded: dict[str, Tensor]) -> Tensor:
-        """Input of the first layer, [B * S, 1, D], whole on every TP rank.
+        """Input of the first layer, [B * S / C, 1, D], whole on every TP rank.
 
         To Megatron a micro-batch is one row, in which the mask keeps apart what is apart: the rows laid end
         to end are what attention takes without copies.
         """
-        rows, length = batch.tokens.shape
+        held = self._held(batch)
         config, embedding = self.config, self.gpt.embedding
-        embedded = embedding.word_embeddings(batch.tokens)
+        embedded = embedding.word_embeddings(batch.tokens.flatten()[held])
         if config.scale_embedding:
             embedded = embedded * config.hidden_size**0.5
-        docked = dock(embedded.view(rows * length, -1), encoded, batch.encoders)
-        hidden = docked.view(rows, length, -1)
+        hidden = dock(embedded, encoded, batch.encoders, self.topology.context_rank)
+        positions = batch.positions.flatten()[held]
         if config.positions == "sinusoidal":
-            hidden = hidden + sinusoidal_positions(batch.positions, config.hidden_size).to(hidden.dtype)
+            hidden = hidden + sinusoidal_positions(positions, config.hidden_size).to(hidden.dtype)
         elif config.positions == "learned":
-            hidden = hidden + embedding.position_embeddings(batch.positions)
-        return hidden.reshape(rows * length, 1, -1)
+            hidden = hidden + embedding.position_embeddings(positions)
+        return hidden[:, None]
 
     def _layers(self, hidden: Tensor, batch: SemiCausalBatch) -> Tensor:
-        """Output of the last layer, [B * S, D]; calls Megatron's layers itself, to recompute them if asked.
+        """Output of the last layer, [B * S / C, D].
 
-        Megatron's own recomputation and its block's forward under sequence parallelism need CUDA.
+        Megatron's layers are called here, to recompute them if asked: its own recomputation, and its block's
+        forward under sequence parallelism, need CUDA.
         """
         block, rotary = self.gpt.decoder, self._rotary(batch)
         dropout = self._dropout(batch)
-        seen = Visibility(batch_mask(batch), dropout)
+        topology = self.topology
+        context_group = topology.context_group if topology.context_size > 1 else None
+        seen = Visibility(batch_mask(batch), dropout, context_group)
 
         def run(layer: nn.Module, hidden: Tensor) -> Tensor:
             output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
@@ -176,44 +189,50 @@ class Decoder(nn.Module):
         return hidden.squeeze(1)
 
     def _dropout(self, batch: SemiCausalBatch) -> RowDropout | None:
-        config = self.config
+        config, topology = self.config, self.topology
         if not self.training or not config.dropout:
             return None
         rows, length = batch.tokens.shape
         positions = torch.arange(length, dtype=torch.int32, device=batch.tokens.device).repeat(rows)
-        held = slice(None)
+        held = self._held(batch)
         if self.sequence_parallel:
-            share = rows * length // self.tensor_size
-            held = slice(self.tensor_rank * share, (self.tensor_rank + 1) * share)
-        first_head = self.tensor_rank * config.num_heads // self.tensor_size
+            share = (held.stop - held.start) // topology.tensor_size
+            first = held.start + topology.tensor_rank * share
+            held = slice(first, first + share)
+        share_of_heads = topology.tensor_rank * topology.context_size + topology.context_rank
+        first_head = share_of_heads * config.num_heads // topology.rows_size
         seeds = batch.dropout_seeds.repeat_interleave(length, output_size=rows * length)
         return RowDropout(config.dropout, seeds, positions, held, first_head)
 
     def _rotary(self, batch: SemiCausalBatch) -> Tensor | None:
-        """Angles [B * S, 1, 1, K] of each row's own positions, as Megatron applies them."""
+        """Angles [B * S / C, 1, 1, K] of each row's own positions, as Megatron applies them."""
         config = self.config
         if config.positions != "rope":
             return None
-        angles = rotary_angles(
-            batch.positions.flatten(), config.head_size, config.rope_base, config.rope_scaling
-        )
+        positions = batch.positions.flatten()[self._held(batch)]
+        angles = rotary_angles(positions, config.head_size, config.rope_base, config.rope_scaling)
         return angles[:, None, None]
 
 
-def dock(embedded: Tensor, encoded: dict[str, Tensor], spans: dict[str, EncoderBatch]) -> Tensor:
+def dock(
+    embedded: Tensor, encoded: dict[str, Tensor], spans: dict[str, EncoderBatch], context_rank: int = 0
+) -> Tensor:
     """Put the span vectors where their spans stand, in place of the token embeddings.
 
     Args:
-        embedded: [B * S, D].
-        encoded: by encoder name, [T * L, D].
+        embedded: [B * S / C, D], of a context rank's run of positions.
+        encoded: by encoder name, [R * L, D].
         spans: by encoder name, which vector goes where.
+        context_rank: which run it is.
 
     Returns:
-        [B * S, D] in the dtype of `embedded`.
+        [B * S / C, D] in the dtype of `embedded`.
     """
+    first = context_rank * embedded.shape[0]
     for name, span in spans.items():
-        vectors = encoded[name].index_select(0, span.dock_vectors).to(embedded.dtype)
-        embedded = embedded.index_copy(0, span.dock_positions, vectors)
+        here = slice(*span.dock_bounds[context_rank : context_rank + 2])
+        vectors = encoded[name].index_select(0, span.dock_vectors[here]).to(embedded.dtype)
+        embedded = embedded.index_copy(0, span.dock_positions[here] - first, vectors)
     return embedded
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -26,6 +27,7 @@ from metalm.kernels import IntervalMask, interval_attention
 from metalm.model.decoder_linear import DecoderColumnParallelLinear, DecoderRowParallelLinear, sum_gradient
 from metalm.model.deepnorm import deepnorm_alpha
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
+from metalm.model.ulysses import to_heads, to_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,10 @@ class Visibility:
     """What Megatron hands to every layer as the attention mask."""
 
     mask: IntervalMask
+    """Of all positions of the rows."""
     dropout: RowDropout | None
+    context_group: dist.ProcessGroup | None
+    """Of the ranks that hold the other positions; None: this rank holds all."""
 
 
 class IntervalCoreAttention(nn.Module):
@@ -46,13 +51,18 @@ class IntervalCoreAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Visibility, **unused: Any
     ) -> Tensor:
-        """[S, B, H, K], keys and values [S, B, Hkv, K], to [S, B, H * K]."""
-        length, rows, heads, width = query.shape
+        """[S / C, B, H, K], keys and values [S / C, B, Hkv, K], to [S / C, B, H * K].
+
+        Collective: the context group.
+        """
+        group = attention_mask.context_group
+        if group is not None:
+            query, key, value = to_heads(query, key, value, group)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         dropout = attention_mask.dropout
         dropped = {} if dropout is None else dropout.of_attention(self.site)
-        attended = interval_attention(query, key, value, attention_mask.mask, **dropped)
-        return attended.permute(2, 0, 1, 3).reshape(length, rows, heads * width)
+        attended = interval_attention(query, key, value, attention_mask.mask, **dropped).permute(2, 0, 1, 3)
+        return (attended if group is None else to_positions(attended, group)).flatten(2)
 
 
 class DecoderNorm(nn.Module):

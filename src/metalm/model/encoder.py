@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         Every sub-module runs whatever the share holds, or ZeRO's collectives would not match up.
 
         Args:
-            share: packed spans of one TP rank.
+            share: packed spans of one rank.
 
         Returns:
             [L, decoder hidden size], or [L, 1] from a detection head; in the parameters' dtype.

@@ -37,7 +37,7 @@ class SpanDropout:
 
 @dataclass(frozen=True, eq=False)
 class RowDropout:
-    """Of the decoder's rows, on one tensor-parallel rank."""
+    """Of the decoder's rows, on one of the ranks that work on them."""
 
     rate: float
     seeds: Tensor  # [B * S] int64, of the positions' rows
@@ -45,7 +45,7 @@ class RowDropout:
     held: slice
     """Of the positions, those that the rank holds between layers."""
     first_head: int
-    """Of the rank."""
+    """Of those that the rank attends with."""
 
     def drop(self, hidden: Tensor, site: int) -> Tensor:
         """[B * S, 1, D] to the same, of what the rank holds."""

@@ -26,7 +26,8 @@ class Losses:
     """Of one micro-batch."""
 
     weighted: Tensor
-    """[B, S] float32. Their sum over the global batch, over the sum of its loss weights, is the loss."""
+    """[B, S] float32, 0 where another context rank has the position. Their sum over the global batch, over
+    the sum of its loss weights, is the loss."""
     parts: dict[str, Tensor] = field(default_factory=dict)
     """What the loss is made of, to be looked at: by name, a sum and a count, [2] float64."""
 
@@ -70,7 +71,7 @@ class Objective(Protocol):
     def losses(self, model: Model, batch: SemiCausalBatch, topology: Topology) -> Losses:
         """Of a micro-batch on the device.
 
-        Collective: all ranks (ZeRO) and the TP group.
+        Collective: all ranks (ZeRO), and those with the same rows.
         """
         ...
 
@@ -80,13 +81,13 @@ class Objective(Protocol):
 
 
 def encode(model: Model, batch: SemiCausalBatch, topology: Topology) -> dict[str, Tensor]:
-    """All span vectors of a micro-batch, by encoder: [T * L, D] each.
+    """All span vectors of a micro-batch, by encoder: [R * L, D] each.
 
-    Collective: all ranks (ZeRO) and the TP group.
+    Collective: all ranks (ZeRO), and those with the same rows.
     """
     from metalm.parallel.regions import gather_encoded
 
     if model.encoders is None:
         return {}
-    shares = {name: spans.shares[topology.tensor_rank] for name, spans in batch.encoders.items()}
+    shares = {name: spans.shares[topology.rows_rank] for name, spans in batch.encoders.items()}
     return {name: gather_encoded(mine, topology) for name, mine in model.encoders(shares).items()}

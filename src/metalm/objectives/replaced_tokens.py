@@ -51,6 +51,8 @@ class ReplacedTokens:
                     f"{where}: data.sequence_length = {config.data.sequence_length} is above "
                     f"model.encoders.{name}.max_text_positions = {encoder.max_text_positions}"
                 )
+        if config.parallel.context > 1:
+            yield f"{where}: parallel.context must be 1, not {config.parallel.context}: rows are not cut here"
         if config.model.decoder.spans != "bidirectional":
             yield f"{where}: model.decoder.spans must be bidirectional"
         for group in ("sources", "evaluation"):

@@ -1,7 +1,8 @@
 """What DeepSpeed asks of a model-parallel unit, answered once per engine.
 
 DeepSpeed calls names that Megatron's `parallel_state` lacks, and the two engines have different
-answers: the decoder's is split over TP, the encoders' is not split and sharded over the world.
+answers: the decoder's is split over TP and sharded over data and context ranks, the encoders' is not split
+and sharded over the world. To DeepSpeed a context-parallel rank is one more data-parallel rank.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ class Mpu:
 
 
 def decoder_mpu(topology: Topology) -> Mpu:
-    """Split over the TP group, ZeRO-sharded over the DP group."""
+    """Split over the TP group, ZeRO-sharded over the ranks with the same split."""
     return Mpu(
         topology.tensor_rank,
         topology.tensor_size,
         topology.tensor_group,
-        topology.data_rank,
-        topology.data_size,
-        topology.data_group,
+        topology.replica_rank,
+        topology.replica_size,
+        topology.replica_group,
     )
 
 

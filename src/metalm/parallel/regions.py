@@ -1,4 +1,4 @@
-"""What crosses between the ranks of a TP group inside the step."""
+"""What crosses inside the step between the ranks that work on the same rows: tensor and context ranks."""
 
 from __future__ import annotations
 
@@ -14,27 +14,80 @@ from metalm.parallel.topology import Topology
 
 class _GatherEncoded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.rank, ctx.size = dist.get_rank(group), dist.get_world_size(group)
-        gathered = mine.new_empty((ctx.size * mine.shape[0], *mine.shape[1:]))
-        dist.all_gather(list(gathered.chunk(ctx.size)), mine.contiguous(), group=group)
+    def forward(ctx: Any, mine: Tensor, topology: Topology) -> Tensor:
+        ctx.topology, size = topology, topology.rows_size
+        gathered = mine.new_empty((size * mine.shape[0], *mine.shape[1:]))
+        dist.all_gather(list(gathered.chunk(size)), mine.contiguous(), group=topology.rows_group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].chunk(ctx.size)[ctx.rank] * ctx.size, None
+        topology, tensor_size = ctx.topology, ctx.topology.tensor_size
+        shares = gradients[0].unflatten(0, (topology.context_size, tensor_size, -1))
+        of_mine = shares[:, topology.tensor_rank]  # [C, L, D]: what this rank has for each context rank
+        if topology.context_size > 1:
+            of_mine = _exchange(of_mine, topology.context_group)
+        return of_mine.sum(dim=0) * tensor_size, None
 
 
 def gather_encoded(mine: Tensor, topology: Topology) -> Tensor:
-    """All ranks' span vectors from each rank's share, [L, D] to [T * L, D].
+    """All span vectors of a micro-batch from each rank's share, [L, D] to [C * T * L, D].
 
-    The backward takes this rank's slice times T: the decoder's input gradient is whole on every TP
-    rank, and the encoder engine averages over the world although a micro-batch's spans are split
-    over the TP group.
+    The backward sums this rank's slice over the context ranks, each of which docks the vectors of its own
+    positions alone, and multiplies it by T: the decoder's input gradient is whole on every TP rank, and the
+    encoder engine averages over the world although a micro-batch's spans are split over its ranks.
 
-    Collective: the TP group.
+    Collective: the ranks with the same rows; backward the context group.
     """
-    return _GatherEncoded.apply(mine, topology.tensor_group)
+    return _GatherEncoded.apply(mine, topology)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _exchange(parts, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _exchange(gradients[0], ctx.group), None
+
+
+def all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Part r of [C, ...] goes to rank r of the group; answers the parts that are for this rank, [C, ...].
+
+    Collective: all ranks of `group`, forward and backward.
+    """
+    exchanged: Tensor = _AllToAll.apply(parts, group)
+    return exchanged
+
+
+def _exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    received = torch.empty(parts.shape, dtype=parts.dtype, device=parts.device)
+    dist.all_to_all_single(received, parts.contiguous(), group=group)
+    return received
+
+
+def gather_positions(mine: Tensor, positions: Tensor, topology: Topology) -> Tensor:
+    """Vectors of some positions, of which each context rank holds an equal run; without gradients.
+
+    Args:
+        mine: [P / C, D], of this rank's run of P positions.
+        positions: [M] int64, among all P.
+
+    Returns:
+        [M, D].
+
+    Collective: the context group.
+    """
+    mine = mine.detach()
+    if topology.context_size == 1:
+        return mine.index_select(0, positions)
+    own = positions - topology.context_rank * mine.shape[0]
+    is_held = (own >= 0) & (own < mine.shape[0])
+    found = mine.index_select(0, torch.where(is_held, own, 0)) * is_held[:, None]
+    dist.all_reduce(found, group=topology.context_group)
+    return found
 
 
 def gather_last_dimension(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -48,18 +101,18 @@ def gather_last_dimension(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def broadcast_batches(batches: list[SemiCausalBatch] | None, topology: Topology) -> list[SemiCausalBatch]:
-    """TP rank 0's micro-batches (None elsewhere), on every rank of the TP group, in host memory.
+    """The first rank's micro-batches (None elsewhere), on every rank with the same rows, in host memory.
 
-    Collective: the TP group.
+    Collective: the ranks with the same rows.
     """
-    if topology.tensor_size == 1:
+    if topology.rows_size == 1:
         assert batches is not None
         return batches
-    source = dist.get_global_rank(topology.tensor_group, 0)
+    source = dist.get_global_rank(topology.rows_group, 0)
     structure, content = (None, None) if batches is None else to_bytes(batches)
     received = [structure]
-    dist.broadcast_object_list(received, src=source, group=topology.tensor_group, device=torch.device("cpu"))
+    dist.broadcast_object_list(received, src=source, group=topology.rows_group, device=torch.device("cpu"))
     if content is None:
         content = torch.empty(count_bytes(received[0]), dtype=torch.uint8)
-    dist.broadcast(content, src=source, group=topology.tensor_group)
+    dist.broadcast(content, src=source, group=topology.rows_group)
     return batches if batches is not None else from_bytes(received[0], content)

@@ -234,7 +234,9 @@ class CheckpointStore:
         return RunState(
             **dict(facts),
             step=step,
-            topology=WrittenBy(tensor=topology.tensor_size, data=topology.data_size),
+            topology=WrittenBy(
+                tensor=topology.tensor_size, context=topology.context_size, data=topology.data_size
+            ),
             zero_stages={name: engine.zero_optimization_stage() for name, engine in components.items()},
             optimizer_steps={name: optimizer_step(engine) for name, engine in components.items()},
             engine_counters={

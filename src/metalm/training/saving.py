@@ -97,7 +97,7 @@ class SaveJob:
     partial: Path
     snapshots: Mapping[str, Snapshot]
     lane_states: Mapping[int, Any] | None
-    """Of this rank's lanes; None where another rank of the TP group has them."""
+    """Of this rank's lanes; None where another rank with the same rows has them."""
     state: RunState
     topology: Topology
     config: bytes

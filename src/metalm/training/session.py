@@ -55,7 +55,7 @@ def open_session(corpus: Corpus) -> Iterator[Session]:
     if config.training.deterministic:
         _make_deterministic()
     device = open_process_group(launch, config.parallel.timeout_minutes)
-    topology = build_topology(config.parallel.tensor, device)
+    topology = build_topology(config.parallel.tensor, device, context_size=config.parallel.context)
     try:
         yield Session(launch, topology, corpus, run_folder, log)
     except MetaLMError:

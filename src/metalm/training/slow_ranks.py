@@ -2,8 +2,8 @@
 
 In synchronous training all ranks take equally long for a step, so the slow one shows elsewhere: it is
 the one that the others wait for where they agree between steps, that waits for its data, or whose
-device takes longer for a fixed piece of work. Ranks are compared in what they all do: of a tensor-parallel
-group the first alone reads data.
+device takes longer for a fixed piece of work. Ranks are compared in what they all do: of those that work on
+the same rows the first alone reads data.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class SlowRanks:
 
         Collective: all ranks.
         """
-        wait_s = self._data_wait_s if self._topology.tensor_rank == 0 else None
+        wait_s = self._data_wait_s if self._topology.rows_rank == 0 else None
         own = RankTimes(self._host, self._agreeing_s, wait_s, self._probe())
         now, steps = time.perf_counter(), max(self._steps, 1)
         seconds, self._began = now - self._began, now

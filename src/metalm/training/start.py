@@ -65,7 +65,7 @@ class StartedRun:
     engines: Engines
     store: CheckpointStore
     data: TrainingData | None
-    """Of this rank's TP group, on its first rank."""
+    """Of the rows of this rank, on the first rank that works on them."""
     state: RunState | None
     """That it goes on from; None: it is new."""
     lane_states: Mapping[int, Any] | None
@@ -225,13 +225,14 @@ def _open_data(
 ) -> TrainingData | None:
     data = None
     with together():
-        if topology.tensor_rank == 0:
+        if topology.rows_rank == 0:
             data = TrainingData(
                 corpus,
                 objective,
                 dp_rank=topology.data_rank,
                 dp_size=topology.data_size,
                 tp_size=topology.tensor_size,
+                cp_size=topology.context_size,
                 lane_states=None if lane_states is None else dict(lane_states),
             )
     return data

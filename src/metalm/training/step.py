@@ -59,12 +59,13 @@ class TrainStep:
     def run(self, micro_batches: Sequence[SemiCausalBatch], learning_rate: float) -> StepResult:
         """Accumulate over the micro-batches and update both engines, unless the guard refuses the step.
 
-        The loss is the sum over trained positions divided by those of the whole global batch: ZeRO
-        averages the decoder over DP, hence the factor; the encoders' part of it is in `gather_encoded`.
+        The loss is the sum over trained positions divided by those of the whole global batch: ZeRO averages
+        the decoder over data and context ranks, hence the factor; the encoders' part of it is in
+        `gather_encoded`.
 
         Args:
-            micro_batches: this data-parallel rank's, alike on all ranks of a TP group; as many as the
-                engines accumulate.
+            micro_batches: this data-parallel rank's, alike on all ranks that work on its rows; as many as
+                the engines accumulate.
             learning_rate: of this step, of components without one of their own.
 
         Collective: all ranks.
@@ -74,7 +75,7 @@ class TrainStep:
         weights = [sum_by_source(batch.loss_weights, batch, self._num_sources) for batch in batches]
         counts = torch.stack(weights).sum(dim=0)
         dist.all_reduce(counts, group=topology.data_group)
-        scale = topology.data_size / counts.sum().clamp(min=1.0)
+        scale = topology.replica_size / counts.sum().clamp(min=1.0)
         sums = torch.zeros_like(counts)
         parts: dict[str, Tensor] = {}
         with self.timer.part("forward_backward"):
@@ -84,10 +85,10 @@ class TrainStep:
                 self._forward_backward(batch, scale, sums, parts)
         with self.timer.part("optimizer"):
             norms = self._joint_norm.measure()
-            dist.all_reduce(sums, group=topology.data_group)
+            dist.all_reduce(sums, group=topology.replica_group)
             if parts:
                 together = torch.stack(list(parts.values()))
-                dist.all_reduce(together, group=topology.data_group)
+                dist.all_reduce(together, group=topology.replica_group)
                 parts = dict(zip(parts, together, strict=True))
             verdict = self._guard.judge(sums, counts, norms.joint)
             self._joint_norm.refuse(verdict != FINE)

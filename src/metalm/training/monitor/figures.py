@@ -95,8 +95,8 @@ class StepFigures:
 
         Args:
             rate: the learning rate.
-            data: of this data-parallel rank; None on tensor ranks above 0.
-            fingerprint: of this data-parallel rank's rows of the step; 0 on tensor ranks above 0.
+            data: of this data-parallel rank; None but on the first rank that works on its rows.
+            fingerprint: of this data-parallel rank's rows of the step; 0 on the other ranks.
 
         Collective: all ranks.
         """
@@ -137,8 +137,8 @@ class StepFigures:
         return figures
 
     def _of_data_rank(self, window: _Window, seconds: float) -> dict[str, Figure]:
-        """Work that the tensor ranks of a group share, by the first of them."""
-        tflops_per_rank = window.flops / seconds / self._topology.tensor_size / 1e12
+        """Work that the ranks with the same rows share, by the first of them."""
+        tflops_per_rank = window.flops / seconds / self._topology.rows_size / 1e12
         figures = {
             "speed/tokens_per_second": Figure(window.positions / seconds, sum),
             "speed/rows_per_second": Figure(window.rows / seconds, sum),
