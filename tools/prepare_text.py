@@ -1,8 +1,11 @@
-"""Prepare text: JSON Lines in the Pile's format to tokenised WebDataset shards with an index.
+"""Prepare text: JSON Lines, parquet or Megatron's token datasets to tokenised shards with an index.
 
 If it is interrupted, start the same command again: it goes on where it was.
 
-Example: python tools/prepare_text.py pile/*.zst --tokenizer data/tokenizer --out data/pile --paper-subsets
+Examples:
+    python tools/prepare_text.py pile/*.zst --tokenizer data/tokenizer --out data/pile --paper-subsets
+    python tools/prepare_text.py web/*.parquet --subset-field dump --tokenizer data/tokenizer --out data/web
+    python tools/prepare_text.py old/*.bin --from-tokenizer old/gpt2 --tokenizer data/tokenizer --out data/old
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from pathlib import Path
 from metalm.cli import ToolParser, run_tool
 from metalm.data.preparation.folder import DROPPED_NAME
 from metalm.data.preparation.tally import format_table
+from metalm.data.preparation.text_arguments import add_text_arguments, text_fields
 from metalm.data.preparation.text_shards import PAPER_DROPS, SubsetFilter, prepare_text
 
 
 def main() -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("inputs", type=Path, nargs="+", help=".jsonl, .jsonl.gz or .jsonl.zst files")
+    add_text_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--tokenizer", type=Path, help="folder or tokenizer.json")
     parser.add_argument(
@@ -59,6 +63,8 @@ def main() -> None:
         options.inputs,
         options.out,
         options.tokenizer,
+        fields=text_fields(options),
+        from_tokenizer=options.from_tokenizer,
         subsets=SubsetFilter(
             tuple(options.keep), tuple(options.drop) + (PAPER_DROPS if options.paper_subsets else ())
         ),

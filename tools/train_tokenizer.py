@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.data.preparation.text_arguments import add_text_arguments, text_fields
 from metalm.data.preparation.tokenizer_training import training_texts
 from metalm.data.tokenizer import train_tokenizer
 
 
 def main() -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("inputs", type=Path, nargs="+", help="text: .jsonl, .jsonl.gz or .jsonl.zst files")
+    add_text_arguments(parser)
     parser.add_argument(
         "--captions", type=Path, action="append", default=[], help="table of images and captions"
     )
@@ -28,7 +29,13 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    texts = training_texts(options.inputs, options.captions, int(options.sample_mib * 2**20))
+    texts = training_texts(
+        options.inputs,
+        options.captions,
+        int(options.sample_mib * 2**20),
+        fields=text_fields(options),
+        from_tokenizer=options.from_tokenizer,
+    )
     tokenizer = train_tokenizer(texts, options.vocab_size, options.out)
     print(f"{options.out}: {tokenizer.size} ids, fingerprint {tokenizer.fingerprint}")
 

@@ -17,9 +17,9 @@ from conversion.test_pretrained_encoders import workshop_content, write_docked_r
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import EncoderConfig, RunConfig
 from metalm.config.load import load_resolved_config
+from metalm.conversion.chat import chat_with_folder
 from metalm.conversion.export import export_checkpoint
 from metalm.conversion.export_answerer import ExportAnswerer
-from metalm.conversion.chat import chat_with_folder
 from metalm.conversion.generate import FolderModel, generate_from_folder, load_processor
 from metalm.conversion.harness_prompts import HarnessPrompts, clip_files
 from metalm.conversion.restore import restore_checkpoint

@@ -1,36 +1,23 @@
-"""Documents of JSON Lines files in the Pile's format, plain or compressed, in constant memory."""
+"""Lines of JSON Lines files, plain or compressed, and their documents, in constant memory."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from metalm.data.preparation.text_document import MAX_TEXT_BYTES, PILE_FIELDS, Document, TextFields
 from metalm.errors import ConfigError, DataError
 from metalm.regular_files import open_regular
 
-COMPRESSED_SUFFIXES = (".gz", ".zst")
-UNKNOWN_SUBSET = "unknown"
-"""Of documents without `meta.pile_set_name`."""
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2")
 BUFFER_BYTES = 1 << 20
 COMPRESSED_CHUNK_BYTES = 1 << 16
-MAX_LINE_BYTES = 256 << 20
-"""A longer line is skipped: it would have to be held in memory whole."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document of a corpus."""
-
-    text: str
-    subset: str
-    num_bytes: int
-    """Of the text in UTF-8."""
 
 
 def is_compressed(path: Path) -> bool:
@@ -69,6 +56,8 @@ class JsonLinesFile:
         self._content: BinaryIO = self._file
         if path.suffix == ".gz":
             self._content = io.BufferedReader(gzip.GzipFile(fileobj=self._file), BUFFER_BYTES)
+        elif path.suffix == ".bz2":
+            self._content = io.BufferedReader(bz2.BZ2File(self._file), BUFFER_BYTES)
         elif path.suffix == ".zst":
             try:
                 self._content = io.BufferedReader(_ZstdStream(self._file), BUFFER_BYTES)
@@ -87,7 +76,7 @@ class JsonLinesFile:
         return self._file.tell()
 
     def lines(
-        self, *, start: int = 0, end: int | None = None, max_line_bytes: int = MAX_LINE_BYTES
+        self, *, start: int = 0, end: int | None = None, max_line_bytes: int = MAX_TEXT_BYTES
     ) -> Iterator[tuple[int, bytes | None]]:
         """Lines that begin in [start, end) of the decompressed content, each with the offset where it
         begins; None stands for a line that is too long. To be called once; only a plain file can be
@@ -157,7 +146,7 @@ class _ZstdStream(io.RawIOBase):
         return size
 
 
-def parse_document(line: bytes | None) -> Document | str | None:
+def parse_document(line: bytes | None, fields: TextFields = PILE_FIELDS) -> Document | str | None:
     """The document of a line, or why there is none, as it is counted; None of a blank line."""
     if line is None:
         return "too_long"
@@ -169,26 +158,4 @@ def parse_document(line: bytes | None) -> Document | str | None:
         return "invalid_unicode"
     except (ValueError, RecursionError):
         return "invalid_json"
-    if not isinstance(record, dict):
-        return "invalid_json"
-    text, meta = record.get("text"), record.get("meta")
-    if not isinstance(text, str):
-        return "missing_text"
-    if not text.strip():
-        return "empty_text"
-    try:
-        num_bytes = len(text.encode("utf-8"))
-    except UnicodeEncodeError:  # an escaped half of a surrogate pair
-        return "invalid_unicode"
-    subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
-    return Document(text, subset if isinstance(subset, str) else UNKNOWN_SUBSET, num_bytes)
-
-
-def documents(paths: Iterable[Path]) -> Iterator[Document]:
-    """All documents of some files, one after the other; lines without one are passed over."""
-    for path in paths:
-        with JsonLinesFile(path) as file:
-            for _, line in file.lines():
-                document = parse_document(line)
-                if isinstance(document, Document):
-                    yield document
+    return fields.document_of(record) if isinstance(record, dict) else "invalid_json"

@@ -1,22 +1,22 @@
 """Raw text to token shards.
 
-The unit of work is a stretch of one input file: the documents whose lines begin in [k * n, (k + 1) * n)
-of its decompressed content. It becomes one shard, or more if it outgrows the target size. What a stretch
-holds depends on neither processes nor restarts, and a document's key is its place in the input.
+The unit of work is a stretch of one input file: of lines those that begin in [k * n, (k + 1) * n) of its
+decompressed content; see `text_files` for other forms. It becomes one shard, or more if it outgrows the
+target size. What a stretch holds depends on neither processes nor restarts, and a document's key is its place
+in the input.
 
-A plain file is entered at any stretch. A compressed one is read from its beginning: if there are more
+Most files are entered at any stretch. A compressed one is read from its beginning: if there are more
 processes than files, several read the same file and each prepares every n-th stretch, for decompression
 costs far less than tokenising.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,18 +24,17 @@ import numpy as np
 
 from metalm.data.preparation.fast_bpe import gigatoken_encoder, why_not_gigatoken
 from metalm.data.preparation.folder import PreparationFolder
-from metalm.data.preparation.jsonl import (
-    Document,
-    JsonLinesFile,
-    check_files,
-    documents,
-    is_compressed,
-    parse_document,
-)
 from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
 from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
+from metalm.data.preparation.text_document import PILE_FIELDS, Document, TextFields, TextRecord
+from metalm.data.preparation.text_files import (
+    TextFile,
+    documents,
+    open_text_files,
+    tokenizer_digest,
+)
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import BadSample, ConfigError
 
@@ -51,10 +50,10 @@ Backend = Literal["auto", "gigatoken", "huggingface"]
 
 
 class Numbered(NamedTuple):
-    """A document with its line: offset in the input, and number in its stretch, from 1."""
+    """A document with what its sample is named by, and its place in the file."""
 
-    offset: int
-    line: int
+    key: int
+    place: Place
     document: Document
 
 
@@ -83,13 +82,14 @@ class SubsetFilter:
 
 @dataclass(frozen=True)
 class Stretches:
-    """A task: stretches `first`, `first + step`, ... of one input file; of a plain file only the first."""
+    """A task: stretches `first`, `first + step`, ... of a stream; of another file only the first."""
 
     file_number: int
-    path: Path
-    size: int
+    file: TextFile
     first: int
     step: int
+    amount: float
+    """Of the file's bytes, for progress."""
 
 
 def unit_name(file_number: int, stretch: int) -> str:
@@ -111,31 +111,24 @@ class TextPreparation:
 
     def __call__(self, task: Stretches, advance: Advance) -> None:
         """Prepares the stretches of a task that have no receipt yet."""
-        compressed = is_compressed(task.path)
-        start = 0 if compressed else task.first * self.shard_bytes
-        end = None if compressed else start + self.shard_bytes
-        with JsonLinesFile(task.path) as file:
-            reported = start
-            lines = file.lines(start=start, end=end)
-            for stretch, group in itertools.groupby(lines, key=lambda item: item[0] // self.shard_bytes):
-                unit = unit_name(task.file_number, stretch)
-                if (stretch - task.first) % task.step == 0 and not self.folder.is_done(unit):
-                    for _ in self._prepare(unit, task, group):
-                        advance((file.position - reported) / task.step)
-                        reported = file.position
-            advance((file.position - reported) / task.step)
+        reported = 0.0
+        for stretch, records in task.file.stretches(self.shard_bytes, task.first):
+            unit = unit_name(task.file_number, stretch)
+            if (stretch - task.first) % task.step == 0 and not self.folder.is_done(unit):
+                for share in self._prepare(unit, task, records):
+                    advance((share - reported) * task.amount)
+                    reported = share
+        advance((1.0 - reported) * task.amount)
 
-    def _prepare(
-        self, unit: str, task: Stretches, lines: Iterable[tuple[int, bytes | None]]
-    ) -> Iterator[None]:
-        """Writes the shards and the receipt of one stretch; yields after each batch."""
+    def _prepare(self, unit: str, task: Stretches, records: Iterable[TextRecord]) -> Iterator[float]:
+        """Writes the shards and the receipt of one stretch; yields the share read after each batch."""
         tokenizer = self._load_tokenizer()
         tally = Tally()
         with ShardWriter(self.folder.path, unit, self.shard_bytes) as writer:
-            for batch in self._batches(lines, task.path, tally):
-                for sample_key, members in self._samples(batch, tokenizer, task.path, tally):
-                    writer.write(f"{task.file_number:04d}-{sample_key:013d}", members)
-                yield
+            for share, batch in self._batches(records, task.file.path, tally):
+                for key, members in self._samples(batch, tokenizer, task.file.path, tally):
+                    writer.write(f"{task.file_number:04d}-{key:013d}", members)
+                yield share
         self.folder.record(unit, writer.shards, tally)
 
     def _load_tokenizer(self) -> Tokenizer | None:
@@ -149,41 +142,41 @@ class TextPreparation:
         )
 
     def _batches(
-        self, lines: Iterable[tuple[int, bytes | None]], path: Path, tally: Tally
-    ) -> Iterator[Batch]:
-        """The documents to keep in batches of about `BATCH_BYTES`."""
+        self, records: Iterable[TextRecord], path: Path, tally: Tally
+    ) -> Iterator[tuple[float, Batch]]:
+        """The documents to keep in batches of about `BATCH_BYTES`, each with the share read."""
         batch: Batch = []
         size = 0
-        for offset, line in lines:
-            tally.num_lines += 1
-            document = parse_document(line)
+        share = 0.0
+        for key, place, document, share in records:
+            tally.num_lines += "line" in place
             if document is None:
                 continue
             if isinstance(document, str):
-                tally.drop(document, _place(path, tally.num_lines))
+                tally.drop(document, _in_file(path, place))
             elif not self.subsets.accepts(document.subset):
                 tally.drop(f"subset {document.subset}")
             else:
-                batch.append(Numbered(offset, tally.num_lines, document))
+                batch.append(Numbered(key, place, document))
                 size += document.num_bytes
             if size >= BATCH_BYTES:
-                yield batch
+                yield share, batch
                 batch, size = [], 0
-        yield batch
+        yield share, batch
 
     def _samples(
         self, batch: Batch, tokenizer: Tokenizer | None, path: Path, tally: Tally
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
-        """The members of each document's sample, with its offset; counts what is kept."""
+        """The members of each document's sample, with its key; counts what is kept."""
         encoded: Sequence[np.ndarray | None] = [None] * len(batch)
         if tokenizer is not None:
             encoded = _encode([numbered.document.text for numbered in batch], tokenizer)
-        for (offset, line, document), ids in zip(batch, encoded, strict=True):
+        for (key, place, document), ids in zip(batch, encoded, strict=True):
             members: dict[str, bytes] = {}
             amounts = {"documents": 1, "bytes": document.num_bytes}
             if tokenizer is not None:
                 if ids is None:
-                    tally.drop("untokenizable", _place(path, line))
+                    tally.drop("untokenizable", _in_file(path, place))
                     continue
                 amounts["tokens"] = len(ids)
                 members["u16" if tokenizer.id_dtype.itemsize == 2 else "u32"] = ids.astype(
@@ -194,11 +187,11 @@ class TextPreparation:
             if self.meta:
                 members["json"] = json.dumps({"pile_set_name": document.subset}).encode()
             tally.keep(document.subset, **amounts)
-            yield offset, members
+            yield key, members
 
 
-def _place(path: Path, line: int) -> Place:
-    return {"file": path.name, "line": line}
+def _in_file(path: Path, place: Place) -> Place:
+    return {"file": path.name, **place}
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray | None]:
@@ -214,6 +207,8 @@ def prepare_text(
     out: Path,
     tokenizer_path: Path | None,
     *,
+    fields: TextFields = PILE_FIELDS,
+    from_tokenizer: Path | None = None,
     subsets: SubsetFilter = SubsetFilter(),
     store: Store = "ids",
     meta: bool = False,
@@ -222,16 +217,18 @@ def prepare_text(
     processes: int = 1,
     backend: Backend = "auto",
 ) -> dict[str, Any]:
-    """Writes token shards, their index and a report of JSON Lines files in the Pile's format.
+    """Writes token shards, their index and a report of files of text.
 
     Args:
-        inputs: files (.jsonl, .jsonl.gz, .jsonl.zst) in the order that shards are numbered by.
+        inputs: files in a form of `text_files`, in the order that shards are numbered by.
         out: folder of the shards. If an earlier call was interrupted, the same call goes on.
         tokenizer_path: folder or tokenizer.json; None only with `store="text"`.
-        subsets: which documents are kept, by `meta.pile_set_name`.
+        fields: where records have their text and the name of their subset.
+        from_tokenizer: folder or tokenizer.json, of the ids in Megatron's token datasets.
+        subsets: which documents are kept, by the names of their subsets.
         store: token ids, text, or both members per document.
         meta: add a .json member with the document's subset.
-        shard_bytes: raw JSON Lines per stretch, and the largest size of a shard.
+        shard_bytes: raw text per stretch, and the largest size of a shard.
         first_number: of the first input, in names of shards and keys of samples. Inputs that are prepared
             apart, each under its number among all, give the same shards as together.
         processes: how many work at once; the output does not depend on it.
@@ -246,12 +243,12 @@ def prepare_text(
     """
     if (tokenizer_path is None) != (store == "text"):
         raise ConfigError(f"store={store!r} {'needs a' if store != 'text' else 'uses no'} tokenizer")
-    sizes = _input_sizes(inputs)
+    files = open_text_files(inputs, fields, from_tokenizer)
     tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     folder = PreparationFolder(out)
     plan = {
         "kind": "text",
-        "inputs": [[path.name, size] for path, size in zip(inputs, sizes, strict=True)],
+        "inputs": [[file.path.name, file.size] for file in files],
         "tokenizer": tokenizer and tokenizer.fingerprint,
         "keep": sorted(subsets.keep),
         "drop": sorted(subsets.drop),
@@ -260,15 +257,19 @@ def prepare_text(
         "shard_bytes": shard_bytes,
         "first_number": first_number,
     }
-    gigatoken = tokenizer is not None and _use_gigatoken(tokenizer, inputs, backend)
+    if fields != PILE_FIELDS:
+        plan["fields"] = asdict(fields)
+    if (digest := tokenizer_digest(files)) is not None:
+        plan["from_tokenizer"] = digest
+    gigatoken = tokenizer is not None and _use_gigatoken(tokenizer, files, backend)
     preparation = TextPreparation(
         folder, shard_bytes, store, meta, subsets, tokenizer_path if tokenizer else None, gigatoken
     )
     with folder.claim(plan):
-        tasks = _tasks(inputs, sizes, folder, shard_bytes, first_number, processes)
+        tasks = _tasks(files, folder, shard_bytes, first_number, processes)
         if tasks and not folder.is_finished():
             folder.drop_index()
-            progress = ProgressLine(_remaining_bytes(tasks, shard_bytes), "MB", 1e6)
+            progress = ProgressLine(sum(task.amount for task in tasks), "MB", 1e6)
             run_tasks(tasks, preparation, processes=processes, advance=progress.advance, preload=__name__)
             progress.close()
         return folder.finish(
@@ -278,61 +279,46 @@ def prepare_text(
         )
 
 
-def _input_sizes(inputs: Sequence[Path]) -> list[int]:
-    if not inputs:
-        raise ConfigError("no input file was given")
-    check_files(inputs)
-    return [path.stat().st_size for path in inputs]
-
-
 def _tasks(
-    inputs: Sequence[Path],
-    sizes: Sequence[int],
+    files: Sequence[TextFile],
     folder: PreparationFolder,
     shard_bytes: int,
     first_number: int,
     processes: int,
 ) -> list[Stretches]:
     """Everything that is not known to be done."""
-    readers = math.ceil(processes / len(inputs))
+    readers = math.ceil(processes / len(files))
     tasks = []
-    for number, (path, size) in enumerate(zip(inputs, sizes, strict=True), start=first_number):
-        if is_compressed(path):
-            tasks += [Stretches(number, path, size, first, readers) for first in range(readers)]
+    for number, file in enumerate(files, start=first_number):
+        if file.is_stream:
+            # Several readers of a file count as one.
+            amount = file.size / readers
+            tasks += [Stretches(number, file, first, readers, amount) for first in range(readers)]
         else:
+            count = file.num_stretches(shard_bytes)
             tasks += [
-                Stretches(number, path, size, stretch, 1)
-                for stretch in range(math.ceil(size / shard_bytes))
+                Stretches(number, file, stretch, 1, file.size / count)
+                for stretch in range(count)
                 if not folder.is_done(unit_name(number, stretch))
             ]
     return tasks
 
 
-def _remaining_bytes(tasks: Sequence[Stretches], shard_bytes: int) -> float:
-    """Bytes of input files that the tasks read, a file that several tasks read counted once."""
-    return sum(
-        task.size / task.step
-        if is_compressed(task.path)
-        else min(shard_bytes, task.size - task.first * shard_bytes)
-        for task in tasks
-    )
-
-
-def _use_gigatoken(tokenizer: Tokenizer, inputs: Sequence[Path], backend: Backend) -> bool:
+def _use_gigatoken(tokenizer: Tokenizer, files: Sequence[TextFile], backend: Backend) -> bool:
     if backend == "huggingface":
         return False
-    reason = why_not_gigatoken(tokenizer, _sample(inputs))
+    reason = why_not_gigatoken(tokenizer, _sample(files))
     if reason and backend == "gigatoken":
         raise ConfigError(f"gigatoken cannot be used: it is {reason}")
     logger.info("tokenising with %s", f"Hugging Face (gigatoken: {reason})" if reason else "gigatoken")
     return reason is None
 
 
-def _sample(inputs: Sequence[Path]) -> list[str]:
+def _sample(files: Sequence[TextFile]) -> list[str]:
     """The first documents of the first file that has any, about `PROOF_BYTES` of text."""
     sample: list[str] = []
     size = 0
-    for document in documents(inputs):
+    for document in documents(files):
         if size > PROOF_BYTES:
             break
         sample.append(document.text)
