@@ -1,7 +1,7 @@
 """Train the tiny model on one layout of the ranks after another, and save what each makes of it.
 
-Arguments: output folder, and for each layout JSON of `tiny_config`'s arguments with `name`, `zero` (stages of
-decoder and encoders, such as 1,3), `steps` and, to go on from an earlier layout's last step, its name: `resume`.
+Arguments: output folder, and for each layout JSON of `tiny_config`'s arguments with `name`, `zero` (of
+decoder, encoders, such as 1,3), `steps` and, to go on from an earlier layout's last step, its name: `resume`.
 """
 
 import faulthandler
