@@ -13,7 +13,7 @@ VERSIONED_TESTS := tests/conversion tests/kernels tests/distributed
 DEMO := data/demo
 RUN := runs/demo
 
-.PHONY: setup constraints demo test test-fast test-newest test-oldest test-slurm soak check clean
+.PHONY: setup constraints demo test test-fast test-newest test-oldest test-slurm soak check docs clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -83,6 +83,10 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck --external-sources .ci/run $$(git ls-files 'slurm/*.sh' 'slurm/*.sbatch' 'slurm/clusters/*.env' 'tests/slurm/*.sh')
 	$(BIN)/hadolint slurm/container/Dockerfile
+
+# The site of documentation, in build/site; warnings are errors.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf $(DEMO) $(RUN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, NoReturn
+from typing import Any
 from unittest import mock
 
 import shtab
@@ -38,9 +38,13 @@ def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 def _parser_of(command: str, script: str) -> argparse.ArgumentParser:
     """A script's parser, as it is when it begins to read the command line."""
 
+    reading = True
+
     class Recorder(cli.ToolParser):
-        def parse_known_args(self, *_: Any, **__: Any) -> NoReturn:
-            raise _Found(self)
+        def parse_known_args(self, *words: Any, **settings: Any) -> Any:
+            if reading:
+                raise _Found(self)
+            return super().parse_known_args(*words, **settings)
 
     with (
         mock.patch.object(cli, "ToolParser", Recorder),
@@ -49,6 +53,7 @@ def _parser_of(command: str, script: str) -> argparse.ArgumentParser:
         try:
             load_script(find_scripts()[script], script).main()
         except _Found as found:
+            reading = False
             return found.args[0]
     raise AssertionError(f"tools/{script}.py reads no command line")
 
