@@ -17,9 +17,9 @@ from conversion.test_pretrained_encoders import workshop_content, write_docked_r
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import EncoderConfig, RunConfig
 from metalm.config.load import load_resolved_config
+from metalm.conversion.chat import chat_with_folder
 from metalm.conversion.export import export_checkpoint
 from metalm.conversion.export_answerer import ExportAnswerer
-from metalm.conversion.chat import chat_with_folder
 from metalm.conversion.generate import FolderModel, generate_from_folder, load_processor
 from metalm.conversion.harness_prompts import HarnessPrompts, clip_files
 from metalm.conversion.restore import restore_checkpoint
@@ -50,7 +50,7 @@ def heard(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> tuple
     run = write_docked_run(workshop, folder, ENCODERS)
     result = export_checkpoint(run, folder / "out", max_shard_bytes=50_000)
     assert {proof.name for proof in result.proof} >= {"audio and text of ear", "audio and text of mel"}
-    assert result.largest_difference is not None and result.largest_difference < 1e-5
+    assert result.largest_difference is not None and result.largest_difference < 3e-5
     return run, folder / "out"
 
 
