@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from metalm.config import EncoderConfig, RunConfig
 from metalm.config.load import load_resolved_config
 from metalm.conversion.chat import chat_with_folder
 from metalm.conversion.export import export_checkpoint
-from metalm.conversion.export_answerer import ExportAnswerer
+from metalm.conversion.export_answerer import ExportAnswerer, evaluate_export
 from metalm.conversion.generate import FolderModel, generate_from_folder, load_processor
 from metalm.conversion.harness_prompts import HarnessPrompts, clip_files
 from metalm.conversion.restore import restore_checkpoint
@@ -28,6 +29,9 @@ from metalm.data.documents.chats import Medium, Turn, chat_example
 from metalm.data.row import lay_out
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import MEDIA
+from metalm.parallel.launch import find_launch
+from metalm.tasks.task_file import load_task
+from metalm.tasks.ways import TaskSettings
 
 ENCODERS = {"ear": "wav2vec2-masked", "mel": "ast"}
 RATE = 16_000
@@ -310,3 +314,56 @@ def test_the_harness_and_training_lay_a_chat_with_clips_out_alike(heard: tuple[P
     assert likelihood is not None and likelihood.likelihood.total < 0
     with pytest.raises(DataError, match="sampling rate of a clip is not known"):
         clip_files([samples])
+
+
+TASK = """
+task: tones
+cluster: sounds
+data:
+  folder: tones
+  reader: jsonl
+  files: {train: train.jsonl, validation: tones.jsonl}
+  fields: {file: file, height: height}
+  media: {sound: "{file}"}
+options: {low: low, high: high}
+answer: height
+templates:
+  - id: heard
+    span: [{audio: sound}, "low or high?"]
+    plain: ["TARGET:"]
+    target: " {answer}"
+icl:
+  span: [{audio: sound}]
+  plain: ["It is"]
+  target: " {answer}"
+  normalise: none
+metrics: [exact_match]
+"""
+
+
+def test_a_task_of_clips_is_evaluated_through_the_export(heard: tuple[Path, Path], tmp_path: Path) -> None:
+    data = tmp_path / "data" / "tones"
+    data.mkdir(parents=True)
+    lines = []
+    for number, height in enumerate(("low", "high", "low")):
+        (data / f"{number}.wav").write_bytes(file_of(tone(0.03, {"low": 250, "high": 3_000}[height])))
+        lines.append(json.dumps({"file": f"{number}.wav", "height": height}))
+    (data / "train.jsonl").write_text("\n".join(lines))
+    (data / "tones.jsonl").write_text("\n".join([*lines, '{"file": "no.wav", "height": "low"}']))
+    (tmp_path / "tones.yaml").write_text(TASK)
+    evaluate_export(
+        heard[1],
+        [load_task(str(tmp_path / "tones.yaml"))],
+        TaskSettings(data=tmp_path / "data", shots=(1,), overflow="split"),
+        tmp_path / "out",
+        batch_size=2,
+        device="cpu",
+        launch=find_launch({}),
+    )
+    (file,) = (tmp_path / "out" / "answers").iterdir()
+    answers = [json.loads(line)[1] for line in file.read_text().splitlines()[1:]]
+    low, high, same, missing = answers
+    assert missing["skipped"] == "missing_media"
+    assert low["references"] == ["low"] and high["references"] == ["high"]
+    assert abs(low["scores"][0] - high["scores"][0]) > 1e-4
+    assert len(same["scores"]) == 2
