@@ -15,10 +15,12 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from conversion.conftest import Workshop
 from conversion.test_pretrained_encoders import workshop_content, write_docked_run
+from metalm import cli
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import EncoderConfig, RunConfig
 from metalm.config.load import load_resolved_config
-from metalm.conversion.chat import chat_with_folder
+from metalm.conversion.chat import Conversation, Shown, chat_with_folder
+from metalm.conversion.chat_page import ChatServer
 from metalm.conversion.export import export_checkpoint
 from metalm.conversion.export_answerer import ExportAnswerer, evaluate_export
 from metalm.conversion.generate import FolderModel, generate_from_folder, load_processor
@@ -276,12 +278,23 @@ def test_a_conversation_has_clips(heard: tuple[Path, Path], clip: Path) -> None:
     assert mistake == "error: clip nowhere.wav does not exist"
 
 
+def test_a_clip_that_is_dropped_on_the_page_is_heard(heard: tuple[Path, Path], clip: Path) -> None:
+    model, pieces = FolderModel(heard[1]), []
+    expected = Conversation(model).ask("the fox", [Shown("audio", clip)], max_new_tokens=4)
+    with ChatServer(Conversation(model), 0, max_new_tokens=4) as server:
+        server.ask("the fox", [("audio", clip.read_bytes())], pieces.append)
+    assert "".join(pieces) == expected
+
+
 def test_a_prompt_without_markers_stands_behind_its_clips(
-    heard: tuple[Path, Path], workshop: Workshop, clip: Path
+    heard: tuple[Path, Path], workshop: Workshop, clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = heard[1]
     expected = generate_from_folder(folder, "<audio>the fox", clips=[clip], max_new_tokens=4)
     assert generate_from_folder(folder, "the fox", clips=[clip], max_new_tokens=4) == expected
+    asked = ["generate", str(folder), "--prompt", "the fox", "--audio", str(clip), "--max-new-tokens", "4"]
+    cli._run_command(asked)
+    assert capsys.readouterr().out == expected + "\n"
     clip.write_bytes(b"RIFF but no sound")
     with pytest.raises(DataError, match=r"clip .*/clip.flac cannot be read: a clip cannot be decoded"):
         generate_from_folder(folder, "the fox", clips=[clip])
