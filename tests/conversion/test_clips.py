@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -214,16 +215,32 @@ def test_what_is_heard_changes_the_answer_and_needs_its_spans(heard: tuple[Path,
         model(**{**inputs[0], "audio_values": inputs[0]["audio_values"].repeat(2, 1)})
 
 
-def test_a_compiled_model_hears_the_same(heard: tuple[Path, Path], processor) -> None:
-    model = FolderModel(heard[1]).model
+def test_compiled_encoders_hear_the_same(heard: tuple[Path, Path], processor) -> None:
+    model = FolderModel(heard[1]).model.model
     text, clips = PROMPTS["two"]
     inputs = processor(text=text, audio=clips)
+    spans = model.spans(**{name: value for name, value in inputs.items() if name.startswith("span")})
+    hidden, values = model.embed_tokens(inputs["input_ids"]), inputs["audio_values"]
     torch._dynamo.reset()
     with torch.no_grad():
-        expected = model(**inputs).logits
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+        expected = model.encoders.dock(hidden, spans, None, values)
+        compiled = torch.compile(model.encoders.dock, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(hidden, spans, None, values), expected, atol=1e-5, rtol=1e-5)
+    assert (expected != hidden).any()
     torch._dynamo.reset()
+
+
+def test_the_snippet_of_the_card_runs(
+    heard: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (heard[1] / "README.md").read_text()
+    assert "pipeline_tag: audio-text-to-text" in card
+    assert "soundfile (for files) and soxr (for other sampling rates) for clips" in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(heard[1].parent)
+    exec(snippet, {})
+    assert 'processor(text="<audio>", audio=clip, sampling_rate=16000)' in snippet
+    assert capsys.readouterr().out.count("\n") >= 2
 
 
 def test_there_and_back_is_the_same_checkpoint(heard: tuple[Path, Path], tmp_path: Path) -> None:
