@@ -134,7 +134,7 @@ def nonsense(samples: np.ndarray) -> dict[str, Any]:
     [
         ("<audio>", None, r"1 audio marker\(s\), 0 clip"),
         ("fox", FILES["wav"], r"0 audio marker\(s\), 1 clip"),
-        ("<span>fox<audio></span>", FILES["wav"], "one image or clip comes first"),
+        ("<span>fox<audio></span>", FILES["wav"], "one clip comes first"),
         ("<span:ear><audio>fox</span>", FILES["wav"], "'ear' reads at most 0 tokens"),
         ("<span:text><audio></span>", FILES["wav"], "'text' reads no clips"),
         ("<span:ear><image></span>", None, "'ear' reads no images"),
