@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import time
 from pathlib import Path
 from typing import get_args
@@ -18,6 +16,7 @@ from typing import get_args
 from metalm.cli import ToolParser, run_tool
 from metalm.data.documents.chats import TrainedAnswers
 from metalm.data.preparation.chat_shards import prepare_chats
+from metalm.data.preparation.shard_arguments import add_first_number, add_shard_arguments, check_numbers
 from metalm.data.preparation.tally import format_table
 from metalm.modalities import MEDIA
 
@@ -38,15 +37,8 @@ def main() -> None:
     )
     for media in MEDIA.values():
         media.add_preparation_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
-    parser.add_argument(
-        "--first-number",
-        type=int,
-        default=0,
-        help="number of the first input, when inputs are prepared apart (default: 0)",
-    )
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    add_shard_arguments(parser)
+    add_first_number(parser)
     run_preparation(parser, parser.parse_args())
 
 
@@ -56,9 +48,7 @@ def run_preparation(parser: argparse.ArgumentParser, options: argparse.Namespace
     except ValueError as error:
         parser.error(str(error))
     given = {key: value for found in settings.values() for key, value in found.items()}
-    positive = [options.processes, options.shard_mib, *given.values()]
-    if any(value is not None and not 0 < value < math.inf for value in positive) or options.first_number < 0:
-        parser.error("all numbers must be positive; --first-number may be 0")
+    check_numbers(parser, options, given.values())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.monotonic()
     report = prepare_chats(

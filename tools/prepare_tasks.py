@@ -8,13 +8,13 @@ Example: python tools/prepare_tasks.py --hold-out nli --wordings drawn --out dat
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
 from metalm.data.preparation.example_shards import prepare_examples
+from metalm.data.preparation.shard_arguments import add_shard_arguments, check_numbers
 from metalm.data.preparation.tally import format_table
 from metalm.tasks.mixture import TaskExamples, Wordings, choose_tasks
 from metalm.tasks.task_file import find_tasks, load_task
@@ -35,12 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--most", type=int, help="records of a task; default: what its file takes")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    add_shard_arguments(parser)
     options = parser.parse_args()
-    if min(options.most or 1, options.shard_mib, options.processes) <= 0:
-        parser.error("all numbers must be positive")
+    check_numbers(parser, options, [options.most])
     named = _words(options.tasks) if options.tasks else list(find_tasks())
     tasks = [load_task(name) for name in named]
     if not options.tasks or options.clusters or options.hold_out:

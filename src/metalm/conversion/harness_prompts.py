@@ -1,8 +1,8 @@
 """Contexts of lm-evaluation-harness to documents: which encoder reads what of them.
 
 A context is what a user says in one turn, and laid out as the export's chat template does it: encoded as one
-text, or an image and the text that belongs to it as one span; clips as images. A context that begins
-with `<s>` is a prompt with the processor's markers already, as the template makes them of several turns.
+text, or an image and the text that belongs to it as one span; clips as images. A context that begins with
+`<s>` is a prompt with the processor's markers already, as the template makes them of several turns.
 What follows a context is plain, and one text with what of the context is plain at its end.
 """
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageEnhance, ImageOps
 
-from metalm.config.augmentation_schema import STRONGEST, AugmentationConfig
+from metalm.config.augmentation_schema import STRONGEST, AugmentationConfig, Operation
 
 DRAWS_PER_OPERATION = 2
 """Which operation, and its sign."""
@@ -57,7 +57,7 @@ def _enhanced(
     return lambda image, s: enhancer(image).enhance(1 + 0.9 * s)
 
 
-OPERATIONS: Mapping[str, Callable[[Pillow.Image, float], Pillow.Image]] = {
+OPERATIONS: Mapping[Operation, Callable[[Pillow.Image, float], Pillow.Image]] = {
     "identity": lambda image, s: image,
     "autocontrast": lambda image, s: ImageOps.autocontrast(image),
     "equalize": lambda image, s: ImageOps.equalize(image),

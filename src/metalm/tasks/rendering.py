@@ -23,9 +23,12 @@ class UnusableRecord(DataError):
     """A record that cannot be worded."""
 
     def __init__(self, cause: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(cause, message)  # with both it travels between processes
         self.cause = cause
         """The name of the counter."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def render(task: TaskFile, template: Template, record: TaskRecord, answer: str) -> Example:

@@ -30,6 +30,7 @@ from .audio_processing_metalm import ClipFeatures, MetaLMAudioProcessor, open_cl
 from .image_processing_metalm import MetaLMImageProcessor
 
 IMAGE_MARKER, AUDIO_MARKER = "<image>", "<audio>"
+NOUNS = {IMAGE_MARKER: "image", AUDIO_MARKER: "clip"}
 OWN_TOKENIZER_NAME = "tokenizer_of_{}.json"
 """File of the tokenizer of an encoder."""
 SPAN_MARKER = re.compile(r"<span(?::([a-z0-9_]+))?>")
@@ -208,9 +209,9 @@ class MetaLMProcessor(ProcessorMixin):
         if truncation:
             raise ValueError("truncation is not supported, because it would cut spans: shorten the prompt")
         texts = [text] if isinstance(text, str) else list(text)
-        clips = iter(_flat_media("audio", audio, [self._count(one, AUDIO_MARKER) for one in texts]))
+        clips = iter(_flat_media(AUDIO_MARKER, audio, [self._count(one, AUDIO_MARKER) for one in texts]))
         prompts = [self._prompt(one, add_special_tokens, clips, sampling_rate) for one in texts]
-        given = _flat_media("image", images, [prompt.num_images for prompt in prompts])
+        given = _flat_media(IMAGE_MARKER, images, [prompt.num_images for prompt in prompts])
         pixels = [self._prepare_image(image) for image in given]
         lengths = [len(prompt.input_ids) for prompt in prompts]
         if max_length is not None and max(lengths) > max_length:
@@ -348,7 +349,7 @@ class MetaLMProcessor(ProcessorMixin):
                     number += 1
                     self._append(prompt, *read, number)
                 span = None
-            elif is_mark and piece in (IMAGE_MARKER, AUDIO_MARKER):
+            elif is_mark and piece in NOUNS:
                 if piece == AUDIO_MARKER:
                     encoder = None if span is None else span.encoder
                     features = self.prepare_clip(next(clips), encoder, sampling_rate=sampling_rate)
@@ -358,7 +359,7 @@ class MetaLMProcessor(ProcessorMixin):
                     (read,) = self._read(Span(None, piece, [], []), prompt)
                     self._append(prompt, *read, number)
                 elif span.marker or span.ids:
-                    raise ValueError(f"in a span, one image or clip comes first: {text!r}")
+                    raise ValueError(f"in a span, one {NOUNS[piece]} comes first: {text!r}")
                 else:
                     span = span._replace(marker=piece)
             else:
@@ -379,7 +380,7 @@ class MetaLMProcessor(ProcessorMixin):
         name = span.encoder or usual[span.marker]
         if name not in self.encoders:
             known = ", ".join(self.encoders) or "none"
-            what = {IMAGE_MARKER: "images", AUDIO_MARKER: "clips", None: "text"}[span.marker]
+            what = "text" if span.marker is None else f"{NOUNS[span.marker]}s"
             raise ValueError(f"no encoder {name or 'for this'!r} to read {what}; the model has: {known}")
         sizes = self.encoders[name]
         num_vectors = 0
@@ -458,13 +459,14 @@ def _flat_media(marker: str, media: Any, counts: Sequence[int]) -> list[Any]:
     elif media and all(isinstance(group, list | tuple) for group in media):
         lengths = [len(group) for group in media]
         if lengths != list(counts):
-            raise ValueError(f"the prompts have {counts} {marker} marker(s), the lists {lengths}")
+            raise ValueError(f"the prompts have {counts} {marker[1:-1]} marker(s), the lists {lengths}")
         given = [one for group in media for one in group]
     else:
         given = list(media)
     if (count := sum(counts)) != len(given):
-        noun = {"image": "image", "audio": "clip"}[marker]
-        raise ValueError(f"the prompts have {count} {marker} marker(s), {len(given)} {noun}(s) were given")
+        raise ValueError(
+            f"the prompts have {count} {marker[1:-1]} marker(s), {len(given)} {NOUNS[marker]}(s) were given"
+        )
     return given
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import time
 from pathlib import Path
-from typing import Any
 
 from metalm.data.preparation.folder import DROPPED_NAME
 from metalm.data.preparation.pair_shards import prepare_pairs
+from metalm.data.preparation.shard_arguments import add_first_number, add_shard_arguments, check_numbers
 from metalm.data.preparation.tally import format_table
 from metalm.modalities import Media
 
@@ -20,7 +18,6 @@ def add_pair_arguments(parser: argparse.ArgumentParser, modality: Media) -> None
     """Where pairs are listed, and into how many shards they go."""
     units = modality.unit
     modality.add_preparation_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--path-column", default="path", help="of a table (default: path)")
     parser.add_argument("--caption-column", default="caption", help="of a table (default: caption)")
     parser.add_argument(
@@ -30,14 +27,8 @@ def add_pair_arguments(parser: argparse.ArgumentParser, modality: Media) -> None
         default=4096,
         help=f"most {units} per shard (default: 4096)",
     )
-    parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
-    parser.add_argument(
-        "--first-number",
-        type=int,
-        default=0,
-        help="number of the first input, when inputs are prepared apart (default: 0)",
-    )
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    add_shard_arguments(parser)
+    add_first_number(parser)
 
 
 def run_preparation(
@@ -48,9 +39,7 @@ def run_preparation(
         settings = modality.preparation_settings(options)
     except ValueError as error:
         parser.error(str(error))
-    positive: list[Any] = [options.processes, options.shard_mib, options.pairs_per_unit, *settings.values()]
-    if any(value is not None and not 0 < value < math.inf for value in positive) or options.first_number < 0:
-        parser.error("all numbers must be positive; --first-number may be 0")
+    check_numbers(parser, options, [options.pairs_per_unit, *settings.values()])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.monotonic()
     report = prepare_pairs(
