@@ -15,11 +15,10 @@ from metalm.errors import DataError
 from metalm.reproduction.data.archives import read_members
 from metalm.reproduction.data.packages import EASY_VQA
 from metalm.reproduction.data.set_folder import SetFolder
-from metalm.reproduction.data.splitting import split_by_group
+from metalm.reproduction.data.splitting import side_of
 
 PACKAGES = (EASY_VQA,)
 DATA = "easy_vqa/data/"
-VALIDATION_QUESTIONS = 2_000
 
 
 def write(files: dict[str, Path], folder: SetFolder) -> None:
@@ -39,9 +38,11 @@ def write(files: dict[str, Path], folder: SetFolder) -> None:
     tested = {digest for name, digest in seen.items() if name.startswith("test/")}
     records = {owner: _records(found, owner, seen) for owner in ("train", "test")}
     others = [record for record in records["train"] if record["group"] not in tested]
-    sizes = {"validation": VALIDATION_QUESTIONS, "test": 0}
-    sides = split_by_group(others, lambda record: record["group"], sizes)
-    sides["test"] = records["test"]
+    sides = {
+        "train": [record for record in others if side_of(record["group"]) != "validation"],
+        "validation": [record for record in others if side_of(record["group"]) == "validation"],
+        "test": records["test"],
+    }
     folder.write_task("easy_vqa", sides, label="answer")
     folder.write_zip("images.zip", pictures.items())
 

@@ -87,16 +87,6 @@ OPENMOJI = Package(
     licence="CC BY-SA 4.0",
     released="2026",
 )
-EMOJIBASE = Package(
-    manager="npm",
-    name="emojibase-data",
-    version="17.0.0",
-    file="emojibase-data-17.0.0.tgz",
-    num_bytes=6_711_091,
-    sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-    licence="MIT",
-    released="2026",
-)
 FASHION_MNIST = Package(
     manager="apt",
     name="dataset-fashion-mnist",

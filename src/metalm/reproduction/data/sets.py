@@ -7,7 +7,16 @@ from types import ModuleType
 from typing import Any
 
 from metalm.errors import ConfigError
-from metalm.reproduction.data import easy_vqa, minilm, vader
+from metalm.reproduction.data import (
+    bigbench,
+    easy_vqa,
+    fashion_mnist,
+    minilm,
+    openmoji,
+    tuxpaint,
+    vader,
+    wordnet,
+)
 from metalm.reproduction.data.getting import get_package
 from metalm.reproduction.data.set_folder import check_set, new_set
 
@@ -15,6 +24,11 @@ SETS: dict[str, ModuleType] = {
     "vader": vader,
     "minilm": minilm,
     "easy-vqa": easy_vqa,
+    "bigbench": bigbench,
+    "wordnet": wordnet,
+    "openmoji": openmoji,
+    "fashion-mnist": fashion_mnist,
+    "tuxpaint": tuxpaint,
 }
 """By name, the module with its `PACKAGES` and `write`."""
 

@@ -1,6 +1,7 @@
 """Splits by group: what belongs together, such as the claims about a passage, is on one side.
 
-Which side is decided by the hash of a group's name alone, so that it is the same everywhere.
+Which side is decided by the hash of a group's name alone, so that it is the same everywhere, and in all tasks
+that have a group in common.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
-SPLITS = ("train", "validation", "test")
+TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
+"""Of the groups; the others are for training."""
 
 
 def normalised(text: str) -> str:
@@ -19,31 +21,32 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def order_of(name: str) -> bytes:
-    """A number for a name, by which to sort as if at random."""
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+def place_of(name: str) -> float:
+    """A number in 0..1 for a name, as if drawn."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:7]) / 2**56
+
+
+def side_of(group: str) -> str:
+    """`train`, `validation` or `test`."""
+    place = place_of(group)
+    if place < TEST_SHARE:
+        return "test"
+    return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 def split_by_group(
-    items: Iterable[Item], group: Callable[[Item], str], sizes: Mapping[str, int]
+    items: Iterable[Item], group: Callable[[Item], str], most: Mapping[str, int] | None = None
 ) -> dict[str, list[Item]]:
-    """Items on three sides, whole groups each; items of a side are in an order as if at random.
+    """Items on three sides, whole groups each; those of a side are in an order as if at random.
 
     Args:
         group: the name of the group that an item belongs to.
-        sizes: by `validation` and `test`, at least so many items; by `train`, at most so many: of a larger
-            rest, only the first groups are kept.
+        most: by side, how many of its items are kept, those of its first groups.
     """
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(group(item), []).append(item)
-    sides: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    for name in sorted(groups, key=order_of):
-        for side in ("test", "validation", "train"):
-            if len(sides[side]) < sizes.get(side, len(groups) + sum(map(len, groups.values()))):
-                sides[side] += groups[name]
-                break
-    return sides
+    sides: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
+    for item in sorted(items, key=lambda item: place_of(f"order {group(item)}")):
+        sides[side_of(group(item))].append(item)
+    return {side: kept[: (most or {}).get(side, len(kept))] for side, kept in sides.items()}
 
 
 def connected(rows: Sequence[Iterable[Hashable]]) -> list[int]:

@@ -24,7 +24,6 @@ DOMAINS = {
 }
 LEAST_RATING = 0.5
 """Nearer to 0, people do not agree on the sign."""
-VALIDATION_SHARE, TEST_SHARE = 0.1, 0.2
 
 
 def write(files: dict[str, Path], folder: SetFolder) -> None:
@@ -46,11 +45,7 @@ def write(files: dict[str, Path], folder: SetFolder) -> None:
             }
             for (source, rating, text), group in zip(rows, groups, strict=True)
         ]
-        sizes = {
-            "validation": int(len(records) * VALIDATION_SHARE),
-            "test": int(len(records) * TEST_SHARE),
-        }
-        sides = split_by_group(records, lambda record: record["group"], sizes)
+        sides = split_by_group(records, lambda record: record["group"])
         folder.write_task(task, sides, label="label")
 
 
