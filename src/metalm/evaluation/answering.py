@@ -134,7 +134,7 @@ class EngineAnswerer:
             answers = answer(list(rows.values()) or [lay_out([_NOTHING], self._corpus.tokenizer)])
             mine |= dict(zip(rows, answers, strict=False))
         gathered: list[dict[int, Answer]] = [{} for _ in range(topology.data_size)]
-        dist.all_gather_object(gathered, mine, group=topology.data_group)
+        dist.all_gather_object(gathered, mine, group=topology.data_host_group)
         found = {number: answer for one in gathered for number, answer in one.items()}
         return [found.get(number) for number in range(len(documents))]
 
