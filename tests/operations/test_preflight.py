@@ -167,3 +167,9 @@ def test_limits_name_the_node_and_the_figure() -> None:
         "its clock is +7.00 s off, at most 1",
         "driver is 570, elsewhere 580",
     ]
+
+
+def test_a_process_that_may_open_few_files_is_refused() -> None:
+    few, enough = NodeReport("few", open_files=1024), NodeReport("enough", open_files=4096)
+    problems = find_problems([few, enough], Limits())
+    assert problems == {"few": ["a process may have 1024 files open (ulimit -Hn), expected 4096"]}

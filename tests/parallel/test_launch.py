@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import resource
+
 import pytest
 
 from metalm.errors import TopologyError
-from metalm.parallel.launch import find_launch, first_host, rank_of
+from metalm.parallel.launch import find_launch, first_host, raise_open_files, rank_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -82,3 +84,13 @@ def test_first_host(nodes: str, host: str) -> None:
 def test_no_host_is_refused() -> None:
     with pytest.raises(TopologyError):
         first_host("")
+
+
+def test_a_rank_may_open_as_many_files_as_the_node_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+    try:
+        assert raise_open_files() == hard
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -146,8 +146,8 @@ class EngineAnswerer:
             # Every rank has as many batches, and a row at least: sharded weights are gathered together.
             answers = answer(list(rows.values()) or [lay_out([_NOTHING], self._corpus.tokenizer)])
             mine |= dict(zip(rows, answers, strict=False))
-        gathered: list[dict[int, Answer]] = [{} for _ in range(topology.data_size)]
-        dist.all_gather_object(gathered, mine, group=topology.data_group)
+        gathered: list[dict[int, Answer]] = [{} for _ in range(topology.replica_size)]
+        dist.all_gather_object(gathered, mine, group=topology.replica_host_group)
         found = {number: answer for one in gathered for number, answer in one.items()}
         return [found.get(number) for number in range(len(documents))]
 

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import metalm
+from metalm.parallel.launch import raise_open_files
 
 PACKAGES = (
     *("torch", "deepspeed", "megatron-core", "transformers", "webdataset", "numpy", "triton"),
@@ -51,6 +52,8 @@ class NodeReport:
     """Ahead of the first node's clock."""
     within_gib_s: float | None = None
     across_gib_s: float | None = None
+    open_files: int | None = None
+    """That a process may have."""
 
     def to_json(self) -> str:
         """For `from_json` on another node."""
@@ -80,7 +83,9 @@ def report_node(run_folder: Path) -> NodeReport:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "absent"
-    return NodeReport(node_name(), gpus, versions, tuple(faults), free_gib, write_mib_s)
+    return NodeReport(
+        node_name(), gpus, versions, tuple(faults), free_gib, write_mib_s, open_files=raise_open_files()
+    )
 
 
 def _gpus(faults: list[str]) -> tuple[tuple[Gpu, ...], dict[str, str]]:

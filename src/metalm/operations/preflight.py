@@ -24,7 +24,7 @@ from metalm.errors import EXIT_DONE, EXIT_NODE
 from metalm.operations.node_report import Gpu, NodeReport, node_name, report_node
 from metalm.operations.preflight_limits import Limits, draw_table, find_problems
 from metalm.parallel.bandwidth import LinkSpeeds, measure_links
-from metalm.parallel.launch import Launch, find_launch
+from metalm.parallel.launch import Launch, find_launch, raise_open_files
 
 NODES_VARIABLE = "METALM_NODES"
 """The job's nodes in the order of their ranks, separated by blanks: names those that do not report."""
@@ -221,6 +221,7 @@ def _measure(meeting: _Meeting, mebibytes: int) -> threading.Thread:
 def _measure_links(meeting: _Meeting, mebibytes: int) -> None:
     launch, on_cuda = meeting.launch, torch.cuda.is_available()
     device = torch.device("cuda", launch.local_rank) if on_cuda else torch.device("cpu")
+    raise_open_files()
     try:
         store = meeting.connect()
         if on_cuda:

@@ -23,6 +23,9 @@ class Limits:
     gpu_celsius: float = field(default=90.0, metadata={"help": "temperature of a GPU, at most"})
     free_gib: float = field(default=1.0, metadata={"help": "free on the run folder's disk, at least"})
     write_mib_s: float = field(default=5.0, metadata={"help": "writing speed at the run folder, at least"})
+    open_files: float = field(
+        default=4096, metadata={"help": "files that a process may have open (ulimit -Hn), at least"}
+    )
     clock_s: float = field(default=1.0, metadata={"help": "difference to the first node's clock, at most"})
     within_gib_s: float = field(default=0.0, metadata={"help": "all-reduce within a node, at least"})
     across_gib_s: float = field(default=0.0, metadata={"help": "all-reduce with a neighbour, at least"})
@@ -64,6 +67,10 @@ def _own_problems(report: NodeReport, limits: Limits) -> list[str]:
     ):
         if value is not None and value < least:
             found.append(f"{value:.2f} {what}, expected {least:g}")
+    if report.open_files is not None and report.open_files < limits.open_files:
+        found.append(
+            f"a process may have {report.open_files} files open (ulimit -Hn), expected {limits.open_files:g}"
+        )
     if limits.clock_s and report.clock_s is not None and abs(report.clock_s) > limits.clock_s:
         found.append(f"its clock is {report.clock_s:+.2f} s off, at most {limits.clock_s:g}")
     return found

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from metalm.errors import MetaLMError
+from metalm.parallel.topology import Topology
 
 
 class Verdict(enum.IntEnum):
@@ -21,13 +22,18 @@ class Verdict(enum.IntEnum):
     FAIL = 2
 
 
-def agree(own: Verdict, news: bool) -> tuple[Verdict, bool]:
+def agree(own: Verdict, news: bool, topology: Topology) -> tuple[Verdict, bool]:
     """The most urgent verdict of all ranks, and whether any rank has an event that concerns all.
+
+    Asked for before every step, and in host memory, so that the device is not waited for. A ring over all
+    ranks takes as many messages one after the other as there are ranks, twice; the tensor-parallel ranks and
+    then the data-parallel ones take as many as the two sizes' sum.
 
     Collective: all ranks, over gloo.
     """
     asked = torch.tensor([int(own), int(news)])
-    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    for group in (topology.tensor_host_group, topology.replica_host_group):
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
     return Verdict(int(asked[0])), bool(asked[1])
 
 

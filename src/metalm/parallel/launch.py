@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,6 +104,13 @@ def _from(environment: Mapping[str, str], launcher: str, rank: str, world: str, 
         raise TopologyError(f"started by {launcher}, but its variables are not numbers: {error}") from None
 
 
+def raise_open_files() -> int:
+    """Let this process open as many files as it may, and answer how many: gloo holds one for each rank."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
+
+
 def open_process_group(launch: Launch, timeout_minutes: int) -> torch.device:
     """Join the job's process group and answer the device of this rank.
 
@@ -114,6 +123,7 @@ def open_process_group(launch: Launch, timeout_minutes: int) -> torch.device:
     import torch.distributed as dist
 
     os.environ.update(launch.environment())
+    raise_open_files()
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", launch.local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:

@@ -108,11 +108,13 @@ def broadcast_batches(batches: list[SemiCausalBatch] | None, topology: Topology)
     if topology.rows_size == 1:
         assert batches is not None
         return batches
-    source = dist.get_global_rank(topology.rows_group, 0)
+    source = dist.get_global_rank(topology.rows_host_group, 0)
     structure, content = (None, None) if batches is None else to_bytes(batches)
     received = [structure]
-    dist.broadcast_object_list(received, src=source, group=topology.rows_group, device=torch.device("cpu"))
+    dist.broadcast_object_list(
+        received, src=source, group=topology.rows_host_group, device=torch.device("cpu")
+    )
     if content is None:
         content = torch.empty(count_bytes(received[0]), dtype=torch.uint8)
-    dist.broadcast(content, src=source, group=topology.rows_group)
+    dist.broadcast(content, src=source, group=topology.rows_host_group)
     return batches if batches is not None else from_bytes(received[0], content)

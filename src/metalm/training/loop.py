@@ -81,7 +81,9 @@ class _Run:
         self._watchdog, self._lock = started.watchdog, started.lock
         self._lane_states = started.lane_states
         topology = session.topology
-        self._stop = StopRequest(session.run_folder, config.training.time_limit_minutes)
+        self._stop = StopRequest(
+            session.run_folder, config.training.time_limit_minutes, watches_file=session.is_first
+        )
         self._guard = StepGuard(config.guards, config.data.sources, topology.device)
         self._objective = objective
         self._train_step = TrainStep(
@@ -160,7 +162,7 @@ class _Run:
             error = FaultError(f"a later start of this job has taken the run {self._session.run_folder}")
         own = Verdict.FAIL if error else Verdict.STOP if self._stop.is_asked() else Verdict.GO_ON
         began = time.perf_counter()
-        verdict, save_failed = agree(own, self._store.has_failed())
+        verdict, save_failed = agree(own, self._store.has_failed(), self._session.topology)
         self._slow_ranks.count(time.perf_counter() - began, wait_s)
         if save_failed:
             self._tell_failed_save(self._store.finish())

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def open_session(corpus: Corpus) -> Iterator[Session]:
     if config.training.deterministic:
         _make_deterministic()
     device = open_process_group(launch, config.parallel.timeout_minutes)
-    topology = build_topology(config.parallel.tensor, device, context_size=config.parallel.context)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    topology = build_topology(config.parallel.tensor, device, timeout, context_size=config.parallel.context)
     try:
         yield Session(launch, topology, corpus, run_folder, log)
     except MetaLMError:

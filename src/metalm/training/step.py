@@ -15,6 +15,7 @@ from metalm.parallel.topology import Topology
 from metalm.training.engines import RATE_RATIO, Engines
 from metalm.training.gradient_norm import GradientNorms, JointNorm
 from metalm.training.guards import FINE, StepGuard
+from metalm.training.replicas import unify_gradients
 from metalm.training.timing import PartTimer
 
 
@@ -84,6 +85,7 @@ class TrainStep:
                     self._step_engines()
                 self._forward_backward(batch, scale, sums, parts)
         with self.timer.part("optimizer"):
+            unify_gradients(self._engines.decoder, topology)
             norms = self._joint_norm.measure()
             dist.all_reduce(sums, group=topology.replica_group)
             if parts:

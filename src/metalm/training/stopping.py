@@ -16,14 +16,23 @@ _SAME_REQUEST_S = 5.0
 class StopRequest:
     """Whether somebody asked this run to save and end.
 
-    SIGTERM, SIGINT and SIGUSR2 to any rank count, the file `stop` in the run folder, which reaches
-    ranks whose launcher swallows signals, and the time limit of the config. A second signal ends the
-    process at once. Only a SIGTERM soon after the first does not: Slurm signals every process of a job,
-    and torchrun then signals its workers again.
+    SIGTERM, SIGINT and SIGUSR2 to any rank count, the file `stop` in the run folder, which one rank looks for
+    and which reaches ranks whose launcher swallows signals, and the time limit of the config. A second signal
+    ends the process at once. Only a SIGTERM soon after the first does not: Slurm signals every process of a
+    job, and torchrun then signals its workers again.
     """
 
-    def __init__(self, run_folder: Path, time_limit_minutes: float | None = None) -> None:
-        """Listen from now on, which is when the time limit begins."""
+    def __init__(
+        self, run_folder: Path, time_limit_minutes: float | None = None, *, watches_file: bool = True
+    ) -> None:
+        """Listen from now on, which is when the time limit begins.
+
+        Args:
+            run_folder: of the run.
+            time_limit_minutes: None: as long as it takes.
+            watches_file: whether this rank is the one that looks for the stop file.
+        """
+        self._watches_file = watches_file
         self._file = run_folder / STOP_NAME
         self._answered = run_folder / "logs" / ANSWERED_STOP_NAME
         self._limit_minutes = time_limit_minutes
@@ -35,12 +44,15 @@ class StopRequest:
 
     def is_asked(self) -> bool:
         """Whether this rank has been asked."""
-        return self._is_late() or self._signalled_at is not None or self._file.exists()
+        return (
+            self._is_late() or self._signalled_at is not None or (self._watches_file and self._file.exists())
+        )
 
     def reason(self) -> str | None:
         """Who asked this rank; None: nobody, another rank was asked."""
-        with contextlib.suppress(OSError):
-            return f"the stop file ({self._file.read_text().strip() or 'it names nobody'})"
+        if self._watches_file:
+            with contextlib.suppress(OSError):
+                return f"the stop file ({self._file.read_text().strip() or 'it names nobody'})"
         if self._signalled_at is not None:
             return self._signal
         return f"training.time_limit_minutes = {self._limit_minutes:g}" if self._is_late() else None
