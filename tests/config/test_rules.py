@@ -192,6 +192,13 @@ def test_fitting_layouts_pass(world_size: int) -> None:
     check_topology(load_config(DEMO, ["training.micro_batch_size=1"]), world_size)
 
 
+@pytest.mark.parametrize(("tensor", "context"), [(1, 4), (2, 2), (4, 1)])
+def test_context_ranks_may_be_more_or_fewer_than_the_key_heads(tensor: int, context: int) -> None:
+    layout = [f"parallel={{tensor: {tensor}, context: {context}}}", "training.micro_batch_size=1"]
+    for key_heads in (4,) if tensor == 4 else (2, 4):
+        check_topology(load_config(DEMO, [*SIZES, *layout, f"model.decoder.num_kv_heads={key_heads}"]), 8)
+
+
 @pytest.mark.parametrize(
     ("world_size", "overrides", "message"),
     [
@@ -207,6 +214,36 @@ def test_fitting_layouts_pass(world_size: int) -> None:
             2,
             ["parallel={tensor: 2, sequence_parallel: true}", "data.sequence_length=129"],
             "data.sequence_length = 129 is not divisible by parallel.tensor = 2",
+        ),
+        (
+            6,
+            ["parallel={tensor: 2, context: 2}"],
+            "6 rank(s) cannot be split into groups of parallel.tensor = 2 x parallel.context = 2",
+        ),
+        (
+            8,
+            ["parallel={tensor: 2, context: 4}"],
+            "model.decoder.num_heads = 4 is not divisible by parallel.tensor = 2 x parallel.context = 4",
+        ),
+        (
+            4,
+            [
+                "parallel={tensor: 1, context: 4}",
+                "model.decoder.hidden_size=96",
+                "model.decoder.num_heads=12",
+                "model.decoder.num_kv_heads=3",
+            ],
+            "model.decoder.num_kv_heads = 3 leaves 3 to a tensor-parallel rank, which parallel.context = 4",
+        ),
+        (
+            2,
+            ["parallel={tensor: 1, context: 2}", "data.sequence_length=129"],
+            "data.sequence_length = 129 is not divisible by parallel.context = 2",
+        ),
+        (
+            4,
+            ["parallel={tensor: 2, context: 2, sequence_parallel: true}", "data.sequence_length=130"],
+            "data.sequence_length = 130 is not divisible by parallel.context = 2 x parallel.tensor = 2",
         ),
         (6, ["parallel.tensor=2"], "data.lanes = 16 is not divisible by 3 data-parallel ranks"),
         (4, [], "16 is not divisible by 2 data-parallel ranks x training.micro_batch_size = 16"),

@@ -95,6 +95,21 @@ def test_an_encoder_without_spans_gets_one_dummy_element_that_is_docked_nowhere(
         assert share.media.shape == (0, PATCH_BYTES)
 
 
+def test_context_ranks_dock_what_stands_in_their_run_of_the_positions() -> None:
+    """Two rows of 12 over 3 context ranks; a span of the first stands on both sides of position 8."""
+    rows = [text_row(12, [(1, 3), (6, 10)]), text_row(12, [(2, 7)])]
+    arguments = {"model_config": MODEL, "sequence_length": 12, "tp_size": 2, "pad_id": PAD}
+    whole, cut = (collate(rows, **arguments, cp_size=size).encoders["text"] for size in (1, 3))
+    assert len(cut.shares) == 6  # of the tensor ranks of each
+    assert whole.dock_bounds == (0, 11)
+    assert cut.dock_bounds == (0, 4, 8, 11)
+    runs = [cut.dock_positions[slice(*cut.dock_bounds[rank : rank + 2])].tolist() for rank in range(3)]
+    assert [sorted(run) for run in runs] == [[1, 2, 6, 7], [8, 9, 14, 15], [16, 17, 18]]
+    ids = torch.cat([share.token_ids for share in cut.shares])
+    tokens = np.concatenate([row.tokens for row in rows])
+    assert ids[cut.dock_vectors].tolist() == tokens[cut.dock_positions].tolist()
+
+
 def test_elements_are_routed_by_the_modality_of_their_span() -> None:
     """An image with two tokens of text, an image alone, text alone, and padding."""
     encoder = MODEL.encoders["vision"].model_copy(update={"joint_layers": 1})

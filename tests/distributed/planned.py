@@ -10,9 +10,11 @@ from reference.rows import DOCUMENT, START, Document, PlainRow, Span
 LENGTH, SPAN = 64, 32
 
 
-def planned_config(*, tensor: int = 1, **deepspeed: str) -> RunConfig:
+def planned_config(*, tensor: int = 1, context: int = 1, **deepspeed: str) -> RunConfig:
     """Decoder of 4 x 128 and a text encoder of 2 x 96; micro-batches of 2 rows, two of them on 2 DP ranks."""
-    content = tiny_config("unused", tensor=tensor, micro_batch_size=2, **deepspeed).model_dump()
+    content = tiny_config(
+        "unused", tensor=tensor, context=context, micro_batch_size=2, **deepspeed
+    ).model_dump()
     content["model"]["decoder"] |= {"num_layers": 4, "hidden_size": 128}
     text = content["model"]["encoders"]["text"] | {"hidden_size": 96, "max_text_positions": SPAN}
     content["model"]["encoders"] = {"text": text}

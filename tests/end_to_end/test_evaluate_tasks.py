@@ -118,6 +118,7 @@ def test_options_are_as_likely_on_every_layout_and_in_the_export(trained: Traine
         "many": (trained.export, (*asked, "--batch-size", "16"), 1),
         "tensor": (trained.run, asked, 2),
         "data": (trained.run, (*asked, "parallel.tensor=1", "--batch-size", "3"), 2),
+        "context": (trained.run, (*asked, "parallel={tensor: 1, context: 2}"), 2),
     }
     for name, (model, words, num_ranks) in ways.items():
         found = trained.answers(model, task, tmp_path / name, *words, num_ranks=num_ranks)
@@ -128,7 +129,7 @@ def test_options_are_as_likely_on_every_layout_and_in_the_export(trained: Traine
     board.Reload()
     right = np.mean([one["prediction"] in one["references"] for one in reference.values()])
     shown = [event.value for event in board.Scalars("tasks/colours/1_shots/exact_match")]
-    assert shown == pytest.approx([right, right])  # of both layouts
+    assert shown == pytest.approx([right] * 3)  # of all layouts
 
 
 def test_the_run_and_its_export_generate_alike(trained: Trained, tmp_path: Path) -> None:

@@ -37,6 +37,21 @@ def losses(run: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss/all"] for entry in read_metrics(run) if "loss/all" in entry}
 
 
+def measured(run: Path) -> dict[tuple[int, str], float]:
+    """Losses and fingerprints by step and name."""
+    names = ("loss/", "held_out/", "data/fingerprint")
+    lines = read_metrics(run)
+    return {(line["step"], name): line[name] for line in lines for name in line if name.startswith(names)}
+
+
+def shown_texts(run: Path) -> dict[str, bytes]:
+    """Samples in TensorBoard."""
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    tags = [tag for tag in board.Tags()["tensors"] if tag.startswith(("text/", "captions/"))]
+    return {tag: board.Tensors(tag)[-1].tensor_proto.string_val[0] for tag in tags}
+
+
 @pytest.fixture(scope="module")
 def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Eight steps on two tensor-parallel ranks, not interrupted."""
@@ -128,6 +143,28 @@ def test_a_checkpoint_goes_on_under_another_topology(
     evaluated = [entry["step"] for entry in read_metrics(tmp_path / "moved") if "held_out/text" in entry]
     assert evaluated == [4, 8]  # as if it had been killed before it could evaluate what it had saved
     assert found == pytest.approx({step: losses(whole_run[0])[step] for step in found}, abs=1e-5)
+
+
+def test_a_run_goes_on_with_its_rows_cut_over_context_ranks(
+    tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Lanes, evaluation and samples, too: what is held out is the same, and so is what is generated."""
+    words = train(tiny_data, tmp_path, "cut", "parallel={tensor: 1, context: 2}")
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    source = whole_run[0] / "checkpoints" / "step_00000004"
+    (tmp_path / "cut" / "checkpoints" / source.name).symlink_to(source)
+    code, output = run_program(words, 2, timeout_s=200)
+    assert code == 0, output
+    assert "2 rank(s): decoder tensor 1 x context 2 x data 1" in output
+    found, expected = measured(tmp_path / "cut"), measured(whole_run[0])
+    expected = {key: value for key, value in expected.items() if key[0] > 4}
+    assert {name for _, name in expected} >= {
+        "loss/scenes",
+        "held_out/scenes/wrong_image",
+        "data/fingerprint",
+    }
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert shown_texts(tmp_path / "cut") == shown_texts(whole_run[0])
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(

@@ -54,6 +54,13 @@ def test_what_does_not_suit_an_objective_is_named_at_once(override: str, message
         assert message in str(caught.value)
 
 
+def test_rows_of_replaced_tokens_are_not_cut() -> None:
+    overrides = ["parallel={tensor: 1, context: 2}", "training.replaced_tokens={}"]
+    config = load_config(PIPELINES / "demo.yaml", [SIZES, *overrides])
+    with pytest.raises(ConfigError, match="training.replaced_tokens: parallel.context must be 1, not 2"):
+        build_objective(config)
+
+
 def test_the_objective_is_that_whose_section_the_config_has() -> None:
     assert isinstance(build_objective(load_config(PIPELINES / "demo.yaml")), SemiCausal)
     pretraining = load_config(PIPELINES / "pretrain_text_encoder.yaml")

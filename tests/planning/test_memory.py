@@ -39,8 +39,12 @@ def test_zero_shards_the_optimizer_then_gradients_then_weights(
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 1), (2, 2)])
-def test_bytes_and_traffic_equal_those_of_real_engines(tensor: int, data: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "context", "data"), [(1, 1, 1), (2, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 1)]
+)
+def test_bytes_and_traffic_equal_those_of_real_engines(
+    tensor: int, context: int, data: int, tmp_path: Path
+) -> None:
     """Weights, optimizer and traffic from the engines' own tensors and collectives; what autograd kept.
 
     The model is so small that ZeRO 3 would keep all of it gathered: one pair of JSONs forbids that.
@@ -56,12 +60,14 @@ def test_bytes_and_traffic_equal_those_of_real_engines(tensor: int, data: int, t
         (f"{JSONS}/decoder_zero1.json", f"{JSONS}/encoders_zero3.json"),
         (str(strict), str(strict)),
     ]
-    results = run_ranks("measure_plan", tensor * data, str(tensor), *(",".join(pair) for pair in pairs))
-    assert len(results) == tensor * data * len(pairs)
+    ranks = tensor * context * data
+    sizes = (str(tensor), str(context))
+    results = run_ranks("measure_plan", ranks, *sizes, *(",".join(pair) for pair in pairs))
+    assert len(results) == ranks * len(pairs)
     for result in results:
         decoder, encoders = result["pair"].split(",")
-        config = planned_config(tensor=tensor, decoder=decoder, encoders=encoders)
-        plan = plan_run(config, tensor * data, find_device("cpu"))
+        config = planned_config(tensor=tensor, context=context, decoder=decoder, encoders=encoders)
+        plan = plan_run(config, ranks, find_device("cpu"))
         for name, engine in plan.engines.items():
             assert result[name]["weights"] == pytest.approx(engine.held.weights, rel=0.02), name
             assert result[name]["optimizer"] == pytest.approx(engine.held.optimizer, rel=0.02), name

@@ -68,12 +68,12 @@ def check_topology(config: RunConfig, world_size: int) -> None:
     tensor, context = config.parallel.tensor, config.parallel.context
     if world_size % tensor:
         raise TopologyError(f"{world_size} rank(s) cannot be split into tensor-parallel groups of {tensor}")
-    if world_size % (tensor * context):
+    if world_size % config.parallel.rows_size:
         raise TopologyError(
             f"{world_size} rank(s) cannot be split into groups of parallel.tensor = {tensor} x "
             f"parallel.context = {context}"
         )
-    data = world_size // (tensor * context)
+    data = world_size // config.parallel.rows_size
     decoder, training = config.model.decoder, config.training
     sizes = {
         "model.decoder.num_heads": decoder.num_heads,
@@ -115,7 +115,7 @@ def _context_problems(config: RunConfig) -> Iterator[str]:
         yield f"data.sequence_length = {config.data.sequence_length} is not divisible by {cut}"
     if context == 1 or decoder.num_heads % tensor or decoder.key_value_heads % tensor:
         return
-    if decoder.num_heads % (tensor * context):
+    if decoder.num_heads % parallel.rows_size:
         yield (
             f"model.decoder.num_heads = {decoder.num_heads} is not divisible by parallel.tensor = {tensor} x "
             f"parallel.context = {context}: context ranks share the heads of a tensor-parallel rank"

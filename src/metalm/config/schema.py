@@ -62,6 +62,11 @@ class ParallelConfig(Section):
     """How long a collective may wait before the process group gives up."""
 
     @property
+    def rows_size(self) -> int:
+        """Ranks that work on the same rows."""
+        return self.tensor * self.context
+
+    @property
     def length_multiple(self) -> int:
         """What the length of rows must be a multiple of, so that the ranks' shares of them are equal."""
         return self.context * (self.tensor if self.sequence_parallel else 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from metalm.config import RunConfig
 from metalm.model.flops import Work
-from metalm.planning.memory import EnginePlan, element_size, share_elements
+from metalm.planning.memory import EnginePlan, element_size, exchanged_key_heads, share_elements
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ def plan_traffic(
     config: RunConfig, world_size: int, engines: dict[str, EnginePlan], micro_batch: Work, per_node: int
 ) -> list[Traffic]:
     """All communication of a step, that of groups of one rank left out."""
-    tensor = config.parallel.tensor
+    tensor, sharing = config.parallel.tensor, config.parallel.rows_size
     accumulation = config.training.global_batch_size // (
-        world_size // tensor * config.training.micro_batch_size
+        world_size // sharing * config.training.micro_batch_size
     )
     size = element_size(config)
     traffic = [
@@ -46,13 +46,22 @@ def plan_traffic(
             hidden=False,
         )
     ]
-    vectors = sum(tensor * share_elements(micro_batch, name, tensor) for name in config.model.encoders)
+    vectors = sum(sharing * share_elements(micro_batch, name, sharing) for name in config.model.encoders)
     traffic.append(
         Traffic(
             "gather_encoded",
-            tensor,
-            tensor > per_node,
-            accumulation * _gather(tensor) * vectors * config.model.decoder.hidden_size * size,
+            sharing,
+            sharing > per_node,
+            accumulation * _gather(sharing) * vectors * config.model.decoder.hidden_size * size,
+            hidden=False,
+        )
+    )
+    traffic.append(
+        Traffic(
+            "context exchanges",
+            config.parallel.context,
+            sharing > per_node,
+            accumulation * _context_parallel_bytes(config, vectors, size),
             hidden=False,
         )
     )
@@ -70,10 +79,26 @@ def _tensor_parallel_bytes(config: RunConfig, size: int) -> float:
     the embedding forward, the output layer backward. With sequence parallelism each sum is a reduce-scatter
     and a gather, and the backward gathers both branches' inputs once more."""
     decoder, tensor = config.model.decoder, config.parallel.tensor
-    tensor_bytes = size * config.training.micro_batch_size * config.data.sequence_length * decoder.hidden_size
+    tensor_bytes = size * _positions(config) * decoder.hidden_size
     sums = 4 * decoder.num_layers + 2 + (2 * decoder.num_layers if decoder.recompute else 0)
     gathers = 2 * decoder.num_layers if config.parallel.sequence_parallel else 0
     return tensor_bytes * _gather(tensor) * (2 * sums + gathers)
+
+
+def _context_parallel_bytes(config: RunConfig, vectors: int, size: int) -> float:
+    """Per micro-batch: around each layer's attention queries, keys and values, and what is attended, are
+    exchanged forward and backward; the gradients of the encoders' vectors once."""
+    decoder, parallel = config.model.decoder, config.parallel
+    heads = 2 * decoder.num_heads + 2 * exchanged_key_heads(config)
+    exchanged = _positions(config) * heads * decoder.head_size / parallel.tensor
+    passes = decoder.num_layers * (3 if decoder.recompute else 2)
+    gradients = vectors / parallel.tensor * decoder.hidden_size
+    return size * _gather(parallel.context) * (passes * exchanged + gradients)
+
+
+def _positions(config: RunConfig) -> float:
+    """Of a micro-batch on one rank."""
+    return config.training.micro_batch_size * config.data.sequence_length / config.parallel.context
 
 
 def _zero_traffic(

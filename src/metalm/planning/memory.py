@@ -81,7 +81,7 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
     }
     if config.model.encoders:
         kept = sum(
-            encoder_activations(encoder, share_elements(micro_batch, name, tensor), size)
+            encoder_activations(encoder, share_elements(micro_batch, name, config.parallel.rows_size), size)
             for name, encoder in config.model.encoders.items()
         )
         zero = zero_settings(config.deepspeed.encoders)
@@ -89,9 +89,9 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
     return plans
 
 
-def share_elements(micro_batch: Work, encoder: str, tensor_size: int) -> int:
-    """Elements of one TP rank's share of a micro-batch, with padding."""
-    elements = micro_batch.encoders[encoder].elements / tensor_size
+def share_elements(micro_batch: Work, encoder: str, num_shares: int) -> int:
+    """Elements of one rank's share of a micro-batch, with padding."""
+    elements = micro_batch.encoders[encoder].elements / num_shares
     return max(SHARE_MULTIPLE, math.ceil(elements / SHARE_MULTIPLE) * SHARE_MULTIPLE)
 
 
@@ -116,16 +116,16 @@ def shard_bytes(count: ParameterCount, zero: ZeroSettings, shards: int, size: in
 
 
 def decoder_activations(config: RunConfig, size: int) -> float:
-    """What autograd keeps of the decoder for one micro-batch on one tensor-parallel rank.
+    """What autograd keeps of the decoder for one micro-batch on one rank.
 
     Frozen layers keep no inputs of their products; with nothing trained below them, nothing at all.
     """
-    decoder = config.model.decoder
-    positions = config.training.micro_batch_size * config.data.sequence_length
+    decoder, context = config.model.decoder, config.parallel.context
+    positions = config.training.micro_batch_size * config.data.sequence_length / context
     tensor, hidden = config.parallel.tensor, decoder.hidden_size
     # Split over TP: query, key, value, attended; and what the feed-forward keeps of its inner width.
     inner = INNER_KEPT[decoder.activation]
-    key_values = 2 * decoder.key_value_heads * decoder.head_size
+    key_values = 2 * exchanged_key_heads(config) * decoder.head_size
     split = (2 * hidden + key_values + inner * decoder.feed_forward_size) / tensor
     # On every TP rank: both norms' inputs and outputs, unless sequence parallelism splits them, too.
     repeated = 4 * hidden / (tensor if config.parallel.sequence_parallel else 1)
@@ -141,6 +141,12 @@ def decoder_activations(config: RunConfig, size: int) -> float:
     else:
         per_position = (decoder.num_layers - frozen) * layer + frozen * frozen_layer + ends
     return size * positions * per_position
+
+
+def exchanged_key_heads(config: RunConfig) -> int:
+    """Key heads of all tensor-parallel ranks, with the copies that let each context rank have one."""
+    heads, parallel = config.model.decoder.key_value_heads, config.parallel
+    return parallel.tensor * math.lcm(heads // parallel.tensor, parallel.context)
 
 
 def encoder_activations(encoder: EncoderConfig, elements: int, size: int) -> float:
@@ -172,7 +178,7 @@ def _engine(
 def _loss_buffers(config: RunConfig, size: int) -> float:
     """Of the output layer's backward: a chunk of logits, and the weight's gradient, fp32 if it is a sum."""
     rows = config.model.padded_vocab_size // config.parallel.tensor
-    all_positions = config.training.micro_batch_size * config.data.sequence_length
+    all_positions = config.training.micro_batch_size * config.data.sequence_length // config.parallel.context
     positions = min(chunk_positions(rows, size, on_cpu=False), all_positions)
     gradient = rows * config.model.decoder.hidden_size * (size if positions == all_positions else 4)
     if not trains_output(config.model.decoder):

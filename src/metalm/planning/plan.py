@@ -115,8 +115,8 @@ def plan_run(
     """
     check_topology(config, world_size)
     assumptions = assumptions or Assumptions()
-    training, tensor = config.training, config.parallel.tensor
-    accumulation = training.global_batch_size // (world_size // tensor * training.micro_batch_size)
+    training, sharing = config.training, config.parallel.rows_size
+    accumulation = training.global_batch_size // (world_size // sharing * training.micro_batch_size)
     row = mean_row(config, assumptions.caption_tokens)
     micro_batch = scaled(row, training.micro_batch_size)
     engines = plan_engines(config, world_size, micro_batch)
@@ -144,19 +144,19 @@ def _peak_tflops(config: RunConfig, device: Device) -> float:
 
 def _executed_flops(config: RunConfig, micro_batch: Work) -> float:
     """Of one rank and one micro-batch: all positions of the rows, and padded shares."""
-    model, tensor = config.model, config.parallel.tensor
+    model, sharing = config.model, config.parallel.rows_size
     positions = config.training.micro_batch_size * config.data.sequence_length
     whole = dataclasses.replace(micro_batch, positions=positions)
     passes = 2 if model.decoder.recompute else 1
-    total = (passes * decoder_flops(whole, model) + decoder_backward_flops(whole, model)) / tensor
+    total = (passes * decoder_flops(whole, model) + decoder_backward_flops(whole, model)) / sharing
     for name, encoder in model.encoders.items():
         work = micro_batch.encoders[name]
         if work.elements:
-            padding = share_elements(micro_batch, name, tensor) * tensor / work.elements
+            padding = share_elements(micro_batch, name, sharing) * sharing / work.elements
             flops = encoder_flops(work, name, model) + encoder_backward_flops(work, name, model)
             if encoder.recompute:
                 flops += encoder_flops(work, name, model) - frozen_flops(work, name, model)
-            total += padding * flops / tensor
+            total += padding * flops / sharing
     return total
 
 

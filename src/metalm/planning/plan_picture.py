@@ -44,6 +44,6 @@ def _label(plan: Plan) -> str:
     stages = ",".join(str(engine.zero.stage) for engine in plan.engines.values())
     again = "\nrecompute" if config.model.decoder.recompute else ""
     return (
-        f"TP {config.parallel.tensor} DP {plan.world_size // config.parallel.tensor}\n"
+        f"TP {config.parallel.tensor} DP {plan.world_size // config.parallel.rows_size}\n"
         f"micro {config.training.micro_batch_size}\nZeRO {stages}{again}\n{plan.step_s:.2f} s"
     )

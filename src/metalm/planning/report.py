@@ -22,12 +22,13 @@ SHOWN_LAYOUTS = 10
 def describe_batch(plan: Plan) -> str:
     """Ranks and batch arithmetic."""
     config, training = plan.config, plan.config.training
-    tensor = config.parallel.tensor
-    data = plan.world_size // tensor
+    parallel = config.parallel
+    data = plan.world_size // parallel.rows_size
+    context = f"context {parallel.context} x " if parallel.context > 1 else ""
     positions = training.global_batch_size * config.data.sequence_length
     return "\n".join(
         [
-            f"ranks           {plan.world_size}: tensor {tensor} x data {data}",
+            f"ranks           {plan.world_size}: tensor {parallel.tensor} x {context}data {data}",
             f"global batch    {training.global_batch_size} rows = {data} data-parallel ranks x "
             f"{plan.accumulation} micro-batch(es) x {training.micro_batch_size} row(s)",
             f"positions       {positions:,} per step, {positions * training.steps:,} in "
@@ -101,11 +102,11 @@ def describe_search(found: Found, base: RunConfig) -> str:
     for plan in found.plans[:SHOWN_LAYOUTS]:
         config = plan.config
         stages = ",".join(str(engine.zero.stage) for engine in plan.engines.values())
-        tensor = config.parallel.tensor
+        tensor, data = config.parallel.tensor, plan.world_size // config.parallel.rows_size
         typed = " ".join(overrides(plan, base)) or "(as it is)"
         lines.append(
             f"{plan.step_s:>7.2f} s{plan.utilisation:>7.1%}{plan.total_bytes / GIB:>7.1f}{tensor:>4}"
-            f"{plan.world_size // tensor:>6}{config.training.micro_batch_size:>6}{stages:>6}   {typed}"
+            f"{data:>6}{config.training.micro_batch_size:>6}{stages:>6}   {typed}"
         )
     if not found.plans and found.smallest is not None:
         need, limit = found.smallest.total_bytes / GIB, found.smallest.limit_bytes / GIB

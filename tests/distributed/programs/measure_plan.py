@@ -1,6 +1,6 @@
 """What a rank really holds, keeps and sends in a step, for some ZeRO pairs, measured from the tensors.
 
-Arguments: tensor size, pairs of DeepSpeed JSONs such as D.json,E.json (decoder, encoders).
+Arguments: tensor size, context size, pairs of DeepSpeed JSONs such as D.json,E.json (decoder, encoders).
 """
 
 import faulthandler
@@ -26,12 +26,13 @@ from metalm.training.step import TrainStep
 
 def main() -> None:
     faulthandler.enable()
-    tensor, *pairs = sys.argv[1:]
+    tensor, context = map(int, sys.argv[1:3])
     launch = find_launch(os.environ)
-    topology = build_topology(int(tensor), open_process_group(launch, timeout_minutes=3))
-    for pair in pairs:
+    device = open_process_group(launch, timeout_minutes=3)
+    topology = build_topology(tensor, device, context_size=context)
+    for pair in sys.argv[3:]:
         decoder, encoders = pair.split(",")
-        config = planned_config(tensor=int(tensor), decoder=decoder, encoders=encoders)
+        config = planned_config(tensor=tensor, context=context, decoder=decoder, encoders=encoders)
         engines = build_engines(config, topology)
         found: dict[str, Any] = {"rank": launch.rank, "pair": pair}
         for name, engine in engines.by_component().items():
@@ -100,7 +101,8 @@ class Sent(TorchDispatchMode):
     def __init__(self, topology: Topology) -> None:
         super().__init__()
         self.by_group: Counter[str] = Counter()
-        groups = {"world": topology.world_group, "data": topology.data_group, "tensor": topology.tensor_group}
+        names = ("world", "data", "replica", "context", "rows", "tensor")
+        groups = {name: getattr(topology, f"{name}_group") for name in names}
         self._names = {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,8 @@
 """Train the tiny model on one layout of the ranks after another, and save what each makes of it.
 
-Arguments: output folder, and for each layout JSON of `tiny_config`'s arguments with `name`, `zero` (of
-decoder, encoders, such as 1,3), `steps` and, to go on from an earlier layout's last step, its name: `resume`.
+Arguments: output folder, and for each layout JSON of `tiny_config`'s arguments with `name`, `zero` (stages of
+decoder and encoders, such as 1,3), `steps` and, to go on from an earlier layout's last step, `resume`: its
+name.
 """
 
 import faulthandler
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from distributed.programs.measure_plan import kept_bytes
 from distributed.tiny import global_batch, micro_batches, rate_of, tiny_config
 from metalm.checkpoint.names import list_checkpoints
 from metalm.checkpoint.state import RunFacts
@@ -69,18 +69,15 @@ def train(
     step = TrainStep(
         engines, topology, 2, StepGuard(config.guards, config.data.sources, device), SemiCausal()
     )
-    losses, kept = [], 0
+    losses = []
     for number in range(first, first + steps):
         batches = micro_batches(global_batch(number), config, topology.data_rank, topology.data_size)
-        if number == first:
-            kept = kept_bytes(engines, batches[0], topology)
         result = step.run(batches, rate_of(number))
         losses.append(float(result.loss_sums.sum() / result.loss_counts.sum()))
     store.save(engines, first + steps, None, RunFacts())
     drift = find_drift(engines, topology)
     if topology.rank == 0:
-        found = {"name": name, "losses": losses, "kept_bytes": kept, "drift": drift}
-        print("RESULT " + json.dumps(found), flush=True)
+        print("RESULT " + json.dumps({"name": name, "losses": losses, "drift": drift}), flush=True)
 
 
 if __name__ == "__main__":
