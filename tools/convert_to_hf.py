@@ -3,6 +3,7 @@
 Examples:
     python tools/convert_to_hf.py runs/demo exported/demo
     python tools/convert_to_hf.py runs/demo/checkpoints/step_00000200 out --dtype bfloat16
+    python tools/convert_to_hf.py runs/demo/checkpoints/best out
     python tools/convert_to_hf.py runs/finetuned out --adapter
 """
 
@@ -28,7 +29,9 @@ def size_in_bytes(text: str) -> int:
 
 def main() -> None:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint), or a step folder")
+    parser.add_argument(
+        "checkpoint", type=Path, help="run folder (its newest checkpoint), step folder, or checkpoints/best"
+    )
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(
         "--dtype",
@@ -44,6 +47,11 @@ def main() -> None:
         action="store_true",
         help="leave the adapter (LoRA, IA3) out of the weights, and write it to OUT/adapter for peft",
     )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="the moving average of the weights, of a run with training.average",
+    )
     parser.add_argument("--no-proof", action="store_true", help="do not compare logits with the checkpoint")
     options = parser.parse_args()
 
@@ -57,6 +65,7 @@ def main() -> None:
         tokenizer=options.tokenizer,
         with_proof=not options.no_proof,
         adapter_apart=options.adapter,
+        average=options.average,
         license_name=options.license,
     )
     print(f"wrote {result.folder}")

@@ -253,11 +253,12 @@ class MetaLMModel(MetaLMPreTrainedModel):
         )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        hidden = inputs_embeds
-        if self.config.scale_embedding:
-            hidden = hidden * self.config.hidden_size**0.5
+        scale = self.config.hidden_size**0.5 if self.config.scale_embedding else 1.0
+        hidden = inputs_embeds if self.config.scale_docked_vectors else inputs_embeds * scale
         if spans is not None:
             hidden = self.encoders.dock(hidden, spans, pixel_values)
+        if self.config.scale_docked_vectors:
+            hidden = hidden * scale
 
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             cache = None  # a layer that is run again for its gradients would write to it twice
