@@ -29,9 +29,7 @@ def size_in_bytes(text: str) -> int:
 
 def main() -> None:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoint", type=Path, help="run folder (its newest checkpoint), step folder, or checkpoints/best"
-    )
+    parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint), or a step folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(
         "--dtype",

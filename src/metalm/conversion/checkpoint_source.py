@@ -69,10 +69,10 @@ def open_checkpoint(
         path: a run folder or a step folder.
         tokenizer_path: where the tokenizer is now, if not where the run's config says.
         merges_adapters: read weights with their adapters in them.
-        average: read the moving average of the weights.
+        average: read the moving average of the weights; a checkpoint without one is a CheckpointError.
 
     Raises:
-        CheckpointError: damaged, partial, without the average, or not of the model that its config describes.
+        CheckpointError: damaged, partial, or not of the model that its config describes.
         ConfigError: the model has an encoder of what the processor does not take, or is not one to export.
         DataError: there is no tokenizer, or it is not the run's.
     """

@@ -13,7 +13,7 @@ from metalm.training.average import measure_held_out
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
 from metalm.training.session import Session, open_session
-from metalm.training.start import go_on_from, load_start
+from metalm.training.start import Start, go_on_from, load_start
 
 
 def evaluate(corpus: Corpus, num_samples: int) -> int:
@@ -64,13 +64,12 @@ def load_newest(corpus: Corpus, session: Session) -> tuple[Engines, int]:
     config, topology = corpus.config, session.topology
     store = CheckpointStore(session.run_folder, config, topology)
     folder = store.newest_whole()
-    if folder is None:
+    start = Start() if folder is None else go_on_from(folder, corpus, store)
+    if start.checkpoint is None:
         raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
-    start = go_on_from(folder, corpus, store)
     engines = build_engines(config, topology, start.given)
-    state = load_start(start, config, topology, engines)
-    assert state is not None
-    return engines, state.step
+    load_start(start, config, topology, engines)
+    return engines, start.checkpoint.step
 
 
 def _replace(path: Path, content: str) -> None:
