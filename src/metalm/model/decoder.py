@@ -108,6 +108,9 @@ class Decoder(nn.Module):
 
         Collective: the TP group.
         """
+        if self.config.scale_docked_vectors:
+            scale = self.config.hidden_size**0.5
+            encoded = {name: vectors * scale for name, vectors in encoded.items()}
         hidden = self._layers(self._input(batch, encoded), batch)
         logits = None
         if logits_at is not None:
@@ -134,11 +137,9 @@ class Decoder(nn.Module):
         rows, length = batch.tokens.shape
         config, embedding = self.config, self.gpt.embedding
         embedded = embedding.word_embeddings(batch.tokens)
-        if config.scale_embedding and not config.scale_docked_vectors:
+        if config.scale_embedding:
             embedded = embedded * config.hidden_size**0.5
         docked = dock(embedded.view(rows * length, -1), encoded, batch.encoders)
-        if config.scale_docked_vectors:
-            docked = docked * config.hidden_size**0.5
         hidden = docked.view(rows, length, -1)
         if config.positions == "sinusoidal":
             hidden = hidden + sinusoidal_positions(batch.positions, config.hidden_size).to(hidden.dtype)

@@ -10,10 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from metalm.config import AverageConfig
-from metalm.data.corpus import Corpus
-from metalm.evaluation.losses import AVERAGE_SUFFIX, held_out_losses
-from metalm.objectives import Objective
-from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
 from metalm.training.owned_ranges import averaged_masters, push_masters
 
@@ -49,22 +45,6 @@ def averaged(engines: Engines) -> Iterator[None]:
     _swap(engines)
     yield  # an error within ends the run: the ranks could not swap back together
     _swap(engines)
-
-
-def measure_held_out(
-    engines: Engines, topology: Topology, corpus: Corpus, objective: Objective
-) -> dict[str, float]:
-    """Held-out losses, see `held_out_losses`; with `training.average.evaluate` also as `NAME/average`.
-
-    Collective: all ranks.
-    """
-    losses = held_out_losses(engines, topology, corpus, objective)
-    average = corpus.config.training.average
-    if average is not None and average.evaluate:
-        with averaged(engines):
-            of_average = held_out_losses(engines, topology, corpus, objective)
-        losses |= {name + AVERAGE_SUFFIX: loss for name, loss in of_average.items()}
-    return losses
 
 
 def _swap(engines: Engines) -> None:

@@ -9,9 +9,9 @@ from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
 from metalm.evaluation.generation import generate_samples
 from metalm.objectives import build_objective
-from metalm.training.average import measure_held_out
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
+from metalm.training.held_out import measure_held_out
 from metalm.training.session import Session, open_session
 from metalm.training.start import Start, go_on_from, load_start
 

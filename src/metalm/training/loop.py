@@ -19,7 +19,7 @@ from metalm.evaluation.generation import generate_samples
 from metalm.objectives import Objective, build_objective
 from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
-from metalm.training.average import average_decay, measure_held_out, update_average
+from metalm.training.average import average_decay, update_average
 from metalm.training.best import BestCheckpoint
 from metalm.training.drift import find_drift
 from metalm.training.dry_run import describe_plan
@@ -27,6 +27,7 @@ from metalm.training.ending import Ending, told_end
 from metalm.training.evaluate_tasks import score_in_training
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
+from metalm.training.held_out import measure_held_out
 from metalm.training.monitor.json_lines import read_metrics
 from metalm.training.monitor.monitor import Monitor
 from metalm.training.schedule import learning_rate
