@@ -3,6 +3,7 @@
 Examples:
     python tools/convert_to_hf.py runs/demo exported/demo
     python tools/convert_to_hf.py runs/demo/checkpoints/step_00000200 out --dtype bfloat16
+    python tools/convert_to_hf.py runs/demo/checkpoints/best out
     python tools/convert_to_hf.py runs/finetuned out --adapter
 """
 
@@ -43,6 +44,11 @@ def main() -> None:
         action="store_true",
         help="leave the adapter (LoRA, IA3) out of the weights, and write it to OUT/adapter for peft",
     )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="the moving average of the weights, of a run with training.average",
+    )
     parser.add_argument("--no-proof", action="store_true", help="do not compare logits with the checkpoint")
     options = parser.parse_args()
 
@@ -56,6 +62,7 @@ def main() -> None:
         tokenizer=options.tokenizer,
         with_proof=not options.no_proof,
         adapter_apart=options.adapter,
+        average=options.average,
         license_name=options.license,
     )
     print(f"wrote {result.folder}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.checkpoint.folders import find_checkpoint
-from metalm.checkpoint.format import STATES
+from metalm.checkpoint.format import AVERAGE, STATES
 from metalm.checkpoint.inspection import compare_checkpoints, describe_checkpoint
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.cli import ToolParser, run_tool
@@ -18,7 +18,7 @@ def main() -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a step folder, or a run folder for its latest")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="show how each parameter differs")
-    parser.add_argument("--state", choices=STATES, default="master", help="what is compared")
+    parser.add_argument("--state", choices=(*STATES, AVERAGE), default="master", help="what is compared")
     parser.add_argument("--no-verify", action="store_true", help="do not hash the files")
     options = parser.parse_args()
 

@@ -41,6 +41,30 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
             "model.decoder={positions: rope, hidden_size: 12}",
             "hidden_size / num_heads = 3 must be even for positions: rope",
         ),
+        (
+            "model.decoder={scale_embedding: false, scale_docked_vectors: true}",
+            "scale_docked_vectors is given, but model.decoder.scale_embedding is false",
+        ),
+        (
+            "training.schedule={decay: constant, decay_steps: 10}",
+            "decay_steps = 10 is given, but training.schedule.decay is constant",
+        ),
+        (
+            "training={steps: 100, schedule: {warmup_steps: 60, decay_steps: 50}}",
+            "warmup_steps = 60 and decay_steps = 50 are together above training.steps = 100",
+        ),
+        (
+            "initialize={run: runs/a, decoder: runs/b}",
+            "initialize.run goes on with all of a checkpoint: leave initialize.decoder",
+        ),
+        (
+            "checkpoint={keep_best: {figure: held_out/pile}}",
+            "'held_out/pile' is of no source of data.evaluation (held_out/text, held_out/scenes",
+        ),
+        (
+            "checkpoint={every_steps: 200, keep_best: {figure: held_out/text}}",
+            "evaluate_every_steps = 300 is not a multiple of checkpoint.every_steps = 200",
+        ),
         ("model.encoders.text.num_heads=7", "model.encoders.text.hidden_size = 96 is not divisible"),
         ("model.encoders.scene.image.patch_size=7", "image_size = 48 is not divisible by patch_size = 7"),
         (

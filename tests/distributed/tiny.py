@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "activation": "swiglu",
         "num_kv_heads": 2,
         "spans": "bidirectional",
+        "scale_docked_vectors": True,
         "recompute": True,
     },
     "qkv_biases": {**LLAMA, "qkv_biases": True, "tied_output": True, "num_kv_heads": 1},

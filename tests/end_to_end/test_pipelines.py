@@ -30,7 +30,7 @@ SIZES = {
     *("num_kv_heads", "ffn_hidden_size"),
     *("num_buckets", "max_distance", "image_size", "patch_size", "tensor"),
     *("sequence_length", "lanes", "workers", "min_length", "max_length"),
-    *("steps", "global_batch_size", "micro_batch_size", "warmup_steps"),
+    *("steps", "global_batch_size", "micro_batch_size", "warmup_steps", "decay_steps"),
     *("every_steps", "evaluate_every_steps", "sample_every_steps"),
     *("evaluation_rows", "num_samples", "sample_new_tokens"),
 }

@@ -106,3 +106,19 @@ def test_frozen_layers_keep_less_for_the_backward_pass_and_hold_no_gradients(
     losses.sum().backward()
     gradients = sum(p.grad.nbytes for p in decoder.parameters() if p.grad is not None)
     assert gradients == plan.engines["decoder"].held.gradients
+
+
+def test_an_average_takes_four_bytes_of_each_parameter(topology: Topology) -> None:
+    content = planned_config().model_dump()
+    content["training"]["average"] = {"decay": 0.99}
+    config = RunConfig.model_validate(content)
+    modules = {
+        "decoder": Decoder(config.model, config.data.sequence_length, topology),
+        "encoders": EncoderBank(config.model),
+    }
+    with_average, without = (
+        plan_run(one, 1, find_device("cpu")).engines for one in (config, planned_config())
+    )
+    for name, module in modules.items():
+        size = sum(parameter.numel() for parameter in module.parameters())
+        assert with_average[name].held.optimizer - without[name].held.optimizer == 4 * size

@@ -44,6 +44,8 @@ def document_logits(document: Document, weights: Weights, config: ModelConfig) -
     x = table[tokens] * (math.sqrt(hidden) if decoder.scale_embedding else 1.0)
     for span in document.spans:
         vectors = encode_span(document, span, weights, config)
+        if decoder.scale_docked_vectors:
+            vectors = vectors * math.sqrt(hidden)
         x = torch.cat((x[: span.start], vectors, x[span.end :]))
     if decoder.positions == "sinusoidal":
         x = x + _sinusoid(len(tokens), hidden).to(x.dtype)

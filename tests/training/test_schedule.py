@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,3 +37,31 @@ def test_ends_at_the_final_fraction_and_stays() -> None:
         assert learning_rate(100, 1.0, 100, schedule) == pytest.approx(0.1)
         assert learning_rate(500, 1.0, 100, schedule) == pytest.approx(0.1)
     assert math.isclose(learning_rate(99, 1.0, 100, ScheduleConfig(warmup_steps=1, decay="constant")), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("decay", "shape"),
+    [
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: math.cos(math.pi * done / 2) ** 2),
+        ("one_minus_sqrt", lambda done: 1 - done**0.5),
+    ],
+)
+def test_the_peak_holds_between_warmup_and_decay(decay: str, shape: Callable[[float], float]) -> None:
+    schedule = ScheduleConfig(warmup_steps=5, decay=decay, decay_steps=20, final_fraction=0.1)
+    rates = [learning_rate(step, 2.0, 100, schedule) for step in range(1, 101)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[5:80] == [2.0] * 75
+    assert rates[80:] == pytest.approx([2 * (0.1 + 0.9 * shape(k / 20)) for k in range(1, 21)], abs=1e-12)
+
+
+def test_a_stable_phase_goes_on_into_a_decay_wherever_it_is_cut() -> None:
+    """The decay hangs on the last step alone: what came before is that of the run without an end."""
+    endless = ScheduleConfig(warmup_steps=5, decay="constant")
+    ending = ScheduleConfig(warmup_steps=5, decay="one_minus_sqrt", decay_steps=10)
+    for last in (40, 70):
+        before = range(1, last - 9)
+        assert [learning_rate(s, 1.0, last, ending) for s in before] == [
+            learning_rate(s, 1.0, 1000, endless) for s in before
+        ]
+        assert learning_rate(last, 1.0, last, ending) == 0.0

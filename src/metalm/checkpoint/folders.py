@@ -5,8 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from metalm.checkpoint.best import read_best
 from metalm.checkpoint.manifest import check_files, read_manifest, remove
-from metalm.checkpoint.names import CHECKPOINTS_NAME, PARTIAL_SUFFIX, STEP_NAME, list_checkpoints
+from metalm.checkpoint.names import (
+    BEST_NAME,
+    CHECKPOINTS_NAME,
+    PARTIAL_SUFFIX,
+    STEP_NAME,
+    list_checkpoints,
+    step_of,
+)
 from metalm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -19,7 +27,8 @@ def checkpoints_of(path: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: a step folder, or the newest one of a run or `checkpoints` folder.
+    """The checkpoint that a path means: a step folder, what `checkpoints/best` names, or the newest one of a
+    run or `checkpoints` folder.
 
     The newest is the last whose manifest can be read and whose files are there with their sizes; others
     are named in the log. Contents are not hashed.
@@ -29,6 +38,11 @@ def find_checkpoint(path: Path) -> Path:
     """
     if STEP_NAME.fullmatch(path.name) and path.is_dir():
         return path
+    if path.name == BEST_NAME and not path.is_dir():
+        best = read_best(path.parent)
+        if best is None or not (path.parent / best.folder).is_dir():
+            raise CheckpointError(f"{path} names no checkpoint of {path.parent}")
+        return path.parent / best.folder
     published = list_checkpoints(checkpoints_of(path))
     if not published:
         raise CheckpointError(f"{path} is neither a checkpoint nor a run folder that holds one")
@@ -58,9 +72,10 @@ def prune_checkpoints(
 ) -> list[Path]:
     """Remove what a killed save left and all but the last `keep_last` checkpoints; answer what is gone.
 
-    Multiples of `keep_every_steps` stay for ever, and so does the newest whole checkpoint where all that
-    would be kept are damaged. A folder loses its name before its content, so that nothing half-removed
-    looks like a checkpoint. Of a checkpoint that was moved away and linked back, the link goes.
+    Multiples of `keep_every_steps` and what is named the best stay for ever, and so does the newest whole
+    checkpoint where all that would be kept are damaged. A folder loses its name before its content, so that
+    nothing half-removed looks like a checkpoint. Of a checkpoint that was moved away and linked back, the
+    link goes.
 
     Args:
         checkpoints: folder of a run's checkpoints.
@@ -72,10 +87,12 @@ def prune_checkpoints(
         OSError: something could not be removed; the rest is gone.
     """
     published = list_checkpoints(checkpoints)
+    best = read_best(checkpoints)
     doomed = [
         folder
         for folder in published[:-keep_last]
-        if not (keep_every_steps and _step_of(folder) % keep_every_steps == 0)
+        if not (keep_every_steps and step_of(folder) % keep_every_steps == 0)
+        and not (best is not None and best.folder == folder.name)
     ]
     kept = [folder for folder in published if folder not in doomed]
     if doomed and whole not in kept and not any(map(is_whole, reversed(kept))):
@@ -100,7 +117,3 @@ def _remove_nameless(folder: Path) -> Path:
         folder.replace(nameless)
     remove(nameless)
     return nameless
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))

@@ -25,6 +25,8 @@ from metalm.errors import CheckpointError
 INDEX_NAME = "index.json"
 STATES = ("master", "exp_avg", "exp_avg_sq")
 """fp32 weight and Adam's two moments."""
+AVERAGE = "average"
+"""The state of a moving average of the weight, where a run has one."""
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -124,8 +126,8 @@ def _check(path: Path, name: str, parameter: ParameterIndex) -> None:
     for piece in parameter.pieces:
         if PurePosixPath(piece.file).name != piece.file or piece.file in ("", ".", ".."):
             raise CheckpointError(f"{path}: {name} points outside its folder, to {piece.file!r}")
-    if parameter.states[:1] != ("master",) or not set(parameter.states) <= set(STATES):
-        raise CheckpointError(f"{path}: {name} has states {parameter.states}, known are {STATES}")
+    if parameter.states[:1] != ("master",) or not set(parameter.states) <= {*STATES, AVERAGE}:
+        raise CheckpointError(f"{path}: {name} has states {parameter.states}, known are {(*STATES, AVERAGE)}")
     try:
         shard_size = parameter.layout.shard_size
     except ValueError as error:

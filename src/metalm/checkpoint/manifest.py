@@ -142,12 +142,21 @@ def publish(partial: Path) -> Path:
         folder.replace(replaced)
     partial.replace(folder)
     _sync(folder.parent)
-    latest = folder.parent / (LATEST_NAME + PARTIAL_SUFFIX)
-    latest.write_text(folder.name + "\n")
-    _sync(latest)
-    latest.replace(folder.parent / LATEST_NAME)
-    _sync(folder.parent)
+    replace_text(folder.parent / LATEST_NAME, folder.name + "\n")
     return folder
+
+
+def replace_text(path: Path, content: str) -> None:
+    """Replace a small file at once, and force it to disk.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial.write_text(content)
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
 
 
 def remove(path: Path) -> None:

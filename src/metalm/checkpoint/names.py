@@ -7,9 +7,16 @@ from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
 CHECKPOINTS_NAME = "checkpoints"
+BEST_NAME = "best"
+"""A file that names the best checkpoint of a run, where one is kept."""
 CONFIG_NAME = "config.yaml"
 """The config of the run, in a checkpoint and in the run's folder."""
 STEP_NAME = re.compile(r"step_([0-9]{8,})")
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint, by the name of its folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from metalm.checkpoint.format import INDEX_NAME, ParameterIndex, Piece, piece_name, read_index
+from metalm.checkpoint.format import AVERAGE, INDEX_NAME, ParameterIndex, Piece, piece_name, read_index
 from metalm.checkpoint.layout import ShardLayout
 from metalm.checkpoint.manifest import check_files, read_manifest, read_regular_file
 from metalm.checkpoint.state import STATE_NAME, RunState, parse_state
@@ -91,7 +91,7 @@ class CheckpointReader:
         return {name: index.shape for name, index in self._index_of(component).items()}
 
     def states(self, component: str, name: str) -> tuple[str, ...]:
-        """What is kept of a parameter: "master" alone, or Adam's moments as well."""
+        """What is kept of a parameter: "master" alone, or Adam's moments and perhaps an average as well."""
         return self._parameter(component, name).states
 
     def read(self, component: str, name: str, state: str = "master") -> Tensor:
@@ -115,7 +115,7 @@ class CheckpointReader:
         Args:
             component: `decoder` or `encoders`.
             name: as in the module's `named_parameters()`.
-            state: "master" (the weight), "exp_avg" or "exp_avg_sq".
+            state: "master" (the weight), "exp_avg", "exp_avg_sq" or "average".
             layout: the reader's own cut; its shape is the parameter's.
             tensor_rank: whose shard in that layout.
             start: first element of the range in that shard.
@@ -197,6 +197,29 @@ class CheckpointReader:
                 f"expected float32 [{piece.size}]"
             )
         return found
+
+
+class AverageReader(CheckpointReader):
+    """Reads the moving average of each weight that has one; what was not trained is as it is."""
+
+    def __init__(self, folder: Path, *, verify: bool = False) -> None:
+        """Open a folder, see `CheckpointReader`.
+
+        Raises:
+            CheckpointError: also where the run kept no average.
+        """
+        super().__init__(folder, verify=verify)
+        indices = (index for component in self._indices.values() for index in component.values())
+        if not any(AVERAGE in index.states for index in indices):
+            raise CheckpointError(
+                f"checkpoint {folder} has no average of its weights: its run was not told to keep one by "
+                "training.average"
+            )
+
+    def read(self, component: str, name: str, state: str = "master") -> Tensor:
+        """As its parent, but the average for the weight."""
+        has_average = state == "master" and AVERAGE in self.states(component, name)
+        return super().read(component, name, AVERAGE if has_average else state)
 
 
 def damaged(folder: Path, problems: list[str]) -> CheckpointError:

@@ -13,10 +13,12 @@ from metalm.config.model_schema import (
     RopeScalingConfig,
 )
 from metalm.config.schema import (
+    AverageConfig,
     CheckpointConfig,
     DataConfig,
     GuardConfig,
     InitializeConfig,
+    KeepBestConfig,
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -33,6 +35,7 @@ __all__ = [
     "AdapterConfig",
     "AudioConfig",
     "AugmentationConfig",
+    "AverageConfig",
     "CheckpointConfig",
     "DataConfig",
     "DecoderConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "GuardConfig",
     "ImageConfig",
     "InitializeConfig",
+    "KeepBestConfig",
     "ModelConfig",
     "MonitorConfig",
     "OptimizerConfig",

@@ -32,6 +32,7 @@ _READ_FROM = (
     "data.sources.*.path",
     "data.evaluation.*.path",
     "monitor.tasks.data",
+    "initialize.run",
     "initialize.decoder",
     "initialize.encoders",
 )

@@ -59,8 +59,15 @@ class DecoderConfig(TrainableSection):
     rope_scaling: RopeScalingConfig | None = None
     scale_embedding: bool = True
     """Whether token embeddings are multiplied by the square root of the hidden size."""
+    scale_docked_vectors: bool = False
+    """Whether docked vectors are multiplied so, too, as in the authors' later Kosmos-1. Their connectors then
+    start that much smaller: the decoder's input starts alike."""
     tied_output: bool = True
     """Whether the output layer is the token embedding."""
+    start: Literal["mirrored", "plain"] = "mirrored"
+    """How a new decoder starts whose output layer is its scaled token embedding. `mirrored`: the gains of its
+    last norm are 1 and -1 in turn. With `plain` they are 1, and each position predicts its own token with a
+    confidence that grows with the width: see `src/metalm/model/README.md`. Loaded weights are as they are."""
     spans: SpanAttention = "causal"
     """How the decoder attends among the vectors of one span."""
     dropout: Probability = 0.0

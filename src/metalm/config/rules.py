@@ -50,6 +50,7 @@ def check_config(
         *_model_problems(config),
         *_data_problems(config),
         *_training_problems(config),
+        *_checkpoint_problems(config),
         *_deepspeed_problems(config, str(config.deepspeed.decoder), decoder_json),
         *_deepspeed_problems(config, str(config.deepspeed.encoders), encoders_json),
         *service_problems(str(config.deepspeed.decoder), decoder_json),
@@ -197,6 +198,8 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         )
     if decoder.biases and decoder.qkv_biases:
         yield f"{where}.qkv_biases is for a decoder with biases: false; biases: true has them anyway"
+    if decoder.scale_docked_vectors and not decoder.scale_embedding:
+        yield f"{where}.scale_docked_vectors is given, but {where}.scale_embedding is false"
     if decoder.dropout and decoder.normalization != "deepnorm":
         yield (
             f"{where}.dropout = {decoder.dropout} is for normalization: deepnorm, not {decoder.normalization}"
@@ -307,11 +310,46 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             f"training.steps = {training.steps}: "
             f"give training.schedule.warmup_steps={training.steps // 10} as well"
         )
+    yield from _decay_problems(config)
     rates = training.optimizer.learning_rates
     for group in ("encoders", "connectors"):
         for name in getattr(rates, group).keys() - config.model.encoders.keys():
             known = ", ".join(config.model.encoders) or "none"
             yield f"training.optimizer.learning_rates.{group}.{name} is not in model.encoders ({known})"
+
+
+def _decay_problems(config: RunConfig) -> Iterator[str]:
+    training, schedule, where = config.training, config.training.schedule, "training.schedule"
+    if schedule.decay_steps is None:
+        return
+    if schedule.decay == "constant":
+        yield f"{where}.decay_steps = {schedule.decay_steps} is given, but {where}.decay is constant"
+    elif schedule.warmup_steps + schedule.decay_steps > training.steps:
+        yield (
+            f"{where}: warmup_steps = {schedule.warmup_steps} and decay_steps = {schedule.decay_steps} are "
+            f"together above training.steps = {training.steps}"
+        )
+
+
+def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
+    initialize, best = config.initialize, config.checkpoint.keep_best
+    if initialize.run is not None and (initialize.decoder or initialize.encoders or initialize.new):
+        yield (
+            "initialize.run goes on with all of a checkpoint: leave initialize.decoder, initialize.encoders "
+            "and initialize.new out, or initialize.run"
+        )
+    if best is None:
+        return
+    source = best.figure.split("/")[1]
+    if source not in config.data.evaluation:
+        known = ", ".join(f"held_out/{name}" for name in config.data.evaluation) or "none"
+        yield f"checkpoint.keep_best.figure = {best.figure!r} is of no source of data.evaluation ({known})"
+    every, saved = config.monitor.evaluate_every_steps, config.checkpoint.every_steps
+    if every % saved:
+        yield (
+            f"monitor.evaluate_every_steps = {every} is not a multiple of checkpoint.every_steps = {saved}: "
+            "checkpoint.keep_best needs a checkpoint at each evaluation"
+        )
 
 
 def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]) -> Iterator[str]:

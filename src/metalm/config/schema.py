@@ -180,11 +180,26 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up from 0, then decay to `final_fraction` of the peak at the last step."""
+    """Linear warm-up from 0, the peak, then decay to `final_fraction` of the peak at the last step."""
 
     warmup_steps: NonNegativeInt = 3000
-    decay: Literal["linear", "cosine", "constant"] = "linear"
+    decay: Literal["linear", "cosine", "one_minus_sqrt", "constant"] = "linear"
+    """`one_minus_sqrt`: one minus the square root of how much of the decay is done (arXiv 2405.18392)."""
+    decay_steps: PositiveInt | None = None
+    """The decay takes so many last steps, and the peak holds before it: warm-up, stable, decay (WSD).
+    Default: all steps after the warm-up. A decay may start from any checkpoint of a stable phase: see
+    `initialize.run`."""
     final_fraction: Fraction = 0.0
+
+
+class AverageConfig(Section):
+    """A moving average of the weights, in fp32, sharded and saved as the optimizer's moments are."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """What an update of step t leaves of the average, but no more than (1 + t) / (10 + t): the start is soon
+    forgotten."""
+    evaluate: bool = False
+    """Measure held-out losses of the average, too, as `held_out/SOURCE/average`."""
 
 
 class ReplacedTokensConfig(Section):
@@ -217,6 +232,8 @@ class TrainingConfig(Section):
     """Train by replaced-token detection instead of the semi-causal objective."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    average: AverageConfig | None = None
+    """Beside the weights that are trained; `convert_to_hf.py --average` exports it."""
 
 
 class GuardConfig(Section):
@@ -240,6 +257,14 @@ class GuardConfig(Section):
     log, where it matters."""
 
 
+class KeepBestConfig(Section):
+    """The checkpoint that is best by a held-out figure is never removed, and `checkpoints/best` names it."""
+
+    figure: Annotated[str, Field(pattern=r"^held_out/.+")]
+    """As it is logged, such as `held_out/text`."""
+    direction: Literal["lowest", "highest"] = "lowest"
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
@@ -247,6 +272,8 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this are never removed."""
+    keep_best: KeepBestConfig | None = None
+    """Needs a checkpoint at each evaluation."""
     background: bool = True
     """Write while training goes on; the last one, and that before a stop, are always waited for."""
     resume: Literal["auto", "required"] = "auto"
@@ -254,10 +281,16 @@ class CheckpointConfig(Section):
 
 
 class InitializeConfig(Section):
-    """Weights of other runs that a new run starts from. A run that has a checkpoint goes on from that."""
+    """Other runs' checkpoints that a new run starts from. A run that has a checkpoint goes on from that.
 
+    Each is a checkpoint, or a run folder, whose newest is meant.
+    """
+
+    run: Path | None = None
+    """Go on from this one as its own run would, with weights, optimizer, step and place in the data: a second
+    way from there, such as a decay out of a stable phase."""
     decoder: Path | None = None
-    """A checkpoint, or a run folder, whose newest is meant."""
+    """Take the weights alone."""
     encoders: Path | None = None
     new: tuple[str, ...] = ()
     """Patterns of parameter names that need not be there, such as `encoders.audio.*`: they start afresh."""

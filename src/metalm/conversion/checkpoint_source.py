@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.names import CONFIG_NAME
-from metalm.checkpoint.reader import CheckpointReader
+from metalm.checkpoint.reader import AverageReader, CheckpointReader
 from metalm.config import RunConfig
 from metalm.config.load import load_resolved_config
 from metalm.conversion.adapters import Adapters, without_adapters
@@ -60,7 +60,7 @@ class CheckpointSource:
 
 
 def open_checkpoint(
-    path: Path, tokenizer_path: Path | None = None, *, merges_adapters: bool = True
+    path: Path, tokenizer_path: Path | None = None, *, merges_adapters: bool = True, average: bool = False
 ) -> CheckpointSource:
     """Open a run's newest checkpoint, or the one that `path` is, and hash all of it.
 
@@ -68,6 +68,7 @@ def open_checkpoint(
         path: a run folder or a step folder.
         tokenizer_path: where the tokenizer is now, if not where the run's config says.
         merges_adapters: read weights with their adapters in them.
+        average: read the moving average of the weights; a checkpoint without one is a CheckpointError.
 
     Raises:
         CheckpointError: damaged, partial, or not of the model that its config describes.
@@ -75,7 +76,7 @@ def open_checkpoint(
         DataError: there is no tokenizer, or it is not the run's.
     """
     folder = find_checkpoint(path)
-    reader = CheckpointReader(folder, verify=True)
+    reader = (AverageReader if average else CheckpointReader)(folder, verify=True)
     config_path = reader.path_of(CONFIG_NAME)
     config = load_resolved_config(config_path)
     content = yaml.safe_load(config_path.read_text())

@@ -59,6 +59,7 @@ def export_checkpoint(
     tokenizer: Path | None = None,
     with_proof: bool = True,
     adapter_apart: bool = False,
+    average: bool = False,
     license_name: str = "unknown",
     report: Report = print,
 ) -> ExportResult:
@@ -72,6 +73,7 @@ def export_checkpoint(
         tokenizer: where the run's tokenizer is, if not where its config says.
         with_proof: compare logits before the folder gets its name.
         adapter_apart: write the weights without their adapter, and that beside them for peft.
+        average: the moving average of the weights, which the run must have kept.
         license_name: for the model card, as the Hugging Face hub knows it.
         report: is told of progress.
 
@@ -85,7 +87,7 @@ def export_checkpoint(
     partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     if os.path.lexists(partial):
         raise ConfigError(f"{partial} is in the way: move it")
-    source = open_checkpoint(checkpoint, tokenizer, merges_adapters=not adapter_apart)
+    source = open_checkpoint(checkpoint, tokenizer, merges_adapters=not adapter_apart, average=average)
     report(f"checkpoint {source.folder}, step {source.reader.step}: every file is as its manifest says")
     try:
         partial.mkdir(parents=True)

@@ -92,6 +92,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "max_position_embeddings": decoder.max_positions or config.data.sequence_length,
         "rope_parameters": _rope_parameters(decoder),
         "scale_embedding": decoder.scale_embedding,
+        "scale_docked_vectors": decoder.scale_docked_vectors,
         "spans": decoder.spans,
         "encoders": {name: _encoder(encoder) for name, encoder in sorted(model.encoders.items())},
         "image_encoder": media_encoder(config, "image"),

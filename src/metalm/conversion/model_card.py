@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from metalm.checkpoint.reader import AverageReader
 from metalm.config.schema import SourceConfig
 from metalm.conversion.checkpoint_source import CheckpointSource
 from metalm.conversion.hf_config import media_encoder, text_encoder
 from metalm.conversion.proof import TOLERANCE, ProofResult
+from metalm.evaluation.losses import AVERAGE_SUFFIX
 from metalm.modalities import modality_of_encoder
 
 CARD_NAME = "README.md"
@@ -137,6 +139,8 @@ def _figures(source: CheckpointSource, dtype: torch.dtype, num_parameters: int) 
     yield "Data", ", ".join(f"{name} ({_readers(one)}weight {one.weight:g})" for name, one in sources)
     yield "Precision", training.precision
     yield "Learning rate", f"{training.optimizer.learning_rate:g}, {training.schedule.decay} decay"
+    if isinstance(source.reader, AverageReader):
+        yield "Weights", "moving average over the steps"
     topology = state.topology
     context = f"context {topology.context} x " if topology.context > 1 else ""
     yield "Layout", f"tensor {topology.tensor} x {context}data {topology.data}"
@@ -159,8 +163,11 @@ def _held_out_losses(source: CheckpointSource) -> Iterator[tuple[str, str]]:
         return
     evaluation = json.loads(path.read_text())
     if evaluation["step"] == source.reader.step:
+        of_average = isinstance(source.reader, AverageReader)
         for name, loss in evaluation["losses"].items():
-            yield f"Held-out loss, {name}", f"{loss:.4f} nats per token"
+            if name.endswith(AVERAGE_SUFFIX) != of_average:
+                continue
+            yield f"Held-out loss, {name.removesuffix(AVERAGE_SUFFIX)}", f"{loss:.4f} nats per token"
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

@@ -48,6 +48,8 @@ def reference_logits(config: ModelConfig, read: ReadParameter, batch: SemiCausal
     for name, spans in batch.encoders.items():
         (share,) = spans.shares
         vectors = _load_encoder(config, read, name)(share)
+        if decoder.scale_docked_vectors:
+            vectors = vectors * decoder.hidden_size**0.5
         hidden = hidden.index_copy(0, spans.dock_positions, vectors.index_select(0, spans.dock_vectors))
     hidden = hidden.view(rows, length, decoder.hidden_size)
     if decoder.positions == "sinusoidal":

@@ -48,6 +48,7 @@ _ARCHITECTURE = (
     "positions",
     "rope_parameters",
     "scale_embedding",
+    "scale_docked_vectors",
     "spans",
     "tie_word_embeddings",
     "encoders",
@@ -169,7 +170,8 @@ class FolderWeights:
 
 
 def _check_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    found, wanted = read_json(folder / "config.json"), model_config(config, tokenizer, torch.float32)
+    found = {"scale_docked_vectors": False} | read_json(folder / "config.json")
+    wanted = model_config(config, tokenizer, torch.float32)
     for content in (found, wanted):  # transformers saves every key, other versions of ours have fewer
         encoders = content.get("encoders") or {}
         if isinstance(encoders, dict) and all(isinstance(sizes, dict) for sizes in encoders.values()):

@@ -12,6 +12,9 @@ from metalm.evaluation.generation import EvaluatedModel, evaluating
 from metalm.objectives import Objective
 from metalm.parallel.topology import Topology
 
+AVERAGE_SUFFIX = "/average"
+"""Ends the names of losses of the moving average of the weights, where they are measured, too."""
+
 
 def held_out_losses(
     model: EvaluatedModel, topology: Topology, corpus: Corpus, objective: Objective

@@ -26,7 +26,7 @@ from metalm.model.decoder_layer import Visibility, decoder_block_spec
 from metalm.model.decoder_linear import adapt_decoder
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
-from metalm.model.initialization import Draw, constant, normal, xavier_std
+from metalm.model.initialization import Draw, constant, mirrored, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
 from metalm.model.positions import rotary_angles, sinusoidal_positions
 from metalm.model.visibility import batch_mask
@@ -111,6 +111,9 @@ class Decoder(nn.Module):
 
         Collective: the ranks with these rows.
         """
+        if self.config.scale_docked_vectors:
+            scale = self.config.hidden_size**0.5
+            encoded = {name: vectors * scale for name, vectors in encoded.items()}
         hidden = self._layers(self._input(batch, encoded), batch)
         logits = None
         if logits_at is not None:
@@ -249,7 +252,8 @@ def is_trained(config: DecoderConfig, name: str) -> bool:
 def decoder_draw(config: DecoderConfig, name: str) -> Draw:
     """How a parameter of the Decoder starts.
 
-    Embeddings that are scaled have unit variance afterwards, and so have the logits (*open*).
+    Embeddings that are scaled have unit variance afterwards, and so have the logits (*open*). Where they are
+    the output layer as well, the last norm keeps positions from predicting their own token: see README.md.
     """
     if (draw := adapter_draw(name)) is not None:
         return draw
@@ -258,7 +262,7 @@ def decoder_draw(config: DecoderConfig, name: str) -> Draw:
     if kind == "bias":
         return constant(0.0)
     if leaf.endswith("norm"):
-        return constant(1.0)
+        return mirrored if _is_mirrored(config, name) else constant(1.0)
     if leaf in ("word_embeddings", "output_layer") and config.scale_embedding:
         return normal(hidden**-0.5)
     if leaf in ("word_embeddings", "output_layer", "position_embeddings"):
@@ -270,6 +274,17 @@ def decoder_draw(config: DecoderConfig, name: str) -> Draw:
         return lambda whole, generator: _deepnorm_qkv(whole, generator, config)
     fan_out = config.feed_forward_size if leaf in ("linear_fc1", "linear_fc2") else hidden
     return normal(xavier_std(hidden, fan_out) / deepnorm_divisor(config.num_layers))
+
+
+def _is_mirrored(config: DecoderConfig, name: str) -> bool:
+    """Whether these are the gains of the last norm, and the output layer's start asks for it."""
+    last = (
+        f"layers.{config.num_layers - 1}.mlp_norm"
+        if config.normalization == "deepnorm"
+        else "final_layernorm"
+    )
+    is_open = config.start == "mirrored" and config.tied_output and config.scale_embedding
+    return is_open and name.endswith(f"{last}.weight")
 
 
 def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, config: DecoderConfig) -> None:

@@ -193,7 +193,10 @@ def encoder_draw(config: ModelConfig, name: str, pretrained: PretrainedWeights |
     if leaf.endswith("norm"):
         return constant(1.0)
     if rest[0] in ("connector", "detection_head"):
-        return _xavier
+        last = "0" if encoder.connector == "linear" else "4"
+        is_scaled = config.decoder.scale_docked_vectors and rest[:2] == ["connector", last]
+        divisor = config.decoder.hidden_size**0.5 if is_scaled else 1.0
+        return lambda whole, generator: _xavier(whole, generator, divisor)
     if rest[0] != "layers":
         return normal(EMBEDDING_STD)
     if encoder.normalization == "pre_ln":

@@ -62,6 +62,12 @@ def constant(value: float) -> Draw:
     return lambda whole, generator: whole.fill_(value)
 
 
+def mirrored(whole: Tensor, generator: torch.Generator) -> None:
+    """1 and -1 in turn along the last dimension."""
+    whole.fill_(1.0)
+    whole[..., 1::2] = -1.0
+
+
 def xavier_std(fan_in: int, fan_out: int) -> float:
     """Standard deviation of Xavier's normal initialisation."""
     return (2.0 / (fan_in + fan_out)) ** 0.5

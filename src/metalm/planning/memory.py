@@ -18,6 +18,8 @@ from metalm.planning.zero import ZeroSettings, zero_settings
 
 MASTER_AND_MOMENTS = 12
 """Bytes per parameter: fp32 master and two moments; DeepSpeed keeps masters in fp32 training, too."""
+AVERAGE_BYTES = 4
+"""Per parameter, of a moving average of the weights."""
 INNER_KEPT = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4}
 """Tensors of the inner width that a feed-forward keeps, by activation."""
 SHARE_MULTIPLE = 16
@@ -86,6 +88,8 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
         )
         zero = zero_settings(config.deepspeed.encoders)
         plans["encoders"] = _engine(count_encoders(config.model), zero, world_size, size, kept, 0.0)
+    if config.training.average is not None:
+        plans = {component: _with_average(plan) for component, plan in plans.items()}
     return plans
 
 
@@ -173,6 +177,15 @@ def _engine(
         buffers += size * min(count.per_rank, zero.max_live_elements)  # gathered weights
     held = dataclasses.replace(held, buffers=buffers, activations=activations)
     return EnginePlan(count, zero, shards, held)
+
+
+def _with_average(plan: EnginePlan) -> EnginePlan:
+    if plan.zero.offloads_optimizer:
+        return plan
+    size = AVERAGE_BYTES * math.ceil(plan.count.trained_per_rank / plan.shards)
+    return dataclasses.replace(
+        plan, held=dataclasses.replace(plan.held, optimizer=plan.held.optimizer + size)
+    )
 
 
 def _loss_buffers(config: RunConfig, size: int) -> float:

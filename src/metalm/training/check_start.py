@@ -38,7 +38,8 @@ def check_start(config: RunConfig, world_size: int) -> Corpus:
             task_settings(wanted).check(task)
             TaskData(task, wanted.data)
     if not list_checkpoints(config.run.folder / config.run.name / CHECKPOINTS_NAME):
-        for path in (config.initialize.decoder, config.initialize.encoders):
+        initialize = config.initialize
+        for path in (initialize.run, initialize.decoder, initialize.encoders):
             if path is not None:
                 find_checkpoint(path)
     return corpus

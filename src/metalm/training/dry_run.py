@@ -50,7 +50,7 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     plan = describe_plan(config, world_size)
     print(yaml.safe_dump(without_secrets(config), sort_keys=False))
     print(f"{plan}\n")
-    initial = [name for name in ("decoder", "encoders") if getattr(config.initialize, name) is not None]
+    initial = [name for name in ("run", "decoder", "encoders") if getattr(config.initialize, name)]
     run_folder = config.run.folder / config.run.name
     print(f"run folder: {run_folder}")
     if (holder := find_holder(run_folder)) is not None:

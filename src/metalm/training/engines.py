@@ -149,7 +149,7 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
         config=content | owned,
         mpu=mpu,
     )
-    create_optimizer_state(engine)
+    create_optimizer_state(engine, with_average=config.training.average is not None)
     return engine
 
 

@@ -7,13 +7,13 @@ import json
 from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
 from metalm.evaluation.generation import generate_samples
-from metalm.evaluation.losses import held_out_losses
 from metalm.objectives import build_objective
 from metalm.regular_files import replace_file
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
+from metalm.training.held_out import measure_held_out
 from metalm.training.session import Session, open_session
-from metalm.training.start import decide_start, load_start
+from metalm.training.start import Start, go_on_from, load_start
 
 
 def evaluate(corpus: Corpus, num_samples: int) -> int:
@@ -32,7 +32,7 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
     with open_session(corpus) as session:
         engines, step = load_newest(corpus, session)
         session.log.open()
-        losses = held_out_losses(engines, session.topology, corpus, objective)
+        losses = measure_held_out(engines, session.topology, corpus, objective)
         for name, source in corpus.held_out.items() if objective.generates else ():
             samples = generate_samples(
                 engines,
@@ -62,7 +62,9 @@ def load_newest(corpus: Corpus, session: Session) -> tuple[Engines, int]:
     Collective: all ranks.
     """
     config, topology = corpus.config, session.topology
-    start = decide_start(corpus, CheckpointStore(session.run_folder, config, topology))
+    store = CheckpointStore(session.run_folder, config, topology)
+    folder = store.newest_whole()
+    start = Start() if folder is None else go_on_from(folder, corpus, store)
     if start.checkpoint is None:
         raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
     engines = build_engines(config, topology, start.given)

@@ -16,16 +16,18 @@ from metalm.config.secrets import without_secrets
 from metalm.data.corpus import Corpus
 from metalm.errors import FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
-from metalm.evaluation.losses import held_out_losses
 from metalm.objectives import Objective, build_objective
 from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
+from metalm.training.average import average_decay, update_average
+from metalm.training.best import BestCheckpoint
 from metalm.training.drift import find_drift
 from metalm.training.dry_run import describe_plan
 from metalm.training.ending import Ending, told_end
 from metalm.training.evaluate_tasks import score_in_training
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
+from metalm.training.held_out import measure_held_out
 from metalm.training.monitor.json_lines import read_metrics
 from metalm.training.monitor.monitor import Monitor
 from metalm.training.schedule import learning_rate
@@ -101,6 +103,10 @@ class _Run:
         self._trained_tokens = torch.zeros((), dtype=torch.float64)
         if started.state is not None:
             self._take_up(started.state)
+        keep_best = config.checkpoint.keep_best
+        self._best = keep_best and BestCheckpoint(
+            session.run_folder, keep_best, last_step=self._step, is_first=session.is_first
+        )
         first_step = 0 if self._saved_step is None else self._step + 1
         self._monitor = Monitor(config, topology, session.run_folder, first_step, self._train_step.timer)
 
@@ -187,8 +193,10 @@ class _Run:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
         if is_skipped:
             logger.warning("step %d is skipped: %s", self._step, self._guard.explain())
-        if not is_skipped:
+        else:
             self._trained_tokens += result.loss_counts.sum().cpu()
+            if training.average is not None:
+                update_average(self._engines, average_decay(self._step, training.average))
         if self._data is not None:
             self._lane_states = self._data.lane_states()
         if self._is_logged(self._step):
@@ -226,6 +234,8 @@ class _Run:
         self._rewinds += 1
         self._skipped_in_a_row = 0
         self._monitor.begin(self._step + 1)
+        if self._best is not None:
+            self._best.go_back(self._step)
         logger.error("%s: back to step %d with the weights, on with the data", problem, self._step)
 
     def _refuse_drift(self) -> None:
@@ -249,9 +259,11 @@ class _Run:
         if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
             self._watchdog.beat("evaluating")
             with self._monitor.apart("evaluate", self._step):
-                losses = held_out_losses(*parts, self._objective)
+                losses = measure_held_out(*parts, self._objective)
             if session.is_first and losses:
                 self._monitor.write_evaluation(self._step, losses)
+            if self._best is not None:
+                self._best.measured(self._step, losses)
             self._watchdog.beat(f"step {self._step + 1}")
         if self._objective.generates and self._step and self._is_due(monitor.sample_every_steps):
             with self._monitor.apart("sample", self._step):
@@ -304,6 +316,9 @@ class _Run:
         lane_states = self._lane_states if self._data is not None else None
         self._watchdog.beat("saving")
         with self._monitor.apart("save", self._step):
+            if self._best is not None:
+                self._tell_failed_save(self._store.finish())
+                self._best.settle()  # before old checkpoints go
             problem = self._store.save(self._engines, self._step, lane_states, facts, background=background)
         self._tell_failed_save(problem)
         self._saved_step = self._step

@@ -21,7 +21,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from metalm.checkpoint.format import STATES
+from metalm.checkpoint.format import AVERAGE, STATES
 from metalm.training.frozen_engine import FrozenEngine
 
 
@@ -49,11 +49,12 @@ def shard_shape(engine: Any, parameter: Any) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if is_partitioned(engine) else parameter.shape)
 
 
-def create_optimizer_state(engine: Any) -> None:
+def create_optimizer_state(engine: Any, *, with_average: bool) -> None:
     """Make Adam's moments, which torch makes at the first step only, so that they can be read and set.
 
-    Must come before the first step: DeepSpeed then links the moments to the parameters once, while those
-    of later parameter groups do not exist yet.
+    A moving average of the weights is one more state of the optimizer, which Adam leaves alone. Must come
+    before the first step: DeepSpeed then links the states to the parameters once, while those of later
+    parameter groups do not exist yet.
     """
     optimizer = engine.optimizer
     for flat in _flat_masters(engine):
@@ -61,6 +62,8 @@ def create_optimizer_state(engine: Any) -> None:
         if "exp_avg" not in state:
             step = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
             state.update(step=step, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+        if with_average:
+            state[AVERAGE] = flat.detach().clone()
     if not is_partitioned(engine):
         optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -80,7 +83,7 @@ def kept_ranges(engine: Any) -> Iterator[tuple[str, Any, OwnedRange]]:
         if is_partitioned(engine):
             kept = _partition_of(engine, parameter)
         elif parameter.requires_grad:
-            kept = _fragment_of(parameter)
+            kept = _fragment_of(engine, parameter)
         else:
             kept = OwnedRange(0, {"master": parameter.data.flatten()})
         if kept is not None:
@@ -138,6 +141,22 @@ def set_optimizer_step(engine: Any, step: float) -> None:
         engine.optimizer.optimizer.state[flat]["step"].fill_(step)
 
 
+def averaged_masters(engine: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's flat masters of an engine, each with the moving average of its weights; none without it."""
+    if isinstance(engine, FrozenEngine):
+        return
+    for flat in _flat_masters(engine):
+        state = engine.optimizer.optimizer.state[flat]
+        if AVERAGE in state:
+            yield flat.detach(), state[AVERAGE]
+
+
+def _states_of(engine: Any) -> tuple[str, ...]:
+    """What is kept of a trained parameter."""
+    has_average = next(averaged_masters(engine), None) is not None
+    return (*STATES, AVERAGE) if has_average else STATES
+
+
 def _flat_masters(engine: Any) -> list[Tensor]:
     optimizer = engine.optimizer
     return (
@@ -167,18 +186,19 @@ def _partition_of(engine: Any, parameter: Any) -> OwnedRange | None:
             if state == "master"
             else safe_get_local_optimizer_state(parameter, state)
         )[:size]
-        for state in STATES
+        for state in _states_of(engine)
     }
     return OwnedRange(start, states)
 
 
-def _fragment_of(parameter: Any) -> OwnedRange | None:
+def _fragment_of(engine: Any, parameter: Any) -> OwnedRange | None:
     """What ZeRO 1 and 2 keep here of a trained parameter."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
     states = {
-        state: mapping.get_hp_fragment(None if state == "master" else state).flatten() for state in STATES
+        state: mapping.get_hp_fragment(None if state == "master" else state).flatten()
+        for state in _states_of(engine)
     }
     return OwnedRange(mapping.lp_fragment_address.start, states)
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,6 +28,7 @@ from metalm.objectives import Objective
 from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
 from metalm.run_lock import RunLock
+from metalm.training.average import begin_average
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
 from metalm.training.provenance import provenance
@@ -36,7 +38,10 @@ from metalm.training.weights import adopt, restore
 
 logger = logging.getLogger(__name__)
 
-_FREE_TO_CHANGE = ("dropout", "recompute", "trained_layers", "trained_connector", "pretrained.path")
+_FREE_TO_CHANGE = (
+    *("dropout", "recompute", "trained_layers", "trained_connector", "pretrained.path"),
+    "decoder.start",
+)
 """Ends of keys of the model's section that may differ from start to start: the weights keep their meaning."""
 
 
@@ -45,7 +50,7 @@ class Start:
     """What a run starts from."""
 
     checkpoint: CheckpointReader | None = None
-    """Its own newest whole checkpoint."""
+    """Its own newest whole checkpoint, or that of another run which it goes on from."""
     initial: Mapping[str, CheckpointReader] = field(default_factory=dict)
     """Of a new run: by component, the checkpoint of another run whose weights it takes."""
 
@@ -114,21 +119,20 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
 
 
 def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
-    """What a run starts from; the checkpoints are hashed, and the run's own compared with its config.
+    """What a run starts from; the checkpoints are hashed.
 
     Raises:
-        ConfigError: the run's checkpoint is of another model or tokenizer.
+        ConfigError: the checkpoint to go on from is of another model or tokenizer.
         CheckpointError: a checkpoint is missing or damaged.
 
     Collective: all ranks.
     """
     config = corpus.config
-    own = store.newest_whole()
-    if own is not None:
-        reader = store.open(own)
-        with together():
-            _refuse_another_model(corpus, reader)
-        return Start(checkpoint=reader)
+    folder = store.newest_whole()
+    if folder is None and config.initialize.run is not None:
+        folder = store.find_whole(config.initialize.run)
+    if folder is not None:
+        return go_on_from(folder, corpus, store)
     initial = {}
     for component, path in (("decoder", config.initialize.decoder), ("encoders", config.initialize.encoders)):
         if path is None:
@@ -140,6 +144,21 @@ def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
             reader.parameters(component)  # refused if it has no such component
         initial[component] = reader
     return Start(initial=initial)
+
+
+def go_on_from(folder: Path, corpus: Corpus, store: CheckpointStore) -> Start:
+    """A start that goes on from a checkpoint, which is compared with the config.
+
+    Raises:
+        ConfigError: it is of another model or tokenizer.
+        CheckpointError: it cannot be read.
+
+    Collective: all ranks.
+    """
+    reader = store.open(folder)
+    with together():
+        _refuse_another_model(corpus, reader)
+    return Start(checkpoint=reader)
 
 
 def load_start(start: Start, config: RunConfig, topology: Topology, engines: Engines) -> RunState | None:
@@ -154,6 +173,7 @@ def load_start(start: Start, config: RunConfig, topology: Topology, engines: Eng
         adopt(reader, component, engines, config.initialize.new, topology)
         logger.info("the %s start(s) from %s", component, reader.folder)
     if start.checkpoint is None:
+        begin_average(engines)
         return None
     restore(start.checkpoint, engines, topology)
     logger.info("resumed from %s", start.checkpoint.folder)

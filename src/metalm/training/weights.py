@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalm.checkpoint.format import STATES
+from metalm.checkpoint.format import AVERAGE, STATES
 from metalm.checkpoint.layout import ShardLayout
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import CheckpointError
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 def restore(reader: CheckpointReader, engines: Engines, topology: Topology) -> None:
     """Take weights, optimizers and counters from a checkpoint of this run.
 
-    Moments that the checkpoint has not, because it was made from weights alone, start from zero.
+    Moments that the checkpoint has not, because it was made from weights alone, start from zero, and a moving
+    average that it has not from the weights.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model.
@@ -44,7 +45,7 @@ def restore(reader: CheckpointReader, engines: Engines, topology: Topology) -> N
         with together():
             layouts = _layouts(engine, topology)
             _compare(reader, component, layouts)
-            _read_component(reader, component, engine, layouts, STATES, topology)
+            _read_component(reader, component, engine, layouts, (*STATES, AVERAGE), topology)
             set_optimizer_step(engine, state.optimizer_steps[component])
             counters = state.engine_counters[component]
             engine.global_steps, engine.skipped_steps = counters.global_steps, counters.skipped_steps
@@ -129,9 +130,10 @@ def _read_component(
         tensor_rank = 0 if layout.dimension is None else topology.tensor_rank
         saved = reader.states(component, name)
         for state in (state for state in states if state in owned.states):
+            found = "master" if state == AVERAGE and AVERAGE not in saved else state
             values = (
-                reader.read_range(component, name, state, layout, tensor_rank, owned.start, owned.size)
-                if state in saved
+                reader.read_range(component, name, found, layout, tensor_rank, owned.start, owned.size)
+                if found in saved
                 else torch.zeros(owned.size)
             )
             set_state(engine, parameter, state, values.to(topology.device))

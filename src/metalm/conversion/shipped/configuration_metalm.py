@@ -46,6 +46,7 @@ class MetaLMConfig(PreTrainedConfig):
         max_position_embeddings: row length in training; only learned positions end there.
         rope_parameters: as in transformers; "rope_type" is "default" or "llama3".
         scale_embedding: multiply token embeddings by the square root of the hidden size.
+        scale_docked_vectors: multiply what encoders give so, too.
         spans: "causal", or "bidirectional": the decoder attends among all vectors of a span.
         encoders: by name, the keys of ENCODER_DEFAULTS; kept in alphabetical order. `image_size` and
             `patch_size` (pixels per side) are None for an encoder of text; `connector` is "linear" or
@@ -84,6 +85,7 @@ class MetaLMConfig(PreTrainedConfig):
         max_position_embeddings: int = 2048,
         rope_parameters: dict[str, Any] | None = None,
         scale_embedding: bool = True,
+        scale_docked_vectors: bool = False,
         spans: str = "causal",
         encoders: dict[str, dict[str, Any]] | None = None,
         image_encoder: str | None = None,
@@ -114,6 +116,7 @@ class MetaLMConfig(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.scale_embedding = scale_embedding
+        self.scale_docked_vectors = scale_docked_vectors
         self.spans = spans
         # By name, because JSON files that transformers writes are sorted: the place must not depend on it.
         self.encoders = {name: ENCODER_DEFAULTS | sizes for name, sizes in sorted((encoders or {}).items())}

@@ -239,7 +239,7 @@ class MetaLMModel(MetaLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         hidden = inputs_embeds
-        if self.config.scale_embedding:
+        if self.config.scale_embedding and not self.config.scale_docked_vectors:
             hidden = hidden * self.config.hidden_size**0.5
         if spans is not None:
             hidden = self.encoders.dock(hidden, spans, pixel_values, audio_values)
@@ -273,6 +273,8 @@ class MetaLMModel(MetaLMPreTrainedModel):
     def _place(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The input with its positions, and what turns queries and keys where positions are rotary."""
         config = self.config
+        if config.scale_docked_vectors:
+            hidden = hidden * config.hidden_size**0.5  # tokens and docked vectors alike
         if config.positions == "learned":
             return hidden + self.embed_positions(position_ids), None
         if config.positions == "sinusoidal":

@@ -1,0 +1,45 @@
+"""`checkpoints/best`: which checkpoint of a run is the best by a figure, for people and for pruning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from metalm.checkpoint.manifest import read_regular_file, replace_text
+from metalm.checkpoint.names import BEST_NAME, STEP_NAME, step_of
+from metalm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Best:
+    """The content of the file, a value a line."""
+
+    folder: str
+    """`step_N`, beside the file."""
+    figure: str
+    value: float
+
+    @property
+    def step(self) -> int:
+        """That it was saved at."""
+        return step_of(Path(self.folder))
+
+
+def write_best(checkpoints: Path, best: Best) -> None:
+    """Name the best checkpoint; the file is replaced at once.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    replace_text(checkpoints / BEST_NAME, f"{best.folder}\n{best.figure}\n{best.value!r}\n")
+
+
+def read_best(checkpoints: Path) -> Best | None:
+    """What is named the best of a folder of checkpoints; None if nothing is, or the file is damaged."""
+    try:
+        folder, figure, value = read_regular_file(checkpoints / BEST_NAME).decode().splitlines()
+        best = Best(folder, figure, float(value))
+    except (CheckpointError, ValueError):
+        return None
+    return best if STEP_NAME.fullmatch(folder) and math.isfinite(best.value) else None

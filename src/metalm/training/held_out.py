@@ -1,0 +1,26 @@
+"""Held-out losses of a run: of its weights and, if asked, of their moving average."""
+
+from __future__ import annotations
+
+from metalm.data.corpus import Corpus
+from metalm.evaluation.losses import AVERAGE_SUFFIX, held_out_losses
+from metalm.objectives import Objective
+from metalm.parallel.topology import Topology
+from metalm.training.average import averaged
+from metalm.training.engines import Engines
+
+
+def measure_held_out(
+    engines: Engines, topology: Topology, corpus: Corpus, objective: Objective
+) -> dict[str, float]:
+    """Held-out losses, see `held_out_losses`; with `training.average.evaluate` also as `NAME/average`.
+
+    Collective: all ranks.
+    """
+    losses = held_out_losses(engines, topology, corpus, objective)
+    average = corpus.config.training.average
+    if average is not None and average.evaluate:
+        with averaged(engines):
+            of_average = held_out_losses(engines, topology, corpus, objective)
+        losses |= {name + AVERAGE_SUFFIX: loss for name, loss in of_average.items()}
+    return losses
