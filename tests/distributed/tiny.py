@@ -48,6 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "spans": "bidirectional",
         "recompute": True,
     },
+    "selective": {**LLAMA, "recompute": "selective"},
     "qkv_biases": {**LLAMA, "qkv_biases": True, "tied_output": True, "num_kv_heads": 1},
 }
 """Decoders: the paper's, today's usual ones, and every further option."""
@@ -64,9 +65,9 @@ def tiny_config(
 ) -> RunConfig:
     """Two decoder layers, a DeepNorm text encoder, a pre-LN image encoder; vocabulary with padding rows.
 
-    Where the decoder recomputes, the encoders do so, too.
+    Where the decoder recomputes whole layers, the encoders do so, too.
     """
-    recompute = OPTIONS[options].get("recompute", False)
+    recompute = OPTIONS[options].get("recompute") is True
     return RunConfig.model_validate(
         {
             "run": {"name": "tiny", "folder": folder, "seed": 5},
