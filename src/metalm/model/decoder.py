@@ -172,8 +172,11 @@ class Decoder(nn.Module):
             elif self._again is not None:
                 with self._again:
                     hidden = run(layer, hidden)
+                self._again.end_layer(hidden)
             else:
                 hidden = run(layer, hidden)
+        if self._again is not None:
+            self._again.end()
         if block.final_layernorm is not None:
             hidden = block.final_layernorm(hidden)
         if self.sequence_parallel:

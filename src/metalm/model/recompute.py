@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Recompute:
-    """What is made again; entered around each layer, whose products then keep recipes."""
+    """What is made again; entered around each layer, whose products then keep recipes, and told of ends."""
 
     def __init__(self) -> None:
         self._recipes: dict[int, tuple[_Recipe, Tensor]] = {}
@@ -30,6 +30,14 @@ class Recompute:
         assert self._hooks is not None
         self._hooks.__exit__(*exception)
         self._hooks = None
+
+    def end_layer(self, output: Tensor) -> None:
+        """Forget the layer's recipes, but for its output's, which the next layer's products would keep."""
+        address = output.untyped_storage().data_ptr()
+        self._recipes = {key: recipe for key, recipe in self._recipes.items() if key == address}
+
+    def end(self) -> None:
+        """Forget all: no layer follows."""
         self._recipes.clear()
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
