@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional
 
 from metalm.config import RunConfig
-from metalm.kernels.benchmark import Case, measure
+from metalm.kernels import interval_attention
+from metalm.kernels.benchmark import Case
 from metalm.objectives import build_objective
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import Topology, build_topology, close_topology
@@ -43,6 +44,7 @@ _ELEMENTS_MOVED = 17
 """Read and written per element by a norm, an activation and a sum, forward and backward, as plans count."""
 _TINY, _WIDE = 32, 512
 _LENGTH = 16
+_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def calibrate(device: torch.device, clock: Clock, jsons: Path, path: Path, sourc
         "precision": "bf16" if device.type == "cuda" else "fp32",
         "source": source,
         "products": measure_products(device, dtype, sizes, clock),
-        "attention": measure_attention(device, dtype, sizes),
+        "attention": measure_attention(device, dtype, sizes, clock),
         "figures": measure_memory(device, dtype, clock),
     }
     path.write_text(json.dumps(content, indent=1))
@@ -129,26 +131,29 @@ def measure_products(device: torch.device, dtype: torch.dtype, sizes: Sizes, clo
     return found
 
 
-def measure_attention(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Record]:
+def measure_attention(device: torch.device, dtype: torch.dtype, sizes: Sizes, clock: Clock) -> list[Record]:
     """The rates of our attention by kind of mask and head size."""
     found = []
-    for kind, mask in _MASKS.items():
+    for kind, name in _MASKS.items():
         for heads, size in sizes.heads:
-            rates = []
-            for backward in (False, True):
-                (record,) = measure(
-                    Case(kind, sizes.length, sizes.documents, 4, heads, size),
-                    device=device,
-                    dtype=dtype,
-                    backward=backward,
-                    peers=("interval",),
-                    repetitions=8,
-                    max_dense_length=0,
-                )
-                rates.append(record["tflops"])
-            found.append(
-                {"mask": mask, "head_size": size, "forward_tflops": rates[0], "both_tflops": rates[1]}
-            )
+            case = Case(kind, sizes.length, sizes.documents, _BATCH, heads, size)
+            mask = case.mask(device)
+            shape = (_BATCH, sizes.length, heads, size)
+            drawn = [torch.randn(shape, device=device).to(dtype).transpose(1, 2) for _ in range(4)]
+            inputs, gradient = [x.requires_grad_() for x in drawn[:3]], drawn[3]
+
+            def both(inputs: Any = inputs, mask: Any = mask, gradient: Any = gradient) -> object:
+                return torch.autograd.grad(interval_attention(*inputs, mask), inputs, gradient)
+
+            def forward(inputs: Any = inputs, mask: Any = mask) -> object:
+                with torch.no_grad():
+                    return interval_attention(*inputs, mask)
+
+            seconds = interleaved({"forward": forward, "both": both}, 10, device, clock)
+            elements = int(mask.visible_pairs().sum()) * _BATCH * heads * size / 1e12
+            rates = {"forward_tflops": 4 * elements / seconds["forward"]}
+            rates["both_tflops"] = 14 * elements / seconds["both"]
+            found.append({"mask": name, "head_size": size, **rates})
     return found
 
 
