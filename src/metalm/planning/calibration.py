@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high, median_low
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from metalm.errors import ConfigError
@@ -76,6 +77,7 @@ FIGURES = {
     "memory": "bytes per second of elementwise work",
     "kernel": "seconds of a matrix product that the smallest takes",
     "update": "seconds of the optimizer per parameter of a rank's shard",
+    "update in host memory": "the same where masters and moments lie there, with the way there and back",
     "gradients": "seconds per trained parameter of a rank to add or move its gradient once",
     "host, decoder layer": "seconds of the host for a layer's forward and backward",
     "host, encoder layer": "seconds of the host for a layer's forward and backward",
@@ -89,7 +91,15 @@ FIGURES = {
 """Single numbers by name, and what they are."""
 
 _SLOWER_WHEN_HIGH = {
-    *("kernel", "update", "gradients", "host, decoder layer", "host, encoder layer", "host, ZeRO 3 gather"),
+    *(
+        "kernel",
+        "update",
+        "update in host memory",
+        "gradients",
+        "host, decoder layer",
+        "host, encoder layer",
+        "host, ZeRO 3 gather",
+    ),
     *("host, micro-step", "host, step", "host not hidden", "imbalance"),
 }
 
@@ -202,12 +212,12 @@ def write_links(path: Path, speeds: Sequence[LinkSpeeds], *, ranks_per_node: int
     for spans_nodes in (False, True):
         bandwidths = [one.across_gib_s if spans_nodes else one.within_gib_s for one in speeds]
         latencies = [one.across_latency_s if spans_nodes else one.within_latency_s for one in speeds]
-        known = sorted(speed for speed in bandwidths if speed is not None)
-        waits = sorted(latency for latency in latencies if latency is not None)
+        known = [speed for speed in bandwidths if speed is not None]
+        waits = [latency for latency in latencies if latency is not None]
         if known and waits:
             ranks = ranks_per_node * (2 if spans_nodes else 1)
-            middle = Link(ranks, spans_nodes, waits[len(waits) // 2], known[len(known) // 2] * 2**30)
-            links.append(dataclasses.asdict(middle))
+            link = Link(ranks, spans_nodes, median_high(waits), median_low(known) * 2**30)
+            links.append(dataclasses.asdict(link))
     content = {"source": f"metalm preflight, {len(speeds)} ranks, medians", "links": links}
     path.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -45,6 +45,7 @@ def shipped_calibration(device: Device) -> Calibration:
         "kernel": Figure(5e-6, 3e-6, 1e-5, "assumed"),
         # Masters and moments are read and written, gradients read, weights written.
         "update": _around(30 / bandwidth, 5 / bandwidth, 30 / bandwidth, "30 bytes at the memory's rate"),
+        "update in host memory": Figure(8e-9, 3e-9, 2e-8, "assumed: a node's cores shared by its ranks"),
         "gradients": _around(6 / bandwidth, 0.0, 4 / bandwidth, "6 bytes at the memory's rate"),
         "host, decoder layer": _around(4.8e-3, 1.5e-3, 0.5e-3, f"{_H200}, solved from three settings' steps"),
         "host, encoder layer": _around(3.6e-3, 1.0e-3, 0.5e-3, f"{_H200}, solved from three settings' steps"),
@@ -87,6 +88,7 @@ def _cpu(device: Device) -> Calibration:
         "memory": 0.5 * device.memory_bandwidth,
         "kernel": 1e-5,
         "update": 6e-9,
+        "update in host memory": 6e-9,
         "gradients": 1e-9,
         "host, decoder layer": 2e-3,
         "host, encoder layer": 1.5e-3,

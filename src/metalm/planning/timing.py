@@ -108,9 +108,13 @@ def step_parts(setting: Setting, calibration: Calibration) -> dict[str, float]:
         parts["ZeRO beside the computation, not hidden"] = overlapped - hidden
     parts |= {kind: seconds for kind, seconds in exposed.items() if kind not in IN_STREAM}
     trained = sum(engine.count.trained_per_rank for engine in setting.engines.values())
-    owned = sum(engine.count.trained_per_rank / engine.shards for engine in setting.engines.values())
     parts["gradients added up"] = (count + 1) * trained * calibration["gradients"]
-    parts["optimizer"] = owned * calibration["update"]
+    parts["optimizer"] = sum(
+        engine.count.trained_per_rank
+        / engine.shards
+        * calibration["update in host memory" if engine.zero.offloads_optimizer else "update"]
+        for engine in setting.engines.values()
+    )
     parts["waiting for the slowest rank"] = _imbalance(setting, calibration)
     return parts
 
