@@ -86,7 +86,8 @@ def main() -> int:
     records = []
     for tensor in (2, 1):
         found = start_ranks(arguments, tensor)
-        links = [max(rank["links"][key] for rank in found) for key in ("latency_s", "seconds_per_byte")]
+        keys = ("latency_s", "seconds_per_byte")
+        links = [statistics.mean(rank["links"][key] for rank in found) for key in keys]
         path = Path(f"{arguments.calibration}.links")
         link = {"ranks": RANKS, "spans_nodes": False, "latency_s": links[0], "bytes_per_s": 1 / links[1]}
         path.write_text(json.dumps({"links": [link]}))
@@ -181,21 +182,18 @@ def measure_links() -> dict[str, float]:
     """Processor seconds of an all-reduce: what it takes at least, and per byte sent."""
     import torch
 
-    seconds = {}
-    for size in (1 << 8, 1 << 17):
-        value = torch.ones(size)
-        spent = []
-        for _ in range(60):
+    few, many = torch.ones(1 << 8), torch.ones(1 << 19)
+    spent: dict[int, list[float]] = {few.numel(): [], many.numel(): []}
+    for number in range(60):
+        for value in (few, many):
             torch.distributed.barrier()
             began = time.process_time()
             torch.distributed.all_reduce(value)
-            spent.append(time.process_time() - began)
-        seconds[size] = statistics.median(spent[10:])
-    sent = 4 * (1 << 17) * 2 * (RANKS - 1) / RANKS
-    return {
-        "latency_s": seconds[1 << 8],
-        "seconds_per_byte": max(seconds[1 << 17] - seconds[1 << 8], 1e-9) / sent,
-    }
+            if number >= 10:
+                spent[value.numel()].append(time.process_time() - began)
+    least, most = (statistics.median(times) for times in spent.values())
+    sent = 4 * (many.numel() - few.numel()) * 2 * (RANKS - 1) / RANKS
+    return {"latency_s": least, "seconds_per_byte": max(most - least, 1e-9) / sent}
 
 
 if __name__ == "__main__":
