@@ -116,6 +116,21 @@ def host(keep: Keep, arguments: argparse.Namespace) -> None:
         keep({"backend": backend, "host_us": seconds / count * 1e6})
 
 
+def calibration(keep: Keep, arguments: argparse.Namespace) -> None:
+    """What plans' times are made of: `calibration.json`, for tools/plan_run.py --calibration."""
+    import torch
+
+    from metalm.training.calibrate import calibrate, process_or_wall_clock
+
+    gpu = torch.device("cuda", 0)
+    path = arguments.out / "calibration.json"
+    source = (
+        f"measured {datetime.date.today()} on {torch.cuda.get_device_name(gpu)}, torch {torch.__version__}"
+    )
+    calibrate(gpu, process_or_wall_clock(own=False), ROOT / "deepspeed_configs", path, source)
+    keep({name: figure["value"] for name, figure in json.loads(path.read_text())["figures"].items()})
+
+
 def tuning(keep: Keep, arguments: argparse.Namespace) -> None:
     """All candidates of the Triton kernels' block sizes."""
     sys.path.insert(0, str(ROOT / "tools"))
@@ -176,7 +191,7 @@ def step_section(name: str, *more: str) -> Callable[[Keep, argparse.Namespace], 
         overrides += ["training.micro_batch_size=4", *more, *arguments.overrides]
         if name == "decoder":
             overrides += ["model.encoders=null", "data.evaluation=null"]
-            overrides += ["data.sources={pile: {path: data/pile/shards/train, kind: text, encoder: null}}"]
+            overrides += ["data.sources={pile: {path: data/pile/shards/train, readers: {}}}"]
         config = load_config(Path("pipelines") / f"{PIPELINES[name]}.yaml", overrides)
         limit = matmul_tflops(torch.device("cuda", 0), torch.bfloat16)
         torch.cuda.empty_cache()
@@ -212,6 +227,7 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "device": (device, 60),
     "attention": (attention, 90),
     "host": (host, 40),
+    "calibration": (calibration, 90),
     "decoder": (step_section("decoder"), 75),
     "peer": (peer, 60),
     "language": (step_section("language"), 90),

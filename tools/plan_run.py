@@ -1,5 +1,8 @@
 """Say what a run needs before it is submitted: bytes, communication, operations, time. Starts nothing.
 
+Times come as a range with what it hangs on; files that tools/calibrate.py, tools/check_gpu.py or metalm
+preflight --calibration wrote narrow it.
+
 Examples:
     python tools/plan_run.py pipelines/demo.yaml --gpus 2 --gpu cpu
     python tools/plan_run.py pipelines/demo.yaml --gpus 8 --search --plot layouts.png training.steps=200
@@ -11,8 +14,9 @@ from pathlib import Path
 from metalm.cli import ToolParser, run_tool
 from metalm.config import load_config
 from metalm.errors import ConfigError
+from metalm.planning.calibration import overlay
 from metalm.planning.devices import DEVICES, find_device
-from metalm.planning.plan import Assumptions, plan_run
+from metalm.planning.plan import plan_run
 from metalm.planning.plan_picture import plot_memory
 from metalm.planning.report import (
     SHOWN_LAYOUTS,
@@ -22,6 +26,8 @@ from metalm.planning.report import (
     describe_search,
 )
 from metalm.planning.search import search_layouts
+from metalm.planning.shipped_calibration import shipped_calibration
+from metalm.planning.workload import CAPTION_TOKENS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,10 +38,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--search", action="store_true", help="the layouts that fit, best first")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="bytes per rank by kind, over the layouts")
-    defaults = Assumptions()
-    parser.add_argument("--compute-efficiency", type=float, default=defaults.compute_efficiency)
-    parser.add_argument("--link-efficiency", type=float, default=defaults.link_efficiency)
-    parser.add_argument("--caption-tokens", type=int, default=defaults.caption_tokens)
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="measured figures, in place of the shipped ones; may be given several times",
+    )
+    parser.add_argument("--caption-tokens", type=int, default=CAPTION_TOKENS, help="mean length of a caption")
     arguments, rest = parser.parse_known_args()
     # argparse does not take positional arguments up again after an option.
     if any(word.startswith("-") or "=" not in word for word in rest):
@@ -46,18 +57,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    shares = (arguments.compute_efficiency, arguments.link_efficiency)
-    if arguments.gpus < 1 or arguments.caption_tokens < 1 or not all(0 < share <= 1 for share in shares):
-        raise ConfigError("--gpus and --caption-tokens must be positive, efficiencies above 0 and at most 1")
+    if arguments.gpus < 1 or arguments.caption_tokens < 1:
+        raise ConfigError("--gpus and --caption-tokens must be positive")
     config = load_config(arguments.pipeline, arguments.overrides)
     device = find_device(arguments.gpu)
-    assumptions = Assumptions(*shares, arguments.caption_tokens)
+    calibration = shipped_calibration(device)
+    for path in arguments.calibration:
+        calibration = overlay(calibration, path)
+    given = (config, arguments.gpus, device, calibration)
     if arguments.search:
-        found = search_layouts(config, arguments.gpus, device, assumptions)
+        found = search_layouts(*given, caption_tokens=arguments.caption_tokens)
         print(describe_search(found, config))
         plans = found.plans[:SHOWN_LAYOUTS]
     else:
-        plans = [plan_run(config, arguments.gpus, device, assumptions)]
+        plans = [plan_run(*given, caption_tokens=arguments.caption_tokens)]
     if plans:
         print(f"\n{describe_batch(plans[0])}\n\n{describe_memory(plans[0])}\n\n{describe_cost(plans[0])}")
     if arguments.plot and plans:

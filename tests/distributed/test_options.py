@@ -35,6 +35,11 @@ CASES: dict[str, tuple[int, dict[str, Any], str]] = {
         "1,3",
     ),
     "mixed, recomputed under ZeRO 3": (2, {"options": "mixed", "micro_batch_size": 2}, "3,3"),
+    "norms and activations recomputed, sequence-parallel": (
+        2,
+        {"options": "selective", "tensor": 2, "sequence_parallel": True},
+        "2,1",
+    ),
     "one key head, ZeRO 3 over the data-parallel ranks": (2, {"options": "qkv_biases"}, "3,1"),
     "optimizers in host memory": (2, {"tensor": 2, "micro_batch_size": 4}, "2_offload,3_offload"),
 }

@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "scale_docked_vectors": True,
         "recompute": True,
     },
+    "selective": {**LLAMA, "recompute": "selective"},
     "qkv_biases": {**LLAMA, "qkv_biases": True, "tied_output": True, "num_kv_heads": 1},
 }
 """Decoders: the paper's, today's usual ones, and every further option."""
@@ -67,9 +68,9 @@ def tiny_config(
 ) -> RunConfig:
     """Two decoder layers, a DeepNorm text encoder, a pre-LN image encoder; vocabulary with padding rows.
 
-    Where the decoder recomputes, the encoders do so, too; all have the same dropout.
+    Where the decoder recomputes whole layers, the encoders do so, too; all have the same dropout.
     """
-    recompute = OPTIONS[options].get("recompute", False)
+    recompute = OPTIONS[options].get("recompute") is True
     return RunConfig.model_validate(
         {
             "run": {"name": "tiny", "folder": folder, "seed": 5},

@@ -17,6 +17,9 @@ import pytest
 from metalm.errors import EXIT_DONE, EXIT_NODE
 from metalm.operations.node_report import Gpu, NodeReport
 from metalm.operations.preflight_limits import Limits, find_problems
+from metalm.planning.calibration import overlay
+from metalm.planning.devices import find_device
+from metalm.planning.shipped_calibration import shipped_calibration
 
 RANK = [sys.executable, "-m", "metalm", "preflight"]
 QUICK = ("--mebibytes", "4", "--deadline-s", "120", "--write-mib-s", "0")
@@ -73,14 +76,21 @@ def bad_nodes(run_folder: Path) -> dict[str, str]:
 
 
 def test_fit_nodes_pass_with_all_figures(tmp_path: Path) -> None:
-    codes, output = run_nodes(tmp_path / "run", nodes={"a": {}, "b": {}})
+    links = tmp_path / "links.json"
+    codes, output = run_nodes(tmp_path / "run", "--calibration", str(links), nodes={"a": {}, "b": {}})
     assert codes == {EXIT_DONE}, output
+    found = overlay(shipped_calibration(find_device("h100")), links).link(2, spans_nodes=True)
+    assert (found.ranks, found.spans_nodes) == (2, True)
+    assert 1e-6 < found.latency_s < 1
+    across_nodes = []
     for node in ("a", "b"):
         (line,) = [line.split() for line in output.splitlines() if line.split()[:1] == [node]]
         name, gpus, _, _, free_gib, write_mib_s, clock_s, within, across, verdict = line
         assert (name, gpus, within, verdict) == (node, "0", "-", "ok")
         assert min(float(free_gib), float(write_mib_s), float(across)) > 0
         assert abs(float(clock_s)) < 0.5
+        across_nodes.append(float(across))
+    assert found.bytes_per_s / 2**30 == pytest.approx(min(across_nodes), abs=0.01)
     assert "torch 2." in output
     assert not (tmp_path / "bad").exists()
     assert not list((tmp_path / "run").iterdir())

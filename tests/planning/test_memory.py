@@ -34,9 +34,34 @@ def test_zero_shards_the_optimizer_then_gradients_then_weights(
     stage: int, size: int, weights: int, gradients: int, optimizer: int
 ) -> None:
     """1,000 parameters on 4 ranks, 200 of them frozen; fp32 master and two moments are 12 bytes each."""
-    zero = ZeroSettings(stage, False, 1, 1, 1, offloads_optimizer=False)
+    zero = ZeroSettings(stage, False, 1, 1, 1, node_shards=1, offloads_optimizer=False)
     found = shard_bytes(ParameterCount(2000, 1000, 200), zero, 4, size)
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
+
+
+def test_a_copy_of_the_weights_in_each_node_is_held_besides_the_shard_and_gathered_inside(
+    tmp_path: Path,
+) -> None:
+    """The backward's gathers stay among 4 ranks of a node; the forward's go over all 16."""
+    parted = tmp_path / "encoders.json"
+    parted.write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}')
+    plans = {}
+    for name, path in (("plain", JSONS / "encoders_zero3.json"), ("parted", parted)):
+        config = planned_config(encoders=str(path))
+        content = config.model_dump()
+        content["data"]["lanes"] = content["training"]["global_batch_size"] = 32
+        content["model"]["encoders"]["text"] |= {"num_layers": 256, "hidden_size": 512}
+        plans[name] = plan_run(RunConfig.model_validate(content), 16, find_device("h100"))
+    count, size = plans["plain"].engines["encoders"].count.per_rank, 4
+    held = {name: plan.engines["encoders"].held.weights for name, plan in plans.items()}
+    assert held["plain"] == size * -(-count // 16)
+    assert held["parted"] == size * (-(-count // 16) + -(-count // 4))
+    sent = {name: {t.kind: t for t in plan.traffic} for name, plan in plans.items()}
+    assert sent["plain"]["encoders weights"].num_bytes == pytest.approx(2 * size * count * 15 / 16)
+    assert sent["parted"]["encoders weights"].num_bytes == pytest.approx(size * count * 15 / 16)
+    inside = sent["parted"]["encoders weights, backward"]
+    assert (inside.group_size, inside.spans_nodes) == (4, False)
+    assert inside.num_bytes == pytest.approx(size * count * 3 / 4)
 
 
 @pytest.mark.parametrize(

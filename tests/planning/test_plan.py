@@ -7,10 +7,10 @@ from distributed.tiny import tiny_config
 from metalm.errors import ConfigError, TopologyError
 from metalm.model.flops import count_training_flops
 from metalm.planning.devices import device_by_driver_name, find_device
-from metalm.planning.plan import Assumptions, plan_run
+from metalm.planning.plan import plan_run
 from metalm.planning.report import describe_cost
 from metalm.planning.search import overrides, search_layouts
-from metalm.planning.workload import mean_row
+from metalm.planning.workload import mean_row, source_rows
 from metalm.training.dry_run import describe_plan
 
 
@@ -32,7 +32,11 @@ def test_the_operations_of_a_step_equal_those_counted_in_its_batches() -> None:
     counted = sum(count_training_flops(b, config.model) for b in measured_batches(config, 0, 1))
     plan = plan_run(config, 1, find_device("cpu"))
     assert plan.model_flops == pytest.approx(counted, rel=1e-9)
-    assert plan.executed_flops == pytest.approx(counted, rel=1e-9)  # nothing is padding here
+    # Nothing is padding here; attention's backward makes 7 products a layer, of which 4 are counted.
+    counts = [(config.model.decoder, plan.row.pairs), (config.model.encoders["text"], 32 * 32)]
+    again = sum(3 * 2 * one.num_layers * one.hidden_size * pairs for one, pairs in counts)
+    rows = config.training.global_batch_size
+    assert plan.executed_flops == pytest.approx(counted + rows * again, rel=1e-9)
 
 
 def test_the_mean_row_weighs_the_sources() -> None:
@@ -42,7 +46,8 @@ def test_the_mean_row_weighs_the_sources() -> None:
     sources = config.data.sources
     sources = sources | {"pairs": sources["pairs"].model_copy(update={"weight": 3.0})}
     data = config.data.model_copy(update={"spans": spans, "sources": sources})
-    row = mean_row(config.model_copy(update={"data": data}), caption_tokens=10)
+    config = config.model_copy(update={"data": data})
+    row = mean_row(config, source_rows(config, caption_tokens=10))
     assert row.positions == pytest.approx(40 / 4 + 32 * 3 / 4)
     assert row.encoders["text"].elements == pytest.approx(0.25 * 40 / 4)
     assert row.encoders["image"].patches == pytest.approx(2 * 4 * 3 / 4)
@@ -55,24 +60,27 @@ def test_a_row_of_examples_holds_images_and_texts_of_which_half_is_encoded() -> 
     source = {"path": "unused", "readers": {"image": "image", "text": "text"}, "overflow": "cut_left"}
     data = config.data.model_dump() | {"sources": {"chats": source}, "sequence_length": 268}
     config = type(config).model_validate(config.model_dump() | {"data": data})
-    row = mean_row(config)
+    row = mean_row(config, source_rows(config))
     assert row.positions == 268
     assert row.encoders["image"].elements == row.encoders["image"].patches == 2 * 4
     assert row.encoders["text"].elements == 2 * 16
     assert "examples of 128 tokens of text" in describe_cost(plan_run(config, 1, find_device("cpu")))
 
 
-def test_time_is_the_sum_of_its_parts_and_follows_the_assumptions() -> None:
+def test_time_is_the_sum_of_its_parts_and_lies_within_its_range() -> None:
     config, device = planned_config(tensor=2), find_device("h100")
     plan = plan_run(config, 4, device)
-    fast = plan_run(config, 4, device, Assumptions(compute_efficiency=1.0))
-    assert plan.parts_s["compute"] * 0.6 == pytest.approx(fast.parts_s["compute"])
-    compute = plan.executed_flops / (device.fp32_tflops * 1e12)
-    assert fast.parts_s["compute"] == pytest.approx(compute)
     assert plan.step_s == pytest.approx(sum(plan.parts_s.values()))
     assert plan.days == pytest.approx(plan.step_s * config.training.steps / 86400)
+    least, most, causes = plan.range_s
+    assert 0 < least < plan.step_s < most
+    assert {cause.figure for cause in causes} == set(plan.calibration.uncertain())
+    widths = [cause.slow_s - cause.fast_s for cause in causes]
+    assert widths == sorted(widths, reverse=True)
+    assert min(widths) >= 0
     text = describe_cost(plan)
-    assert "60% of the peak" in text
+    assert f"step            {least:.3f} to {most:.3f} s" in text
+    assert causes[0].figure in text
     assert device.source in text
 
 

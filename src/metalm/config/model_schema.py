@@ -73,8 +73,10 @@ class DecoderConfig(TrainableSection):
     dropout: Probability = 0.0
     """Of attention weights, of what attention and feed-forward add, and of the embeddings; with `deepnorm`.
     What is dropped depends on the seed, the row and the step alone."""
-    recompute: bool = False
-    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, slower."""
+    recompute: bool | Literal["selective"] = False
+    """What the backward pass computes again instead of keeping it: less memory, slower. `true`: all but the
+    layers' inputs. `selective`: what is large and made without a matrix product: what norms and activations
+    give."""
 
     @property
     def feed_forward_size(self) -> int:

@@ -82,6 +82,7 @@ class WorkerPool:
         lanes: range,
         rows_per_lane: int,
         states: dict[int, LaneState] | None,
+        split: int,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[range, SpawnProcess, Connection]] = []
@@ -92,7 +93,7 @@ class WorkerPool:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_serve,
-                args=(sender, os.getpid(), config, share, rows_per_lane, share_states),
+                args=(sender, os.getpid(), config, share, rows_per_lane, share_states, split),
                 name=f"metalm-data-{number}",
                 daemon=True,
             )
@@ -165,6 +166,7 @@ def _serve(
     lanes: range,
     rows_per_lane: int,
     states: dict[int, LaneState] | None,
+    split: int,
 ) -> None:
     """A worker's whole life: sends StepRows for ever; at a failure the error (or a traceback), once."""
     # A terminal or a scheduler signals the whole group. What that means is for the parent to decide: it
@@ -174,7 +176,8 @@ def _serve(
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        group = LaneGroup(Mixture(Corpus(config, check_sizes=False)), lanes, rows_per_lane, states)
+        mixture = Mixture(Corpus(config, check_sizes=False), split)
+        group = LaneGroup(mixture, lanes, rows_per_lane, states)
         while True:
             sender.send(group.next_step())
     except (BrokenPipeError, ConnectionResetError):

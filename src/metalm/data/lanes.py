@@ -46,14 +46,18 @@ def owned_lanes(num_lanes: int, dp_rank: int, dp_size: int) -> range:
 class Mixture:
     """The sources of a run with their orders: what all lanes of a process share."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, split: int = 1) -> None:
         """
+        Args:
+            corpus: of the run.
+            split: how many lanes there are for each to which samples were dealt: see `lane_growth`.
+
         Raises:
             ConfigError, DataError: a source, or what reads it, cannot be used.
         """
-        self.config = corpus.config
+        self.config, self.split = corpus.config, split
         self.sources = corpus.sources
-        self.orders = {source.name: _order(corpus.config, source) for source in self.sources}
+        self.orders = {source.name: _order(corpus.config, source, split) for source in self.sources}
         self.makers = {source.name: corpus.document_maker(source) for source in self.sources}
         self.retokenizers = {
             source.name: corpus.retokenizer(source)
@@ -124,7 +128,8 @@ class Lane:
             }
             for source, packer in zip(self._mixture.sources, self._packers, strict=True)
         }
-        return {"rows": self._rows, "sources": sources}
+        config, split = self._mixture.config, self._mixture.split
+        return {"rows": self._rows, "lanes": config.data.lanes, "split": split, "sources": sources}
 
     def close(self) -> None:
         """Closes shards."""
@@ -182,23 +187,26 @@ class Lane:
         return ImageAugmenter(augmentation, config.model.encoders, draws)
 
 
-def _order(config: RunConfig, source: Source) -> SampleOrder | ShardOrder:
+def _order(config: RunConfig, source: Source, split: int) -> SampleOrder | ShardOrder:
     data, seed = config.data, config.run.seed
+    num_lanes = data.lanes // split
     if source.url is not None:
         return ShardOrder(
             source.index,
             seed=seed,
             source_name=source.name,
-            num_lanes=data.lanes,
+            num_lanes=num_lanes,
             shuffle_window=data.shuffle_window,
+            split=split,
         )
     return SampleOrder(
         source.index,
         seed=seed,
         source_name=source.name,
-        num_lanes=data.lanes,
+        num_lanes=num_lanes,
         chunk_samples=data.chunk_samples,
         shuffle_window=data.shuffle_window,
+        split=split,
     )
 
 
@@ -210,6 +218,6 @@ def saved_state(states: dict[int, LaneState], lane: int) -> LaneState:
     """
     if lane not in states:
         raise ConfigError(
-            f"the saved data state holds {len(states)} lanes, but not lane {lane}: keep data.lanes as it was"
+            f"the saved data state holds {len(states)} lanes, but not lane {lane}: it is not whole"
         )
     return states[lane]

@@ -9,6 +9,7 @@ their rows and collates them ahead of the step; the lanes' states travel with th
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -22,10 +23,13 @@ import torch
 from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.data.balance import group_rows, row_costs
 from metalm.data.corpus import Corpus
+from metalm.data.lane_growth import grown, growth
 from metalm.data.lane_workers import LaneGroup, WorkerPool
 from metalm.data.lanes import Lane, LaneState, Mixture, owned_lanes, saved_state
 from metalm.data.micro_batch import RowObjective, make_micro_batch
 from metalm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 PREFETCH_STEPS = 2
 _STOP_CHECK_S = 0.1
@@ -65,7 +69,8 @@ class TrainingData:
             corpus: of the run.
             objective: what is done to the rows.
             lane_states: what `lane_states()` returned, of all lanes of this rank or more, on any number
-                of ranks and workers; None begins the data.
+                of ranks and workers; None begins the data. Of fewer lanes than the config's, of all of
+                them: they are split.
 
         Raises:
             ConfigError: lanes, batch sizes and ranks do not fit, or the states are of another order.
@@ -88,7 +93,13 @@ class TrainingData:
                 f"a rank has {rows_per_step} rows per step, which training.micro_batch_size "
                 f"({training.micro_batch_size}) does not divide"
             )
-        self._mixture = Mixture(corpus)
+        times, split = (1, 1) if lane_states is None else growth(lane_states, data.lanes)
+        self._mixture = Mixture(corpus, split)
+        if lane_states is not None and times > 1:
+            lane_states = grown(lane_states, times, self._mixture)
+            logger.info(
+                "%d lanes are %d from here on: each is split in %d", data.lanes // times, data.lanes, times
+            )
         if lane_states is not None:
             first = saved_state(lane_states, self._lanes[0])
             self._mixture.check_state(first)
@@ -100,7 +111,7 @@ class TrainingData:
         self._group: LaneGroup | WorkerPool
         self._prefetcher: _Prefetcher | None = None
         if data.workers:
-            self._group = WorkerPool(config, self._lanes, self._rows_per_lane, lane_states)
+            self._group = WorkerPool(config, self._lanes, self._rows_per_lane, lane_states, split)
             self._prefetcher = _Prefetcher(self._make_step)
         else:
             self._group = LaneGroup(self._mixture, self._lanes, self._rows_per_lane, lane_states)

@@ -28,6 +28,14 @@ class Order(Protocol):
         """The samples of a block of a lane; None after the last block."""
         ...
 
+    def first_block(self, lane: int) -> int:
+        """Where a lane begins."""
+        ...
+
+    def following(self, block: int) -> int:
+        """The block that a lane reads after this one."""
+        ...
+
 
 class Place(NamedTuple):
     """A sample's place in the order of a lane."""
@@ -108,7 +116,7 @@ class SampleStream(Generic[Decoded]):
             if self._locations is None:
                 return None
             if position == len(self._locations):
-                self._next = Place(block + 1, 0)
+                self._next = Place(self._order.following(block), 0)
                 continue
             self._next = Place(block, position + 1)
             location = self._locations[position]

@@ -22,13 +22,14 @@ from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config import DecoderConfig, ModelConfig
 from metalm.kernels import linear_cross_entropy
 from metalm.model.adapters import adapter_draw, is_adapter
-from metalm.model.decoder_layer import Visibility, decoder_block_spec
+from metalm.model.decoder_layer import DecoderActivation, DecoderNorm, Visibility, decoder_block_spec
 from metalm.model.decoder_linear import adapt_decoder
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, mirrored, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
 from metalm.model.positions import rotary_angles, sinusoidal_positions
+from metalm.model.recompute import Recompute
 from metalm.model.visibility import batch_mask
 from metalm.parallel.megatron_on_cpu import let_megatron_allocate_on_cpu
 from metalm.parallel.regions import gather_last_dimension, gather_positions
@@ -77,6 +78,10 @@ class Decoder(nn.Module):
             position_embedding_type="learned_absolute" if config.decoder.positions == "learned" else "none",
             scatter_embedding_sequence_parallel=False,
         )
+        self._again = Recompute() if config.decoder.recompute == "selective" else None
+        for module in self.gpt.decoder.layers.modules():
+            if isinstance(module, DecoderNorm | DecoderActivation):
+                module.again = self._again
         mark_sharded_parameters(self, config.decoder)
         if config.decoder.adapter is not None:
             adapt_decoder(self, config.decoder, topology.tensor_size)
@@ -178,10 +183,16 @@ class Decoder(nn.Module):
         if dropout is not None:
             hidden = dropout.drop(hidden, SITES_PER_LAYER * len(block.layers))
         for layer in block.layers:
-            if self.config.recompute:  # no layer draws from torch's generator
+            if self.config.recompute is True:  # no layer draws from torch's generator
                 hidden = checkpoint(run, layer, hidden, use_reentrant=False, preserve_rng_state=False)
+            elif self._again is not None:
+                with self._again:
+                    hidden = run(layer, hidden)
+                self._again.end_layer(hidden)
             else:
                 hidden = run(layer, hidden)
+        if self._again is not None:
+            self._again.end()
         if block.final_layernorm is not None:
             hidden = block.final_layernorm(hidden)
         if self.sequence_parallel:

@@ -27,6 +27,7 @@ from metalm.kernels import IntervalMask, interval_attention
 from metalm.model.decoder_linear import DecoderColumnParallelLinear, DecoderRowParallelLinear, sum_gradient
 from metalm.model.deepnorm import deepnorm_alpha
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
+from metalm.model.recompute import Recompute
 from metalm.model.ulysses import to_heads, to_positions
 
 
@@ -74,18 +75,45 @@ class DecoderNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size)) if config.normalization == "LayerNorm" else None
         self.split = config.sequence_parallel
+        self.again: Recompute | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        shape = self.weight.shape
-        if self.bias is None:
-            return functional.rms_norm(hidden, shape, self._whole(self.weight), self.eps)
-        return functional.layer_norm(
-            hidden, shape, self._whole(self.weight), self._whole(self.bias), self.eps
-        )
+        parameters = [self._whole(self.weight)]
+        if self.bias is not None:
+            parameters.append(self._whole(self.bias))
+        if self.again is not None:
+            return self.again.run(self._normalise, hidden, *parameters)
+        return self._normalise(hidden, *parameters)
+
+    def _normalise(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None:
+            return functional.rms_norm(hidden, weight.shape, weight, self.eps)
+        return functional.layer_norm(hidden, weight.shape, weight, bias, self.eps)
 
     def _whole(self, parameter: Tensor) -> Tensor:
         return sum_gradient(parameter) if self.split else parameter
+
+
+class DecoderActivation(nn.Module):
+    """Between a feed-forward's layers, where Megatron would put one of Transformer Engine's."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.activate, self.is_gated = config.activation_func, config.gated_linear_unit
+        self.again: Recompute | None = None
+
+    def forward(self, inner: Tensor) -> Tensor:
+        """[S, B, F] to itself; [S, B, 2 F] to [S, B, F] where its first half is a gate."""
+        if self.again is not None:
+            return self.again.run(self._activate, inner)
+        return self._activate(inner)
+
+    def _activate(self, inner: Tensor) -> Tensor:
+        if not self.is_gated:
+            return self.activate(inner)
+        gate, value = inner.chunk(2, dim=-1)
+        return self.activate(gate) * value
 
 
 class DeepNormLayer(MegatronModule, BaseTransformerLayer):
@@ -136,6 +164,7 @@ def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
     attention.submodules.core_attention = IntervalCoreAttention
     attention.submodules.linear_qkv = mlp.submodules.linear_fc1 = DecoderColumnParallelLinear
+    mlp.submodules.activation_func = DecoderActivation
     attention.submodules.linear_proj = mlp.submodules.linear_fc2 = DecoderRowParallelLinear
     if config.normalization == "pre_ln":
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = DecoderNorm

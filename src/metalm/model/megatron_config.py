@@ -48,6 +48,7 @@ def megatron_config(config: DecoderConfig, tensor_size: int, *, sequence_paralle
         pipeline_dtype=torch.float32,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        use_te_activation_func=True,  # the class that `decoder_block_spec` names
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

@@ -25,6 +25,7 @@ from metalm.operations.node_report import Gpu, NodeReport, node_name, report_nod
 from metalm.operations.preflight_limits import Limits, draw_table, find_problems
 from metalm.parallel.bandwidth import LinkSpeeds, measure_links
 from metalm.parallel.launch import Launch, find_launch, raise_open_files
+from metalm.planning.calibration import write_links
 
 NODES_VARIABLE = "METALM_NODES"
 """The job's nodes in the order of their ranks, separated by blanks: names those that do not report."""
@@ -33,7 +34,13 @@ _PAUSE_S = 0.05
 
 
 def preflight(
-    run_folder: Path, limits: Limits, *, deadline_s: float, mebibytes: int, bad_nodes: Path | None
+    run_folder: Path,
+    limits: Limits,
+    *,
+    deadline_s: float,
+    mebibytes: int,
+    bad_nodes: Path | None,
+    calibration: Path | None = None,
 ) -> int:
     """Look at all nodes; rank 0 prints a table and writes the nodes that are not fit to a file.
 
@@ -42,6 +49,7 @@ def preflight(
         deadline_s: how long ranks may take to report, and again to measure their links.
         mebibytes: size of the tensor that is summed.
         bad_nodes: a line of node, tab and reason for each.
+        calibration: file for what the links reach, which plans of runs read.
 
     Returns:
         EXIT_DONE, or EXIT_NODE when a node is not fit; alike on all ranks that still meet.
@@ -59,7 +67,7 @@ def preflight(
                 links = _measure(meeting, mebibytes)
             code = int(meeting.receive("code"))
         else:
-            reports, problems, links = _judge(meeting, limits, mebibytes)
+            reports, problems, links = _judge(meeting, limits, mebibytes, calibration)
             print(draw_table(reports, problems), flush=True)
             if bad_nodes is not None and problems:
                 lines = (f"{node}\t{'; '.join(found)}\n" for node, found in problems.items())
@@ -144,7 +152,7 @@ class _Meeting:
 Verdict = tuple[Sequence[NodeReport], dict[str, list[str]], threading.Thread | None]
 
 
-def _judge(meeting: _Meeting, limits: Limits, mebibytes: int) -> Verdict:
+def _judge(meeting: _Meeting, limits: Limits, mebibytes: int, calibration: Path | None) -> Verdict:
     """Rank 0: the nodes by their own account and, if that is good, by what they measure together."""
     collected = [
         None if text is None else NodeReport.from_json(text)
@@ -158,6 +166,9 @@ def _judge(meeting: _Meeting, limits: Limits, mebibytes: int) -> Verdict:
         return reports, problems, None
     thread = _measure(meeting, mebibytes)
     speeds = meeting.collect("links", meeting.deadline_s)
+    if calibration is not None:
+        measured = [LinkSpeeds(**json.loads(speed)) for speed in speeds if speed]
+        write_links(calibration, measured, ranks_per_node=names.count(names[0]))
     reports = [_with_links(report, speeds, names) for report in reports]
     return reports, find_problems(reports, limits), thread
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 _ROUNDS = 4
+_FEW, _LATENCY_ROUNDS = 256, 20
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class LinkSpeeds:
     across_gib_s: float | None
     """The better of the two neighbours in the ring of nodes: a slow node makes both of its links slow, and
     leaves its neighbours the other one. None on one node."""
+    within_latency_s: float | None = None
+    """What the sum of a few numbers takes within the node."""
+    across_latency_s: float | None = None
+    """And with a neighbouring node."""
 
 
 def measure_links(nodes: Sequence[Sequence[int]], device: torch.device, mebibytes: int) -> LinkSpeeds:
@@ -37,13 +42,15 @@ def measure_links(nodes: Sequence[Sequence[int]], device: torch.device, mebibyte
     rank = dist.get_rank()
     clock_s = _clock_difference()
     (own,) = (ranks for ranks in nodes if rank in ranks)
-    within = _all_reduce_speed(own, device, mebibytes) if len(own) > 1 else None
+    within, within_latency = _all_reduce(own, device, mebibytes) if len(own) > 1 else (None, None)
     across = [
-        _all_reduce_speed([*nodes[one], *nodes[other]], device, mebibytes)
+        _all_reduce([*nodes[one], *nodes[other]], device, mebibytes)
         for one, other in _ring(len(nodes))
         if rank in nodes[one] or rank in nodes[other]
     ]
-    return LinkSpeeds(clock_s, within, max(across, default=None))
+    speed = max((speed for speed, _ in across), default=None)
+    latency = min((latency for _, latency in across), default=None)
+    return LinkSpeeds(clock_s, within, speed, within_latency, latency)
 
 
 def _ring(num_nodes: int) -> list[tuple[int, int]]:
@@ -56,19 +63,24 @@ def _ring(num_nodes: int) -> list[tuple[int, int]]:
     return pairs[::2] + pairs[1::2]
 
 
-def _all_reduce_speed(ranks: Sequence[int], device: torch.device, mebibytes: int) -> float:
-    """Collective: these ranks."""
+def _all_reduce(ranks: Sequence[int], device: torch.device, mebibytes: int) -> tuple[float, float]:
+    """GiB/s, and the seconds of a small one.
+
+    Collective: these ranks.
+    """
     group = dist.new_group(list(ranks), use_local_synchronization=True)
-    values = torch.ones(mebibytes * 2**18, dtype=torch.float32, device=device)
-    dist.all_reduce(values, group=group)  # connects
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(_ROUNDS):
-        dist.all_reduce(values, group=group)
-    _wait(device)
-    seconds = (time.perf_counter() - began) / _ROUNDS
+    seconds = []
+    for size, rounds in ((mebibytes * 2**18, _ROUNDS), (_FEW, _LATENCY_ROUNDS)):
+        values = torch.ones(size, dtype=torch.float32, device=device)
+        dist.all_reduce(values, group=group)  # connects
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(rounds):
+            dist.all_reduce(values, group=group)
+        _wait(device)
+        seconds.append((time.perf_counter() - began) / rounds)
     dist.destroy_process_group(group)
-    return 2 * (len(ranks) - 1) / len(ranks) * mebibytes / 1024 / seconds
+    return 2 * (len(ranks) - 1) / len(ranks) * mebibytes / 1024 / seconds[0], seconds[1]
 
 
 def _clock_difference() -> float:

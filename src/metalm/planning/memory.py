@@ -22,6 +22,8 @@ AVERAGE_BYTES = 4
 """Per parameter, of a moving average of the weights."""
 INNER_KEPT = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4}
 """Tensors of the inner width that a feed-forward keeps, by activation."""
+INNER_RECOMPUTED = {"gelu": 1, "gelu_tanh": 1, "swiglu": 2}
+"""Those of them that selective recomputation makes again: all but what the first layer gives."""
 SHARE_MULTIPLE = 16
 """What the elements of an encoder's share are padded to a multiple of."""
 
@@ -111,12 +113,20 @@ def shard_bytes(count: ParameterCount, zero: ZeroSettings, shards: int, size: in
     held, trained = count.per_rank, count.trained_per_rank
     trained_shard = math.ceil(trained / shards)
     return Bytes(
-        weights=size * (math.ceil(held / shards) if zero.stage == 3 else held),
+        weights=size * _weights_held(held, zero, shards),
         gradients=size * (trained_shard if zero.stage >= 2 else trained),
         optimizer=0 if zero.offloads_optimizer else MASTER_AND_MOMENTS * trained_shard,
         buffers=0.0,
         activations=0.0,
     )
+
+
+def _weights_held(count: int, zero: ZeroSettings, shards: int) -> int:
+    """Under stage 3 a shard, and another one where each node has a copy of its own."""
+    if zero.stage < 3:
+        return count
+    copy = math.ceil(count / zero.node_shards) if zero.node_shards > 1 else 0
+    return math.ceil(count / shards) + copy
 
 
 def decoder_activations(config: RunConfig, size: int) -> float:
@@ -139,11 +149,15 @@ def decoder_activations(config: RunConfig, size: int) -> float:
     frozen_layer = 0.0
     if any(encoder.is_trained for encoder in config.model.encoders.values()):
         frozen_layer = layer - decoder.feed_forward_size / tensor - repeated / 2
-    if decoder.recompute:
+    again = 0.0
+    if decoder.recompute == "selective":
+        again = INNER_RECOMPUTED[decoder.activation] * decoder.feed_forward_size / tensor + repeated / 2
+    if decoder.recompute is True:
         kept = frozen if frozen_layer else 0
         per_position = (decoder.num_layers - frozen + kept) * hidden + max(layer, frozen_layer) + ends
     else:
-        per_position = (decoder.num_layers - frozen) * layer + frozen * frozen_layer + ends
+        per_position = (decoder.num_layers - frozen) * (layer - again) + frozen * frozen_layer + ends
+        per_position += again if frozen < decoder.num_layers else 0.0
     return size * positions * per_position
 
 

@@ -42,7 +42,8 @@ def plot_memory(plans: Sequence[Plan], path: Path) -> None:
 def _label(plan: Plan) -> str:
     config = plan.config
     stages = ",".join(str(engine.zero.stage) for engine in plan.engines.values())
-    again = "\nrecompute" if config.model.decoder.recompute else ""
+    recomputed = {True: "\nrecompute", "selective": "\nselective"}
+    again = recomputed.get(config.model.decoder.recompute, "")
     return (
         f"TP {config.parallel.tensor} DP {plan.world_size // config.parallel.rows_size}\n"
         f"micro {config.training.micro_batch_size}\nZeRO {stages}{again}\n{plan.step_s:.2f} s"

@@ -17,6 +17,7 @@ from metalm.planning.workload import EXAMPLE_TOKENS
 
 GIB, MIB = 2**30, 2**20
 SHOWN_LAYOUTS = 10
+SHOWN_CAUSES = 8
 
 
 def describe_batch(plan: Plan) -> str:
@@ -63,8 +64,9 @@ def describe_memory(plan: Plan) -> str:
 
 
 def describe_cost(plan: Plan) -> str:
-    """Whether the device holds it, communication, operations, time, and the assumptions."""
+    """Whether the device holds it, communication, operations, time with its range, and the assumptions."""
     device, step_s = plan.device, plan.step_s
+    least, most, causes = plan.range_s
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines = [
         f"device          {device.name}, {plan.world_size} of them, {device.per_node} a node",
@@ -77,15 +79,25 @@ def describe_cost(plan: Plan) -> str:
         where = "between nodes" if part.spans_nodes else "inside a node"
         hidden = ", beside the computation" if part.hidden else ""
         lines.append(
-            f"  {part.kind:<22}{part.num_bytes / GIB:>10.3f} GiB   {part.group_size} ranks {where}{hidden}"
+            f"  {part.kind:<26}{part.num_bytes / GIB:>10.3f} GiB {part.calls:>8,.0f} times   "
+            f"{part.group_size} ranks {where}{hidden}"
         )
-    lines.append(f"step            {step_s:.3f} s")
+    lines.append(f"step            {least:.3f} to {most:.3f} s, expected {step_s:.3f} s")
     for name, seconds in plan.parts_s.items():
-        lines.append(f"  {name:<28}{seconds:>8.3f} s {seconds / step_s:>6.0%}")
+        if seconds:
+            lines.append(f"  {name:<40}{seconds:>8.3f} s {seconds / step_s:>6.0%}")
+    lines.append("hangs on        the step if this alone were at its better, and at its worse limit")
+    for cause in causes[:SHOWN_CAUSES]:
+        if cause.slow_s > cause.fast_s:
+            figure = plan.calibration.figures[cause.figure]
+            limits = f"{figure.low:.3g} to {figure.high:.3g}"
+            step = f"{cause.fast_s:>9.3f} to {cause.slow_s:.3f} s"
+            lines.append(f"  {cause.figure:<22}{limits:>20}{step}   {figure.source}")
     lines += [
-        f"utilisation     {plan.utilisation:.1%} of {plan.peak_tflops:g} TFLOP/s, a device's dense "
-        f"{plan.config.training.precision} peak",
-        f"duration        {plan.days:.2f} days for {plan.config.training.steps:,} steps",
+        f"utilisation     {plan.utilisation * step_s / most:.1%} to {plan.utilisation * step_s / least:.1%} "
+        f"of {plan.peak_tflops:g} TFLOP/s, a device's dense {plan.config.training.precision} peak",
+        f"duration        {plan.days * least / step_s:.2f} to {plan.days * most / step_s:.2f} days for "
+        f"{plan.config.training.steps:,} steps",
         *_assumptions(plan),
     ]
     return "\n".join(lines)
@@ -96,7 +108,7 @@ def describe_search(found: Found, base: RunConfig) -> str:
     lines = [
         f"{found.tried} layouts, {len(found.plans)} fit, {found.too_large} need too much memory; best first",
         "",
-        f"{'step':>9}{'used':>7}{'GiB':>7}{'TP':>4}{'DP':>6}{'micro':>6}{'ZeRO':>6}"
+        f"{'step':>9}{'from':>8}{'to':>7}{'used':>7}{'GiB':>7}{'TP':>4}{'DP':>6}{'micro':>6}{'ZeRO':>6}"
         "   type behind the pipeline",
     ]
     for plan in found.plans[:SHOWN_LAYOUTS]:
@@ -104,8 +116,10 @@ def describe_search(found: Found, base: RunConfig) -> str:
         stages = ",".join(str(engine.zero.stage) for engine in plan.engines.values())
         tensor, data = config.parallel.tensor, plan.world_size // config.parallel.rows_size
         typed = " ".join(overrides(plan, base)) or "(as it is)"
+        least, most, _ = plan.range_s
         lines.append(
-            f"{plan.step_s:>7.2f} s{plan.utilisation:>7.1%}{plan.total_bytes / GIB:>7.1f}{tensor:>4}"
+            f"{plan.step_s:>7.2f} s{least:>8.2f}{most:>7.2f}{plan.utilisation:>7.1%}"
+            f"{plan.total_bytes / GIB:>7.1f}{tensor:>4}"
             f"{data:>6}{config.training.micro_batch_size:>6}{stages:>6}   {typed}"
         )
     if not found.plans and found.smallest is not None:
@@ -116,17 +130,16 @@ def describe_search(found: Found, base: RunConfig) -> str:
 
 
 def _assumptions(plan: Plan) -> list[str]:
-    a, device = plan.assumptions, plan.device
-    captions = f"; captions of {a.caption_tokens} tokens" if _has_pairs(plan.config) else ""
+    calibration = plan.calibration
+    captions = f"; captions of {plan.caption_tokens} tokens" if _has_pairs(plan.config) else ""
     if any(source.overflow is not None for source in plan.config.data.sources.values()):
         captions += f"; examples of {EXAMPLE_TOKENS} tokens of text, half of it encoded"
     assumed = [
-        f"products and attention at {a.compute_efficiency:.0%} of the peak, links at {a.link_efficiency:.0%} "
-        f"of {device.intra_node / 1e9:g} GB/s inside and {device.inter_node / 1e9:g} GB/s between nodes",
-        "nothing hidden but ZeRO's overlapped communication; all ranks equally busy; data in time",
+        *(f"{name}: {calibration.sources[name]}" for name in ("products", "attention", "links")),
+        "limits deviate independently of each other; data in time",
         f"text documents fill a row{captions}",
         f"usable memory: {USABLE_SHARE:.0%} less {CONTEXT_BYTES / GIB:.0f} GiB for context and communication",
-        f"figures of the device: {device.source}",
+        f"figures of the device: {plan.device.source}",
     ]
     return [f"{'' if number else 'assumed':<16}{line}" for number, line in enumerate(assumed)]
 

@@ -11,8 +11,10 @@ from metalm.config import RunConfig
 from metalm.config.load import load_deepspeed_json
 from metalm.config.rules import check_config
 from metalm.errors import ConfigError, TopologyError
+from metalm.planning.calibration import Calibration
 from metalm.planning.devices import Device
-from metalm.planning.plan import Assumptions, Plan, plan_run
+from metalm.planning.plan import Plan, plan_run
+from metalm.planning.workload import CAPTION_TOKENS
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,12 @@ class Found:
 
 
 def search_layouts(
-    config: RunConfig, world_size: int, device: Device, assumptions: Assumptions | None = None
+    config: RunConfig,
+    world_size: int,
+    device: Device,
+    calibration: Calibration | None = None,
+    *,
+    caption_tokens: int = CAPTION_TOKENS,
 ) -> Found:
     """All layouts of a run on so many devices: TP, micro-batch, DeepSpeed JSONs, recomputation.
 
@@ -39,7 +46,7 @@ def search_layouts(
     tried, too_large, smallest = 0, 0, None
     for candidate in _candidates(config, world_size):
         try:
-            plan = plan_run(candidate, world_size, device, assumptions)
+            plan = plan_run(candidate, world_size, device, calibration, caption_tokens=caption_tokens)
         except TopologyError:
             continue
         tried += 1
@@ -78,8 +85,8 @@ def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
     micro_batches = list(_powers_of_two(config.training.global_batch_size))
     decoder_files = _files_beside(config, config.deepspeed.decoder)
     encoder_files = _files_beside(config, config.deepspeed.encoders) if config.model.encoders else [None]
-    recompute = (False, True)
-    encoder_recompute = recompute if config.model.encoders else (False,)
+    recompute = (False, "selective", True)
+    encoder_recompute = (False, True) if config.model.encoders else (False,)
     for tensor, size, decoder_file, encoder_file, keep, keep_encoders in product(
         tensors, micro_batches, decoder_files, encoder_files, recompute, encoder_recompute
     ):

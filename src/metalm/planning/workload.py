@@ -21,26 +21,30 @@ EXAMPLE_TOKENS = 128
 """Assumed mean length of the texts of an example, questions and answers together."""
 
 
-def mean_row(config: RunConfig, caption_tokens: int = CAPTION_TOKENS) -> Work:
-    """The mean work of one row over the mixture of the sources."""
+def source_rows(config: RunConfig, caption_tokens: int = CAPTION_TOKENS) -> list[tuple[float, Work]]:
+    """Of each source: its share of the rows, and the work of one."""
     sources = config.data.sources.values()
     objective = build_objective(config)
     rows = [objective.row_work(config, _source_row(config, source, caption_tokens)) for source in sources]
     weights = [source.weight for source in sources]
     if config.data.mixture_unit == "tokens":
         weights = [weight / row.positions for weight, row in zip(weights, rows, strict=True)]
-    shares = [weight / sum(weights) for weight in weights]
+    return [(weight / sum(weights), row) for weight, row in zip(weights, rows, strict=True)]
+
+
+def mean_row(config: RunConfig, rows: list[tuple[float, Work]]) -> Work:
+    """The mean of what `source_rows` gives."""
     encoders = {
         name: EncoderWork(
             *(
-                sum(s * getattr(r.encoders[name], field) for s, r in zip(shares, rows, strict=True))
+                sum(share * getattr(row.encoders[name], field) for share, row in rows)
                 for field in ("elements", "pairs", "patches")
             )
         )
         for name in config.model.encoders
     }
-    positions = sum(share * row.positions for share, row in zip(shares, rows, strict=True))
-    pairs = sum(share * row.pairs for share, row in zip(shares, rows, strict=True))
+    positions = sum(share * row.positions for share, row in rows)
+    pairs = sum(share * row.pairs for share, row in rows)
     return Work(positions, pairs, encoders)
 
 

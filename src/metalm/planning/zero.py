@@ -21,6 +21,8 @@ class ZeroSettings:
     """Stage 3: gathered parameters that may be held at once."""
     max_reuse_elements: int
     """Stage 3: a parameter that is used again within so many elements stays gathered until then."""
+    node_shards: int
+    """Stage 3: ranks among which a second copy of the weights is sharded, for the backward pass; 1: none."""
     offloads_optimizer: bool
     """The masters and moments lie in host memory."""
 
@@ -39,5 +41,6 @@ def zero_settings(path: Path) -> ZeroSettings:
         bucket_elements=int(zero.get("reduce_bucket_size", 5e8)),
         max_live_elements=int(zero.get("stage3_max_live_parameters", 1e9)),
         max_reuse_elements=int(zero.get("stage3_max_reuse_distance", 1e9)),
+        node_shards=int(zero.get("zero_hpz_partition_size", 1)),
         offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
     )

@@ -96,21 +96,31 @@ def measure_steps(
         close_topology()
 
 
-def made_up_batches(config: RunConfig, *, one_document: bool) -> list[SemiCausalBatch]:
-    """The micro-batches of one step of a rank alone: random tokens, in rows like those of the sources."""
+def made_up_batches(
+    config: RunConfig, *, one_document: bool, data_size: int = 1, tensor_size: int = 1
+) -> list[SemiCausalBatch]:
+    """The micro-batches of one step of a data-parallel rank: random tokens, in rows like the sources'."""
     generator = np.random.default_rng(config.run.seed)
     length, rows_each = config.data.sequence_length, config.training.micro_batch_size
     sources = list(config.data.sources.values())
     weights = np.array([source.weight for source in sources])
     batches = []
-    for _ in range(gradient_accumulation_steps(config, 1)):
+    for _ in range(gradient_accumulation_steps(config, data_size)):
         rows = []
         for _ in range(rows_each):
             number = int(generator.choice(len(sources), p=weights / weights.sum()))
             documents = _documents(config, sources[number], generator, one_document=one_document)
             row = lay_out(documents, _FRAME, number)
             rows.append(dataclasses.replace(row, dropout_seed=int(generator.integers(2**40))))
-        batches.append(collate(rows, model_config=config.model, sequence_length=length, tp_size=1, pad_id=0))
+        batches.append(
+            collate(
+                rows,
+                model_config=config.model,
+                sequence_length=length,
+                tp_size=tensor_size,
+                pad_id=0,
+            )
+        )
     return batches
 
 

@@ -22,7 +22,12 @@ def corpus(samples_per_shard: list[int]) -> ShardIndex:
 
 
 def order_of(
-    samples_per_shard: list[int], num_lanes: int, chunk_samples: int = 8, window: int = 24, seed: int = 1
+    samples_per_shard: list[int],
+    num_lanes: int,
+    chunk_samples: int = 8,
+    window: int = 24,
+    seed: int = 1,
+    split: int = 1,
 ) -> SampleOrder:
     return SampleOrder(
         corpus(samples_per_shard),
@@ -31,6 +36,7 @@ def order_of(
         num_lanes=num_lanes,
         chunk_samples=chunk_samples,
         shuffle_window=window,
+        split=split,
     )
 
 

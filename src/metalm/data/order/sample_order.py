@@ -7,6 +7,11 @@ every sample is dealt exactly once per epoch, and nothing special happens where 
 than there are lanes: the lanes then start in different epochs.
 
 Consecutive chunks of a lane form blocks of about `shuffle_window` samples, which are shuffled whole.
+
+A run may go on with more lanes than its samples were dealt to. What each lane had before it is then shared by
+several, `split` of them, in turns of a block (or a shard): lane l goes on where it stood and takes every
+split-th turn from there, the new lanes l + L, l + 2 L, ... begin with the turns between. So what remained is
+read once, whoever reads it, and the epochs stay as they were dealt.
 """
 
 from __future__ import annotations
@@ -60,7 +65,29 @@ class _Shuffle:
         return samples[self._streams[lane].permutation(block, len(samples))]
 
 
-class SampleOrder:
+class _Turns:
+    """Which blocks a lane takes of those that were dealt to the lane it was split from."""
+
+    def __init__(self, num_lanes: int, split: int, blocks_per_turn: int) -> None:
+        """`num_lanes` to which samples were dealt; `split` lanes for each of them now."""
+        self.num_lanes, self.split, self.blocks_per_turn = num_lanes, split, blocks_per_turn
+
+    def first_block(self, lane: int) -> int:
+        """Where a lane without a state begins."""
+        return lane // self.num_lanes * self.blocks_per_turn
+
+    def following(self, block: int) -> int:
+        """The lane's block after this one."""
+        following = block + 1
+        ends_turn = following % self.blocks_per_turn == 0
+        return following + (self.split - 1) * self.blocks_per_turn if ends_turn else following
+
+    def later_turn(self, block: int, turns: int) -> int:
+        """The first block of the turn so many after the block's."""
+        return (block // self.blocks_per_turn + turns) * self.blocks_per_turn
+
+
+class SampleOrder(_Turns):
     """The order of one source's samples in every lane, shared by all lanes of a process."""
 
     def __init__(
@@ -72,15 +99,15 @@ class SampleOrder:
         num_lanes: int,
         chunk_samples: int,
         shuffle_window: int,
+        split: int = 1,
     ) -> None:
-        self.num_lanes = num_lanes
+        super().__init__(num_lanes, split, blocks_per_turn=1)
         self.chunk_samples = max(1, min(chunk_samples, index.num_samples // (CHUNKS_PER_LANE * num_lanes)))
         self.block_chunks = max(1, shuffle_window // self.chunk_samples)
         self._starts, self._ends = _cut_chunks([s.num_samples for s in index.shards], self.chunk_samples)
         self.num_chunks = len(self._starts)
-        self._deal = _Deal(
-            seed, source_name, num_chunks=self.num_chunks, num_lanes=num_lanes, ahead=self.block_chunks
-        )
+        ahead = self.block_chunks * split
+        self._deal = _Deal(seed, source_name, num_chunks=self.num_chunks, num_lanes=num_lanes, ahead=ahead)
         self._shuffle = _Shuffle(seed, source_name)
         self.signature = (
             f"{index.num_samples} samples in chunks of {self.chunk_samples}, {self.block_chunks} chunks "
@@ -90,6 +117,7 @@ class SampleOrder:
 
     def block(self, lane: int, number: int) -> np.ndarray:
         """The samples [n] int64 of a lane's block, in the order in which they are read."""
+        lane %= self.num_lanes
         chunks = []
         for k in range(number * self.block_chunks, (number + 1) * self.block_chunks):
             chunk = self._deal.chunk(lane, k)
@@ -98,10 +126,10 @@ class SampleOrder:
 
     def epoch(self, lane: int, number: int) -> int:
         """The epoch of the first chunk of a lane's block."""
-        return self._deal.epoch(lane, number * self.block_chunks)
+        return self._deal.epoch(lane % self.num_lanes, number * self.block_chunks)
 
 
-class ShardOrder:
+class ShardOrder(_Turns):
     """The order of a source whose shards can only be read from the front: a chunk is a whole shard.
 
     A lane reads its shards one after another, each in windows of `shuffle_window` consecutive samples; a
@@ -110,14 +138,22 @@ class ShardOrder:
     """
 
     def __init__(
-        self, index: ShardIndex, *, seed: int, source_name: str, num_lanes: int, shuffle_window: int
+        self,
+        index: ShardIndex,
+        *,
+        seed: int,
+        source_name: str,
+        num_lanes: int,
+        shuffle_window: int,
+        split: int = 1,
     ) -> None:
         counts = np.array([shard.num_samples for shard in index.shards], np.int64)
         starts = np.cumsum(counts) - counts
         self._starts, self._counts = starts[counts > 0], counts[counts > 0]
         self._window = shuffle_window
-        self._blocks_per_shard = -(-int(counts.max()) // shuffle_window)
-        self._deal = _Deal(seed, source_name, num_chunks=len(self._starts), num_lanes=num_lanes, ahead=1)
+        super().__init__(num_lanes, split, blocks_per_turn=-(-int(counts.max()) // shuffle_window))
+        num_chunks = len(self._starts)
+        self._deal = _Deal(seed, source_name, num_chunks=num_chunks, num_lanes=num_lanes, ahead=split)
         self._shuffle = _Shuffle(seed, source_name)
         self.signature = (
             f"{index.num_samples} samples in {len(self._starts)} whole shards, windows of {shuffle_window}, "
@@ -127,7 +163,8 @@ class ShardOrder:
 
     def block(self, lane: int, number: int) -> np.ndarray:
         """The samples [n] int64 of a lane's block, in the order in which they are used; n may be 0."""
-        turn, window = divmod(number, self._blocks_per_shard)
+        lane %= self.num_lanes
+        turn, window = divmod(number, self.blocks_per_turn)
         shard = self._deal.chunk(lane, turn)
         start, count = self._starts[shard], self._counts[shard]
         first = window * self._window
@@ -136,7 +173,7 @@ class ShardOrder:
 
     def epoch(self, lane: int, number: int) -> int:
         """The epoch of a lane's block."""
-        return self._deal.epoch(lane, number // self._blocks_per_shard)
+        return self._deal.epoch(lane % self.num_lanes, number // self.blocks_per_turn)
 
 
 class SequentialOrder:
@@ -153,6 +190,14 @@ class SequentialOrder:
         if first >= self._num_samples:
             return None
         return np.arange(first, min(first + self.BLOCK, self._num_samples))
+
+    def first_block(self, lane: int) -> int:
+        """The first of the index."""
+        return 0
+
+    def following(self, block: int) -> int:
+        """The block after this one."""
+        return block + 1
 
 
 def _cut_chunks(samples_per_shard: list[int], chunk_samples: int) -> tuple[np.ndarray, np.ndarray]:

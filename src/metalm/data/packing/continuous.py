@@ -84,7 +84,7 @@ class ContinuousPacker:
         self._source, self._length, self._spans = source, sequence_length, spans
         self._reader = source.readers.get(TEXT)
         guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
-        self._place = Place(*state["place"]) if state else Place(0, 0)
+        self._place = Place(*state["place"]) if state else Place(order.first_block(lane), 0)
         self._consumed: int = state["consumed"] if state else 0
         upcoming = Place(self._place.block, self._place.position + 1) if self._consumed else self._place
         self._stream = SampleStream(source, order, lane, source.token_ids, guard, upcoming)

@@ -58,7 +58,7 @@ class WholePacker:
         self._max_media = max(1, sequence_length // max(1, maker.max_vectors))
         self._augmenter = augmenter
         guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
-        place = Place(*state["place"]) if state else Place(0, 0)
+        place = Place(*state["place"]) if state else Place(order.first_block(lane), 0)
         self._stream = SampleStream(source, order, lane, self._look, guard, place)
         self._decoding_guard = FailureGuard(self.counters.skipped, max_consecutive_failures)
         self._waiting: list[_Waiting] = []
