@@ -39,9 +39,7 @@ def test_zero_shards_the_optimizer_then_gradients_then_weights(
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "context", "data"), [(1, 1, 1), (2, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 1)]
-)
+@pytest.mark.parametrize(("tensor", "context", "data"), [(1, 1, 1), (2, 1, 1), (2, 1, 2), (1, 2, 1)])
 def test_bytes_and_traffic_equal_those_of_real_engines(
     tensor: int, context: int, data: int, tmp_path: Path
 ) -> None:
