@@ -132,3 +132,13 @@ def test_devices_are_found_by_both_names() -> None:
     assert device_by_driver_name("NVIDIA GeForce") is None
     with pytest.raises(ConfigError, match="h100"):
         find_device("h1000")
+
+
+def test_context_ranks_share_rows_and_send_what_attention_exchanges() -> None:
+    """Of 4 ranks two share each row, in two micro-batches of 64 positions a rank; 4 layers of width 128."""
+    config = planned_config(context=2)
+    assert "ranks           4: tensor 1 x context 2 x data 2" in describe_plan(config, 4)
+    (sent,) = (t for t in plan_run(config, 4, find_device("h100")).traffic if t.kind == "context exchanges")
+    assert (sent.group_size, sent.spans_nodes) == (2, False)
+    # Half of the queries, keys, values and attended, both ways; and of the gradients of 64 encoded vectors.
+    assert sent.num_bytes == pytest.approx(2 * 4 * 0.5 * 128 * (64 * 4 * 2 * 4 + 64))

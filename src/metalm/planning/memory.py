@@ -137,10 +137,11 @@ def decoder_activations(config: RunConfig, size: int) -> float:
     decoder, context = config.model.decoder, config.parallel.context
     positions = config.training.micro_batch_size * config.data.sequence_length / context
     tensor, hidden = config.parallel.tensor, decoder.hidden_size
-    # Split over TP: query, key, value, attended; and what the feed-forward keeps of its inner width.
+    # Split over TP: query, key, value, attended, with context ranks before their exchange and behind it; and
+    # what the feed-forward keeps of its inner width.
     inner = INNER_KEPT[decoder.activation]
     key_values = 2 * exchanged_key_heads(config) * decoder.head_size
-    split = (2 * hidden + key_values + inner * decoder.feed_forward_size) / tensor
+    split = ((2 if context == 1 else 3) * hidden + key_values + inner * decoder.feed_forward_size) / tensor
     # On every TP rank: both norms' inputs and outputs, unless sequence parallelism splits them, too.
     repeated = 4 * hidden / (tensor if config.parallel.sequence_parallel else 1)
     ends = 2 * hidden  # the docked input, and what the output layer reads
