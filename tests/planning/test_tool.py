@@ -38,7 +38,7 @@ def test_what_the_search_says_to_type_gives_that_layout() -> None:
     code, again = run("pipelines/demo.yaml", "--gpus", "8", "--gpu", "h100", *typed)
     assert code == 0, again
     assert re.search(r"^step +\S+", again, re.M)
-    assert f"{float(re.search(r'step +([0-9.]+) s', again)[1]):.2f} s" in line
+    assert f"{float(re.search(r'expected ([0-9.]+) s', again)[1]):.2f} s" in line
 
 
 @pytest.mark.parametrize(
