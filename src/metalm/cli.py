@@ -27,6 +27,7 @@ from metalm.project_files import project_root
 if TYPE_CHECKING:
     from metalm.config import RunConfig
     from metalm.data.corpus import Corpus
+    from metalm.training.joining import Joined
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
@@ -209,19 +210,23 @@ def _run_command(arguments: Sequence[str]) -> int | None:
 def _train(options: argparse.Namespace) -> int | None:
     from metalm.config import load_config
     from metalm.parallel.launch import find_launch
+    from metalm.training.check_start import check_start
     from metalm.training.monitor.sinks import check_sinks
 
-    config = load_config(_pipeline(options), options.overrides)
-    check_sinks(config)
+    def read_config() -> RunConfig:
+        config = load_config(_pipeline(options), options.overrides)
+        check_sinks(config)
+        return config
+
     if options.dry_run:
         from metalm.training.dry_run import dry_run
 
         ranks = options.ranks or find_launch(os.environ).world_size
-        return dry_run(config, ranks, with_data=not options.without_data)
-    corpus = _prepare_training(config)
+        return dry_run(read_config(), ranks, with_data=not options.without_data)
+    joined = _join(lambda ranks: check_start(read_config(), ranks))
     from metalm.training.loop import train
 
-    return train(corpus)
+    return train(joined)
 
 
 def _pipeline(options: argparse.Namespace) -> Path:
@@ -238,12 +243,12 @@ def _pipeline(options: argparse.Namespace) -> Path:
 
 def _evaluate(options: argparse.Namespace) -> int | None:
     from metalm.config import load_config
+    from metalm.training.check_start import check_start
 
-    config = load_config(_pipeline(options), options.overrides)
-    corpus = _prepare_training(config)
+    joined = _join(lambda ranks: check_start(load_config(_pipeline(options), options.overrides), ranks))
     from metalm.training.evaluate import evaluate
 
-    return evaluate(corpus, options.samples)
+    return evaluate(joined, options.samples)
 
 
 def _tool(options: argparse.Namespace) -> None:
@@ -327,14 +332,12 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
             options.model, tasks, settings, options.out, batch_size=options.batch_size, device=options.device
         )
         return
-    from metalm.parallel.launch import find_launch
     from metalm.training.check_start import open_run
 
-    corpus = open_run(options.model, options.overrides, find_launch(os.environ).world_size)
-    _set_up_libraries()
+    joined = _join(lambda ranks: open_run(options.model, options.overrides, ranks))
     from metalm.training.evaluate_tasks import evaluate_run
 
-    evaluate_run(corpus, tasks, settings, options.out, batch_size=options.batch_size)
+    evaluate_run(joined, tasks, settings, options.out, batch_size=options.batch_size)
 
 
 def _words(text: str) -> list[str]:
@@ -411,14 +414,31 @@ def _preflight(options: argparse.Namespace) -> int | None:
     )
 
 
-def _prepare_training(config: RunConfig) -> Corpus:
-    """Refuse what cannot start, before anything that is slow to load is imported."""
-    from metalm.parallel.launch import find_launch
-    from metalm.training.check_start import check_start
+def _join(prepare: Callable[[int], Corpus]) -> Joined:
+    """Join the ranks of a job, with what the first rank of each node has read and checked.
 
-    corpus = check_start(config, find_launch(os.environ).world_size)
+    What cannot start is refused before anything that is slow to load is imported.
+
+    Args:
+        prepare: reads and checks, for so many ranks.
+
+    Collective: all ranks of the job.
+    """
+    from metalm.parallel.launch import find_launch
+
+    launch = find_launch(os.environ)
+    own: Corpus | MetaLMError | None = None
+    if launch.local_rank == 0:
+        try:
+            own = prepare(launch.world_size)
+        except MetaLMError as error:
+            if launch.world_size == 1:
+                raise
+            own = error  # the other ranks are told
     _set_up_libraries()
-    return corpus
+    from metalm.training.joining import join
+
+    return join(launch, own)
 
 
 def _set_up_libraries() -> None:
