@@ -15,7 +15,7 @@ from metalm.reproduction.data.sets import SETS, fetch_set
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument(
         "names", nargs="+", metavar="NAME", choices=[*SETS, "all"], help=f"{', '.join(SETS)}, or all"
     )

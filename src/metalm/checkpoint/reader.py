@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -67,19 +69,23 @@ class CheckpointReader:
             raise CheckpointError(f"checkpoint {self.folder} has no {name} in its manifest")
         return self.folder / name
 
-    def lane_states(self) -> dict[int, Any]:
-        """The data lanes' states, of all ranks that wrote the checkpoint; none if it is of weights alone.
+    def lane_states(self, lanes: Collection[int] = (), num_lanes: int = 1) -> dict[int, Any]:
+        """The data lanes' states; none if it is of weights alone.
+
+        Args:
+            lanes: that are wanted: only the files which are found to hold them are read. Without them: all.
+            num_lanes: of the run, by which files hold consecutive ones.
 
         Raises:
             CheckpointError: a file of them is malformed.
         """
+        names = sorted(filter(is_lane_file, self.files))
+        likely = {names[lane * len(names) // num_lanes] for lane in lanes if names and lane < num_lanes}
         states: dict[int, Any] = {}
-        for name in sorted(filter(_LANES.fullmatch, self.files)):
-            path = self.path_of(name)
-            try:
-                states |= {int(lane): state for lane, state in read_json(path).items()}
-            except ValueError as error:
-                raise CheckpointError(f"{path} holds no states of lanes: {error}") from None
+        for name in sorted(names, key=lambda name: name not in likely):
+            if lanes and states.keys() >= set(lanes):
+                break
+            states |= read_lane_states(self.path_of(name))
         return states
 
     def components(self) -> list[str]:
@@ -136,7 +142,7 @@ class CheckpointReader:
             )
         target = torch.empty(size)
         for run in layout.runs_from(index.layout, tensor_rank, start, size):
-            for piece in index.pieces_under(run.tensor_rank, run.start, run.size):
+            for piece in index.columns.under(run.tensor_rank, run.start, run.size):
                 first = max(run.start, piece.start)
                 last = min(run.start + run.size, piece.start + piece.size)
                 offset = run.offset + first - run.start
@@ -158,8 +164,11 @@ class CheckpointReader:
         needed: Counter[str] = Counter()
         for component, index in self._indices.items():
             for parameter in index.values():
-                for piece in parameter.pieces:
-                    needed[f"{component}/{piece.file}"] += 4 * piece.size * len(parameter.states)
+                pieces = parameter.columns
+                # In float64, exact for all that can be on a disk; an index may claim more.
+                sizes = np.bincount(pieces.files, 4.0 * len(parameter.states) * pieces.sizes)
+                for number in np.flatnonzero(sizes):
+                    needed[f"{component}/{pieces.names[number]}"] += int(sizes[number])
         for name, size in needed.items():
             self.path_of(name)
             if size > self.files[name].size:
@@ -220,6 +229,23 @@ class AverageReader(CheckpointReader):
         """As its parent, but the average for the weight."""
         has_average = state == "master" and AVERAGE in self.states(component, name)
         return super().read(component, name, AVERAGE if has_average else state)
+
+
+def is_lane_file(name: str) -> bool:
+    """Whether a file of a checkpoint holds the states of data lanes, those of one data-parallel rank."""
+    return _LANES.fullmatch(name) is not None
+
+
+def read_lane_states(path: Path) -> dict[int, Any]:
+    """The states that a file of data lanes holds, by lane.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    try:
+        return {int(lane): state for lane, state in read_json(path).items()}
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds no states of lanes: {error}") from None
 
 
 def damaged(folder: Path, problems: list[str]) -> CheckpointError:

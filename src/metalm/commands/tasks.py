@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metalm.commands.argument_types import counts, positive, readers, words
-from metalm.commands.libraries import set_up_libraries
+from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
 
 
@@ -98,11 +98,10 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
         return
     from metalm.training.check_start import open_run
 
-    corpus = open_run(options.model, options.overrides, find_launch(os.environ).world_size)
-    set_up_libraries()
+    joined = join_ranks(lambda ranks: open_run(options.model, options.overrides, ranks))
     from metalm.training.evaluate_tasks import evaluate_run
 
-    evaluate_run(corpus, tasks, settings, options.out, batch_size=options.batch_size)
+    evaluate_run(joined, tasks, settings, options.out, batch_size=options.batch_size)
 
 
 def _list_tasks(options: argparse.Namespace) -> None:

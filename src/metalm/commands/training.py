@@ -7,13 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metalm.commands.libraries import set_up_libraries
+from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
 from metalm.project_files import project_root
 
 if TYPE_CHECKING:
     from metalm.config import RunConfig
-    from metalm.data.corpus import Corpus
 
 
 def add_commands(commands: Any) -> None:
@@ -51,29 +50,33 @@ def add_commands(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> int | None:
     from metalm.config import load_config
     from metalm.parallel.launch import find_launch
+    from metalm.training.check_start import check_start
     from metalm.training.monitor.sinks import check_sinks
 
-    config = load_config(_pipeline(options), options.overrides)
-    check_sinks(config)
+    def read_config() -> RunConfig:
+        config = load_config(_pipeline(options), options.overrides)
+        check_sinks(config)
+        return config
+
     if options.dry_run:
         from metalm.training.dry_run import dry_run
 
         ranks = options.ranks or find_launch(os.environ).world_size
-        return dry_run(config, ranks, with_data=not options.without_data)
-    corpus = _prepare_training(config)
+        return dry_run(read_config(), ranks, with_data=not options.without_data)
+    joined = join_ranks(lambda ranks: check_start(read_config(), ranks))
     from metalm.training.loop import train
 
-    return train(corpus)
+    return train(joined)
 
 
 def _evaluate(options: argparse.Namespace) -> int | None:
     from metalm.config import load_config
+    from metalm.training.check_start import check_start
 
-    config = load_config(_pipeline(options), options.overrides)
-    corpus = _prepare_training(config)
+    joined = join_ranks(lambda ranks: check_start(load_config(_pipeline(options), options.overrides), ranks))
     from metalm.training.evaluate import evaluate
 
-    return evaluate(corpus, options.samples)
+    return evaluate(joined, options.samples)
 
 
 def _pipeline(options: argparse.Namespace) -> Path:
@@ -86,13 +89,3 @@ def _pipeline(options: argparse.Namespace) -> Path:
         f"metalm {options.command} needs a pipeline file before any section.key=value, such as "
         f"`metalm {options.command} demo.yaml`; these come with MetaLM: {', '.join(shipped)}"
     )
-
-
-def _prepare_training(config: RunConfig) -> Corpus:
-    """Refuse what cannot start, before anything that is slow to load is imported."""
-    from metalm.parallel.launch import find_launch
-    from metalm.training.check_start import check_start
-
-    corpus = check_start(config, find_launch(os.environ).world_size)
-    set_up_libraries()
-    return corpus

@@ -15,7 +15,7 @@ from metalm.data.documents.maker import DocumentMaker
 from metalm.data.documents.pairs import PairMaker
 from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.sources import Source, open_sources
-from metalm.data.tokenizer import load_tokenizer
+from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import ConfigError
 from metalm.modalities import MEDIA, Media, MediaReader, modality_of_encoder
 
@@ -27,16 +27,23 @@ class Corpus:
         tokenizer: that decoder and shards share.
     """
 
-    def __init__(self, config: RunConfig, *, check_sizes: bool = True) -> None:
+    def __init__(
+        self, config: RunConfig, *, check_sizes: bool = True, tokenizer_definition: bytes | None = None
+    ) -> None:
         """
         Args:
-            check_sizes: compare the size of every shard of the training sources with their index.
+            check_sizes: compare the size of every shard with its index.
+            tokenizer_definition: the content of the tokenizer's file, where another process has read it.
 
         Raises:
             DataError: the tokenizer cannot be used.
         """
         self.config = config
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.tokenizer = (
+            load_tokenizer(config.data.tokenizer)
+            if tokenizer_definition is None
+            else Tokenizer(tokenizer_definition)
+        )
         self._check_sizes = check_sizes
 
     @functools.cached_property
@@ -57,7 +64,8 @@ class Corpus:
             ConfigError, DataError: as `open_sources`.
         """
         data, encoders = self.config.data, self.config.model.encoders
-        return {source.name: source for source in open_sources(data.evaluation, self.tokenizer, encoders)}
+        opened = open_sources(data.evaluation, self.tokenizer, encoders, check_sizes=self._check_sizes)
+        return {source.name: source for source in opened}
 
     def check(self) -> None:
         """Open all that training and evaluation will.

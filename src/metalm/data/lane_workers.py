@@ -78,7 +78,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        config: RunConfig,
+        corpus: Corpus,
         lanes: range,
         rows_per_lane: int,
         states: dict[int, LaneState] | None,
@@ -86,14 +86,15 @@ class WorkerPool:
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[range, SpawnProcess, Connection]] = []
-        num_workers = min(config.data.workers, len(lanes))
+        num_workers = min(corpus.config.data.workers, len(lanes))
+        read = (corpus.config, corpus.tokenizer.definition)
         for number in range(num_workers):
             share = lanes[number::num_workers]
             share_states = None if states is None else {k: v for k, v in states.items() if k in share}
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_serve,
-                args=(sender, os.getpid(), config, share, rows_per_lane, share_states, split),
+                args=(sender, os.getpid(), *read, share, rows_per_lane, share_states, split),
                 name=f"metalm-data-{number}",
                 daemon=True,
             )
@@ -163,6 +164,7 @@ def _serve(
     sender: Connection,
     parent: int,
     config: RunConfig,
+    definition: bytes,
     lanes: range,
     rows_per_lane: int,
     states: dict[int, LaneState] | None,
@@ -176,8 +178,8 @@ def _serve(
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        mixture = Mixture(Corpus(config, check_sizes=False), split)
-        group = LaneGroup(mixture, lanes, rows_per_lane, states)
+        corpus = Corpus(config, check_sizes=False, tokenizer_definition=definition)
+        group = LaneGroup(Mixture(corpus, split), lanes, rows_per_lane, states)
         while True:
             sender.send(group.next_step())
     except (BrokenPipeError, ConnectionResetError):

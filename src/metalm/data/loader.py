@@ -111,7 +111,7 @@ class TrainingData:
         self._group: LaneGroup | WorkerPool
         self._prefetcher: _Prefetcher | None = None
         if data.workers:
-            self._group = WorkerPool(config, self._lanes, self._rows_per_lane, lane_states, split)
+            self._group = WorkerPool(corpus, self._lanes, self._rows_per_lane, lane_states, split)
             self._prefetcher = _Prefetcher(self._make_step)
         else:
             self._group = LaneGroup(self._mixture, self._lanes, self._rows_per_lane, lane_states)

@@ -27,8 +27,14 @@ def initialize_parameters(
     tensor_rank: int,
     tensor_size: int,
     given: Collection[str] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> None:
-    """Fill every parameter of `module` in place, on the CPU in float32.
+    """Give every parameter of `module` its values, drawn on the CPU in float32.
+
+    Each is moved before the next one is drawn: no rank ever holds a whole model in float32, on the host or on
+    the device, unless it trains in float32.
 
     Args:
         module: holds this rank's shards; marked as Megatron marks them.
@@ -38,18 +44,20 @@ def initialize_parameters(
         tensor_rank: which part of each sharded parameter is kept.
         tensor_size: number of parts.
         given: parameters whose values come from elsewhere: NaN until then, so that a gap cannot go unseen.
+        dtype: of the parameters afterwards.
+        device: of the parameters afterwards; None for the CPU.
     """
     for name, parameter in module.named_parameters():
         if name in given:
-            torch.nn.init.constant_(parameter, math.nan)
+            parameter.data = torch.full(parameter.shape, math.nan, dtype=dtype, device=device)
             continue
         digest = hashlib.sha256(f"init/{seed}/{component}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         sharding = sharding_of(parameter)
         whole = torch.empty(whole_shape(tuple(parameter.shape), sharding, tensor_size))
         draw_for(name)(whole, generator)
-        with torch.no_grad():
-            parameter.copy_(cut_shard(whole, sharding, tensor_rank, tensor_size))
+        shard = cut_shard(whole, sharding, tensor_rank, tensor_size)
+        parameter.data = torch.empty(shard.shape, dtype=dtype, device=device).copy_(shard)
 
 
 def normal(std: float) -> Draw:

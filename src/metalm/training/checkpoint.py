@@ -14,7 +14,7 @@ from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.manifest import LATEST_NAME, check_files, read_manifest
 from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, partial_folder
 from metalm.checkpoint.publishing import begin_checkpoint
-from metalm.checkpoint.reader import CheckpointReader, damaged
+from metalm.checkpoint.reader import CheckpointReader, damaged, is_lane_file, read_lane_states
 from metalm.checkpoint.state import EngineCounters, RunFacts, RunState, WrittenBy
 from metalm.config import RunConfig, config_content
 from metalm.errors import CheckpointError, FaultError
@@ -42,6 +42,11 @@ class CheckpointStore:
         self._running: RunningSave | None = None
         self._unbegun: str | None = None
         """What kept the last save from beginning, until it is reported."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that looks for what all ranks would find alike."""
+        return self._topology.rank == 0
 
     def save(
         self,
@@ -159,7 +164,7 @@ class CheckpointStore:
             )
         latest = self._folder / LATEST_NAME
         with together():
-            if latest.exists():
+            if self.is_first and latest.exists():
                 raise CheckpointError(
                     f"{latest} is there, but no checkpoint is; remove it to start from scratch"
                 )
@@ -190,10 +195,13 @@ class CheckpointStore:
         Collective: all ranks.
         """
         try:
-            files = sorted(read_manifest(folder).items())
-            problems = check_files(folder, files[self._topology.rank :: self._topology.world_size])
-            if self._topology.rank == 0 and not problems:
-                CheckpointReader(folder).lane_states()
+            files = sorted(read_manifest(folder).items())[self._topology.rank :: self._topology.world_size]
+            problems = check_files(folder, files)
+            if not problems:
+                for name in (name for name, _ in files if is_lane_file(name)):
+                    read_lane_states(folder / name)
+                if self._topology.rank == 0:
+                    CheckpointReader(folder)
         except CheckpointError as error:
             problems = [str(error)]
         found: list[Any] = [None] * self._topology.world_size

@@ -20,12 +20,14 @@ from metalm.config.load import load_deepspeed_json
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw, load_pretrained_weights
 from metalm.model.initialization import initialize_parameters
+from metalm.parallel.agreement import together
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
 from metalm.training.extensions import prepare_extensions
 from metalm.training.frozen_engine import FrozenEngine
 from metalm.training.owned_ranges import create_optimizer_state
 
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RATE_RATIO = "rate_ratio"
 """Key of an optimizer's parameter group."""
 
@@ -71,6 +73,9 @@ def build_engines(
 ) -> Engines:
     """Build and shard the model, with the weights that a new run starts with.
 
+    Weights are drawn once: the decoder's by the first data-parallel rank of each tensor rank, the encoders'
+    by the first rank. DeepSpeed gives them to the others, in the precision that the model works in.
+
     Args:
         config: of the run.
         topology: this rank's place.
@@ -97,15 +102,18 @@ def _build_decoder(config: RunConfig, topology: Topology, given: Collection[str]
         topology,
         sequence_parallel=config.parallel.sequence_parallel,
     )
-    initialize_parameters(
-        module,
-        "decoder",
-        config.run.seed,
-        lambda name: decoder_draw(config.model.decoder, name),
-        topology.tensor_rank,
-        topology.tensor_size,
-        given,
-    )
+    with together():
+        initialize_parameters(
+            module,
+            "decoder",
+            config.run.seed,
+            lambda name: decoder_draw(config.model.decoder, name),
+            topology.tensor_rank,
+            topology.tensor_size,
+            given if topology.data_rank == 0 else _names(module),
+            dtype=_DTYPES[config.training.precision],
+            device=topology.device,
+        )
     return _build_engine(config, module, config.deepspeed.decoder, decoder_mpu(topology), topology)
 
 
@@ -113,18 +121,26 @@ def _build_encoders(config: RunConfig, topology: Topology, given: Collection[str
     if not config.model.encoders:
         return None
     module = EncoderBank(config.model)
-    is_given = all(name in given for name, _ in module.named_parameters())
-    pretrained = {} if is_given else load_pretrained_weights(config.model)
-    initialize_parameters(
-        module,
-        "encoders",
-        config.run.seed,
-        lambda name: encoder_draw(config.model, name, pretrained),
-        0,
-        1,
-        given,
-    )
+    if topology.rank:
+        given = _names(module)
+    with together():
+        pretrained = {} if _names(module) <= set(given) else load_pretrained_weights(config.model)
+        initialize_parameters(
+            module,
+            "encoders",
+            config.run.seed,
+            lambda name: encoder_draw(config.model, name, pretrained),
+            0,
+            1,
+            given,
+            dtype=_DTYPES[config.training.precision],
+            device=topology.device,
+        )
     return _build_engine(config, module, config.deepspeed.encoders, encoders_mpu(topology), topology)
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_parameters()}
 
 
 def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mpu, topology: Topology) -> Any:

@@ -12,11 +12,12 @@ from metalm.regular_files import replace_file
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
 from metalm.training.held_out import measure_held_out
+from metalm.training.joining import Joined
 from metalm.training.session import Session, open_session
 from metalm.training.start import Start, go_on_from, load_start
 
 
-def evaluate(corpus: Corpus, num_samples: int) -> int:
+def evaluate(joined: Joined, num_samples: int) -> int:
     """Evaluate a run's newest whole checkpoint; writes `evaluation.json` and `samples_SOURCE.jsonl`.
 
     Raises:
@@ -25,11 +26,11 @@ def evaluate(corpus: Corpus, num_samples: int) -> int:
 
     Collective: all ranks.
     """
-    config = corpus.config
+    corpus, config = joined.corpus, joined.corpus.config
     if not config.data.evaluation:
         raise ConfigError("data.evaluation has no source to evaluate on")
     objective = build_objective(config)
-    with open_session(corpus) as session:
+    with open_session(joined) as session:
         engines, step = load_newest(corpus, session)
         session.log.open()
         losses = measure_held_out(engines, session.topology, corpus, objective)

@@ -17,6 +17,7 @@ from metalm.tasks.ways import TaskSettings
 from metalm.training.check_start import task_settings
 from metalm.training.engines import Engines
 from metalm.training.evaluate import load_newest
+from metalm.training.joining import Joined
 from metalm.training.monitor.sink import About
 from metalm.training.monitor.tensorboard import TensorBoard
 from metalm.training.session import open_session
@@ -40,7 +41,7 @@ def score_in_training(
 
 
 def evaluate_run(
-    corpus: Corpus, tasks: Sequence[TaskFile], settings: TaskSettings, out: Path | None, *, batch_size: int
+    joined: Joined, tasks: Sequence[TaskFile], settings: TaskSettings, out: Path | None, *, batch_size: int
 ) -> None:
     """Evaluate a run on tasks.
 
@@ -54,7 +55,8 @@ def evaluate_run(
 
     Collective: all ranks.
     """
-    with open_session(corpus) as session:
+    corpus = joined.corpus
+    with open_session(joined) as session:
         engines, step = load_newest(corpus, session)
         session.log.open()
         answerer = EngineAnswerer(engines, session.topology, corpus, batch_size=batch_size)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -21,14 +22,14 @@ class FrozenEngine:
     """What the step, checkpoints and evaluation ask of an engine, without an optimizer."""
 
     def __init__(self, module: nn.Module, content: Mapping[str, Any], mpu: Mpu) -> None:
-        """Take over a module on its device.
+        """Take over a module.
 
         Args:
-            module: without trained parameters.
+            module: without trained parameters, on its device; the first data-parallel rank's weights count.
             content: DeepSpeed's config.
             mpu: of the component.
 
-        Collective: the component's data-parallel group at ZeRO 3.
+        Collective: the component's data-parallel group.
         """
         self.module = module
         self.data_group: dist.ProcessGroup = mpu.data_group
@@ -38,8 +39,11 @@ class FrozenEngine:
         if self._stage == 3:
             engine, *_ = deepspeed.initialize(model=module, config=dict(content), mpu=mpu)
             self._offload = engine.optimizer  # without an optimizer: what shards and gathers weights
-        elif content["bf16"]["enabled"]:
-            module.bfloat16()
+        else:
+            if content["bf16"]["enabled"]:
+                module.bfloat16()
+            for parameter in module.parameters():  # as DeepSpeed does for what is trained
+                dist.broadcast(parameter.data.view(torch.uint8), group=mpu.data_group, group_src=0)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.module(*arguments, **options)

@@ -13,7 +13,6 @@ from metalm.batch import SemiCausalBatch
 from metalm.checkpoint.state import Progress, RunFacts, RunState
 from metalm.config import RunConfig
 from metalm.config.secrets import without_secrets
-from metalm.data.corpus import Corpus
 from metalm.errors import FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
 from metalm.objectives import Objective, build_objective
@@ -28,6 +27,7 @@ from metalm.training.evaluate_tasks import score_in_training
 from metalm.training.fingerprint import fingerprint
 from metalm.training.guards import StepGuard
 from metalm.training.held_out import measure_held_out
+from metalm.training.joining import Joined
 from metalm.training.monitor.json_lines import read_metrics
 from metalm.training.monitor.monitor import Monitor
 from metalm.training.schedule import learning_rate
@@ -40,11 +40,11 @@ from metalm.training.stopping import StopRequest
 logger = logging.getLogger(__name__)
 
 
-def train(corpus: Corpus) -> int:
+def train(joined: Joined) -> int:
     """Train a run to its last step, from its newest whole checkpoint if it has one.
 
     Args:
-        corpus: from `check_start`.
+        joined: from `join`, with what `check_start` has checked.
 
     Returns:
         EXIT_DONE, or EXIT_RESTART when it was asked to stop and has saved.
@@ -54,9 +54,10 @@ def train(corpus: Corpus) -> int:
 
     Collective: all ranks of the job.
     """
+    corpus = joined.corpus
     config, objective = corpus.config, build_objective(corpus.config)
     with (
-        open_session(corpus) as session,
+        open_session(joined) as session,
         start_run(corpus, objective, session) as started,
         told_end(session) as ending,
     ):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from metalm.checkpoint.folders import prune_checkpoints
-from metalm.checkpoint.format import ParameterIndex, Piece, piece_name, rank_file, read_parameters
+from metalm.checkpoint.format import STATES, ParameterIndex, Pieces, piece_name, rank_file
 from metalm.checkpoint.manifest import FileRecord, remove
 from metalm.checkpoint.names import PARTIAL_SUFFIX
 from metalm.checkpoint.publishing import complete_checkpoint, write_json
@@ -49,8 +49,10 @@ class Snapshot:
 
     tensors: dict[str, Tensor]
     """float32, by `PARAMETER|STATE`."""
-    index: dict[str, ParameterIndex]
-    """Pieces of this rank alone."""
+    owned: dict[str, tuple[int, int, int]]
+    """Of each parameter that this rank has a range of: whose tensor-parallel shard it is of, start, size."""
+    layouts: dict[str, ParameterIndex]
+    """Of all parameters, without pieces; on the first rank, which writes the index."""
 
 
 class HostBuffers:
@@ -61,22 +63,13 @@ class HostBuffers:
 
     def snapshot(self, engine: Any, component: str, topology: Topology) -> Snapshot:
         """Copy the masters and moments that this rank owns."""
-        file = rank_file(topology.rank)
-        taken = Snapshot({}, {})
+        taken = Snapshot({}, {}, _layouts(engine, topology) if topology.rank == 0 else {})
         for name, parameter, owned in owned_ranges(engine):
             sharding = sharding_of(parameter)
             if component == "decoder" and sharding is None and topology.tensor_rank > 0:
                 continue  # replicated: the first tensor rank writes it
-            tensor_size = 1 if sharding is None else topology.tensor_size
-            piece = Piece(file, 0 if sharding is None else topology.tensor_rank, owned.start, owned.size)
-            taken.index[name] = ParameterIndex(
-                shape=whole_shape(shard_shape(engine, parameter), sharding, tensor_size),
-                partition_dim=None if sharding is None else sharding.dimension,
-                partition_stride=1 if sharding is None else sharding.stride,
-                tensor_size=tensor_size,
-                pieces=(piece,),
-                states=tuple(owned.states),
-            )
+            tensor_rank = 0 if sharding is None else topology.tensor_rank
+            taken.owned[name] = (tensor_rank, owned.start, owned.size)
             for state, tensor in owned.states.items():
                 key = piece_name(name, state)
                 taken.tensors[key] = self._copy((component, key), tensor)
@@ -127,10 +120,7 @@ class SaveJob:
             written[name] = write_json(self.partial / name, self.lane_states)
         record = {
             "files": {name: asdict(entry) for name, entry in written.items()},
-            "indices": {
-                component: {name: asdict(index) for name, index in snapshot.index.items()}
-                for component, snapshot in self.snapshots.items()
-            },
+            "owned": {component: snapshot.owned for component, snapshot in self.snapshots.items()},
         }
         path = _record_path(self.partial, self.topology.rank)
         write_json(path.with_suffix(PARTIAL_SUFFIX), record)
@@ -144,7 +134,10 @@ class SaveJob:
             Abandoned: the event was set.
         """
         files: dict[str, FileRecord] = {}
-        indices: dict[str, dict[str, ParameterIndex]] = {component: {} for component in self.snapshots}
+        ranges: dict[str, dict[str, list[tuple[int, ...]]]] = {
+            component: {name: [] for name in snapshot.layouts}
+            for component, snapshot in self.snapshots.items()
+        }
         for rank in range(self.topology.world_size):
             path = _record_path(self.partial, rank)
             while not path.exists():
@@ -152,10 +145,18 @@ class SaveJob:
                     raise Abandoned
             record = read_json(path)
             files |= {name: FileRecord(**entry) for name, entry in record["files"].items()}
-            for component, index in record["indices"].items():
-                for name, own in read_parameters(index).items():
-                    _add_pieces(indices[component], name, own)
+            for component, owned in record["owned"].items():
+                for name, own in owned.items():
+                    ranges[component][name].append((rank, *own))
             path.unlink()
+        names = [rank_file(rank) for rank in range(self.topology.world_size)]
+        indices = {
+            component: {
+                name: replace(layout, pieces=Pieces(names, *zip(*ranges[component][name], strict=True)))
+                for name, layout in snapshot.layouts.items()
+            }
+            for component, snapshot in self.snapshots.items()
+        }
         complete_checkpoint(self.partial, files, indices, self.state, self.config)
         try:
             keep = self.keep
@@ -216,11 +217,21 @@ def _problem(part: Future[None]) -> str | None:
     return None if error is None else str(error)
 
 
-def _add_pieces(merged: dict[str, ParameterIndex], name: str, own: ParameterIndex) -> None:
-    pieces = merged[name].pieces if name in merged else ()
-    merged[name] = ParameterIndex(
-        own.shape, own.partition_dim, own.partition_stride, own.tensor_size, pieces + own.pieces, own.states
-    )
+def _layouts(engine: Any, topology: Topology) -> dict[str, ParameterIndex]:
+    """How every parameter of a component is cut, and what is kept of it."""
+    layouts = {}
+    for name, parameter in engine.module.named_parameters():
+        sharding = sharding_of(parameter)
+        tensor_size = 1 if sharding is None else topology.tensor_size
+        layouts[name] = ParameterIndex(
+            shape=whole_shape(shard_shape(engine, parameter), sharding, tensor_size),
+            partition_dim=None if sharding is None else sharding.dimension,
+            partition_stride=1 if sharding is None else sharding.stride,
+            tensor_size=tensor_size,
+            pieces=(),
+            states=STATES if parameter.requires_grad else STATES[:1],
+        )
+    return layouts
 
 
 def _record_path(partial: Path, rank: int) -> Path:

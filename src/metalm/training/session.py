@@ -17,8 +17,9 @@ import torch
 
 from metalm.data.corpus import Corpus
 from metalm.errors import MetaLMError
-from metalm.parallel.launch import Launch, find_launch, open_process_group
+from metalm.parallel.launch import Launch
 from metalm.parallel.topology import Topology, build_topology, close_topology
+from metalm.training.joining import Joined
 
 
 @dataclass(frozen=True)
@@ -38,28 +39,28 @@ class Session:
 
 
 @contextmanager
-def open_session(corpus: Corpus) -> Iterator[Session]:
-    """Join the ranks.
+def open_session(joined: Joined) -> Iterator[Session]:
+    """Split the ranks that have joined.
 
     What is logged goes to the run's folder from `session.log.open` on; also when the block ends by a fault
     of ours before that, but not when it ends by a refusal, which changes nothing on disk.
 
     Args:
-        corpus: from `check_start`.
+        joined: from `join`.
 
     Collective: all ranks.
     """
-    launch = find_launch(os.environ)
-    config = corpus.config
+    launch, config = joined.launch, joined.corpus.config
     run_folder = config.run.folder / config.run.name
     log = RunLog(launch, run_folder)
     if config.training.deterministic:
         _make_deterministic()
-    device = open_process_group(launch, config.parallel.timeout_minutes)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    topology = build_topology(config.parallel.tensor, device, timeout, context_size=config.parallel.context)
+    topology = build_topology(
+        config.parallel.tensor, joined.device, timeout, context_size=config.parallel.context
+    )
     try:
-        yield Session(launch, topology, corpus, run_folder, log)
+        yield Session(launch, topology, joined.corpus, run_folder, log)
     except MetaLMError:
         raise
     except Exception:

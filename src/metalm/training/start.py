@@ -22,6 +22,7 @@ from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.state import RunState, first_mistake
 from metalm.config import ModelConfig, RunConfig, write_config
 from metalm.data.corpus import Corpus
+from metalm.data.lanes import owned_lanes
 from metalm.data.loader import TrainingData
 from metalm.errors import CheckpointError, ConfigError
 from metalm.objectives import Objective
@@ -105,8 +106,8 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
         state = load_start(start, config, topology, engines)
         lane_states = None
         if start.checkpoint is not None:
-            with together():  # one that was made of weights alone has no lanes
-                lane_states = start.checkpoint.lane_states() or None
+            with together():
+                lane_states = _own_lane_states(start.checkpoint, config, topology)
         data = _open_data(corpus, objective, topology, lane_states)
         if data is not None:
             stack.callback(data.close)
@@ -157,7 +158,8 @@ def go_on_from(folder: Path, corpus: Corpus, store: CheckpointStore) -> Start:
     """
     reader = store.open(folder)
     with together():
-        _refuse_another_model(corpus, reader)
+        if store.is_first:
+            _refuse_another_model(corpus, reader)
     return Start(checkpoint=reader)
 
 
@@ -238,6 +240,19 @@ def _shown(value: Any) -> str:
     if value is None:
         return "absent"
     return "present" if isinstance(value, dict) else repr(value)
+
+
+def _own_lane_states(
+    reader: CheckpointReader, config: RunConfig, topology: Topology
+) -> Mapping[int, Any] | None:
+    """The states of the lanes that this rank reads; None: it reads none, or the checkpoint has none."""
+    if topology.rows_rank:
+        return None
+    lanes = config.data.lanes
+    states = reader.lane_states(owned_lanes(lanes, topology.data_rank, topology.data_size), lanes)
+    if any(state.get("lanes") != lanes for state in states.values()):  # all of them are needed to split them
+        states = reader.lane_states()
+    return states or None  # one that was made of weights alone has no lanes
 
 
 def _open_data(

@@ -1,0 +1,54 @@
+"""How commands with ranks start: what is read, the libraries of training, the job's other ranks."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from metalm.errors import MetaLMError
+
+if TYPE_CHECKING:
+    from metalm.data.corpus import Corpus
+    from metalm.training.joining import Joined
+
+
+def join_ranks(prepare: Callable[[int], Corpus]) -> Joined:
+    """Join the ranks of a job, with what the first rank of each node has read and checked.
+
+    What cannot start is refused before anything that is slow to load is imported.
+
+    Args:
+        prepare: reads and checks, for so many ranks.
+
+    Collective: all ranks of the job.
+    """
+    from metalm.parallel.launch import find_launch
+
+    launch = find_launch(os.environ)
+    own: Corpus | MetaLMError | None = None
+    if launch.local_rank == 0:
+        try:
+            own = prepare(launch.world_size)
+        except MetaLMError as error:
+            if launch.world_size == 1:
+                raise
+            own = error  # the other ranks are told
+    set_up_libraries()
+    from metalm.training.joining import join
+
+    return join(launch, own)
+
+
+def set_up_libraries() -> None:
+    """Set what the libraries of training read when they are imported.
+
+    DeepSpeed gets its device. Megatron has torch import its compiler for fused functions, none of which a
+    run calls: it is set not to. Its notes on what is not installed stay off the terminal.
+    """
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
