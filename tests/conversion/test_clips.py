@@ -391,8 +391,8 @@ def test_a_task_of_clips_is_evaluated_through_the_export(heard: tuple[Path, Path
         launch=find_launch({}),
     )
     (file,) = (tmp_path / "out" / "answers").iterdir()
-    answers = [json.loads(line)[1] for line in file.read_text().splitlines()[1:]]
-    low, high, same, missing = answers
+    answers = dict(json.loads(line) for line in file.read_text().splitlines()[1:])
+    low, high, same, missing = (answers[f"validation:{number}"] for number in range(4))
     assert missing["skipped"] == "missing_media"
     assert low["references"] == ["low"] and high["references"] == ["high"]
     assert abs(low["scores"][0] - high["scores"][0]) > 1e-4

@@ -70,9 +70,9 @@ def model_inputs(
     if not any(row.spans for row in rows):
         columns = {name: columns[name] for name in ("input_ids", "attention_mask")}
     inputs = {name: torch.from_numpy(column) for name, column in columns.items()}
-    for argument, fed in media.items():
-        widest = max(one.shape[-1] for one in fed)
-        wide = [np.pad(one, [(0, 0)] * (one.ndim - 1) + [(0, widest - one.shape[-1])]) for one in fed]
+    for argument, of_all in media.items():
+        widest = max(one.shape[-1] for one in of_all)
+        wide = [np.pad(one, [(0, 0)] * (one.ndim - 1) + [(0, widest - one.shape[-1])]) for one in of_all]
         inputs[argument] = torch.from_numpy(np.stack(wide))
     return inputs
 

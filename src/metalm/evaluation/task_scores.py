@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _evaluate(
     groups = [waiting[at : at + QUESTIONS_AT_ONCE] for at in range(0, len(waiting), QUESTIONS_AT_ONCE)]
     for first in range(0, len(groups), answerer.num_shares):
         own = first + answerer.share
-        for new in _of_all(answerer, lambda own=own: ask(groups[own]) if own < len(groups) else {}):
+        for new in _of_all(answerer, partial(ask, groups[own] if own < len(groups) else [])):
             answers |= new
             if answerer.is_first and new:
                 _append(out / "answers" / f"{name}.jsonl", about, new)

@@ -412,10 +412,10 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         stop = start + (inputs["input_ids"] if embedded is None else embedded).shape[1]
         fed = spans.columns(start, stop)
         media = {"pixel_values": pixel_values, "audio_values": audio_values}
-        for name, starts in zip(media, spans.media_starts(self.config), strict=True):
-            if media[name] is not None:
+        for (name, values), starts in zip(media.items(), spans.media_starts(self.config), strict=True):
+            if values is not None:
                 column = starts.nonzero()[:, 1]
-                media[name] = media[name][(column >= start) & (column < stop)]
+                media[name] = values[(column >= start) & (column < stop)]
         if self.config.spans == "bidirectional":
             # For a static cache transformers makes a causal mask here; the forward knows the spans.
             inputs["attention_mask"] = kwargs.get("attention_mask")
@@ -441,9 +441,9 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
             names = ("inputs_embeds", "span_input_ids", "span_encoders", "span_numbers")
             given = {name: model_kwargs.get(name) for name in names}
             spans = self.model.spans(input_ids=input_ids, **media, **given)
-            for name, starts in zip(media, spans.media_starts(self.config), strict=True):
-                if media[name] is not None:
-                    rows = media[name].split(starts.sum(dim=1).tolist())
+            for (name, values), starts in zip(media.items(), spans.media_starts(self.config), strict=True):
+                if values is not None:
+                    rows = values.split(starts.sum(dim=1).tolist())
                     media[name] = torch.cat([row for row in rows for _ in range(expand_size)])
             model_kwargs |= spans.tensors()
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
