@@ -41,7 +41,7 @@ def _right(example: Example) -> str:
 
 
 def _chosen(options: Iterable[str], right: str) -> dict[str, Any]:
-    """Options in an order as if at random, since in some tasks the last is always right; and which is right."""
+    """Options in an order as if at random (in some tasks the last is always right), and which is right."""
     texts = sorted({option.strip() for option in options}, key=lambda text: place_of(f"{right} {text}"))
     return {"options": texts, "answer": texts.index(right.strip())}
 
