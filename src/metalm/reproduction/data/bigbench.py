@@ -8,6 +8,7 @@ training side alone are written as text, to pretrain for that task.
 from __future__ import annotations
 
 import json
+import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,12 +40,14 @@ class Source:
     """The field whose values are counted."""
     most: dict[str, int] = field(default_factory=dict)
     """By split, records that are kept."""
+    unit: str = "group"
+    """The field by which they are chosen: of an article that is large, not all claims are."""
 
 
 LARGE = {"train": 20_000, "validation": 2_000, "test": 5_000}
 GROUPED: tuple[dict[str, Source], ...] = (
     {
-        "bb_vitaminc": Source("vitaminc_fact_verification", examples_of.vitaminc, "label", LARGE),
+        "bb_vitaminc": Source("vitaminc_fact_verification", examples_of.vitaminc, "label", LARGE, "claim"),
         "bb_fever": Source("fact_checker/fever", examples_of.fever, "label"),
     },
     {"bb_multiemo": Source("multiemo/all_sentence_en", examples_of.multiemo, "label", LARGE)},
@@ -98,7 +101,12 @@ def write(files: dict[str, Path], folder: SetFolder) -> None:
         for (task, record, _), root in zip(parsed, roots, strict=True):
             records[task].append({**record, "group": " ".join(parsed[root][2][0])})
         for task, source in group.items():
-            sides = split_by_group(records[task], lambda record: record["group"], source.most)
+            sides = split_by_group(
+                records[task],
+                operator.itemgetter("group"),
+                source.most,
+                operator.itemgetter(source.unit),
+            )
             folder.write_task(task, sides, source.label)
         if "bb_vitaminc" in group:
             folder.write_text("vitaminc_passages", _articles(records["bb_vitaminc"]))

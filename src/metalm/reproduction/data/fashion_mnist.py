@@ -1,7 +1,7 @@
 """Fashion-MNIST: pictures of clothes as yes/no questions, with the owner's split.
 
-The owner has no validation split: it is taken from the training pictures, of which those are left out that are
-the same as one of the test.
+The owner has no validation split: it is taken from the training pictures, of which those that are the same as
+one of the test are left out.
 """
 
 from __future__ import annotations

