@@ -51,16 +51,20 @@ class ParquetFile:
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         with self._damage("it is no parquet file that can be read"):
+            self._metadata = parquet.read_metadata(path)
+            schema = self._metadata.schema
+            leaves = [schema.column(number) for number in range(len(schema))]
+            self.columns = {leaf.path: number for number, leaf in enumerate(leaves)}
             self._file = parquet.ParquetFile(
                 path,
-                read_dictionary=list(texts),
+                metadata=self._metadata,
+                read_dictionary=[
+                    leaf.path for leaf in leaves if leaf.path in texts and leaf.physical_type == "BYTE_ARRAY"
+                ],
                 pre_buffer=False,
                 buffer_size=BUFFER_BYTES,
                 page_checksum_verification=True,
             )
-            self._metadata = self._file.metadata
-            schema = self._metadata.schema
-            self.columns = {schema.column(number).path: number for number in range(len(schema))}
 
     def __enter__(self) -> ParquetFile:
         return self
