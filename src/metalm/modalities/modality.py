@@ -120,6 +120,8 @@ class Modality:
 class Media(Modality, ABC):
     """Images, clips and the like: files that stand in pairs with text, and lead a span of their encoder."""
 
+    converted_suffixes: ClassVar[frozenset[str]] = frozenset()
+    """Of `other_suffixes`, those of files that a preparation turns into one of `formats`."""
     is_exported: ClassVar[bool]
     """Whether the shipped processor takes it."""
     noun: ClassVar[str]

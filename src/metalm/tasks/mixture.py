@@ -43,8 +43,8 @@ class TaskExamples:
         """What its examples are counted under."""
         return self.task.task
 
-    def examples(self) -> Iterator[tuple[float, Example | str]]:
-        """Each example or the cause of its absence, with the share of the task that is done.
+    def examples(self) -> Iterator[TaskExample]:
+        """Each example or the cause of its absence, with its record.
 
         Raises:
             ConfigError, DataError: the task's data cannot be used.
@@ -52,16 +52,17 @@ class TaskExamples:
         task, tally = self.task, Tally()
         records = TaskData(task, self.data, seed=self.seed).records(self.split, tally, most=self.most)
         for cause, (count, _) in tally.dropped.items():
-            yield from ((0.0, cause) for _ in range(count))
+            yield from (TaskExample(0.0, cause, {"task": task.task}) for _ in range(count))
         for number, record in enumerate(records):
             share = number / len(records)
+            place: Place = {"task": task.task, "record": record.key}
             for template in self._templates(record.key):
                 answers = record.answers if task.train_on == "each" else record.answers[:1]
                 for answer in answers:
                     try:
-                        yield share, render(task, template, record, answer)
+                        yield TaskExample(share, render(task, template, record, answer), place)
                     except UnusableRecord as unusable:
-                        yield share, unusable.cause
+                        yield TaskExample(share, unusable.cause, place)
 
     def _templates(self, key: str) -> Sequence[Template]:
         if self.wordings == "first":

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from metalm.config.model_schema import TEXT
 from metalm.data.documents.example import Example
@@ -14,7 +14,7 @@ from metalm.data.documents.example_members import members_of
 from metalm.data.preparation.folder import PreparationFolder
 from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
-from metalm.data.preparation.tally import Tally
+from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
 from metalm.data.storage.shard_scan import EXAMPLES
 from metalm.errors import BadSample
@@ -22,6 +22,17 @@ from metalm.modalities import MEDIA, Convert
 
 SHARD_BYTES = 512 << 20
 EXAMPLES_PER_MESSAGE = 64
+
+
+class TaskExample(NamedTuple):
+    """What a task gives."""
+
+    share: float
+    """Of the task, that is done."""
+    example: Example | str
+    """Or the cause of its absence."""
+    place: Place
+    """Where it was; `line` counts from the beginning of the task."""
 
 
 class ExampleTask(Protocol):
@@ -37,8 +48,8 @@ class ExampleTask(Protocol):
         """What its examples are counted under."""
         ...
 
-    def examples(self) -> Iterator[tuple[float, Example | str]]:
-        """Each example or the cause of its absence, with the share of the task that is done."""
+    def examples(self) -> Iterator[TaskExample]:
+        """Each example or the cause of its absence."""
         ...
 
 
@@ -55,11 +66,11 @@ class ExamplePreparation:
         tally = Tally()
         reported = 0.0
         with ShardWriter(self.folder.path, task.unit, self.shard_bytes) as writer:
-            for number, (share, example) in enumerate(task.examples()):
+            for number, (share, example, place) in enumerate(task.examples()):
                 try:
                     writer.write(f"{task.unit}-{number:06d}", self._members(example, task.source, tally))
                 except BadSample as bad:
-                    tally.drop(bad.cause)
+                    tally.drop(bad.cause, place)
                 if number % EXAMPLES_PER_MESSAGE == 0:
                     advance(share - reported)
                     reported = share
@@ -130,8 +141,10 @@ class _Given:
     given: Iterable[Example]
     unit: str = "0000-00000"
 
-    def examples(self) -> Iterator[tuple[float, Example | str]]:
-        return ((0.0, example) for example in self.given)
+    def examples(self) -> Iterator[TaskExample]:
+        return (
+            TaskExample(0.0, example, {"example": number}) for number, example in enumerate(self.given)
+        )
 
 
 def write_examples(

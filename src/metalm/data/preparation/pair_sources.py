@@ -150,8 +150,9 @@ def list_records(
 def _folder_records(source: Path, modality: Media) -> list[PairRecord]:
     """All files that can be read; behind them those of other formats, and captions of nothing."""
     files = sorted(source.rglob("*"))
-    media = [file for file in files if file.suffix[1:].lower() in modality.formats]
-    others = [file for file in files if file.suffix[1:].lower() in modality.other_suffixes]
+    readable = modality.formats.keys() | modality.converted_suffixes
+    media = [file for file in files if file.suffix[1:].lower() in readable]
+    others = [file for file in files if file.suffix[1:].lower() in modality.other_suffixes - readable]
     captioned = {file.with_suffix("") for file in (*media, *others)}
     orphans = [
         file
