@@ -18,6 +18,7 @@ from typing import get_args
 from metalm.cli import ToolParser, run_tool
 from metalm.data.documents.chats import TrainedAnswers
 from metalm.data.preparation.chat_shards import prepare_chats
+from metalm.data.preparation.folder import DROPPED_NAME
 from metalm.data.preparation.tally import format_table
 from metalm.modalities import MEDIA
 
@@ -73,6 +74,8 @@ def run_preparation(parser: argparse.ArgumentParser, options: argparse.Namespace
         processes=options.processes,
     )
     print(format_table(report, ("examples", "answers", "media", "bytes")))
+    if report["dropped"]:
+        print(f"where the dropped were: {options.out / DROPPED_NAME}")
     print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from metalm.data.documents.example import Example
+from metalm.data.preparation.example_shards import TaskExample
+from metalm.data.preparation.tally import Place
 from metalm.errors import ConfigError
 from metalm.tasks.records import Tally, TaskData
 from metalm.tasks.rendering import UnusableRecord, render
@@ -51,8 +52,9 @@ class TaskExamples:
         """
         task, tally = self.task, Tally()
         records = TaskData(task, self.data, seed=self.seed).records(self.split, tally, most=self.most)
-        for cause, (count, _) in tally.dropped.items():
-            yield from (TaskExample(0.0, cause, {"task": task.task}) for _ in range(count))
+        for cause, (count, first) in tally.dropped.items():
+            yield TaskExample(0.0, cause, {"task": task.task, "place": first})
+            yield from (TaskExample(0.0, cause, None) for _ in range(count - 1))
         for number, record in enumerate(records):
             share = number / len(records)
             place: Place = {"task": task.task, "record": record.key}

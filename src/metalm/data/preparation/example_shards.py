@@ -29,10 +29,10 @@ class TaskExample(NamedTuple):
 
     share: float
     """Of the task, that is done."""
-    example: Example | str
-    """Or the cause of its absence."""
-    place: Place
-    """Where it was; `line` counts from the beginning of the task."""
+    example: Example | str | None
+    """Or the cause of its absence; None: nothing stands there."""
+    place: Place | None
+    """Where it was; a `line` counts from the beginning of the task, 1. None: that is not known."""
 
 
 class ExampleTask(Protocol):
@@ -67,6 +67,10 @@ class ExamplePreparation:
         reported = 0.0
         with ShardWriter(self.folder.path, task.unit, self.shard_bytes) as writer:
             for number, (share, example, place) in enumerate(task.examples()):
+                if place is not None and "line" in place:
+                    tally.num_lines = int(place["line"])
+                if example is None:
+                    continue
                 try:
                     writer.write(f"{task.unit}-{number:06d}", self._members(example, task.source, tally))
                 except BadSample as bad:
@@ -142,9 +146,7 @@ class _Given:
     unit: str = "0000-00000"
 
     def examples(self) -> Iterator[TaskExample]:
-        return (
-            TaskExample(0.0, example, {"example": number}) for number, example in enumerate(self.given)
-        )
+        return (TaskExample(0.0, example, {"example": number}) for number, example in enumerate(self.given))
 
 
 def write_examples(

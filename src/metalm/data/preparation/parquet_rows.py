@@ -122,6 +122,19 @@ class ParquetFile:
                 return
             yield batch
 
+    def rows(self, group: RowGroup) -> Iterator[dict[str, Any] | None]:
+        """The rows of a group as plain values; None for one with a text that is not UTF-8.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        for batch in self.batches(group):
+            try:
+                found = batch.to_pylist()
+            except UnicodeDecodeError:
+                found = [_plain_row(batch, number) for number in range(len(batch))]
+            yield from found
+
     @contextmanager
     def _damage(self, what: str) -> Iterator[None]:
         import pyarrow
@@ -130,6 +143,13 @@ class ParquetFile:
             yield
         except (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
             raise DataError(f"cannot read {self.path}, {what}: {error}") from error
+
+
+def _plain_row(batch: Any, number: int) -> dict[str, Any] | None:
+    try:
+        return batch.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
 
 
 @dataclass(frozen=True)
