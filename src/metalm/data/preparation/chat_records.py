@@ -93,7 +93,11 @@ def _content(part: Any, files: MediaFiles, beside: Collection[str]) -> Content:
 
 
 def medium_of(named: Any, modality: str, files: MediaFiles) -> Medium:
-    """Of a name, or of a mapping that has one, or the bytes."""
+    """An image or a clip by its name, by a mapping that has its name or its bytes, or by the bytes.
+
+    Raises:
+        BadSample: `bad_turns`, it is none of these; or as `MediaFiles.read`.
+    """
     if isinstance(named, Mapping):
         found = {key: named[key] for key in _FILE_KEYS if named.get(key) is not None}
         if isinstance(found.get("bytes"), bytes):

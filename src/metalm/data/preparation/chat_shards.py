@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metalm.data.documents.chats import TrainedAnswers, chat_example
 from metalm.data.documents.example import Example
@@ -16,11 +17,13 @@ from metalm.errors import BadSample, ConfigError, MetaLMError
 from metalm.modalities import Convert
 
 
-class ChatForm(NamedTuple):
+@dataclass(frozen=True)
+class ChatForm:
     """How records become examples."""
 
     media_root: Path
     train: TrainedAnswers
+    keeps_rest = False
 
     def examples(self, record: Any) -> list[Example | str]:
         """The example of a record, or the cause of its absence."""

@@ -3,7 +3,7 @@
     texts, images           lists of one length, of which one holds something at each place: OBELICS
     text_list, image_info   sentences, and images that stand in front of one of them: MMC4
 
-An image is a name, a link that the table of images has, or its bytes. One that cannot be had is left out alone.
+An image is a name, a link that the table of images has, or its bytes. One that is missing is left out alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def document_of(record: Any, files: MediaFiles, paths: Mapping[str, str]) -> tup
         The document, and why images of it were left out, one by one.
 
     Raises:
-        BadSample: `no_document`, for the record has neither layout; `bad_document`, for it is not as its layout
-            says; `empty_document`.
+        BadSample: `no_document`, for the record has neither layout; or `bad_document`, for it is not as its
+            layout says.
     """
     if not isinstance(record, dict):
         raise BadSample("no_document")
@@ -56,8 +56,6 @@ def document_of(record: Any, files: MediaFiles, paths: Mapping[str, str]) -> tup
             parts.append(ExamplePart(medium_of(named, IMAGE, files).content, IMAGE, is_encoded=True))
         except BadSample as bad:
             left_out.append(bad.cause)
-    if not parts:
-        raise BadSample(left_out[0] if left_out else "empty_document")
     return Example(tuple(joined(parts))), left_out
 
 

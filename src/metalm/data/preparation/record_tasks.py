@@ -26,6 +26,11 @@ RECORDS_PER_TASK = 4096
 class RecordForm(Protocol):
     """How records become examples. It travels to processes."""
 
+    @property
+    def keeps_rest(self) -> bool:
+        """As of `TaskExample`."""
+        ...
+
     def examples(self, record: Any) -> Iterable[Example | str]:
         """The examples of a record, and the causes of what is left out."""
         ...
@@ -47,7 +52,7 @@ class _Lines:
                 share = min(1.0, max(0.0, (file.position - self.start) / max(1, end - self.start)))
                 place: Place = {"file": self.source, "line": number}
                 for example in self._of_line(line):
-                    yield TaskExample(share, example, place)
+                    yield TaskExample(share, example, place, self.form.keeps_rest)
 
     def _of_line(self, line: bytes | None) -> Iterable[Example | str | None]:
         if line is None:
@@ -73,7 +78,7 @@ class _Array:
         for number, record in enumerate(self.records):
             place: Place = {"file": self.source, "record": self.first + number}
             for example in self.form.examples(record):
-                yield TaskExample((number + 1) / len(self.records), example, place)
+                yield TaskExample((number + 1) / len(self.records), example, place, self.form.keeps_rest)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class _Rows:
             for number, row in enumerate(file.rows(self.group)):
                 place: Place = {"file": self.source, "row_group": self.group.number, "row": number}
                 for example in ["invalid_unicode"] if row is None else self.form.examples(row):
-                    yield TaskExample((number + 1) / self.group.num_rows, example, place)
+                    share = (number + 1) / self.group.num_rows
+                    yield TaskExample(share, example, place, self.form.keeps_rest)
 
 
 def record_tasks(number: int, path: Path, form: RecordForm) -> Iterator[ExampleTask]:
