@@ -25,7 +25,9 @@ from metalm.modalities import MEDIA
 
 def main() -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", type=Path, nargs="+", help=".jsonl (also .gz, .zst), .json or .parquet")
+    parser.add_argument(
+        "inputs", type=Path, nargs="+", help=".jsonl (also .gz, .zst, .bz2), .json or .parquet"
+    )
     parser.add_argument(
         "--media-folder",
         type=Path,
