@@ -122,6 +122,7 @@ def test_a_sentencepiece_model_encodes_as_it_did(
     kind: str, texts: list[str], run_tool: RunTool, tmp_path: Path
 ) -> None:
     model = trained(kind, texts, tmp_path)
+    texts = [*texts, "  fox   dogs over ", "a<tool>fox <tool> dogs<tool><tool>"]
     code, printed, error = run_tool("complete_tokenizer.py", model, "--out", tmp_path / "out")
     assert code == 0, error
     assert "does not give back every text" in printed if kind == "unigram" else "changed" not in printed
@@ -152,6 +153,7 @@ def trained(kind: str, texts: list[str], folder: Path) -> Path:
         vocab_size=320 if kind == "bpe" else 40,
         model_type=kind,
         minloglevel=2,
+        user_defined_symbols=["<tool>"],
         **(llama if kind == "bpe" else {}),
     )
     return folder / "model" / "tokenizer.model"
@@ -184,6 +186,9 @@ def test_what_is_no_tokenizer_is_refused_by_name(
             refused += 1
             assert "tokenizer." in str(error)
     assert refused > 5
+    model.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"tokenizer\.model cannot be used: it is no SentencePiece model"):
+        complete_tokenizer(model, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ConfigError, match=r"needs the package sentencepiece: .*metalm\[sentencepiece\]"):
         complete_tokenizer(model, tmp_path / "out")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
+from metalm.conversion.sentencepiece_model import UNLIKELY, read_sentencepiece
 from metalm.conversion.tokenizer_files import TOKENIZER_NAME
 from metalm.data.tokenizer import (
     SPECIAL_TOKENS,
@@ -20,8 +20,6 @@ from metalm.regular_files import read_regular
 SENTENCEPIECE_SUFFIX = ".model"
 SENTENCEPIECE_NAME = "tokenizer.model"
 MAX_BYTES = 256 << 20
-_UNLIKELY = 1000.0
-"""Of a logarithm: less likely than any other pieces of a text."""
 PROBES = (
     "The quick brown fox: 1234567890, 3.14e-10!",
     " blanks  in   front, between and behind  ",
@@ -91,26 +89,15 @@ def _file(source: Path) -> Path:
 
 
 def _of_sentencepiece(path: Path, content: bytes) -> bytes:
-    """The content of a tokenizer.json that encodes as a SentencePiece model does, made by transformers."""
+    """The content of a tokenizer.json that encodes as a SentencePiece model does."""
     try:
-        import google.protobuf
-        import sentencepiece
+        return str(read_sentencepiece(content, PROBES).to_str()).encode()
     except ImportError as error:
         raise ConfigError(
             f"{path} needs the package {error.name}: pip install 'metalm[sentencepiece]'"
         ) from None
-    del google, sentencepiece
-    import transformers
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / SENTENCEPIECE_NAME).write_bytes(content)
-        try:
-            found = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-            return str(found.backend_tokenizer.to_str()).encode()
-        except Exception as error:  # of what is no such model, whatever its parsers raise
-            raise DataError(
-                f"{path} is no SentencePiece model that transformers can convert: {error}"
-            ) from None
+    except ValueError as error:
+        raise DataError(f"{path} cannot be used: {error}") from None
 
 
 def _unforgeable(definition: bytes) -> bytes:
@@ -125,7 +112,7 @@ def _unforgeable(definition: bytes) -> bytes:
     if isinstance(model.get("merges"), list):
         model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in SPECIAL_TOKENS]
     elif model.get("type") == "Unigram" and isinstance(pieces := model.get("vocab"), list):
-        lowest = min(float(score) for _, score in pieces) - _UNLIKELY
+        lowest = min(float(score) for _, score in pieces) - UNLIKELY
         model["vocab"] = [[piece, lowest if piece in SPECIAL_TOKENS else score] for piece, score in pieces]
     return json.dumps(content, ensure_ascii=False).encode()
 
