@@ -16,6 +16,7 @@ from typing import get_args
 from metalm.cli import ToolParser, run_tool
 from metalm.data.documents.chats import TrainedAnswers
 from metalm.data.preparation.chat_shards import prepare_chats
+from metalm.data.preparation.folder import DROPPED_NAME
 from metalm.data.preparation.shard_arguments import add_first_number, add_shard_arguments, check_numbers
 from metalm.data.preparation.tally import format_table
 from metalm.modalities import MEDIA
@@ -23,7 +24,9 @@ from metalm.modalities import MEDIA
 
 def main() -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("inputs", type=Path, nargs="+", help=".jsonl (also .gz, .zst), .json or .parquet")
+    parser.add_argument(
+        "inputs", type=Path, nargs="+", help=".jsonl (also .gz, .zst, .bz2), .json or .parquet"
+    )
     parser.add_argument(
         "--media-folder",
         type=Path,
@@ -63,6 +66,8 @@ def run_preparation(parser: argparse.ArgumentParser, options: argparse.Namespace
         processes=options.processes,
     )
     print(format_table(report, ("examples", "answers", "media", "bytes")))
+    if report["dropped"]:
+        print(f"where the dropped were: {options.out / DROPPED_NAME}")
     print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
 
 

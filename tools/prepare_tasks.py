@@ -14,6 +14,7 @@ from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
 from metalm.data.preparation.example_shards import prepare_examples
+from metalm.data.preparation.folder import DROPPED_NAME
 from metalm.data.preparation.shard_arguments import add_shard_arguments, check_numbers
 from metalm.data.preparation.tally import format_table
 from metalm.tasks.mixture import TaskExamples, Wordings, choose_tasks
@@ -59,6 +60,8 @@ def main() -> None:
         processes=options.processes,
     )
     print(format_table(report, ("examples", "answers", "media", "bytes")))
+    if report["dropped"]:
+        print(f"where the dropped were: {options.out / DROPPED_NAME}")
     print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
 
 

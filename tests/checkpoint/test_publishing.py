@@ -37,7 +37,7 @@ def test_a_checkpoint_of_weights_is_whole_and_its_state_complete(tmp_path: Path)
         "guard": None,
         "origin": "a folder",
         "step": 0,
-        "topology": {"tensor": 1, "data": 1},
+        "topology": {"tensor": 1, "context": 1, "data": 1},
         "zero_stages": {"decoder": 0},
         "optimizer_steps": {"decoder": 0.0},
         "engine_counters": {"decoder": {"global_steps": 0, "skipped_steps": 0}},

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import io
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import webdataset
 
+from metalm.data.sources import open_source
 from metalm.data.storage.index import open_index
-from metalm.errors import BadSample
+from metalm.data.storage.shard_scan import FORMATS
+from metalm.errors import BadSample, ConfigError
+from metalm.modalities.aac import decode_aac
 from metalm.modalities.audio import decode_clip, prepare_clip
+from mutations import mutate_bytes
 
 RunTool = Callable[..., tuple[int, str, str]]
 
@@ -47,6 +54,97 @@ def test_what_cannot_be_kept_is_a_bad_sample() -> None:
         prepare_clip(wav(0.0, 16_000), None, None)
     with pytest.raises(BadSample, match="undecodable_audio"):
         prepare_clip(b"ID3 is no format of ours", None, None)
+
+
+def mp3(seconds: float, rate: int = 16_000) -> bytes:
+    file = io.BytesIO()
+    samples, _ = soundfile.read(io.BytesIO(wav(seconds, rate)))
+    soundfile.write(file, samples, rate, format="MP3")
+    return file.getvalue()
+
+
+def m4a(seconds: float, rate: int = 16_000, *, codec: str = "aac", form: str = "ipod") -> bytes:
+    """As FFmpeg writes it."""
+    file = io.BytesIO()
+    samples, _ = soundfile.read(io.BytesIO(wav(seconds, rate)), dtype="float32")
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return file.getvalue()
+
+
+def loudest_hertz(samples: np.ndarray, rate: int) -> float:
+    return float(np.argmax(np.abs(np.fft.rfft(samples))) * rate / len(samples))
+
+
+def test_an_mp3_stays_as_it_is_and_is_heard() -> None:
+    data = mp3(2.0)
+    assert prepare_clip(data, None, None) == ("mp3", data)
+    tagged = b"ID3\x03\0\0\0\0\0\x0a" + bytes(10) + data
+    assert prepare_clip(tagged, None, None) == ("mp3", tagged)
+    clip = decode_clip(data)
+    assert clip.sampling_rate == 16_000 and 32_000 <= len(clip.samples) < 32_000 + 3 * 1152
+    assert abs(loudest_hertz(clip.samples, 16_000) - 440) < 2
+    suffix, cut = prepare_clip(data, 8_000, 0.5)
+    assert (suffix, len(decode_clip(cut).samples)) == ("flac", 4_000)
+
+
+@pytest.mark.parametrize(
+    ("codec", "form"), [("aac", "ipod"), ("aac", "mp4"), ("aac", "adts"), ("alac", "ipod")]
+)
+def test_a_clip_of_aac_becomes_flac(codec: str, form: str) -> None:
+    suffix, data = prepare_clip(m4a(2.0, codec=codec, form=form), None, None)
+    clip = decode_clip(data)
+    assert (suffix, clip.sampling_rate) == ("flac", 16_000)
+    assert 32_000 <= len(clip.samples) < 32_000 + 3 * 1024
+    assert abs(loudest_hertz(clip.samples, 16_000) - 440) < 2
+    assert abs(np.abs(clip.samples[4000:-4000]).max() - 0.5) < 0.03
+
+
+def test_clips_of_mp3_and_m4a_are_prepared_and_read(run_tool: RunTool, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for number, (name, data) in enumerate({"a.mp3": mp3(0.5), "b.m4a": m4a(0.5), "c.M4A": b"ftyp"}.items()):
+        (tmp_path / "clips" / name).write_bytes(data)
+        (tmp_path / "clips" / name).with_suffix(".txt").write_text(f"number {number}")
+    code, out, err = run_tool("prepare_audio_text.py", tmp_path / "clips", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "dropped: undecodable_audio" in out
+    source = open_source("clips", tmp_path / "out", None)
+    assert source.index.num_samples == 2
+    for location in source.index.locate(np.arange(2)):
+        source.try_out(location)
+        assert FORMATS[location.format] in ("mp3", "flac")
+
+
+def test_without_its_package_aac_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ConfigError, match=r"m4a and aac need the package av: .*metalm\[m4a\]"):
+        prepare_clip(m4a_head(), None, None)
+
+
+def m4a_head() -> bytes:
+    return b"\0\0\0\x1cftypM4A "
+
+
+@pytest.mark.parametrize("kind", ["mp3", "m4a", "adts"])
+def test_mutated_clips_are_decoded_or_bad_samples(kind: str) -> None:
+    content = mp3(0.3) if kind == "mp3" else m4a(0.3, form="adts" if kind == "adts" else "ipod")
+    chance, bad = random.Random(4), 0
+    for _ in range(150):
+        try:
+            prepare_clip(mutate_bytes(content, chance), None, None)
+        except BadSample as error:
+            bad += 1
+            assert error.cause in ("undecodable_audio", "short_audio", "unknown_length", "audio_bomb")
+    assert bad > 5
+
+
+def test_too_much_to_decode_is_a_bad_sample() -> None:
+    with pytest.raises(BadSample, match="audio_bomb"):
+        decode_aac(m4a(0.5), max_values=4000)
 
 
 def test_folders_of_files_and_of_tars_give_the_same_pairs(run_tool: RunTool, tmp_path: Path) -> None:

@@ -1,60 +1,12 @@
-"""Another model's tokenizer with the five special tokens of ours, and what their embeddings start as."""
+"""What the embeddings of our special tokens start as in a model whose tokenizer lacked them."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import tokenizers
 import torch
 from torch import Tensor
 
-from metalm.conversion.tokenizer_files import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
-from metalm.data.tokenizer import (
-    BLANK_LINE,
-    DOCUMENT,
-    IMAGE,
-    PAD,
-    PARAGRAPH,
-    SPECIAL_TOKENS,
-    START,
-    Tokenizer,
-    load_tokenizer,
-    parse_tokenizer,
-)
-from metalm.errors import DataError
-from metalm.regular_files import read_regular
-
-
-def complete_tokenizer(folder: Path, out: Path) -> Tokenizer:
-    """Write a folder's tokenizer with our special tokens; those that it has keep their ids.
-
-    Raises:
-        DataError: there is no tokenizer.json, or raw text could forge a special token.
-    """
-    path = folder / TOKENIZER_NAME
-    if not path.is_file():
-        raise DataError(
-            f"{folder} holds no {TOKENIZER_NAME}; transformers writes one: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    try:
-        tokenizer = parse_tokenizer(read_regular(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a tokenizer: {error}") from None
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    out.mkdir(parents=True)
-    tokenizer.save(str(out / TOKENIZER_NAME))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": START,
-        "eos_token": DOCUMENT,
-        "pad_token": PAD,
-        "extra_special_tokens": [PARAGRAPH, IMAGE],
-        "clean_up_tokenization_spaces": False,
-    }
-    (out / TOKENIZER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    return load_tokenizer(out)
+from metalm.data.tokenizer import BLANK_LINE, Tokenizer
 
 
 def extend_embedding(

@@ -21,8 +21,9 @@ from metalm.checkpoint.names import CHECKPOINTS_NAME, PARTIAL_SUFFIX
 from metalm.checkpoint.publishing import checkpoint_of_weights
 from metalm.checkpoint.state import RunFacts
 from metalm.config import ModelConfig
+from metalm.conversion.completed_tokenizer import complete_tokenizer
 from metalm.conversion.foreign_decoders import ForeignDecoder, read_foreign_decoder
-from metalm.conversion.foreign_tokenizer import complete_tokenizer, extend_embedding
+from metalm.conversion.foreign_tokenizer import extend_embedding
 from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.conversion.restore import FolderWeights
 from metalm.data.tokenizer import Tokenizer

@@ -213,7 +213,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except KeyError as error:
         raise DataError(
             f"the tokenizer {file} lacks {error.args[0]}; it must have {', '.join(SPECIAL_TOKENS)}. "
-            "Train one with tools/train_tokenizer.py."
+            "tools/complete_tokenizer.py adds them, tools/train_tokenizer.py trains one."
         ) from error
     if forged:
         raise DataError(
@@ -250,6 +250,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     )
     model.train_from_iterator(_pieces_for_training(texts), trainer)
     folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer_config(folder)
+    model.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+def write_tokenizer_config(folder: Path) -> None:
+    """Write tokenizer_config.json, which tells transformers what our special tokens are for."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": START,
@@ -259,8 +266,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    model.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
 
 
 def _pieces_for_training(texts: Iterable[str]) -> Iterator[list[str]]:

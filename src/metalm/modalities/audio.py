@@ -21,6 +21,7 @@ import numpy as np
 from metalm.config.model_schema import AudioConfig, EncoderConfig
 from metalm.config.pretrained_audio import EXTRACTORS, SAMPLING_RATES
 from metalm.errors import BadSample, ConfigError
+from metalm.modalities import aac
 from metalm.modalities.modality import Board, Convert, Media
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 _UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile answers for a FLAC that was written to a pipe
 FORMATS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}
-"""First bytes of the only formats that are ever tried, whatever a member is called."""
+"""First bytes of the formats that are ever tried, whatever a member is called. The other is MP3."""
 MAX_VALUES = 100_000_000
 """Decoded at once, of all channels: 19 minutes of a compact disc."""
 MAX_AMPLITUDE = 1000.0
@@ -49,11 +50,13 @@ class Audio(Media):
     kind = "audio_text"
     noun = "clip"
     exported_name = "audio_values"
-    formats: ClassVar = {"wav": "wav", "flac": "flac", "ogg": "ogg"}
+    formats: ClassVar = {"wav": "wav", "flac": "flac", "ogg": "ogg", "mp3": "mp3"}
+    converted_suffixes = aac.SUFFIXES
     other_suffixes = frozenset(
         (
-            *("aac", "aif", "aiff", "amr", "ape", "m4a", "mka"),
-            *("mp3", "mp4", "oga", "opus", "webm", "wma", "wv"),
+            *("aif", "aiff", "amr", "ape", "mka"),
+            *("oga", "opus", "webm", "wma", "wv"),
+            *aac.SUFFIXES,
         )
     )
 
@@ -186,9 +189,9 @@ def decode_clip(data: bytes | memoryview, *, max_seconds: float = math.inf) -> C
         if frames * file.channels > MAX_VALUES:
             raise BadSample("audio_bomb")
         samples = file.read(frames, dtype="float32", always_2d=True)
-        if len(samples) < frames or not (np.abs(samples) <= MAX_AMPLITUDE).all():
+        if len(samples) < frames:
             raise BadSample("undecodable_audio")
-        return Clip(samples.mean(axis=1, dtype=np.float32), file.samplerate)
+        return _mixed(samples, file.samplerate)
 
 
 def resample(clip: Clip, sampling_rate: int) -> Clip:
@@ -254,15 +257,17 @@ class ClipReader:
 
 
 def audio_format(data: bytes | memoryview) -> str:
-    """One of FORMATS, by its first bytes.
+    """One of FORMATS, or `mp3`, by its first bytes.
 
     Raises:
         BadSample: `undecodable_audio`.
     """
-    try:
-        return FORMATS[bytes(data[:4])]
-    except KeyError:
-        raise BadSample("undecodable_audio") from None
+    head = bytes(data[:4])
+    if head in FORMATS:
+        return FORMATS[head]
+    if head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 6):
+        return "mp3"  # behind tags, or by the first frame's sync word and layer
+    raise BadSample("undecodable_audio")
 
 
 def encode_flac(clip: Clip) -> bytes:
@@ -317,13 +322,15 @@ def _at_most_a_second(audio: AudioConfig) -> AudioConfig:
 def prepare_clip(data: bytes, sampling_rate: int | None, max_seconds: float | None) -> tuple[str, bytes]:
     """Decodes a clip in full, and gives the suffix and the content of its shard member.
 
-    The bytes stay as they are unless the clip is longer than wanted or of a higher sampling rate: then it is
-    cut, resampled and encoded as FLAC, 16 bits, one channel.
+    The bytes stay as they are unless the clip is longer than wanted, of a higher sampling rate or in AAC:
+    then it is cut, resampled and encoded as FLAC, 16 bits, one channel.
 
     Raises:
-        BadSample: as `decode_clip` and `encode_flac`; `short_audio` if it is empty.
+        BadSample: as `decode_clip`, `decode_aac` and `encode_flac`; `short_audio` if it is empty.
+        ConfigError: as `decode_aac`.
     """
-    clip = decode_clip(data)
+    is_aac = aac.is_aac(data)
+    clip = _decode_aac(data) if is_aac else decode_clip(data)
     if not len(clip.samples):
         raise BadSample("short_audio")
     wanted = clip
@@ -331,7 +338,8 @@ def prepare_clip(data: bytes, sampling_rate: int | None, max_seconds: float | No
         wanted = Clip(clip.samples[: round(max_seconds * clip.sampling_rate)], clip.sampling_rate)
     if sampling_rate is not None and clip.sampling_rate > sampling_rate:
         wanted = resample(wanted, sampling_rate)
-    if len(wanted.samples) == len(clip.samples) and wanted.sampling_rate == clip.sampling_rate:
+    is_whole = len(wanted.samples) == len(clip.samples) and wanted.sampling_rate == clip.sampling_rate
+    if is_whole and not is_aac:
         return audio_format(data), data
     return "flac", encode_flac(wanted)
 
@@ -355,6 +363,20 @@ def _opened(data: bytes | memoryview) -> Iterator[Any]:
             yield file
     except soundfile.LibsndfileError:
         raise BadSample("undecodable_audio") from None
+
+
+def _decode_aac(data: bytes) -> Clip:
+    samples, sampling_rate = aac.decode_aac(data, MAX_VALUES)
+    if sampling_rate not in SAMPLING_RATES:
+        raise BadSample("undecodable_audio")
+    return _mixed(samples, sampling_rate)
+
+
+def _mixed(samples: np.ndarray, sampling_rate: int) -> Clip:
+    """The mean of channels [n, channels]."""
+    if not (np.abs(samples) <= MAX_AMPLITUDE).all():
+        raise BadSample("undecodable_audio")
+    return Clip(samples.mean(axis=1, dtype=np.float32), sampling_rate)
 
 
 def _longest(seconds: float, sampling_rate: int) -> int:

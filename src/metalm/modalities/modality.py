@@ -120,6 +120,8 @@ class Modality:
 class Media(Modality, ABC):
     """Images, clips and the like: files that stand in pairs with text, and lead a span of their encoder."""
 
+    converted_suffixes: ClassVar[frozenset[str]] = frozenset()
+    """Of `other_suffixes`, those of files that a preparation turns into one of `formats`."""
     noun: ClassVar[str]
     """What one is called to people."""
     exported_name: ClassVar[str]

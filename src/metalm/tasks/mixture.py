@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from metalm.data.documents.example import Example
+from metalm.data.preparation.example_shards import TaskExample
+from metalm.data.preparation.tally import Place
 from metalm.errors import ConfigError
 from metalm.tasks.records import Tally, TaskData
 from metalm.tasks.rendering import UnusableRecord, render
@@ -43,25 +44,27 @@ class TaskExamples:
         """What its examples are counted under."""
         return self.task.task
 
-    def examples(self) -> Iterator[tuple[float, Example | str]]:
-        """Each example or the cause of its absence, with the share of the task that is done.
+    def examples(self) -> Iterator[TaskExample]:
+        """Each example or the cause of its absence, with its record.
 
         Raises:
             ConfigError, DataError: the task's data cannot be used.
         """
         task, tally = self.task, Tally()
         records = TaskData(task, self.data, seed=self.seed).records(self.split, tally, most=self.most)
-        for cause, (count, _) in tally.dropped.items():
-            yield from ((0.0, cause) for _ in range(count))
+        for cause, (count, first) in tally.dropped.items():
+            yield TaskExample(0.0, cause, {"task": task.task, "place": first})
+            yield from (TaskExample(0.0, cause, None) for _ in range(count - 1))
         for number, record in enumerate(records):
             share = number / len(records)
+            place: Place = {"task": task.task, "record": record.key}
             for template in self._templates(record.key):
                 answers = record.answers if task.train_on == "each" else record.answers[:1]
                 for answer in answers:
                     try:
-                        yield share, render(task, template, record, answer)
+                        yield TaskExample(share, render(task, template, record, answer), place)
                     except UnusableRecord as unusable:
-                        yield share, unusable.cause
+                        yield TaskExample(share, unusable.cause, place)
 
     def _templates(self, key: str) -> Sequence[Template]:
         if self.wordings == "first":

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import webdataset
+from pyarrow import parquet
 
 from metalm.data.documents.example import Example, ExamplePart
+from metalm.data.preparation import record_tasks
 from metalm.data.preparation.chat_shards import prepare_chats
 from metalm.data.preparation.example_shards import default_converts, write_examples
 from metalm.data.sources import open_source
@@ -225,3 +228,33 @@ def test_examples_are_written_once(tmp_path: Path) -> None:
     assert write_examples(iter([]), tmp_path, plan={"task": "a"}, name="a") == report
     with pytest.raises(ConfigError, match="task was 'a', is 'b'"):
         write_examples(iter([example]), tmp_path, plan={"task": "b"}, name="a")
+
+
+def test_dropped_chats_are_placed_in_files_of_any_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines count from the beginning of the file, over all of its tasks."""
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    bad = {"messages": [{"role": "nobody", "content": "a"}]}
+    lines = [json.dumps(good), "", json.dumps(bad), "{", json.dumps(good), json.dumps(bad), ""]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.json").write_text(json.dumps([good, bad]))
+    parquet.write_table(
+        pyarrow.Table.from_pylist([good, good, bad]), tmp_path / "c.parquet", row_group_size=2
+    )
+    monkeypatch.setattr(record_tasks, "STRETCH_BYTES", 100)
+    monkeypatch.setattr(record_tasks, "RECORDS_PER_TASK", 1)
+    inputs = [tmp_path / name for name in ("a.jsonl", "b.json", "c.parquet")]
+    report = prepare_chats(inputs, tmp_path / "out", converts=default_converts(), settings={})
+    assert report["dropped"] == {"bad_json": 1, "unknown_role": 4}
+    dropped = map(json.loads, (tmp_path / "out" / "dropped.jsonl").read_text().splitlines())
+    assert sorted(dropped, key=str) == sorted(
+        [
+            {"cause": "bad_json", "file": "a.jsonl", "line": 4},
+            {"cause": "unknown_role", "file": "a.jsonl", "line": 3},
+            {"cause": "unknown_role", "file": "a.jsonl", "line": 6},
+            {"cause": "unknown_role", "file": "b.json", "record": 1},
+            {"cause": "unknown_role", "file": "c.parquet", "row_group": 1, "row": 0},
+        ],
+        key=str,
+    )

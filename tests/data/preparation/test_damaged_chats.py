@@ -15,8 +15,9 @@ import pytest
 
 from metalm.data.documents.example import Example
 from metalm.data.documents.example_members import members_of, read_example
-from metalm.data.preparation.chat_shards import ChatForm, ChatLines
+from metalm.data.preparation.chat_shards import ChatForm
 from metalm.data.preparation.example_shards import default_converts
+from metalm.data.preparation.record_tasks import record_tasks
 from metalm.errors import BadSample
 from mutations import mutate_bytes, mutate_value
 
@@ -55,7 +56,7 @@ def records(jpeg: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory
 
 def test_sound_records_become_examples(records: tuple[Path, list[Any]]) -> None:
     folder, sound = records
-    assert all(isinstance(ChatForm(folder, "all").example(record), Example) for record in sound)
+    assert all(isinstance(ChatForm(folder, "all").examples(record)[0], Example) for record in sound)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -64,7 +65,7 @@ def test_damaged_records(seed: int, records: tuple[Path, list[Any]]) -> None:
     chance, form, converts = random.Random(seed), ChatForm(folder, "all"), default_converts()
     kept = 0
     for number in range(MUTATED_RECORDS):
-        example = form.example(mutate_value(sound[number % len(sound)], chance))
+        [example] = form.examples(mutate_value(sound[number % len(sound)], chance))
         if isinstance(example, str):
             assert example.replace("_", "").isalpha()
             continue
@@ -83,15 +84,15 @@ def test_damaged_files(seed: int, records: tuple[Path, list[Any]], tmp_path: Pat
     whole = "".join(json.dumps(record) + "\n" for record in sound).encode()
     for _ in range(MUTATED_FILES):
         path.write_bytes(mutate_bytes(whole, chance))
-        found = ChatLines("0000-00000", "chats", ChatForm(folder, "all"), path, 0, None).examples()
-        assert all(isinstance(example, (Example, str)) for _, example in found)
+        for task in record_tasks(0, path, ChatForm(folder, "all")):
+            assert all(isinstance(one.example, (Example, str, type(None))) for one in task.examples())
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_damaged_samples_of_shards(seed: int, records: tuple[Path, list[Any]]) -> None:
     folder, sound = records
     chance, form = random.Random(seed), ChatForm(folder, "all")
-    examples = [one for record in sound if isinstance(one := form.example(record), Example)]
+    examples = [one for record in sound if isinstance(one := form.examples(record)[0], Example)]
     members = [members_of(example, default_converts()) for example in examples]
     kept = 0
     for number in range(MUTATED_RECORDS):

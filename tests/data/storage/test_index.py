@@ -261,3 +261,14 @@ def test_another_tokenizer_is_refused_and_both_sides_are_named(
     (folder / "index.json").write_text(json.dumps({**document, "tokenizer_fingerprint": FINGERPRINT}))
     with pytest.raises(DataError, match=f"{FINGERPRINT[:16]}.*{tokenizer.fingerprint[:16]}"):
         open_source("a", folder, tokenizer)
+
+
+def test_compressed_shards_are_named_as_passed_over(
+    tmp_path: Path, write_shard: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shard(tmp_path / "a.tar", [{"txt": b"fox"}])
+    for name in ("b.tar.gz", "c.tar.zst", "d.tgz", "e.tar.bz2"):
+        (tmp_path / name).write_bytes(b"")
+    assert build_index(tmp_path, kind="text").num_samples == 1
+    [message] = caplog.messages
+    assert "4 compressed shards are passed over (b.tar.gz, c.tar.zst, d.tgz, ...): unpack them" in message

@@ -50,7 +50,7 @@ def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
     else:
         raise BadSample("no_turns")
     for name, listed in beside.items():
-        turns = _placed(turns, [_medium(one, name, files) for one in listed], _placeholder(name))
+        turns = _placed(turns, [medium_of(one, name, files) for one in listed], _placeholder(name))
     return turns
 
 
@@ -89,11 +89,15 @@ def _content(part: Any, files: MediaFiles, beside: Collection[str]) -> Content:
         return _placeholder(modality)
     if not named:
         raise BadSample("bad_turns")
-    return _medium(named[0], modality, files)
+    return medium_of(named[0], modality, files)
 
 
-def _medium(named: Any, modality: str, files: MediaFiles) -> Medium:
-    """Of a name, or of a mapping that has one, or the bytes."""
+def medium_of(named: Any, modality: str, files: MediaFiles) -> Medium:
+    """An image or a clip by its name, by a mapping that has its name or its bytes, or by the bytes.
+
+    Raises:
+        BadSample: `bad_turns`, it is none of these; or as `MediaFiles.read`.
+    """
     if isinstance(named, Mapping):
         found = {key: named[key] for key in _FILE_KEYS if named.get(key) is not None}
         if isinstance(found.get("bytes"), bytes):

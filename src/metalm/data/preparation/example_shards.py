@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from metalm.config.model_schema import TEXT
 from metalm.data.documents.example import Example
@@ -14,7 +14,7 @@ from metalm.data.documents.example_members import members_of
 from metalm.data.preparation.folder import PreparationFolder
 from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
-from metalm.data.preparation.tally import Tally
+from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
 from metalm.data.storage.shard_scan import EXAMPLES
 from metalm.errors import BadSample
@@ -22,6 +22,19 @@ from metalm.modalities import MEDIA, Convert
 
 SHARD_BYTES = 512 << 20
 EXAMPLES_PER_MESSAGE = 64
+
+
+class TaskExample(NamedTuple):
+    """What a task gives."""
+
+    share: float
+    """Of the task, that is done."""
+    example: Example | str | None
+    """Or the cause of its absence; None: nothing stands there."""
+    place: Place | None
+    """Where it was; a `line` counts from the beginning of the task, 1. None: that is not known."""
+    keeps_rest: bool = False
+    """Whether an image or a clip that cannot be used is left out alone, and counted."""
 
 
 class ExampleTask(Protocol):
@@ -37,8 +50,8 @@ class ExampleTask(Protocol):
         """What its examples are counted under."""
         ...
 
-    def examples(self) -> Iterator[tuple[float, Example | str]]:
-        """Each example or the cause of its absence, with the share of the task that is done."""
+    def examples(self) -> Iterator[TaskExample]:
+        """Each example or the cause of its absence."""
         ...
 
 
@@ -55,25 +68,35 @@ class ExamplePreparation:
         tally = Tally()
         reported = 0.0
         with ShardWriter(self.folder.path, task.unit, self.shard_bytes) as writer:
-            for number, (share, example) in enumerate(task.examples()):
+            for number, (share, example, place, keeps_rest) in enumerate(task.examples()):
+                if place is not None and "line" in place:
+                    tally.num_lines = int(place["line"])
+                if example is None:
+                    continue
+                left_out: list[str] | None = [] if keeps_rest else None
                 try:
-                    writer.write(f"{task.unit}-{number:06d}", self._members(example, task.source, tally))
+                    members = self._members(example, task.source, tally, left_out)
+                    writer.write(f"{task.unit}-{number:06d}", members)
                 except BadSample as bad:
-                    tally.drop(bad.cause)
+                    tally.drop(bad.cause, place)
+                for cause in left_out or ():
+                    tally.drop(cause, place)
                 if number % EXAMPLES_PER_MESSAGE == 0:
                     advance(share - reported)
                     reported = share
         self.folder.record(task.unit, writer.shards, tally)
         advance(1.0 - reported)
 
-    def _members(self, example: Example | str, source: str, tally: Tally) -> dict[str, bytes]:
+    def _members(
+        self, example: Example | str, source: str, tally: Tally, left_out: list[str] | None
+    ) -> dict[str, bytes]:
         if isinstance(example, str):
             raise BadSample(example)
         if not any(part.is_trained and part.content for part in example.parts):
             raise BadSample("no_answer")
-        members = members_of(example, self.converts)
+        members = members_of(example, self.converts, left_out)
         answers = sum(part.is_trained for part in example.parts)
-        media = sum(part.modality != TEXT for part in example.parts)
+        media = sum(part.modality != TEXT for part in example.parts) - len(left_out or ())
         tally.keep(source, examples=1, answers=answers, media=media, bytes=sum(map(len, members.values())))
         return members
 
@@ -130,8 +153,8 @@ class _Given:
     given: Iterable[Example]
     unit: str = "0000-00000"
 
-    def examples(self) -> Iterator[tuple[float, Example | str]]:
-        return ((0.0, example) for example in self.given)
+    def examples(self) -> Iterator[TaskExample]:
+        return (TaskExample(0.0, example, {"example": number}) for number, example in enumerate(self.given))
 
 
 def write_examples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import stat
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -88,6 +89,16 @@ class MediaFiles:
         with self._root.open("rb") as file:
             file.seek(member.offset)
             return file.read(member.size)
+
+
+@functools.lru_cache(maxsize=4)
+def open_media_files(root: Path) -> MediaFiles:
+    """Those of a folder or a tar, opened once in a process.
+
+    Raises:
+        DataError: as `MediaFiles`.
+    """
+    return MediaFiles(root)
 
 
 def _inline(uri: str, modality: str) -> bytes:

@@ -24,6 +24,7 @@ from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
 from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
+from metalm.data.storage.index import warn_of_compressed
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import Convert, Media
 
@@ -180,6 +181,8 @@ def _tasks(
         raise DataError(
             f"{source}: expected a folder, a COCO {COCO_SUFFIX}, or one of {', '.join(TABLE_SUFFIXES)}"
         )
+    if source.is_dir():
+        warn_of_compressed(source)
     if source.is_dir() and (tars := sorted(source.glob("*.tar"))):
         check_files(tars)
         for position, tar in enumerate(tars):

@@ -150,8 +150,9 @@ def list_records(
 def _folder_records(source: Path, modality: Media) -> list[PairRecord]:
     """All files that can be read; behind them those of other formats, and captions of nothing."""
     files = sorted(source.rglob("*"))
-    media = [file for file in files if file.suffix[1:].lower() in modality.formats]
-    others = [file for file in files if file.suffix[1:].lower() in modality.other_suffixes]
+    readable = modality.formats.keys() | modality.converted_suffixes
+    media = [file for file in files if file.suffix[1:].lower() in readable]
+    others = [file for file in files if file.suffix[1:].lower() in modality.other_suffixes - readable]
     captioned = {file.with_suffix("") for file in (*media, *others)}
     orphans = [
         file
@@ -204,7 +205,7 @@ def _coco_records(source: Path, root: Path) -> list[PairRecord]:
 def _table_records(source: Path, root: Path, path_column: str, caption_column: str) -> list[PairRecord]:
     captions: dict[str, list[str]] = {}
     lines: dict[str, int] = {}
-    for line, row in _rows(source):
+    for line, row in table_rows(source):
         try:
             found = listed(row["captions"]) if row.get("captions") else [row[caption_column]]
             path = str(row[path_column])
@@ -218,8 +219,13 @@ def _table_records(source: Path, root: Path, path_column: str, caption_column: s
     return [PairRecord(root / path, tuple(texts), lines[path]) for path, texts in captions.items()]
 
 
-def _rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The rows of a table by column name, with line numbers."""
+def table_rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows of a table by column name, with line numbers.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read as text.
+        DataError: it is no table.
+    """
     with io.TextIOWrapper(open_regular(source), encoding="utf-8-sig", newline="") as file:
         if source.suffix != ".jsonl":
             csv.field_size_limit(MAX_MEMBER_BYTES)

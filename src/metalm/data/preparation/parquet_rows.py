@@ -51,16 +51,20 @@ class ParquetFile:
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         with self._damage("it is no parquet file that can be read"):
+            self._metadata = parquet.read_metadata(path)
+            schema = self._metadata.schema
+            leaves = [schema.column(number) for number in range(len(schema))]
+            self.columns = {leaf.path: number for number, leaf in enumerate(leaves)}
             self._file = parquet.ParquetFile(
                 path,
-                read_dictionary=list(texts),
+                metadata=self._metadata,
+                read_dictionary=[
+                    leaf.path for leaf in leaves if leaf.path in texts and leaf.physical_type == "BYTE_ARRAY"
+                ],
                 pre_buffer=False,
                 buffer_size=BUFFER_BYTES,
                 page_checksum_verification=True,
             )
-            self._metadata = self._file.metadata
-            schema = self._metadata.schema
-            self.columns = {schema.column(number).path: number for number in range(len(schema))}
 
     def __enter__(self) -> ParquetFile:
         return self
@@ -118,6 +122,19 @@ class ParquetFile:
                 return
             yield batch
 
+    def rows(self, group: RowGroup) -> Iterator[dict[str, Any] | None]:
+        """The rows of a group as plain values; None for one with a text that is not UTF-8.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        for batch in self.batches(group):
+            try:
+                found = batch.to_pylist()
+            except UnicodeDecodeError:
+                found = [_plain_row(batch, number) for number in range(len(batch))]
+            yield from found
+
     @contextmanager
     def _damage(self, what: str) -> Iterator[None]:
         import pyarrow
@@ -126,6 +143,13 @@ class ParquetFile:
             yield
         except (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
             raise DataError(f"cannot read {self.path}, {what}: {error}") from error
+
+
+def _plain_row(batch: Any, number: int) -> dict[str, Any] | None:
+    try:
+        return batch.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ MAX_PLACES = 100
 """Dropped samples of one cause that a work unit remembers the places of."""
 
 Place = dict[str, str | int]
-"""Where a dropped sample was: `file`, and `line` (from 1) where the file has lines."""
+"""Where a dropped sample was: `file`, and `line` (from 1) where the file has lines; of other files
+`row_group` and `row`, `record` or `document`, from 0."""
 
 
 class Tally:

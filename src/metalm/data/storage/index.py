@@ -271,11 +271,26 @@ def _local_shards(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of shards")
     names = sorted(path.name for path in folder.glob("*.tar"))
-    if not names:
+    if names:
+        warn_of_compressed(folder)
+    else:
         raise DataError(
             f"{folder} holds no *.tar shard (compressed shards cannot be indexed: unpack them first)"
         )
     return names
+
+
+def warn_of_compressed(folder: Path) -> None:
+    """Say which shards of a folder are passed over."""
+    found = sorted(path.name for path in (*folder.glob("*.tar.*"), *folder.glob("*.tgz")))
+    if found:
+        logger.warning(
+            "%s: %d compressed shards are passed over (%s%s): unpack them first",
+            folder,
+            len(found),
+            ", ".join(found[:3]),
+            ", ..." if len(found) > 3 else "",
+        )
 
 
 def _scan_file(folder: Path, name: str, kind: str, *, max_member_bytes: int) -> tuple[Shard, np.ndarray]:

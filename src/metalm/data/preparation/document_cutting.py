@@ -1,0 +1,80 @@
+"""Documents with images that are longer than a row, in consecutive pieces that are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metalm.config.model_schema import TEXT
+from metalm.data.documents.example import Example, ExamplePart
+from metalm.data.tokenizer import Tokenizer
+from metalm.errors import BadSample
+
+_SPECIAL = 2
+"""`<s>` and `</d>` of every piece."""
+
+
+@dataclass(frozen=True)
+class DocumentCutter:
+    """Cuts between parts, and texts between words. Nothing is lost but the blanks at the cuts."""
+
+    tokenizer: Tokenizer
+    positions: int
+    """Of a piece, at most."""
+    image_positions: int
+    """Of an image: its vectors."""
+
+    def cut(self, document: Example) -> list[Example]:
+        """The pieces of a document, in their order.
+
+        Raises:
+            BadSample: `too_long`, an image or a single word.
+        """
+        pieces: list[Example] = []
+        parts: list[ExamplePart] = []
+        room = whole = self.positions - _SPECIAL
+        for part in document.parts:
+            rest: ExamplePart | None = part
+            while rest is not None:
+                head, size, rest_after = self._head(rest, room)
+                if head is None:
+                    if room == whole:
+                        raise BadSample("too_long")
+                    pieces.append(Example(tuple(parts)))
+                    parts, room = [], whole
+                    continue
+                parts.append(head)
+                room -= size
+                rest = rest_after
+        return [*pieces, Example(tuple(parts))] if parts else pieces
+
+    def _head(self, part: ExamplePart, room: int) -> tuple[ExamplePart | None, int, ExamplePart | None]:
+        """What of a part has room, its positions, and what is left of it."""
+        if part.modality != TEXT:
+            fits = self.image_positions <= room
+            return (part if fits else None), self.image_positions, None
+        assert isinstance(part.content, str)
+        size = self._size(part.content)
+        if size <= room:
+            return part, size, None
+        text = self._beginning(part.content, room, size)
+        rest = part.content[len(text) :].strip()
+        if not text.strip():
+            return None, 0, part
+        head = ExamplePart(text.rstrip(), is_trained=True)
+        return head, self._size(text.rstrip()), ExamplePart(rest, is_trained=True) if rest else None
+
+    def _beginning(self, text: str, room: int, size: int) -> str:
+        """The longest beginning of a text of `size` tokens, to the end of a word, that has room."""
+        low, high = 0, min(len(text), 2 * len(text) * max(room, 0) // size + 16)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._size(text[:middle]) <= room:
+                low = middle
+            else:
+                high = middle
+        while low and not (text[low - 1].isspace() or text[low : low + 1].isspace()):
+            low -= 1
+        return text[:low]
+
+    def _size(self, text: str) -> int:
+        return len(self.tokenizer.encode([text])[0])
