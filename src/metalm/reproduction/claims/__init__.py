@@ -1,0 +1,11 @@
+"""The claims that can be tried, by letter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from metalm.reproduction.arms import Setting
+from metalm.reproduction.claim import Claim
+from metalm.reproduction.claims.frozen_decoder import frozen_decoder
+
+CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {"b": frozen_decoder}
