@@ -20,10 +20,10 @@ from metalm.reproduction.sections import Block, Picture, Section, Table, as_mark
 TITLE = "The paper's claims in small"
 BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
 RULE = (
-    "The rule, written before the runs: a comparison is shown if the 95% intervals (Student's t over seeds) do not "
-    "touch and lie as claimed, contradicted if they lie the other way round, and not shown else. A claim is shown "
-    "if all of its comparisons are, contradicted if one is. Each arm's learning rate is chosen on validation with "
-    "a seed of its own; an arm on shuffled labels must fall to chance."
+    "The rule, written before the runs: a comparison is shown if the 95% intervals (Student's t over seeds) do "
+    "not touch and lie as claimed, contradicted if they lie the other way round, and not shown else. A claim is "
+    "shown if all of its comparisons are, contradicted if one is. Each arm's learning rate is chosen on "
+    "validation with a seed of its own; an arm on shuffled labels must fall to chance."
 )
 ALL_NAME = "claims.png"
 
@@ -34,8 +34,11 @@ def write_report(
     """Write `report.md`, `report.html` and their pictures into the folder of all.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: there are no scores, or matplotlib is not installed.
     """
+    results = [one for one in results if one.measured]
+    if not results:
+        raise ConfigError(f"there are no scores in {setting.out} yet: run the jobs first")
     sections = [Section("Verdicts", (RULE, verdict_table(results)))]
     for one in results:
         picture = setting.out / f"claim_{one.claim.letter}.png"
@@ -175,7 +178,8 @@ def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
     return Section(
         "Where and how long",
         (
-            f"Commit {', '.join(commits)}; {'; '.join(machines)}; scale {setting.scale}, {setting.seeds} seeds.",
+            f"Commit {', '.join(commits)}; {'; '.join(machines)}.",
+            f"Scale {setting.scale}, {setting.seeds} seeds.",
             f"{len(done)} of {len(jobs)} jobs are done, in {total / 60:.0f} minutes of wall time in all.",
             Table(("job", "minutes"), rows),
         ),
