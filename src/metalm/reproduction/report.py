@@ -20,7 +20,7 @@ from metalm.reproduction.sections import Block, Picture, Section, Table, as_mark
 TITLE = "The paper's claims in small"
 BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
 RULE = (
-    "The rule, written before the runs: a comparison is shown if the 95% intervals (Student's t over seeds) do "
+    "The rule, written before the runs: a comparison is shown if the 95% intervals (t distribution) do "
     "not touch and lie as claimed, contradicted if they lie the other way round, and not shown else. A claim "
     "is shown if all of its comparisons are, contradicted if one is. Each arm's learning rate is chosen on "
     "validation with a seed of its own; an arm on shuffled labels must fall to chance."

@@ -84,17 +84,18 @@ def write_encoded(path: Path, out: Path) -> None:
 
 
 def write_shuffled(path: Path, data: Path, out: Path, seed: int) -> None:
-    """A task whose answers of training belong to other records: `out/TASK.yaml`, and its train split there.
+    """A task whose answers of training belong to other records: `out/TASK.yaml`, and its records there.
 
-    The other splits are the task's own.
+    The other splits are the task's own, and images stay where they are.
 
     Raises:
         DataError: the records are no JSON Lines.
     """
     task = load_task(path)
-    if task.data.reader != JSON_LINES or task.data.archive:
-        raise DataError(f"{path}: only tasks of JSON Lines in a folder can be shuffled")
-    files = DataFiles(data / task.data.folder)
+    if task.data.reader != JSON_LINES:
+        raise DataError(f"{path}: only tasks of JSON Lines can be shuffled")
+    folder = data / task.data.folder
+    files = DataFiles(folder, task.data.archive)
     key = task.data.fields[task.answer]
     for split in task.data.files:
         records: list[Any] = list(read_records(task.data, files, split))
@@ -105,6 +106,8 @@ def write_shuffled(path: Path, data: Path, out: Path, seed: int) -> None:
         _write(out / f"{split}.jsonl", (json.dumps(record) + "\n" for record in records))
     content = read_yaml(path)
     content["data"] |= {"folder": ".", "files": {split: f"{split}.jsonl" for split in task.data.files}}
+    if task.data.archive is not None:
+        content["data"]["archive"] = str((folder / task.data.archive).absolute())
     (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
 
 

@@ -7,5 +7,6 @@ from collections.abc import Callable, Mapping
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Claim
 from metalm.reproduction.claims.frozen_decoder import frozen_decoder
+from metalm.reproduction.claims.questions_about_images import questions_about_images
 
-CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {"b": frozen_decoder}
+CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {"b": frozen_decoder, "f": questions_about_images}
