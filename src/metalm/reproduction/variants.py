@@ -84,7 +84,7 @@ def write_encoded(path: Path, out: Path) -> None:
 
 
 def write_shuffled(path: Path, data: Path, out: Path, seed: int) -> None:
-    """A task whose answers of training belong to other records: `out/TASK.yaml`, and its records there.
+    """A task with the training answers of other records: `out/TASK.yaml`, and its records in `out/TASK`.
 
     The other splits are the task's own, and images stay where they are.
 
@@ -103,9 +103,9 @@ def write_shuffled(path: Path, data: Path, out: Path, seed: int) -> None:
             answers = [record[key] for record in records]
             random.Random(seed).shuffle(answers)
             records = [{**record, key: answer} for record, answer in zip(records, answers, strict=True)]
-        _write(out / f"{split}.jsonl", (json.dumps(record) + "\n" for record in records))
+        _write(out / task.task / f"{split}.jsonl", (json.dumps(record) + "\n" for record in records))
     content = read_yaml(path)
-    content["data"] |= {"folder": ".", "files": {split: f"{split}.jsonl" for split in task.data.files}}
+    content["data"] |= {"folder": task.task, "files": {split: f"{split}.jsonl" for split in task.data.files}}
     if task.data.archive is not None:
         content["data"]["archive"] = str((folder / task.data.archive).absolute())
     (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
@@ -132,7 +132,7 @@ def _write(path: Path, lines: Iterator[str]) -> None:
 def main() -> None:
     parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("texts", "worded", "encoded", "shuffled", "blind"))
-    parser.add_argument("tasks", type=Path, nargs="+", help="task files; of `shuffled` and `blind` one")
+    parser.add_argument("tasks", type=Path, nargs="+", help="task files")
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="folder of all tasks' data")
     parser.add_argument("--fields", default="text", help="of `texts`: those of a record, with commas between")
     parser.add_argument("--seed", type=int, default=0)
@@ -148,15 +148,13 @@ def main() -> None:
         count = write_worded(options.tasks, options.data, options.out, options.most)
         print(f"{count:,} texts in {options.out}")
         return
-    if options.what == "encoded":
-        for path in options.tasks:
+    for path in options.tasks:
+        if options.what == "encoded":
             write_encoded(path, options.out)
-        return
-    (task,) = options.tasks
-    if options.what == "shuffled":
-        write_shuffled(task, options.data, options.out, options.seed)
-    else:
-        write_blind(task, options.out)
+        elif options.what == "blind":
+            write_blind(path, options.out)
+        else:
+            write_shuffled(path, options.data, options.out, options.seed)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _by_share(setting: Setting, name: str) -> dict[str, Arm]:
             rate_of=None if is_searcher else found[SEARCHED_AT],
             minutes={"1": 1.0, "10": 2.0, "100": 5.0}[share],
         )
-    return {share: found[share] for share in TRAINED_ON}
+    return found
 
 
 def _task(setting: Setting) -> Path:
