@@ -6,12 +6,12 @@ Jobs that are done are passed over. One that was killed starts again: its comman
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from subprocess import STDOUT, Popen
 
 from metalm.errors import ConfigError, FaultError
 from metalm.reproduction.jobs import Job, Marks
@@ -31,7 +31,7 @@ class Queue:
         """
         self.marks = Marks(out)
         self._jobs, self._say = list(jobs), say
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._running: set[Popen[bytes]] = set()
         self._is_stopped = False
         self._lock = threading.Lock()
         (out / "jobs").mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class Queue:
                 with self._lock:
                     if self._is_stopped:
                         return "stopped"
-                    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+                    process = Popen(command, stdout=log, stderr=STDOUT)
                     self._running.add(process)
                 code = process.wait()
                 with self._lock:
