@@ -1,1 +1,1 @@
-"""The paper's claims tried in small, on real data: arms, their queue, and the report."""
+"""The paper's claims tried at small scale on public data."""
