@@ -13,7 +13,7 @@ from distributed.fork_server import Program
 from metalm.reproduction import queue
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series, jobs_of
-from metalm.reproduction.jobs import Job, module, tool
+from metalm.reproduction.jobs import Job, tool
 from metalm.reproduction.report import write_report
 from metalm.reproduction.results import results_of
 from reproduction.invented import write_task
@@ -57,7 +57,7 @@ def claim(setting: Setting) -> Claim:
     where = ("--data", setting.data)
     shards = setting.shared("train")
     commands = [
-        module("variants", "worded", task, *where, "--out", worded),
+        tool("vary_task", "worded", task, *where, "--out", worded),
         tool("train_tokenizer", worded, "--vocab-size", 512, "--out", tokenizer),
         tool("prepare_tasks", "--tasks", task, *where, "--processes", 1, "--out", shards),
     ]

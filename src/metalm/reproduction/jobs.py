@@ -124,11 +124,6 @@ def metalm(*words: object) -> Command:
     return (sys.executable, "-m", "metalm", *map(str, words))
 
 
-def module(name: str, *words: object) -> Command:
-    """The command of one of this package's modules."""
-    return (sys.executable, "-m", f"metalm.reproduction.{name}", *map(str, words))
-
-
 def pipeline(name: str) -> Path:
     """A pipeline of this folder's."""
     return project_root() / PIPELINES / f"{name}.yaml"

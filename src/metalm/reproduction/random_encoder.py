@@ -1,7 +1,4 @@
-"""An encoder of the same shape and tokenizer as a pretrained one, with random weights.
-
-Example: python -m metalm.reproduction.random_encoder data/real/minilm/encoder --out data/random
-"""
+"""An encoder of the same shape and tokenizer as a pretrained one, with random weights."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-
-from metalm.cli import ToolParser, run_tool
 
 WEIGHTS = "model.safetensors"
 STD = 0.02
@@ -33,17 +28,3 @@ def write_random_encoder(folder: Path, out: Path, seed: int) -> None:
     for path in folder.glob("*.json"):
         shutil.copy(path, out)
     save_file(drawn, out / WEIGHTS, metadata={"format": "pt"})
-
-
-def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="that save_pretrained wrote")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    write_random_encoder(options.folder, options.out, options.seed)
-    print(f"{options.out}: random weights, seed {options.seed}")
-
-
-if __name__ == "__main__":
-    run_tool(main)

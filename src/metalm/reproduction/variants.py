@@ -1,7 +1,4 @@
-"""What is made of real tasks for the arms: texts, other wordings, shuffled labels, questions without images.
-
-Each is a command: `python -m metalm.reproduction.variants texts TASK... --data DATA --out FILE.jsonl`.
-"""
+"""What is made of real tasks for the arms: texts, other wordings, shuffled labels, no images."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from metalm.cli import ToolParser, run_tool
 from metalm.config.plain_files import read_yaml
 from metalm.errors import DataError
 from metalm.reproduction.groups import check_groups
@@ -127,35 +123,3 @@ def _write(path: Path, lines: Iterator[str]) -> None:
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
     partial.replace(path)
-
-
-def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("texts", "worded", "encoded", "shuffled", "blind"))
-    parser.add_argument("tasks", type=Path, nargs="+", help="task files")
-    parser.add_argument("--data", type=Path, default=Path("data/real"), help="folder of all tasks' data")
-    parser.add_argument("--fields", default="text", help="of `texts`: those of a record, with commas between")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=1000, help="of `worded`: examples of a task")
-    parser.add_argument("--out", type=Path, required=True, help="a file of texts, else a folder")
-    options = parser.parse_args()
-    if options.what == "texts":
-        fields = options.fields.split(",")
-        count = write_texts(options.tasks, options.data, fields, options.out, options.seed)
-        print(f"{count:,} texts in {options.out}")
-        return
-    if options.what == "worded":
-        count = write_worded(options.tasks, options.data, options.out, options.most)
-        print(f"{count:,} texts in {options.out}")
-        return
-    for path in options.tasks:
-        if options.what == "encoded":
-            write_encoded(path, options.out)
-        elif options.what == "blind":
-            write_blind(path, options.out)
-        else:
-            write_shuffled(path, options.data, options.out, options.seed)
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
-from metalm.reproduction.jobs import Command, Job, module, tool
+from metalm.reproduction.jobs import Command, Job, tool
 
 DOMAINS = ("films", "products", "tweets", "news")
 OTHERS = DOMAINS[1:]
@@ -167,19 +167,19 @@ def _shared(setting: Setting) -> Iterator[Job]:
     tasks = [_task(setting, domain) for domain in DOMAINS]
     where = ("--data", setting.data)
     prepared = [
-        module("variants", "texts", *tasks, *where, "--out", texts),
-        module("variants", "worded", *tasks, *where, "--out", worded),
-        module("variants", "encoded", *tasks, "--out", setting.shared("b_tasks")),
+        tool("vary_task", "texts", *tasks, *where, "--out", texts),
+        tool("vary_task", "worded", *tasks, *where, "--out", worded),
+        tool("vary_task", "encoded", *tasks, "--out", setting.shared("b_tasks")),
         tool("train_tokenizer", texts, worded, "--vocab-size", 2048, "--out", tokenizer),
         tool("prepare_text", texts, "--tokenizer", tokenizer, "--processes", 1, "--out", shards),
     ]
     minilm = setting.data / "minilm/encoder"
-    drawn = module("random_encoder", minilm, "--out", setting.shared("random_encoder"))
+    drawn = tool("randomise_encoder", minilm, "--out", setting.shared("random_encoder"))
     yield _job("text_shards", prepared, minutes=0.5)
     yield _job("random_encoder", [drawn], minutes=0.2)
     guessed = setting.shared("guessed_tasks")
     answers_drawn = [
-        module("variants", "shuffled", *map(partial(_worded, setting), DOMAINS), *where, "--out", guessed),
+        tool("vary_task", "shuffled", *map(partial(_worded, setting), DOMAINS), *where, "--out", guessed),
         _examples(setting, "guessed_train", [guessed / task.name for task in tasks], "train", data=guessed),
     ]
     yield _job("guessed_train", answers_drawn, "text_shards")
@@ -204,7 +204,7 @@ def _shared(setting: Setting) -> Iterator[Job]:
         yield _job(f"others_{split}", [_examples(setting, f"others_{split}", others, split)], "text_shards")
     mixed = setting.shared("shuffled_task")
     shuffled = [
-        module("variants", "shuffled", *films, *where, "--out", mixed),
+        tool("vary_task", "shuffled", *films, *where, "--out", mixed),
         _examples(setting, "shuffled_train", [mixed / films[0].name], "train", data=mixed),
     ]
     yield _job("shuffled_train", shuffled, "text_shards")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Curve, Series
-from metalm.reproduction.jobs import Command, Job, module, tool
+from metalm.reproduction.jobs import Command, Job, tool
 
 TRAINED_ON = {"1": 366, "10": 3657, "100": 36566}
 """Percent of the questions, and how many that is."""
@@ -120,8 +120,8 @@ def _shared(setting: Setting) -> Iterator[Job]:
     texts, tokenizer = setting.shared("f_worded.jsonl"), setting.shared("f_tokenizer")
     where = ("--data", setting.data)
     prepared = [
-        module("variants", "worded", task, *where, "--most", 20_000, "--out", texts),
-        module("variants", "blind", task, "--out", blind),
+        tool("vary_task", "worded", task, *where, "--most", 20_000, "--out", texts),
+        tool("vary_task", "blind", task, "--out", blind),
         tool("train_tokenizer", texts, "--vocab-size", 512, "--out", tokenizer),
     ]
     yield _job("f_tokenizer", prepared)
@@ -133,7 +133,7 @@ def _shared(setting: Setting) -> Iterator[Job]:
         yield _job(f"{name}_validation", [command], "f_tokenizer")
     mixed = setting.shared("f_shuffled_task")
     shuffled = [
-        module("variants", "shuffled", task, *where, "--out", mixed),
+        tool("vary_task", "shuffled", task, *where, "--out", mixed),
         _examples(
             setting, "f_shuffled_train", mixed / task.name, "train", TRAINED_ON[SEARCHED_AT], data=mixed
         ),
