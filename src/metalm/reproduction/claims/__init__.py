@@ -7,6 +7,11 @@ from collections.abc import Callable, Mapping
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Claim
 from metalm.reproduction.claims.frozen_decoder import frozen_decoder
+from metalm.reproduction.claims.pair_comparison import pair_comparison
 from metalm.reproduction.claims.questions_about_images import questions_about_images
 
-CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {"b": frozen_decoder, "f": questions_about_images}
+CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {
+    "a": pair_comparison,
+    "b": frozen_decoder,
+    "f": questions_about_images,
+}
