@@ -53,6 +53,13 @@ def test_every_arm_is_a_valid_run(letter: str, scale: str, setting: Setting) -> 
 
 
 @pytest.mark.parametrize("letter", CLAIMS)
+def test_pretraining_is_a_valid_run(letter: str, setting: Setting) -> None:
+    commands = [command for job in CLAIMS[letter](setting).shared for command in job.commands()]
+    for words in (command[2:] for command in commands if command[1:4] == ("-m", "metalm", "train")):
+        load_config(Path(words[2]), words[3:])
+
+
+@pytest.mark.parametrize("letter", CLAIMS)
 def test_arms_that_are_compared_are_given_the_same_number_of_rows(letter: str, setting: Setting) -> None:
     for one in CLAIMS[letter](setting).comparisons:
         better, worse = (config_of(series.arm).training for series in (one.better, one.worse))

@@ -15,6 +15,7 @@ OTHERS = DOMAINS[1:]
 QUESTIONS = {"cpu": 1000, "gpu": 2014}
 GPU = ("training.precision=bf16", "training.steps=600")
 """Four epochs instead of one."""
+WITHOUT_ENCODER = ("model.encoders=null", "initialize.new=[]", "training.optimizer.learning_rates=null")
 TRAINED_AS_A_WHOLE = (
     "model.encoders.text.trained_layers=all",
     "training.optimizer.learning_rates.encoders.text=1e-3",
@@ -191,7 +192,7 @@ def _shared(setting: Setting) -> Iterator[Job]:
         f"initialize.decoder={setting.shared('text')}",
     )
     needs = ("text", "guessed_train")
-    without = setting.train("b_dock", setting.shared("b_without"), 1, *data, "model.encoders=null")
+    without = setting.train("b_dock", setting.shared("b_without"), 1, *data, *WITHOUT_ENCODER)
     yield _job("b_without", [without], *needs, minutes=1.0)
     docked = setting.train("b_dock", setting.shared("b_docked"), 1, *data, _encoder(setting, "b_docked"))
     yield _job("b_docked", [docked], *needs, minutes=2.0)
