@@ -13,7 +13,7 @@ VERSIONED_TESTS := tests/conversion tests/kernels tests/distributed
 DEMO := data/demo
 RUN := runs/demo
 
-.PHONY: setup constraints demo test test-fast test-newest test-oldest test-slurm soak check docs clean
+.PHONY: setup constraints demo reproduce test test-fast test-newest test-oldest test-slurm soak check docs clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -57,6 +57,12 @@ $(DEMO)/ready: | setup
 	rm -rf $(DEMO)
 	$(BIN)/python tools/prepare_demo.py $(DEMO)
 	touch $@
+
+# The paper's claims in small, on public data: hours on a laptop. `make reproduce CLAIMS=b` takes one of them.
+CLAIMS ?= b,f
+reproduce: setup
+	$(BIN)/python tools/fetch_data.py vader minilm easy-vqa
+	$(BIN)/python tools/reproduce.py --only $(CLAIMS)
 
 # All tests but the soak; those on a Slurm cluster after the others, since their jobs time out on a busy machine.
 test: setup

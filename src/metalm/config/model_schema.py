@@ -199,6 +199,8 @@ class EncoderConfig(TrainableSection):
     prefix.
     """
 
+    num_layers: NonNegativeInt
+    """0: what it reads goes to the connector as it is embedded, such as patches through one linear map."""
     hidden_size: PositiveInt
     num_heads: PositiveInt
     ffn_hidden_size: PositiveInt | None = None

@@ -1,0 +1,158 @@
+"""Arms: one way to train, at the learning rate that is best on validation, with several seeds.
+
+The rates of an arm's grid are tried with a seed of their own (0), so that no seed that is reported has chosen
+its rate. Jobs of an arm: `ARM/rate_R` for each rate, then `ARM/seed_N`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from metalm.errors import ConfigError
+from metalm.reproduction.jobs import Command, Job, metalm, pipeline
+
+Scale = Literal["cpu", "gpu"]
+SEARCH_SEED = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a reproduction is run with."""
+
+    data: Path
+    """Where tools/fetch_data.py has written the data sets."""
+    out: Path
+    scale: Scale
+    seeds: int
+
+    def shared(self, name: str) -> Path:
+        """The folder of what several arms share."""
+        return self.out / "shared" / name
+
+    def train(self, name: str, folder: Path, seed: int, *overrides: str) -> Command:
+        """Train, or go on with, the run of one of our pipelines in a folder.
+
+        Args:
+            name: of the pipeline, without `.yaml`.
+        """
+        own = (f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}")
+        return metalm("train", pipeline(name), *own, *overrides)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Questions that a trained arm is asked."""
+
+    name: str
+    task: Path
+    """The task file."""
+    split: str = "test"
+    by: Literal["likelihood", "generation"] = "likelihood"
+    limit: int | None = None
+    data: Path | None = None
+    """Folder of the task's data; default: that of all data sets."""
+    readers: str | None = None
+    """As `--readers`: who reads what; default: as it was trained."""
+
+    def command(self, run: Path, setting: Setting) -> Command:
+        """Ask a run, and write to `scores/NAME` in its folder."""
+        words = ["--tasks", self.task, "--data", self.data or setting.data, "--split", self.split]
+        words += ["--score-by", self.by, "--overflow", "cut_right", "--out", self.folder(run)]
+        words += ["--limit", self.limit] if self.limit is not None else []
+        words += ["--readers", self.readers] if self.readers is not None else []
+        return metalm("evaluate-tasks", run, *words)
+
+    def folder(self, run: Path) -> Path:
+        """Where the answers are."""
+        return run / "scores" / self.name
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one run has reached."""
+
+    value: float
+    """Between 0 and 1, of the task's first metric."""
+    questions: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    about: str
+    """For people."""
+    pipeline: str
+    overrides: tuple[str, ...]
+    scorings: tuple[Scoring, ...]
+    needs: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+    """Learning rates that are tried; none: that of another arm, `rate_of`."""
+    chosen_on: Scoring | None = None
+    rate_of: Arm | None = None
+    minutes: float = 2.0
+    """Of one run with its scores, on one core."""
+
+    def jobs(self, setting: Setting, claim: str) -> Iterator[Job]:
+        """All, each behind what it needs."""
+        for rate in self.rates:
+            yield self._job(setting, claim, f"rate_{rate:g}", SEARCH_SEED, self.needs, rate)
+        searcher = self.rate_of or self
+        tried = tuple(f"{searcher.name}/rate_{rate:g}" for rate in searcher.rates)
+        for seed in range(1, setting.seeds + 1):
+            yield self._job(setting, claim, f"seed_{seed}", seed, (*self.needs, *tried), None)
+
+    def _job(
+        self, setting: Setting, claim: str, name: str, seed: int, needs: tuple[str, ...], rate: float | None
+    ) -> Job:
+        run = setting.out / self.name / name
+
+        def commands() -> list[Command]:
+            chosen = self.chosen_rate(setting) if rate is None else rate
+            own = f"training.optimizer.learning_rate={chosen:g}"
+            made = [setting.train(self.pipeline, run, seed, *self.overrides, own)]
+            asked = self.scorings if rate is None else (self._searched_on(),)
+            return made + [scoring.command(run, setting) for scoring in asked]
+
+        return Job(f"{self.name}/{name}", claim, commands, needs, self.minutes)
+
+    def _searched_on(self) -> Scoring:
+        assert self.chosen_on is not None
+        return self.chosen_on
+
+    def chosen_rate(self, setting: Setting) -> float:
+        """The rate that is best on validation; of several that are equal the first.
+
+        Raises:
+            ConfigError: not all rates are tried yet.
+        """
+        searcher = self.rate_of or self
+        found = {}
+        for rate in searcher.rates:
+            run = setting.out / searcher.name / f"rate_{rate:g}"
+            if (score := read_score(run, searcher._searched_on())) is None:
+                raise ConfigError(f"{searcher.name}: rate {rate:g} is not tried yet: run its job first")
+            found[rate] = score.value
+        return max(found, key=lambda rate: found[rate])
+
+    def scores(self, setting: Setting, scoring: str) -> dict[int, Score]:
+        """What is there, by seed."""
+        (asked,) = [one for one in self.scorings if one.name == scoring]
+        runs = {seed: setting.out / self.name / f"seed_{seed}" for seed in range(1, setting.seeds + 1)}
+        found = {seed: read_score(run, asked) for seed, run in runs.items()}
+        return {seed: score for seed, score in found.items() if score is not None}
+
+
+def read_score(run: Path, scoring: Scoring) -> Score | None:
+    """What a run has reached; None where it was not asked yet."""
+    path = scoring.folder(run) / "results.json"
+    if not path.is_file():
+        return None
+    (result,) = json.loads(path.read_text())
+    first = next(iter(result["scores"].values()))
+    return Score(first["value"], result["questions"])

@@ -1,0 +1,17 @@
+"""The claims that can be tried, by letter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from metalm.reproduction.arms import Setting
+from metalm.reproduction.claim import Claim
+from metalm.reproduction.claims.frozen_decoder import frozen_decoder
+from metalm.reproduction.claims.pair_comparison import pair_comparison
+from metalm.reproduction.claims.questions_about_images import questions_about_images
+
+CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {
+    "a": pair_comparison,
+    "b": frozen_decoder,
+    "f": questions_about_images,
+}

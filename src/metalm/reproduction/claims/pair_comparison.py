@@ -1,0 +1,140 @@
+"""Claim a (Table 2, NLI): where two texts are compared, an encoder is better than a decoder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from metalm.reproduction.arms import Arm, Scoring, Setting
+from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
+from metalm.reproduction.jobs import Command, Job, tool
+
+TRAINED_ON = {"cpu": 10_000, "gpu": 20_000}
+STEPS = {"cpu": 300, "gpu": 3000}
+"""Of eight rows of 512 positions: about one epoch, and five."""
+QUESTIONS = {"cpu": 2000, "gpu": 5000}
+GPU = ("training.precision=bf16",)
+AS_MANY_LAYERS = "model.decoder.num_layers=8"
+"""Of GPT as MetaLM has in decoder and encoder together."""
+RATES = (3e-4, 1e-3)
+SHARE_OF_TRUE = 2498 / 5000
+"""The most frequent answer among the questions that are tested on."""
+
+
+def pair_comparison(setting: Setting) -> Claim:
+    """The claim with its arms."""
+    task = _worded(setting)
+    tested = Scoring("test", task, limit=QUESTIONS[setting.scale])
+    chosen_on = Scoring("validation", task, "validation", limit=500)
+
+    def arm(name: str, about: str, pipeline: str, start: str, minutes: float, *more: str) -> Arm:
+        return Arm(
+            name,
+            about,
+            pipeline,
+            (*_paths(setting, start, "a_train"), *more),
+            (tested,),
+            (f"shared/{start}", "shared/a_train", "shared/a_validation"),
+            rates=RATES,
+            chosen_on=chosen_on,
+            minutes=minutes,
+        )
+
+    encoders = f"initialize.encoders={setting.shared('a_pretrained')}"
+    metalm = arm("a_metalm", "MetaLM", "a_metalm", "a_pretrained", 9.0, encoders)
+    gpt = arm("a_gpt", "GPT with the equal decoder", "a_gpt", "a_text", 6.0)
+    large = arm("a_gpt_large", "GPT with as many layers in all", "a_gpt", "a_text_large", 9.0, AS_MANY_LAYERS)
+    shuffled = Arm(
+        "a_shuffled",
+        "MetaLM, trained on shuffled answers",
+        "a_metalm",
+        (*_paths(setting, "a_pretrained", "a_shuffled_train"), encoders),
+        (tested,),
+        ("shared/a_pretrained", "shared/a_shuffled_train", "shared/a_validation"),
+        rate_of=metalm,
+        minutes=9.0,
+    )
+    ours, equal, larger = Series(metalm, "test"), Series(gpt, "test"), Series(large, "test")
+    return Claim(
+        letter="a",
+        title="Two texts compared",
+        says="Multitask finetuning, natural language inference: MetaLM is far better than GPT.",
+        how=(
+            "VitaminC: does a passage of Wikipedia bear a claim out? Nearly all claims have two answers, by "
+            "the passage. Decoder and encoder of four layers are pretrained from the start on the training "
+            "side's texts, then all is trained on the pairs."
+        ),
+        paper=(("NLI, GPT", "65.0"), ("MetaLM", "79.1")),
+        sets=("bigbench",),
+        shared=tuple(_shared(setting)),
+        arms=(metalm, gpt, large, shuffled),
+        comparisons=(
+            Comparison("MetaLM above GPT with the equal decoder", ours, equal),
+            Comparison("MetaLM above GPT with as many layers", ours, larger),
+        ),
+        chance=(ChanceCheck(Series(shuffled, "test"), SHARE_OF_TRUE),),
+    )
+
+
+def _task(setting: Setting) -> Path:
+    return setting.data / "bigbench/tasks/bb_vitaminc.yaml"
+
+
+def _worded(setting: Setting) -> Path:
+    """The task with all but the answer encoded."""
+    return setting.shared("a_tasks") / _task(setting).name
+
+
+def _paths(setting: Setting, start: str, train: str) -> tuple[str, ...]:
+    return (
+        f"initialize.decoder={setting.shared(start)}",
+        f"data.tokenizer={setting.shared('a_tokenizer')}",
+        f"data.sources.tasks.path={setting.shared(train)}",
+        f"data.evaluation.tasks.path={setting.shared('a_validation')}",
+        f"training.steps={STEPS[setting.scale]}",
+        *(GPU if setting.scale == "gpu" else ()),
+    )
+
+
+def _shared(setting: Setting) -> Iterator[Job]:
+    """Texts, tokenizer, pretrained models, and examples."""
+    task, worded = _task(setting), _worded(setting)
+    texts, examples = setting.shared("a_text.jsonl"), setting.shared("a_worded.jsonl")
+    tokenizer, shards = setting.shared("a_tokenizer"), setting.shared("a_shards")
+    where = ("--data", setting.data)
+    prepared = [
+        tool("vary_task", "texts", task, *where, "--fields", "passage,claim", "--out", texts),
+        tool("vary_task", "worded", task, *where, "--out", examples),
+        tool("vary_task", "encoded", task, "--out", worded.parent),
+        tool("train_tokenizer", texts, examples, "--vocab-size", 4096, "--out", tokenizer),
+        tool("prepare_text", texts, "--tokenizer", tokenizer, "--processes", 1, "--out", shards),
+    ]
+    yield _job("a_shards", prepared)
+    data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
+    for name, pipeline, more, minutes in (
+        ("a_text", "a_text", (), 10.0),
+        ("a_text_large", "a_text", (AS_MANY_LAYERS,), 18.0),
+        ("a_pretrained", "a_pretrain", (), 14.0),
+    ):
+        command = setting.train(pipeline, setting.shared(name), 1, *data, *more)
+        yield _job(name, [command], "a_shards", minutes=minutes)
+    most = TRAINED_ON[setting.scale]
+    yield _job("a_train", [_examples(setting, "a_train", worded, "train", most)], "a_shards")
+    yield _job("a_validation", [_examples(setting, "a_validation", worded, "validation", 1000)], "a_shards")
+    mixed = setting.shared("a_shuffled_task")
+    shuffled = [
+        tool("vary_task", "shuffled", worded, *where, "--out", mixed),
+        _examples(setting, "a_shuffled_train", mixed / task.name, "train", most, data=mixed),
+    ]
+    yield _job("a_shuffled_train", shuffled, "a_shards")
+
+
+def _job(name: str, commands: list[Command], *needs: str, minutes: float = 0.3) -> Job:
+    return Job(f"shared/{name}", "a", lambda: commands, tuple(f"shared/{one}" for one in needs), minutes)
+
+
+def _examples(
+    setting: Setting, name: str, task: Path, split: str, most: int, *, data: Path | None = None
+) -> Command:
+    words = ["--tasks", task, "--split", split, "--most", most, "--data", data or setting.data]
+    return tool("prepare_tasks", *words, "--processes", 1, "--out", setting.shared(name))

@@ -1,0 +1,152 @@
+"""Claim f (Tables 7 to 11): image and question encoded together, against patches in a causal decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from metalm.reproduction.arms import Arm, Scoring, Setting
+from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Curve, Series
+from metalm.reproduction.jobs import Command, Job, tool
+
+TRAINED_ON = {"1": 366, "10": 3657, "100": 36566}
+"""Percent of the questions, and how many that is."""
+STEPS = {"cpu": {"1": 60, "10": 200, "100": 600}, "gpu": {"1": 200, "10": 800, "100": 3000}}
+QUESTIONS = {"cpu": 2000, "gpu": 9673}
+GPU = ("training.precision=bf16",)
+SHARE_OF_YES = 3611 / 9673
+"""The most frequent answer among the questions that are tested on."""
+SEARCHED_AT = "10"
+"""Percent of the questions that learning rates are chosen with."""
+ARMS = {
+    "joint": ("f_joint", "MetaLM: image and question encoded together", "f"),
+    "patches": ("f_patches", "a causal decoder with as many layers, patches through a linear map", "f"),
+    "question": ("f_question", "a decoder with as many layers that is not shown the image", "f_blind"),
+}
+"""By name: pipeline, what it is, and its examples."""
+RATES = (5e-4, 1e-3, 2e-3)
+
+
+def questions_about_images(setting: Setting) -> Claim:
+    """The claim with its arms."""
+    arms = {(name, share): arm for name in ARMS for share, arm in _by_share(setting, name).items()}
+    shuffled = Arm(
+        "f_shuffled",
+        "MetaLM, trained on shuffled answers",
+        "f_joint",
+        _overrides(setting, "f_shuffled_train", "f_validation", SEARCHED_AT),
+        (_test(setting, "joint"),),
+        ("shared/f_shuffled_train", "shared/f_validation"),
+        rate_of=arms["joint", SEARCHED_AT],
+        minutes=2.0,
+    )
+
+    def series(name: str, share: str) -> Series:
+        return Series(arms[name, share], "test")
+
+    return Claim(
+        letter="f",
+        title="Questions about images",
+        says=(
+            "An encoder that reads an image together with its question answers better than a causal decoder."
+        ),
+        how=(
+            "easy-VQA: questions about a drawing of one coloured shape, at 1, 10 and 100% of them. All arms "
+            "have five layers of the same width and are trained from the start on the same questions."
+        ),
+        paper=(("VQAv2 finetuned, MetaLM", "74.4"), ("OK-VQA", "46.5"), ("Karpathy out of domain", "21.1")),
+        sets=("easy-vqa",),
+        shared=tuple(_shared(setting)),
+        arms=(*arms.values(), shuffled),
+        comparisons=(
+            Comparison("joint above question alone", series("joint", "100"), series("question", "100")),
+            Comparison(
+                "joint above patches in a causal decoder", series("joint", "100"), series("patches", "100")
+            ),
+            Comparison("the same at 10% of the questions", series("joint", "10"), series("patches", "10")),
+        ),
+        chance=(ChanceCheck(Series(shuffled, "test"), SHARE_OF_YES),),
+        curves=tuple(
+            Curve(about, tuple((count, series(name, share)) for share, count in TRAINED_ON.items()))
+            for name, (_, about, _) in ARMS.items()
+        ),
+    )
+
+
+def _by_share(setting: Setting, name: str) -> dict[str, Arm]:
+    """The arm at each share of the questions, all at the rate that one of them has chosen."""
+    pipeline, about, examples = ARMS[name]
+    found: dict[str, Arm] = {}
+    for share in sorted(TRAINED_ON, key=lambda one: one != SEARCHED_AT):
+        is_searcher = share == SEARCHED_AT
+        found[share] = Arm(
+            f"f_{name}_{share}",
+            f"{about}, {share}% of the questions",
+            pipeline,
+            _overrides(setting, f"{examples}_train_{share}", f"{examples}_validation", share),
+            (_test(setting, name),),
+            (f"shared/{examples}_train_{share}", f"shared/{examples}_validation"),
+            rates=RATES if is_searcher else (),
+            chosen_on=_test(setting, name, "validation") if is_searcher else None,
+            rate_of=None if is_searcher else found[SEARCHED_AT],
+            minutes={"1": 1.0, "10": 2.0, "100": 5.0}[share],
+        )
+    return found
+
+
+def _task(setting: Setting) -> Path:
+    return setting.data / "easy-vqa/tasks/easy_vqa.yaml"
+
+
+def _test(setting: Setting, name: str, split: str = "test") -> Scoring:
+    task = setting.shared("f_blind_task") / _task(setting).name if name == "question" else _task(setting)
+    limit = QUESTIONS[setting.scale] if split == "test" else 500
+    return Scoring(split, task, split, "generation", limit)
+
+
+def _overrides(setting: Setting, train: str, validation: str, share: str) -> tuple[str, ...]:
+    return (
+        f"data.tokenizer={setting.shared('f_tokenizer')}",
+        f"data.sources.tasks.path={setting.shared(train)}",
+        f"data.evaluation.tasks.path={setting.shared(validation)}",
+        f"training.steps={STEPS[setting.scale][share]}",
+        f"training.schedule.warmup_steps={STEPS[setting.scale][share] // 10}",
+        *(GPU if setting.scale == "gpu" else ()),
+    )
+
+
+def _shared(setting: Setting) -> Iterator[Job]:
+    task, blind = _task(setting), setting.shared("f_blind_task")
+    texts, tokenizer = setting.shared("f_worded.jsonl"), setting.shared("f_tokenizer")
+    where = ("--data", setting.data)
+    prepared = [
+        tool("vary_task", "worded", task, *where, "--most", 20_000, "--out", texts),
+        tool("vary_task", "blind", task, "--out", blind),
+        tool("train_tokenizer", texts, "--vocab-size", 512, "--out", tokenizer),
+    ]
+    yield _job("f_tokenizer", prepared)
+    for name, file in (("f", task), ("f_blind", blind / task.name)):
+        for share, count in TRAINED_ON.items():
+            command = _examples(setting, f"{name}_train_{share}", file, "train", count)
+            yield _job(f"{name}_train_{share}", [command], "f_tokenizer")
+        command = _examples(setting, f"{name}_validation", file, "validation", 1000)
+        yield _job(f"{name}_validation", [command], "f_tokenizer")
+    mixed = setting.shared("f_shuffled_task")
+    shuffled = [
+        tool("vary_task", "shuffled", task, *where, "--out", mixed),
+        _examples(
+            setting, "f_shuffled_train", mixed / task.name, "train", TRAINED_ON[SEARCHED_AT], data=mixed
+        ),
+    ]
+    yield _job("f_shuffled_train", shuffled, "f_tokenizer")
+
+
+def _job(name: str, commands: list[Command], *needs: str) -> Job:
+    return Job(f"shared/{name}", "f", lambda: commands, tuple(f"shared/{one}" for one in needs), 0.2)
+
+
+def _examples(
+    setting: Setting, name: str, task: Path, split: str, most: int, *, data: Path | None = None
+) -> Command:
+    words = ["--tasks", task, "--split", split, "--most", most, "--data", data or setting.data]
+    return tool("prepare_tasks", *words, "--processes", 1, "--out", setting.shared(name))

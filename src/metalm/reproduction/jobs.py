@@ -1,0 +1,156 @@
+"""A job of the queue: public commands that make one thing, and the mark that says it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metalm.commit import git_commit
+from metalm.errors import ConfigError
+from metalm.project_files import project_root
+
+Command = tuple[str, ...]
+PIPELINES = "pipelines/reproduce"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One entry of the queue."""
+
+    name: str
+    """Its folder below that of all: `b_metalm/seed_1`, `shared/b_pretrained`."""
+    claim: str
+    """Letter of the claim that it was made for."""
+    commands: Callable[[], Sequence[Command]]
+    """Run one after another; asked for when all that it needs is done. Each goes on where it was killed."""
+    needs: tuple[str, ...] = ()
+    minutes: float = 1.0
+    """Expected, on one core of a CPU."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is kept of a job that is done."""
+
+    commands: list[Command]
+    fingerprint: str
+    """Of the commands and of the pipelines that they name."""
+    seconds: float
+    """Of wall time, since its last start."""
+    commit: str | None
+    machine: str
+
+
+class Marks:
+    """Which jobs are done, by files in `jobs/`, beside what the jobs have said."""
+
+    def __init__(self, out: Path) -> None:
+        self._folder = out / "jobs"
+
+    def log_of(self, job: Job) -> Path:
+        """Where the output of its commands goes."""
+        return self._path(job, ".log")
+
+    def is_done(self, job: Job) -> bool:
+        """
+        Raises:
+            ConfigError: it was done by other commands or pipelines than those of today.
+        """
+        done = self.read(job)
+        if done is None:
+            return False
+        if done.fingerprint != _fingerprint(job.commands()):
+            raise ConfigError(
+                f"{job.name} was made with other settings or pipelines than today's (see "
+                f"{self._path(job, '.json')}): choose another --out, or remove that file and "
+                f"{self._folder.parent / job.name}"
+            )
+        return True
+
+    def read(self, job: Job) -> Done | None:
+        """What was kept when it was done."""
+        path = self._path(job, ".json")
+        if not path.is_file():
+            return None
+        content: dict[str, Any] = json.loads(path.read_text())
+        content["commands"] = [tuple(command) for command in content["commands"]]
+        return Done(**content)
+
+    def write(self, job: Job, seconds: float) -> None:
+        """It is done."""
+        commands = list(job.commands())
+        done = Done(commands, _fingerprint(commands), round(seconds, 1), git_commit(), machine())
+        path = self._path(job, ".json")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(done), indent=1) + "\n")
+        partial.replace(path)
+
+    def _path(self, job: Job, suffix: str) -> Path:
+        return self._folder / (job.name.replace("/", "--") + suffix)
+
+
+def in_order(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Stages: each job is behind all that it needs, in the first stage where that is so."""
+    stage_of: dict[str, int] = {}
+    stages: list[list[Job]] = []
+    for job in jobs:  # those that are needed stand before
+        stage = max((stage_of[name] + 1 for name in job.needs), default=0)
+        stage_of[job.name] = stage
+        stages += [[] for _ in range(stage + 1 - len(stages))]
+        stages[stage].append(job)
+    return stages
+
+
+def machine() -> str:
+    """This machine, for people: no name of a host."""
+    return f"{platform.machine()}, {_processor()}, Python {platform.python_version()}"
+
+
+def tool(name: str, *words: object) -> Command:
+    """The command of a tool that comes with MetaLM."""
+    return (sys.executable, str(project_root() / "tools" / f"{name}.py"), *map(str, words))
+
+
+def metalm(*words: object) -> Command:
+    """A `metalm` command."""
+    return (sys.executable, "-m", "metalm", *map(str, words))
+
+
+def pipeline(name: str) -> Path:
+    """A pipeline of this folder's."""
+    return project_root() / PIPELINES / f"{name}.yaml"
+
+
+def _fingerprint(commands: Sequence[Command]) -> str:
+    digest = hashlib.sha256()
+    for command in commands:
+        # Where Python and the project are makes no difference.
+        words = [word.replace(str(project_root()), "").replace(sys.executable, "") for word in command]
+        digest.update(json.dumps(words).encode())
+        for word in command:
+            if word.endswith(".yaml") and Path(word).parent == project_root() / PIPELINES:
+                for content in _with_bases(Path(word)):
+                    digest.update(content)
+    return digest.hexdigest()
+
+
+def _with_bases(path: Path) -> Iterator[bytes]:
+    content = path.read_bytes()
+    yield content
+    if (base := yaml.safe_load(content).get("extends")) is not None:
+        yield from _with_bases(path.parent / base)
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()

@@ -1,0 +1,193 @@
+"""The report of a reproduction: `report.md` and `report.html`, and the table of the README."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from metalm.commit import git_commit
+from metalm.errors import ConfigError
+from metalm.reproduction.arms import Setting
+from metalm.reproduction.claim import Series
+from metalm.reproduction.intervals import Interval
+from metalm.reproduction.jobs import Job, Marks, machine
+from metalm.reproduction.pictures import draw_all, draw_claim
+from metalm.reproduction.results import ClaimResults
+from metalm.reproduction.sections import Block, Picture, Section, Table, as_markdown, as_page, markdown_table
+
+TITLE = "The paper's claims in small"
+BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
+RULE = (
+    "The rule, written before the runs: a comparison is shown if the 95% intervals (t distribution) do "
+    "not touch and lie as claimed, contradicted if they lie the other way round, and not shown else. A claim "
+    "is shown if all of its comparisons are, contradicted if one is. Each arm's learning rate is chosen on "
+    "validation with a seed of its own; an arm on shuffled labels must fall to chance."
+)
+ALL_NAME = "claims.png"
+
+
+def write_report(
+    results: Sequence[ClaimResults], jobs: Sequence[Job], setting: Setting, say: Callable[[str], None]
+) -> None:
+    """Write `report.md`, `report.html` and their pictures into the folder of all.
+
+    Raises:
+        ConfigError: there are no scores, or matplotlib is not installed.
+    """
+    results = [one for one in results if one.measured]
+    if not results:
+        raise ConfigError(f"there are no scores in {setting.out} yet: run the jobs first")
+    sections = [Section("Verdicts", (RULE, verdict_table(results)))]
+    for one in results:
+        picture = setting.out / f"claim_{one.claim.letter}.png"
+        draw_claim(one, picture)
+        sections.append(_section(one, setting, picture))
+    sections.append(_circumstances(jobs, setting))
+    draw_all(results, setting.out / ALL_NAME)
+    (setting.out / "report.md").write_text(as_markdown(TITLE, sections))
+    (setting.out / "report.html").write_text(as_page(TITLE, sections))
+    say(f"{setting.out / 'report.md'} and report.html")
+
+
+def verdict_table(results: Sequence[ClaimResults]) -> Table:
+    """A row for each comparison."""
+    rows = []
+    for one in results:
+        judged = {judgement.comparison: judgement.verdict for judgement in one.judged}
+        paper = "; ".join(f"{about} {value}" for about, value in one.claim.paper)
+        for comparison in one.claim.comparisons:
+            rows.append(
+                (
+                    f"{one.claim.letter}: {comparison.about}",
+                    paper,
+                    _score(one, comparison.better),
+                    _score(one, comparison.worse),
+                    judged.get(comparison, "not done"),
+                )
+            )
+    return Table(("claim", "the paper's figures", "ours", "against", "verdict"), tuple(rows))
+
+
+def written_into(readme: str, results: Sequence[ClaimResults], setting: Setting, picture: str) -> str:
+    """A README whose part between the markers is the table of a run.
+
+    Args:
+        picture: where the picture of all claims is, as seen from the README.
+
+    Raises:
+        ConfigError: the markers are not there.
+    """
+    before, found, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not found or not end:
+        raise ConfigError(
+            f"expected the lines {BEGIN} and {END} in the README: put them where the table goes"
+        )
+    lines = [
+        "",
+        *markdown_table(verdict_table(results)),
+        "",
+        f"{setting.seeds} seeds at scale `{setting.scale}`; commit {_commit(results, setting)}; {machine()}.",
+        "",
+        f"![scores with their intervals]({picture})",
+        "",
+    ]
+    return before + BEGIN + "\n".join(lines) + END + after
+
+
+def shown(scores: Interval) -> str:
+    """A mean with its interval, in percent."""
+    if math.isinf(scores.half_width):
+        return f"{100 * scores.mean:.1f} (one seed)"
+    return f"{100 * scores.mean:.1f} ± {100 * scores.half_width:.1f}"
+
+
+def _score(results: ClaimResults, series: Series) -> str:
+    found = results.measured.get(series)
+    return "not done" if found is None else f"{shown(found.scores)} ({series.arm.name})"
+
+
+def _section(results: ClaimResults, setting: Setting, picture: Path) -> Section:
+    claim = results.claim
+    blocks: list[Block] = [
+        f"The paper: {claim.says}",
+        f"Here: {claim.how}",
+        f"Verdict: {results.verdict}.",
+        Table(("the paper's", "figure"), claim.paper),
+        Table(
+            (
+                "arm",
+                "what it is",
+                f"{claim.metric}, %",
+                "by seed",
+                "questions",
+                "learning rate",
+                "examples seen",
+            ),
+            tuple(_rows(results)),
+        ),
+        Picture(picture, f"scores and learning curves of claim {claim.letter}"),
+    ]
+    for check, is_at_chance in results.at_chance.items():
+        found = "has fallen to chance" if is_at_chance else "IS ABOVE CHANCE: something leaks"
+        blocks.append(f"{check.series.arm.about}: {found} ({100 * check.chance:.1f}%).")
+    if results.verdict != "shown" and claim.tried:
+        blocks.append(f"What was tried: {claim.tried}")
+    blocks += [f"Data: {_source(setting, name)}" for name in claim.sets]
+    return Section(f"{claim.letter}. {claim.title}", tuple(blocks))
+
+
+def _rows(results: ClaimResults) -> Iterator[tuple[str, ...]]:
+    for series in results.claim.series():
+        found = results.measured.get(series)
+        if found is None:
+            yield (series.key, series.arm.about, "not done", "", "", "", "")
+            continue
+        facts = results.arms.get(series.arm.name)
+        yield (
+            series.key,
+            series.arm.about,
+            shown(found.scores),
+            ", ".join(f"{100 * value:.1f}" for value in found.by_seed.values()),
+            f"{found.questions:,}",
+            f"{facts.rate:g}" if facts else "",
+            f"{facts.examples:,} in {facts.tokens:,} tokens" if facts else "",
+        )
+
+
+def _source(setting: Setting, name: str) -> str:
+    path = setting.data / name / "SOURCE.json"
+    if not path.is_file():
+        return f"{name} (no SOURCE.json)"
+    packages = json.loads(path.read_text()).get("packages", [])
+    told = [
+        f"{one['package']} {one['version']}, {one['licence']}, sha256 {one['sha256']}" for one in packages
+    ]
+    return f"{name}: {'; '.join(told)}"
+
+
+def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
+    marks = Marks(setting.out)
+    done = [(job, found) for job in jobs if (found := marks.read(job)) is not None]
+    total = sum(found.seconds for _, found in done)
+    rows = tuple((job.name, f"{found.seconds / 60:.1f}") for job, found in done)
+    commits = sorted({found.commit or "unknown" for _, found in done})
+    machines = sorted({found.machine for _, found in done})
+    return Section(
+        "Where and how long",
+        (
+            f"Commit {', '.join(commits)}; {'; '.join(machines)}.",
+            f"Scale {setting.scale}, {setting.seeds} seeds.",
+            f"{len(done)} of {len(jobs)} jobs are done, in {total / 60:.0f} minutes of wall time in all.",
+            Table(("job", "minutes"), rows),
+        ),
+    )
+
+
+def _commit(results: Sequence[ClaimResults], setting: Setting) -> str:
+    marks = Marks(setting.out)
+    jobs = [job for one in results for job in one.claim.jobs(setting)]
+    found = {done.commit or "unknown" for job in jobs if (done := marks.read(job)) is not None}
+    return ", ".join(sorted(commit[:12] for commit in found)) or str(git_commit())

@@ -1,0 +1,125 @@
+"""What is made of real tasks for the arms: texts, other wordings, shuffled labels, no images."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metalm.config.plain_files import read_yaml
+from metalm.errors import DataError
+from metalm.reproduction.groups import check_groups
+from metalm.tasks.data_files import DataFiles
+from metalm.tasks.filters import as_text
+from metalm.tasks.readers import read_records
+from metalm.tasks.records import TaskData
+from metalm.tasks.rendering import render
+from metalm.tasks.task_file import load_task
+
+PILE_SET = "reproduction"
+JSON_LINES = "jsonl"
+
+
+def write_texts(tasks: Sequence[Path], data: Path, fields: Sequence[str], out: Path, seed: int) -> int:
+    """The training side of tasks as Pile-like JSON Lines in a drawn order; how many texts there are.
+
+    A text that stands in several records, such as a claim with two pieces of evidence, is there once.
+
+    Args:
+        fields: those of each record that are texts, a text for each.
+
+    Raises:
+        DataError: see `check_groups`.
+    """
+    found: dict[str, None] = {}
+    for path in tasks:
+        task = load_task(path)
+        check_groups(task, data)
+        for record in TaskData(task, data).records("train"):
+            found |= dict.fromkeys(as_text(record.fields[name]) for name in fields)
+    texts = list(found)
+    random.Random(seed).shuffle(texts)
+    lines = (json.dumps({"text": text, "meta": {"pile_set_name": PILE_SET}}) + "\n" for text in texts)
+    _write(out, lines)
+    return len(texts)
+
+
+def write_worded(tasks: Sequence[Path], data: Path, out: Path, most: int) -> int:
+    """Examples of the training side as they are worded, for a tokenizer to learn the words of.
+
+    Args:
+        most: of each task.
+
+    Returns:
+        How many there are.
+    """
+    texts = []
+    for path in tasks:
+        task = load_task(path)
+        template = task.templates_for("finetuning")[0]
+        for record in TaskData(task, data).records("train", most=most):
+            parts = render(task, template, record, record.answers[0]).parts
+            texts.append("".join(part.content for part in parts if isinstance(part.content, str)))
+    lines = (json.dumps({"text": text, "meta": {"pile_set_name": PILE_SET}}) + "\n" for text in texts)
+    _write(out, lines)
+    return len(texts)
+
+
+def write_encoded(path: Path, out: Path) -> None:
+    """A task of which all but the answer is encoded, so that the decoder goes on from the last vector (PAPER
+    section 6): `out/TASK.yaml`, on the same data."""
+    content = read_yaml(path)
+    for template in (*content["templates"], *([content["icl"]] if "icl" in content else [])):
+        template["span"] = [*template["span"], *template.pop("plain", [])]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def write_shuffled(path: Path, data: Path, out: Path, seed: int) -> None:
+    """A task with the training answers of other records: `out/TASK.yaml`, and its records in `out/TASK`.
+
+    The other splits are the task's own, and images stay where they are.
+
+    Raises:
+        DataError: the records are no JSON Lines.
+    """
+    task = load_task(path)
+    if task.data.reader != JSON_LINES:
+        raise DataError(f"{path}: only tasks of JSON Lines can be shuffled")
+    folder = data / task.data.folder
+    files = DataFiles(folder, task.data.archive)
+    key = task.data.fields[task.answer]
+    for split in task.data.files:
+        records: list[Any] = list(read_records(task.data, files, split))
+        if split == "train":
+            answers = [record[key] for record in records]
+            random.Random(seed).shuffle(answers)
+            records = [{**record, key: answer} for record, answer in zip(records, answers, strict=True)]
+        _write(out / task.task / f"{split}.jsonl", (json.dumps(record) + "\n" for record in records))
+    content = read_yaml(path)
+    content["data"] |= {"folder": task.task, "files": {split: f"{split}.jsonl" for split in task.data.files}}
+    if task.data.archive is not None:
+        content["data"]["archive"] = str((folder / task.data.archive).absolute())
+    (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def write_blind(path: Path, out: Path) -> None:
+    """A task without its images, of which only the texts can be answered: `out/TASK.yaml`."""
+    content = read_yaml(path)
+    for template in (*content["templates"], *([content["icl"]] if "icl" in content else [])):
+        template["span"] = [line for line in template["span"] if isinstance(line, str)]
+    del content["data"]["media"]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def _write(path: Path, lines: Iterator[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    partial.replace(path)

@@ -1,0 +1,110 @@
+"""Claims as they are declared: their jobs fit together, and their arms are alike in what they are given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from metalm.config import RunConfig, load_config
+from metalm.reproduction.arms import Arm, Setting
+from metalm.reproduction.claim import jobs_of
+from metalm.reproduction.claims import CLAIMS
+from metalm.reproduction.jobs import PIPELINES, in_order
+from metalm.reproduction.slurm import write_arrays
+
+REPOSITORY = Path(__file__).parents[2]
+MINILM = {
+    "model_type": "bert",
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 512,
+    "vocab_size": 30522,
+}
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    """Without data, but for what pipelines read of the encoder's folder."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/real/minilm/encoder", "runs/reproduce/shared/random_encoder"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").write_text(json.dumps(MINILM))
+    return Setting(Path("data/real"), Path("runs/reproduce"), "cpu", 3)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / PIPELINES).glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_pipeline_is_valid_as_it_stands(path: Path, setting: Setting) -> None:
+    assert load_config(path).run.name
+
+
+def config_of(arm: Arm) -> RunConfig:
+    return load_config(REPOSITORY / PIPELINES / f"{arm.pipeline}.yaml", arm.overrides)
+
+
+@pytest.mark.parametrize("letter", CLAIMS)
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_every_arm_is_a_valid_run(letter: str, scale: str, setting: Setting) -> None:
+    for arm in CLAIMS[letter](Setting(setting.data, setting.out, scale, 3)).arms:  # type: ignore[arg-type]
+        config_of(arm)
+
+
+@pytest.mark.parametrize("letter", CLAIMS)
+def test_pretraining_is_a_valid_run(letter: str, setting: Setting) -> None:
+    commands = [command for job in CLAIMS[letter](setting).shared for command in job.commands()]
+    for words in (command[2:] for command in commands if command[1:4] == ("-m", "metalm", "train")):
+        load_config(Path(words[2]), words[3:])
+
+
+@pytest.mark.parametrize("letter", CLAIMS)
+def test_arms_that_are_compared_are_given_the_same_number_of_rows(letter: str, setting: Setting) -> None:
+    for one in CLAIMS[letter](setting).comparisons:
+        better, worse = (config_of(series.arm).training for series in (one.better, one.worse))
+        assert better.steps * better.global_batch_size == worse.steps * worse.global_batch_size, one.about
+
+
+@pytest.mark.parametrize("letter", CLAIMS)
+def test_jobs_stand_behind_what_they_need_and_have_names_of_their_own(letter: str, setting: Setting) -> None:
+    claim = CLAIMS[letter](setting)
+    jobs = jobs_of([claim], setting)
+    assert sum(map(len, in_order(jobs))) == len(jobs)
+    assert len(jobs) == len(list(claim.jobs(setting)))
+    assert {f"{series.arm.name}/seed_3" for series in claim.series()} <= {job.name for job in jobs}
+
+
+@pytest.mark.parametrize("letter", CLAIMS)
+def test_rates_are_tried_with_a_seed_that_is_not_reported(letter: str, setting: Setting) -> None:
+    tried = [job for job in jobs_of([CLAIMS[letter](setting)], setting) if "/rate_" in job.name]
+    assert tried
+    for job in tried:
+        train, ask = job.commands()
+        assert "run.seed=0" in train
+        assert ask[ask.index("--split") + 1] == "validation"
+
+
+def test_the_rate_that_is_best_on_validation_is_taken(setting: Setting) -> None:
+    arm = next(arm for arm in CLAIMS["b"](setting).arms if arm.name == "b_metalm")
+    job = next(job for job in arm.jobs(setting, "b") if job.name == "b_metalm/seed_2")
+    for rate, value in zip(arm.rates, (0.6, 0.8, 0.7), strict=True):
+        folder = setting.out / f"b_metalm/rate_{rate:g}/scores/validation"
+        folder.mkdir(parents=True)
+        scores = {"exact_match": {"value": value, "standard_error": 0.01, "count": 500}}
+        (folder / "results.json").write_text(json.dumps([{"scores": scores, "questions": 500}]))
+    train, ask = job.commands()
+    assert f"training.optimizer.learning_rate={arm.rates[1]:g}" in train
+    assert "run.seed=2" in train
+    assert ask[ask.index("--split") + 1] == "test"
+
+
+def test_arrays_run_the_jobs_of_a_stage_behind_the_one_before(setting: Setting) -> None:
+    jobs = jobs_of([CLAIMS["b"](setting)], setting)
+    typed = write_arrays(jobs, setting.out, ["--only", "b"])
+    stages = in_order(jobs)
+    assert typed.count("sbatch") - typed.count(".sbatch") == len(stages)
+    assert typed.count("--dependency=afterok") == len(stages) - 1
+    script = (setting.out / "slurm/stage_0.sbatch").read_text()
+    assert f"--array=0-{len(stages[0]) - 1}\n" in script
+    assert all(job.name in script for job in stages[0])

@@ -1,0 +1,136 @@
+"""The queue of jobs: what is done is passed over, what was killed goes on, what fails stops what needs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from metalm.errors import ConfigError, FaultError
+from metalm.reproduction.jobs import Job, Marks, in_order
+from metalm.reproduction.queue import Queue, run_alone
+
+APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+
+
+def job(name: str, folder: Path, *needs: str, code: str = APPEND, more: str = "") -> Job:
+    command = (sys.executable, "-c", code, str(folder / "said"), name + more)
+    return Job(name, "x", lambda: [command], needs)
+
+
+def run(jobs: list[Job], out: Path, num_parallel: int = 2) -> list[str]:
+    said: list[str] = []
+    Queue(jobs, out, said.append).run(num_parallel)
+    return said
+
+
+def said(folder: Path) -> str:
+    return (folder / "said").read_text()
+
+
+def test_jobs_run_behind_what_they_need_and_once(tmp_path: Path) -> None:
+    jobs = [job("c", tmp_path, "b"), job("b", tmp_path, "a"), job("a", tmp_path)]
+    run(jobs, tmp_path)
+    assert said(tmp_path) == "abc"
+    assert run(jobs, tmp_path) == []
+    assert said(tmp_path) == "abc"
+    done = Marks(tmp_path).read(jobs[0])
+    assert done is not None
+    assert done.commands == [tuple(jobs[0].commands()[0])]
+
+
+def test_a_job_that_fails_stops_what_needs_it_and_no_more(tmp_path: Path) -> None:
+    broken = job("broken", tmp_path, code="raise SystemExit('out of paper')")
+    jobs = [broken, job("behind", tmp_path, "broken"), job("other", tmp_path)]
+    with pytest.raises(FaultError, match=r"1 job\(s\) failed, 1 that need them(?s:.*)out of paper"):
+        run(jobs, tmp_path)
+    assert said(tmp_path) == "other"
+    run([job("broken", tmp_path), *jobs[1:]], tmp_path)
+    assert said(tmp_path) == "otherbrokenbehind"
+
+
+def test_what_was_made_with_other_settings_is_refused(tmp_path: Path) -> None:
+    run([job("a", tmp_path)], tmp_path)
+    with pytest.raises(ConfigError, match="a was made with other settings"):
+        run([job("a", tmp_path, more="!")], tmp_path)
+
+
+def test_commands_are_made_when_what_they_need_is_done(tmp_path: Path) -> None:
+    later = Job(
+        "later", "x", lambda: [(sys.executable, "-c", APPEND, str(tmp_path / "said"), said(tmp_path))], ("a",)
+    )
+    run([job("a", tmp_path), later], tmp_path)
+    assert said(tmp_path) == "aa"
+
+
+def test_a_job_of_an_array_needs_what_came_before(tmp_path: Path) -> None:
+    jobs = [job("a", tmp_path), job("b", tmp_path, "a")]
+    with pytest.raises(FaultError, match="b needs a, which is not done"):
+        run_alone(jobs, "b", tmp_path, print)
+    with pytest.raises(ConfigError, match="there is no job c"):
+        run_alone(jobs, "c", tmp_path, print)
+    run_alone(jobs, "a", tmp_path, print)
+    run_alone(jobs, "b", tmp_path, print)
+    assert said(tmp_path) == "ab"
+
+
+def test_stages_are_as_early_as_may_be(tmp_path: Path) -> None:
+    jobs = [job("a", tmp_path), job("b", tmp_path), job("c", tmp_path, "a"), job("d", tmp_path, "c", "b")]
+    assert [[one.name for one in stage] for stage in in_order(jobs)] == [["a", "b"], ["c"], ["d"]]
+
+
+COUNTED = """
+import sys, time
+from pathlib import Path
+count, go = map(Path, sys.argv[1:])
+reached = int(count.read_text()) if count.exists() else 0
+while reached < 3:
+    reached += 1
+    count.write_text(str(reached))
+    time.sleep(0 if reached != 2 or go.exists() else 60)
+"""
+"""Goes on from the step that it had reached, and is stuck at the second until it is allowed to go on."""
+
+KILLED = """
+import sys
+from pathlib import Path
+from metalm.reproduction.jobs import Job
+from metalm.reproduction.queue import Queue
+folder, counted = Path(sys.argv[1]), sys.argv[2]
+jobs = [
+    Job("first", "x", lambda: [(sys.executable, "-c", "", "first")]),
+    Job(
+        "counted",
+        "x",
+        lambda: [(sys.executable, "-c", counted, str(folder / "count"), str(folder / "go"))],
+        ("first",),
+    ),
+]
+Queue(jobs, folder, lambda line: print(line, flush=True)).run(1)
+"""
+
+
+def test_a_queue_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """The first job is not done again, and the second begins at the step that it had reached."""
+    words = [sys.executable, "-c", KILLED, str(tmp_path), COUNTED]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "count").exists() or (tmp_path / "count").read_text() != "2":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (tmp_path / "go").touch()
+    again = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert [line.split(" in ")[0] for line in again.stdout.splitlines()] == [
+        "start counted (0 more)",
+        "done counted",
+    ]
+    assert (tmp_path / "count").read_text() == "3"

@@ -1,0 +1,88 @@
+"""Try the paper's claims in small, on real data: train all arms, and report which claims hold.
+
+What is done is passed over, and what was killed goes on where it stopped. Data come from tools/fetch_data.py.
+
+Example: python tools/reproduce.py --only b
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import get_args
+
+from metalm.cli import ToolParser, run_tool
+from metalm.reproduction.arms import Scale, Setting
+from metalm.reproduction.claim import jobs_of
+from metalm.reproduction.claims import CLAIMS
+from metalm.reproduction.jobs import Marks
+from metalm.reproduction.queue import Queue, run_alone, usual_parallel
+from metalm.reproduction.report import ALL_NAME, write_report, written_into
+from metalm.reproduction.results import results_of
+from metalm.reproduction.slurm import write_arrays
+
+PICTURE = "tools/measured/reproduction.png"
+
+
+def main() -> None:
+    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(CLAIMS), help="letters of claims (default: %(default)s)")
+    parser.add_argument("--scale", choices=get_args(Scale), default="cpu")
+    parser.add_argument("--seeds", type=int, default=3, help="of each arm (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="at once; default: one for each core on CPU, one on a GPU")
+    parser.add_argument("--data", type=Path, default=Path("data/real"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
+    parser.add_argument(
+        "--list", action="store_true", help="show the jobs, and what they are expected to take"
+    )
+    parser.add_argument(
+        "--slurm", action="store_true", help="write job arrays to OUT/slurm, and start nothing"
+    )
+    parser.add_argument("--report", action="store_true", help="report what is done, and start nothing")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="write the table into a README, and the picture beside it"
+    )
+    parser.add_argument("--job", metavar="NAME", help="run one job, as a task of a Slurm array does")
+    options = parser.parse_args()
+    letters = options.only.split(",")
+    if unknown := [letter for letter in letters if letter not in CLAIMS]:
+        parser.error(f"there is no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}")
+    if options.seeds < 1 or (options.jobs or 1) < 1:
+        parser.error("--seeds and --jobs must be positive")
+    setting = Setting(options.data, options.out, options.scale, options.seeds)
+    claims = [CLAIMS[letter](setting) for letter in letters]
+    jobs = jobs_of(claims, setting)
+    if options.list:
+        marks = Marks(options.out)
+        for job in jobs:
+            print(f"{job.name:<36}{job.minutes:6.1f} min{'  done' if marks.read(job) else ''}")
+        print(f"{len(jobs)} jobs, {sum(job.minutes for job in jobs):.0f} minutes of one core")
+        return
+    if options.job is not None:
+        run_alone(jobs, options.job, options.out, print)
+        return
+    if options.slurm:
+        words = ["--only", options.only, "--scale", options.scale, "--seeds", options.seeds]
+        print(write_arrays(jobs, options.out, [*words, "--data", options.data, "--out", options.out]))
+        return
+    if not options.report and options.readme is None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        Queue(jobs, options.out, _say).run(options.jobs or usual_parallel(options.scale))
+    results = [results_of(claim, setting) for claim in claims]
+    write_report(results, jobs, setting, _say)
+    for one in results:
+        _say(f"{one.claim.letter}: {one.claim.title}: {one.verdict}")
+    if options.readme is not None:
+        picture = options.readme.parent / PICTURE
+        shutil.copy(options.out / ALL_NAME, picture)
+        content = written_into(options.readme.read_text(), results, setting, PICTURE)
+        options.readme.write_text(content)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_tool(main)
