@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,13 +41,17 @@ def record_end(run_folder: Path, step: int | None, code: int, cause: str) -> Non
 
 
 def last_end(run_folder: Path) -> RunEnd | None:
-    """The newest end that was recorded; torn lines are left out."""
+    """The newest end that was recorded."""
+    return next(reversed(all_ends(run_folder)), None)
+
+
+def all_ends(run_folder: Path) -> list[RunEnd]:
+    """All ends that were recorded, oldest first; torn lines are left out."""
     path = run_folder / "logs" / ENDS_NAME
     if not path.exists():
-        return None
-    for line in reversed(path.read_text(errors="replace").splitlines()):
-        try:
-            return RunEnd(**json.loads(line))
-        except (ValueError, TypeError):
-            continue
-    return None
+        return []
+    ends = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, TypeError):
+            ends.append(RunEnd(**json.loads(line)))
+    return ends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from metalm.errors import ConfigError
 from metalm.operations.history import newest_metrics, read_attempts
-from metalm.operations.status import describe_run
+from metalm.operations.status import describe, describe_run
 
 NOW = 1_800_000_000.0
 
@@ -183,3 +184,21 @@ def test_it_needs_neither_torch_nor_pydantic(run: Path) -> None:
     found = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "100 of 1,000" in found.stdout
+
+
+def test_a_terminal_shows_the_state_in_colour_and_anew(run: Path) -> None:
+    """Of one run and of all; what is not a terminal gets neither colours nor the clearing of the screen."""
+    master, slave = os.openpty()
+    command = [sys.executable, "-m", "metalm", "status", str(run), "--watch", "1"]
+    process = subprocess.Popen(command, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    while shown.count(b"\033[H\033[2J") < 2:
+        shown += os.read(master, 4096)
+    process.terminate()
+    process.wait(timeout=20)
+    os.close(master)
+    assert re.search(rb"state +\033\[3[123]m\w+\033\[0m", shown)
+    plain = subprocess.run(command[:-2], capture_output=True, timeout=60)
+    assert plain.returncode == 0 and b"\033" not in plain.stdout
+    assert re.search(r"\n\S+ .*\033\[3[123]m\w+\033\[0m", describe(run.parent, NOW, coloured=True))

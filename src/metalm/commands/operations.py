@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from metalm.commands.argument_types import positive
 from metalm.operations.preflight_limits import Limits
 
 
@@ -20,7 +21,24 @@ def add_commands(commands: Any) -> None:
         metavar="RUN",
         help="the run's folder, such as runs/NAME; or that of all runs",
     )
+    status.add_argument(
+        "--watch",
+        nargs="?",
+        type=positive,
+        const=5,
+        metavar="SECONDS",
+        help="go on, and print it anew; default: every 5 s",
+    )
     status.set_defaults(run=_status)
+
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page of a run: curves, samples, layout, faults, versions",
+        epilog="Example: metalm report runs/first --out first.html",
+    )
+    report.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder, such as runs/NAME")
+    report.add_argument("--out", type=Path, help="the page; default: report.html in the run's folder")
+    report.set_defaults(run=_report)
 
     stop = commands.add_parser(
         "stop", help="ask a run to save and end", epilog="Example: metalm stop runs/first"
@@ -47,7 +65,13 @@ def add_commands(commands: Any) -> None:
 def _status(options: argparse.Namespace) -> int | None:
     from metalm.operations.status import status
 
-    return status(options.run_folder)
+    return status(options.run_folder, options.watch)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from metalm.operations.report import write_report
+
+    print(f"wrote {write_report(options.run_folder, options.out)}")
 
 
 def _stop(options: argparse.Namespace) -> int | None:

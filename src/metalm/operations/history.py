@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,14 @@ def newest_metrics(run_folder: Path) -> list[dict[str, Any]]:
     return list(_entries(_lines_from_end(path))) if path.exists() else []
 
 
+def all_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
+    """All figures that were written, oldest first."""
+    path = run_folder / "logs" / METRICS_NAME
+    if path.exists():
+        with path.open(errors="replace") as handle:
+            yield from _entries(handle)
+
+
 def _lines_from_end(path: Path) -> Iterator[str]:
     with path.open("rb") as handle:
         end = handle.seek(0, os.SEEK_END)
@@ -79,7 +87,7 @@ def _lines_from_end(path: Path) -> Iterator[str]:
             yield cut.decode(errors="replace")
 
 
-def _entries(lines: Iterator[str] | list[str]) -> Iterator[dict[str, Any]]:
+def _entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The lines as objects; one that is empty or still being written is left out."""
     for line in lines:
         try:

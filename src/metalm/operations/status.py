@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,14 @@ from metalm.operations.run_state import Pace, RunState, pace_of, span, state_of
 
 CONFIG_NAME = "config.yaml"
 _SHOWN_RESTARTS = 5
+_CLEAR = "\033[H\033[2J"
+_GREEN, _YELLOW, _RED = 32, 33, 31
+_COLOURS = {
+    **dict.fromkeys(("running", "done"), _GREEN),
+    **dict.fromkeys(("waiting", "started", "stopped"), _YELLOW),
+    **dict.fromkeys(("failed", "killed", "silent", "ended"), _RED),
+}
+"""Of a terminal, by the first word of a state."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +54,39 @@ class Run:
         return _step_of(self.checkpoint)
 
 
-def status(folder: Path) -> int:
+def status(folder: Path, watch_s: float | None = None) -> int:
     """Print the state of a run, or a table of all runs in a folder.
+
+    Args:
+        folder: a run's, or one that holds runs.
+        watch_s: print it anew after so many seconds, until the user interrupts; None: once.
 
     Raises:
         ConfigError: there is no run in this folder.
     """
-    now = time.time()
+    coloured = sys.stdout.isatty()
+    while True:
+        text = describe(folder, time.time(), coloured=coloured)
+        print(f"{_CLEAR if watch_s is not None and coloured else ''}{text}", flush=True)
+        if watch_s is None:
+            return 0
+        time.sleep(watch_s)
+
+
+def describe(folder: Path, now: float, *, coloured: bool = False) -> str:
+    """The state of a run, or a table of all runs in a folder.
+
+    Raises:
+        ConfigError: there is no run in this folder.
+    """
     if is_run(folder):
-        print(describe_run(folder, now))
-        return 0
+        return describe_run(folder, now, coloured=coloured)
     runs = sorted(filter(is_run, folder.iterdir())) if folder.is_dir() else []
     if not runs:
         raise ConfigError(
             f"{folder} is no run folder, nor does it hold any: a run's has {CONFIG_NAME} or a start on record"
         )
-    print(describe_runs(runs, now))
-    return 0
+    return describe_runs(runs, now, coloured=coloured)
 
 
 def is_run(folder: Path) -> bool:
@@ -84,8 +109,19 @@ def read_run(folder: Path, now: float) -> Run:
     return Run(folder, attempts, total, lines, checkpoint, pace, state)
 
 
-def describe_run(run_folder: Path, now: float) -> str:
+def describe_run(run_folder: Path, now: float, *, coloured: bool = False) -> str:
     """The state of a run at a time, in lines of a name and a value.
+
+    Raises:
+        ConfigError: there is no run in this folder.
+    """
+    shown = fields_of(run_folder, now)
+    shown["state"] = _coloured(shown["state"], coloured)
+    return "\n".join(f"{name:<11} {value}" for name, value in shown.items())
+
+
+def fields_of(run_folder: Path, now: float) -> dict[str, str]:
+    """The state of a run at a time, in words, by name.
 
     Raises:
         ConfigError: there is no run in this folder.
@@ -104,10 +140,10 @@ def describe_run(run_folder: Path, now: float) -> str:
     shown["restarts"] = _restarts(run.attempts, counted)
     if run.trained:
         shown["skipped"] = _skipped(run.trained)
-    return "\n".join(f"{name:<11} {value}" for name, value in shown.items())
+    return shown
 
 
-def describe_runs(folders: Sequence[Path], now: float) -> str:
+def describe_runs(folders: Sequence[Path], now: float, *, coloured: bool = False) -> str:
     """A table of runs, a line each: step, loss, time left, checkpoint and state."""
     rows = [("run", "step", "loss", "left", "saved", "state")]
     for folder in folders:
@@ -124,8 +160,16 @@ def describe_runs(folders: Sequence[Path], now: float) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
+    lines = ["  ".join(map(str.ljust, row[:-1], widths)) for row in rows]
+    states = [rows[0][-1], *(_coloured(row[-1], coloured) for row in rows[1:])]
+    return "\n".join(f"{line}  {state}" for line, state in zip(lines, states, strict=True))
+
+
+def _coloured(state: str, coloured: bool) -> str:
+    """A state whose first word is in the colour of a terminal that belongs to it."""
+    word = state.split()[0].rstrip(",:;")
+    colour = _COLOURS.get(word)
+    return f"\033[{colour}m{word}\033[0m{state[len(word) :]}" if coloured and colour else state
 
 
 def _step_of(checkpoint: Path | None) -> int | None:
