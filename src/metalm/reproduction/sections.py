@@ -12,7 +12,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 }
 td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left }
- th { background: #f4f4f4 } img { max-width: 100% } code { background: #f4f4f4 }
+th { background: #f4f4f4 } img { max-width: 100% } code { background: #f4f4f4 }
 """
 
 

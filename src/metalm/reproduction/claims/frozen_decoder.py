@@ -187,17 +187,18 @@ def _shared(setting: Setting) -> Iterator[Job]:
     data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
     trained = setting.train("text", setting.shared("text"), 1, *data)
     yield _job("text", [trained], "text_shards", minutes=4.5)
-    data += (
+    docking = (
+        *data,
         f"data.sources.guessed.path={setting.shared('guessed_train')}",
         f"initialize.decoder={setting.shared('text')}",
     )
     needs = ("text", "guessed_train")
-    without = setting.train("b_dock", setting.shared("b_without"), 1, *data, *WITHOUT_ENCODER)
+    without = setting.train("b_dock", setting.shared("b_without"), 1, *docking, *WITHOUT_ENCODER)
     yield _job("b_without", [without], *needs, minutes=1.0)
-    docked = setting.train("b_dock", setting.shared("b_docked"), 1, *data, _encoder(setting, "b_docked"))
+    docked = setting.train("b_dock", setting.shared("b_docked"), 1, *docking, _encoder(setting, "b_docked"))
     yield _job("b_docked", [docked], *needs, minutes=2.0)
     random = (_encoder(setting, "b_docked_random"), *TRAINED_AS_A_WHOLE)
-    docked = setting.train("b_dock", setting.shared("b_docked_random"), 1, *data, *random)
+    docked = setting.train("b_dock", setting.shared("b_docked_random"), 1, *docking, *random)
     yield _job("b_docked_random", [docked], *needs, "random_encoder", minutes=3.0)
     films, others = [_worded(setting, "films")], [_worded(setting, domain) for domain in OTHERS]
     for split in ("train", "validation"):

@@ -11,7 +11,7 @@ from metalm.reproduction.jobs import Command, Job, tool
 
 TRAINED_ON = {"1": 366, "10": 3657, "100": 36566}
 """Percent of the questions, and how many that is."""
-STEPS = {"cpu": {"1": 60, "10": 200, "100": 600}, "gpu": {"1": 200, "10": 800, "100": 3000}}
+STEPS = {"cpu": {"1": 100, "10": 300, "100": 600}, "gpu": {"1": 200, "10": 800, "100": 3000}}
 QUESTIONS = {"cpu": 2000, "gpu": 9673}
 GPU = ("training.precision=bf16",)
 SHARE_OF_YES = 3611 / 9673
