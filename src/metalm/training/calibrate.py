@@ -89,6 +89,8 @@ def calibrate(device: torch.device, clock: Clock, jsons: Path, path: Path, sourc
         "attention": measure_attention(device, dtype, sizes, clock),
         "figures": measure_memory(device, dtype, clock),
     }
+    # How far a shape or a mask lies off what is between the measured ones.
+    content["figures"] |= {"products": _about(1.0, 0.08), "attention": _about(1.0, 0.15)}
     path.write_text(json.dumps(content, indent=1))
     steps = measure_steps(device, clock, jsons)
     content["figures"] |= solve_steps(steps, overlay(shipped_calibration(listed), path))
