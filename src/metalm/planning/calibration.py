@@ -208,7 +208,8 @@ def overlay(calibration: Calibration, path: Path) -> Calibration:
 
 def write_links(path: Path, speeds: Sequence[LinkSpeeds], *, ranks_per_node: int) -> None:
     """A calibration of what `metalm preflight` measured of the links: of a node, and of two together."""
-    links, figures = [], {}
+    links: list[dict[str, Any]] = []
+    figures: dict[str, dict[str, float]] = {}
     for spans_nodes in (False, True):
         bandwidths = [one.across_gib_s if spans_nodes else one.within_gib_s for one in speeds]
         latencies = [one.across_latency_s if spans_nodes else one.within_latency_s for one in speeds]
