@@ -90,7 +90,8 @@ def main() -> int:
         links = [statistics.mean(rank["links"][key] for rank in found) for key in keys]
         path = Path(f"{arguments.calibration}.links")
         link = {"ranks": RANKS, "spans_nodes": False, "latency_s": links[0], "bytes_per_s": 1 / links[1]}
-        path.write_text(json.dumps({"links": [link]}))
+        figure = {"value": 1.0, "low": 0.9, "high": 1.1}
+        path.write_text(json.dumps({"links": [link], "figures": {"links inside nodes": figure}}))
         known = overlay(calibration, path)
         path.unlink()
         for name, layout in LAYOUTS.items():
@@ -104,7 +105,8 @@ def main() -> int:
             records.append(record)
             ratios = [record["predicted_s"] / record[key] - 1 for key in ("processor_s", "wall_s")]
             print(
-                f"{name:<40} predicted {plan.step_s:6.3f} s   processor {record['processor_s']:6.3f} s "
+                f"{name:<40} predicted {plan.step_s:6.3f} s ({plan.range_s[0]:.3f} to "
+                f"{plan.range_s[1]:.3f})   processor {record['processor_s']:6.3f} s "
                 f"({ratios[0]:+.0%})   wall {record['wall_s']:6.3f} s ({ratios[1]:+.0%})",
                 flush=True,
             )

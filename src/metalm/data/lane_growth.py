@@ -10,6 +10,7 @@ still comes once per epoch; the new lanes' numbers are new, so their random draw
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from metalm.data.lanes import LaneState, Mixture
 from metalm.data.sample_stream import RowCounters
@@ -57,7 +58,7 @@ def grown(states: Mapping[int, LaneState], times: int, mixture: Mixture) -> dict
                 if order is None:
                     continue
                 block = order.later_turn(packer["place"][0], child * shared_by)
-                begun = {"waiting": []} if "waiting" in packer else {"consumed": 0}
+                begun: dict[str, Any] = {"waiting": []} if "waiting" in packer else {"consumed": 0}
                 begun |= {"place": [block, 0], "counters": RowCounters().state()}
                 sources[name] = {**saved, "packer": begun}
             found[lane + child * num_lanes // times] = {**state, **header, "rows": 0, "sources": sources}

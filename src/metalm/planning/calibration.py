@@ -208,7 +208,8 @@ def overlay(calibration: Calibration, path: Path) -> Calibration:
 
 def write_links(path: Path, speeds: Sequence[LinkSpeeds], *, ranks_per_node: int) -> None:
     """A calibration of what `metalm preflight` measured of the links: of a node, and of two together."""
-    links = []
+    links: list[dict[str, Any]] = []
+    figures: dict[str, dict[str, float]] = {}
     for spans_nodes in (False, True):
         bandwidths = [one.across_gib_s if spans_nodes else one.within_gib_s for one in speeds]
         latencies = [one.across_latency_s if spans_nodes else one.within_latency_s for one in speeds]
@@ -218,7 +219,11 @@ def write_links(path: Path, speeds: Sequence[LinkSpeeds], *, ranks_per_node: int
             ranks = ranks_per_node * (2 if spans_nodes else 1)
             link = Link(ranks, spans_nodes, median_high(waits), median_low(known) * 2**30)
             links.append(dataclasses.asdict(link))
-    content = {"source": f"metalm preflight, {len(speeds)} ranks, medians", "links": links}
+            # As large groups fall behind small ones, and large tensors go ahead of small ones.
+            name = "links between nodes" if spans_nodes else "links inside nodes"
+            figures[name] = {"value": 1.0, "low": 0.75 if spans_nodes else 0.9, "high": 1.1}
+    source = f"metalm preflight, {len(speeds)} ranks, medians"
+    content = {"source": source, "links": links, "figures": figures}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
