@@ -25,7 +25,7 @@ from metalm.modalities import MEDIA
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument(
         "inputs", type=Path, nargs="+", help=".jsonl (also .gz, .zst, .bz2), .json or .parquet"
     )

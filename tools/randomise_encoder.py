@@ -12,7 +12,7 @@ from metalm.reproduction.random_encoder import write_random_encoder
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", type=Path, help="that save_pretrained wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

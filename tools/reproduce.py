@@ -26,7 +26,7 @@ PICTURE = "tools/measured/reproduction.png"
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("--only", default=",".join(CLAIMS), help="letters of claims (default: %(default)s)")
     parser.add_argument("--scale", choices=get_args(Scale), default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm (default: %(default)s)")

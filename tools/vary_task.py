@@ -22,7 +22,7 @@ from metalm.reproduction.variants import (
 
 
 def main() -> None:
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument("what", choices=("texts", "worded", "encoded", "shuffled", "blind"))
     parser.add_argument("tasks", type=Path, nargs="+", help="task files")
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="folder of all tasks' data")
