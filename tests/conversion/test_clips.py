@@ -81,6 +81,10 @@ FILES: dict[str, bytes] = {
     "flac": file_of(tone(0.04, rate=44_100), 44_100, "FLAC"),
     "ogg": file_of(tone(0.04, rate=48_000), 48_000, "OGG"),
 }
+FILES |= {
+    f"a tenth of a second of {kind}": file_of(tone(0.1, rate=48_000), 48_000, kind.upper())
+    for kind in sorted(set(MEDIA["audio"].formats.values()))
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -141,7 +145,7 @@ def nonsense(samples: np.ndarray) -> dict[str, Any]:
         ("<audio>", tone(0.02), "sampling rate of a clip is not known"),
         ("<audio>", file_of(tone(0.001)), "a clip of 0.001 s is too short: its encoder reads 0.001875 s"),
         ("<audio>", b"RIFFnothing", "cannot be decoded"),
-        ("<audio>", b"nothing", "no WAV, FLAC or Ogg file"),
+        ("<audio>", b"nothing", "no WAV, FLAC, Ogg or MP3 file"),
         ("<audio>", CUT, "cannot be decoded|ends after"),
         ("<audio>", nonsense(np.zeros((2, 900))), r"shape \[2, 900\], expected one channel"),
         ("<audio>", nonsense(np.full(900, np.nan)), "no numbers, or far beyond"),

@@ -276,7 +276,7 @@ def clip_files(given: Any) -> list[bytes]:
     """What a task gives as clips, as files.
 
     Args:
-        given: dictionaries of `array` and `sampling_rate`, or paths or contents of WAV, FLAC or Ogg files;
+        given: dictionaries of `array` and `sampling_rate`, or paths or contents of files as in training;
             one or several.
 
     Raises:

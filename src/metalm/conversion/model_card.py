@@ -113,7 +113,7 @@ def _snippet(source: CheckpointSource, name: str, images: bool, clips: bool) -> 
             "",
             "import numpy as np",
             "",
-            "clip = np.sin(np.arange(16000) / 5)  # or the path of a WAV, FLAC or Ogg file",
+            "clip = np.sin(np.arange(16000) / 5)  # or the path of a WAV, FLAC, Ogg or MP3 file",
             'inputs = processor(text="<audio>", audio=clip, sampling_rate=16000)',
             "tokens = model.generate(**inputs, max_new_tokens=20)",
             "print(processor.decode(tokens[0], skip_special_tokens=True))",

@@ -27,7 +27,7 @@ except ImportError:
 
 
 FORMATS = (b"RIFF", b"fLaC", b"OggS")
-"""First bytes of files; of those that training reads."""
+"""First bytes of files; of those that training reads. The other is MP3."""
 EXTRACTORS = ("ASTFeatureExtractor", "Wav2Vec2FeatureExtractor")
 """Classes of transformers that are ever made."""
 SAMPLING_RATES = range(1_000, 400_001)
@@ -160,8 +160,8 @@ def open_clip(clip: Any, sampling_rate: int | None = None, *, longest_s: float) 
 
 
 def _of_file(data: bytes, longest_s: float) -> Waveform:
-    if data[:4] not in FORMATS:
-        raise ValueError("a clip is no WAV, FLAC or Ogg file")
+    if data[:4] not in FORMATS and not _is_mp3(data):
+        raise ValueError("a clip is no WAV, FLAC, Ogg or MP3 file")
     if soundfile is None:
         raise ImportError("files of clips need soundfile: pip install soundfile")
     try:
@@ -179,6 +179,13 @@ def _of_file(data: bytes, longest_s: float) -> Waveform:
         raise ValueError(f"a clip ends after {len(samples)} of {frames} samples")
     _check_amplitude(samples)
     return Waveform.of(samples.mean(axis=1, dtype=np.float32), rate)
+
+
+def _is_mp3(data: bytes) -> bool:
+    """Whether it begins with tags, or with a frame's sync word and layer."""
+    return data[:3] == b"ID3" or (
+        len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0 and data[1] & 6 != 0
+    )
 
 
 def _of_array(samples: np.ndarray) -> np.ndarray:

@@ -184,8 +184,8 @@ class MetaLMProcessor(ProcessorMixin):
             text: one prompt or several.
             videos: None; transformers hands them over.
             audio: one, a list in the order of the prompts' audio markers, or a list per prompt. Each is the
-                path or the bytes of a WAV, FLAC or Ogg file, a URL, samples [n] of one channel, or these in
-                a dictionary of `array` and `sampling_rate`.
+                path or the bytes of a WAV, FLAC, Ogg or MP3 file, a URL, samples [n] of one channel, or these
+                in a dictionary of `array` and `sampling_rate`.
             sampling_rate: of samples that do not tell their own, in hertz.
             add_special_tokens: put `<s>` before prompts that do not start with it.
             padding: False, True (to the longest prompt) or "max_length".
