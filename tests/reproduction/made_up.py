@@ -14,7 +14,8 @@ TESTED = Scoring("test", Path("invented.yaml"))
 
 
 def arm(name: str) -> Arm:
-    return Arm(name, f"what {name} is", "text", (), (TESTED,), rates=(1e-3,), chosen_on=TESTED)
+    needs = ("shared/data",)
+    return Arm(name, f"what {name} is", "text", (), (TESTED,), needs, rates=(1e-3,), chosen_on=TESTED)
 
 
 METALM, GPT, SHUFFLED = Series(arm("m"), "test"), Series(arm("g"), "test"), Series(arm("s"), "test")

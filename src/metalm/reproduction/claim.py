@@ -85,10 +85,20 @@ class Claim:
         return list(dict.fromkeys(found))
 
     def jobs(self, setting: Setting) -> Iterator[Job]:
-        """All, each behind what it needs."""
-        yield from self.shared
+        """All, each behind what it needs; what is shared not before an arm needs it."""
+        waiting = {job.name: job for job in self.shared}
+
+        def taken(names: Sequence[str]) -> Iterator[Job]:
+            for name in names:
+                if (job := waiting.pop(name, None)) is not None:
+                    yield from taken(job.needs)
+                    yield job
+
         for arm in self.arms:
-            yield from arm.jobs(setting, self.letter)
+            for job in arm.jobs(setting, self.letter):
+                yield from taken(job.needs)
+                yield job
+        assert not waiting, f"no arm needs {', '.join(waiting)}"
 
 
 def jobs_of(claims: Sequence[Claim], setting: Setting) -> list[Job]:

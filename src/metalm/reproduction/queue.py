@@ -50,7 +50,9 @@ class Queue:
         with ThreadPoolExecutor(num_parallel) as pool:
             try:
                 while waiting or running:
-                    for job in [job for job in waiting if done.issuperset(job.needs)]:
+                    for job in list(waiting):
+                        if not done.issuperset(job.needs):
+                            continue
                         if self.marks.is_done(job):
                             waiting.remove(job)
                             done.add(job.name)

@@ -101,7 +101,9 @@ def _task(setting: Setting) -> Path:
 def _test(setting: Setting, name: str, split: str = "test") -> Scoring:
     task = setting.shared("f_blind_task") / _task(setting).name if name == "question" else _task(setting)
     limit = QUESTIONS[setting.scale] if split == "test" else 500
-    return Scoring(split, task, split, "generation", limit)
+    # Text whose encoder is not there is the decoder's, and no other encoder's.
+    readers = "image=patches" if name == "patches" else None
+    return Scoring(split, task, split, "generation", limit, readers=readers)
 
 
 def _overrides(setting: Setting, train: str, validation: str, share: str) -> tuple[str, ...]:
