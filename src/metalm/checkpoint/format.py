@@ -194,7 +194,12 @@ def read_index(folder: Path) -> dict[str, ParameterIndex]:
                 Pieces(index.files, *columns),
                 entry.states,
             )
+    checked: set[str] = set()
     for name, parameter in parameters.items():
+        for file in set(parameter.columns.names) - checked:
+            if PurePosixPath(file).name != file or file in ("", ".", ".."):
+                raise CheckpointError(f"{path}: {name} points outside its folder, to {file!r}")
+            checked.add(file)
         _check(path, name, parameter)
     return parameters
 
@@ -243,9 +248,6 @@ _ANY_INDEX: TypeAdapter[_PlainIndex | _Index] = TypeAdapter(
 
 def _check(path: Path, name: str, parameter: ParameterIndex) -> None:
     pieces = parameter.columns
-    for file in {pieces.names[number] for number in np.unique(pieces.files)}:
-        if PurePosixPath(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{path}: {name} points outside its folder, to {file!r}")
     if parameter.states[:1] != ("master",) or not set(parameter.states) <= set(STATES):
         raise CheckpointError(f"{path}: {name} has states {parameter.states}, known are {STATES}")
     try:
