@@ -33,12 +33,19 @@ def share(size: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def jobs_of(
-    checkpoints: Path, step: int, ranks: int, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], lanes: int
+    checkpoints: Path,
+    step: int,
+    ranks: int,
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    lane_states: Mapping[int, Any],
+    config: bytes = b"{}",
 ) -> list[SaveJob]:
     """The parts of all ranks of a checkpoint, each with its range of every parameter; the values count up.
 
     Args:
         shapes: of parameters, by component and name.
+        lane_states: of all lanes, which the ranks have in equal parts.
+        config: of the run.
     """
     partial = begin_checkpoint(checkpoints, step)
     components = tuple(shapes)
@@ -67,10 +74,10 @@ def jobs_of(
                 for number, state_name in enumerate(STATES)
             }
             snapshots[component] = Snapshot(tensors, owned, {} if rank else layouts[component])
-        own_lanes = range(rank * lanes // ranks, (rank + 1) * lanes // ranks)
+        first, last = rank * len(lane_states) // ranks, (rank + 1) * len(lane_states) // ranks
+        states = {lane: lane_states[lane] for lane in range(first, last)}
         place: Any = Place(rank, ranks)
-        states = {lane: {"lane": lane} for lane in own_lanes}
-        jobs.append(SaveJob(partial, snapshots, states, state, place, b"{}", CheckpointConfig()))
+        jobs.append(SaveJob(partial, snapshots, states, state, place, config, CheckpointConfig()))
     return jobs
 
 

@@ -13,6 +13,7 @@ from metalm.checkpoint.format import INDEX_NAME, ParameterIndex, Pieces, read_in
 from metalm.checkpoint.layout import ShardLayout
 from metalm.checkpoint.reader import CheckpointReader
 
+LANES = {lane: {"lane": lane} for lane in range(64)}
 SHAPES = {
     "decoder": {"embedding": (64, 32), "norm": (40,)},
     "encoders": {f"layer.{number}": (48, 16) for number in range(4)},
@@ -22,7 +23,7 @@ SHAPES = {
 @pytest.mark.parametrize(("writers", "readers"), [(1, 8), (8, 8), (8, 3), (5, 16)])
 def test_a_rank_reads_its_own_ranges_and_no_more(tmp_path: Path, writers: int, readers: int) -> None:
     """So that the bytes that one rank reads fall as ranks are added."""
-    folder = write_checkpoint(jobs_of(tmp_path, 3, writers, SHAPES, lanes=40))
+    folder = write_checkpoint(jobs_of(tmp_path, 3, writers, SHAPES, LANES))
     whole = 4 * sum(int(np.prod(shape)) for own in SHAPES.values() for shape in own.values())
     for rank in range(readers):
         reader = CheckpointReader(folder)
@@ -40,7 +41,7 @@ def test_a_rank_reads_its_own_ranges_and_no_more(tmp_path: Path, writers: int, r
 def test_a_rank_reads_the_states_of_its_own_lanes_from_as_few_files(
     tmp_path: Path, writers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = CheckpointReader(write_checkpoint(jobs_of(tmp_path, 3, writers, SHAPES, lanes=64)))
+    reader = CheckpointReader(write_checkpoint(jobs_of(tmp_path, 3, writers, SHAPES, LANES)))
     opened: list[Path] = []
     read = CheckpointReader.path_of
 
@@ -60,7 +61,7 @@ def test_a_rank_reads_the_states_of_its_own_lanes_from_as_few_files(
 
 
 def test_an_index_of_before_is_read_as_that_of_now(tmp_path: Path) -> None:
-    folder = write_checkpoint(jobs_of(tmp_path, 3, 8, SHAPES, lanes=8))
+    folder = write_checkpoint(jobs_of(tmp_path, 3, 8, SHAPES, LANES))
     now = read_index(folder / "encoders")
     size_now = (folder / "encoders" / INDEX_NAME).stat().st_size
     as_before(folder, "encoders")

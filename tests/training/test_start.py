@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from metalm.config import RunConfig, config_content
 from metalm.data.corpus import Corpus
 from metalm.data.tokenizer import load_tokenizer, train_tokenizer
 from metalm.errors import CheckpointError, ConfigError
+from metalm.model.encoder import EncoderBank, encoder_draw
+from metalm.model.initialization import initialize_parameters
 from metalm.training import engines as engines_module
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
@@ -101,6 +104,41 @@ def test_a_resumed_run_draws_no_weight_and_covers_all(
     for name in second.encoders.module.state_dict():
         assert torch.equal(found[f"encoders/{name}"].flatten(), on_disk[f"{name}|master"])
     assert start.checkpoint.lane_states() == {0: "somewhere"}
+
+
+def test_weights_are_drawn_by_the_first_data_parallel_rank_alone(
+    topology: Any, tmp_path: Path, drawn: Callable[[], None]
+) -> None:
+    """The others have no numbers, until DeepSpeed gives them the first rank's: here there is nobody to."""
+    config = config_with(tmp_path)
+    expected = weights(build_engines(config, topology))
+    assert not any(tensor.isnan().any() for tensor in expected.values())
+    drawn()
+    found = weights(build_engines(config, replace(topology, rank=1, data_rank=1)))
+    assert found.keys() == expected.keys()
+    assert all(tensor.isnan().all() for tensor in found.values())
+
+
+def test_weights_are_cast_before_they_are_moved_and_are_the_same(topology: Any, tmp_path: Path) -> None:
+    """One parameter at a time, so that nothing is whole in float32 where a run trains in bfloat16."""
+    config = config_with(tmp_path).model
+    drawn = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        bank = EncoderBank(config)
+        initialize_parameters(
+            bank,
+            "encoders",
+            7,
+            lambda name: encoder_draw(config, name),
+            0,
+            1,
+            dtype=dtype,
+            device=torch.device("cpu"),
+        )
+        drawn[dtype] = {name: parameter.detach() for name, parameter in bank.named_parameters()}
+    for name, value in drawn[torch.bfloat16].items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, drawn[torch.float32][name].bfloat16()), name
 
 
 def test_what_a_checkpoint_lacks_is_an_error(topology: Any, tmp_path: Path) -> None:

@@ -196,7 +196,12 @@ def read_index(folder: Path) -> dict[str, ParameterIndex]:
                 Pieces(index.files, *columns),
                 entry.states,
             )
+    checked: set[str] = set()
     for name, parameter in parameters.items():
+        for file in set(parameter.columns.names) - checked:
+            if PurePosixPath(file).name != file or file in ("", ".", ".."):
+                raise CheckpointError(f"{path}: {name} points outside its folder, to {file!r}")
+            checked.add(file)
         _check(path, name, parameter)
     return parameters
 
@@ -245,11 +250,16 @@ _ANY_INDEX: TypeAdapter[_PlainIndex | _Index] = TypeAdapter(
 
 def _check(path: Path, name: str, parameter: ParameterIndex) -> None:
     pieces = parameter.columns
+<<<<<<< HEAD
     for file in {pieces.names[number] for number in np.unique(pieces.files)}:
         if PurePosixPath(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{path}: {name} points outside its folder, to {file!r}")
     if parameter.states[:1] != ("master",) or not set(parameter.states) <= {*STATES, AVERAGE}:
         raise CheckpointError(f"{path}: {name} has states {parameter.states}, known are {(*STATES, AVERAGE)}")
+=======
+    if parameter.states[:1] != ("master",) or not set(parameter.states) <= set(STATES):
+        raise CheckpointError(f"{path}: {name} has states {parameter.states}, known are {STATES}")
+>>>>>>> groups
     try:
         shard_size = parameter.layout.shard_size
     except ValueError as error:

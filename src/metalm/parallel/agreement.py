@@ -5,13 +5,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from metalm.errors import MetaLMError
-from metalm.parallel.topology import Topology
+
+if TYPE_CHECKING:  # it imports Megatron, which a start that is refused need not wait for
+    from metalm.parallel.topology import Topology
 
 
 class Verdict(enum.IntEnum):

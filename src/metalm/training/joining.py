@@ -20,6 +20,7 @@ from metalm.parallel.agreement import raise_together
 from metalm.parallel.launch import Launch, open_process_group
 
 _JOINING_MINUTES = 30
+"""Of ranks that do not know the config yet; those that do end earlier, and a launcher then ends all."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def join(launch: Launch, own: Corpus | MetaLMError | None) -> Joined:
 
     Collective: every rank of the job.
     """
-    device = open_process_group(launch, _JOINING_MINUTES)
+    minutes = own.config.parallel.timeout_minutes if isinstance(own, Corpus) else _JOINING_MINUTES
+    device = open_process_group(launch, minutes)
     raise_together(own if isinstance(own, MetaLMError) else None)
     corpus = _share(own if isinstance(own, Corpus) else None)
     # The others have learnt only now how long they are to wait for each other.

@@ -42,8 +42,12 @@ def unify_gradients(engine: Any, topology: Topology) -> None:
     ]
     if not gradients:  # of this data-parallel rank: alike on its TP group, whose shards are of one size
         return
+    group = topology.tensor_group
+    if gradients[0].device.type == "cpu":
+        group = topology.tensor_host_group
+        if topology.device.type == "cuda":  # offloaded: the copies to host memory may still run
+            torch.cuda.synchronize(topology.device)
     together = torch.cat(gradients)
-    group = topology.tensor_host_group if together.device.type == "cpu" else topology.tensor_group
     dist.broadcast(together, group=group, group_src=0)
     if topology.tensor_rank:
         for gradient, received in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
