@@ -250,16 +250,8 @@ _ANY_INDEX: TypeAdapter[_PlainIndex | _Index] = TypeAdapter(
 
 def _check(path: Path, name: str, parameter: ParameterIndex) -> None:
     pieces = parameter.columns
-<<<<<<< HEAD
-    for file in {pieces.names[number] for number in np.unique(pieces.files)}:
-        if PurePosixPath(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{path}: {name} points outside its folder, to {file!r}")
     if parameter.states[:1] != ("master",) or not set(parameter.states) <= {*STATES, AVERAGE}:
         raise CheckpointError(f"{path}: {name} has states {parameter.states}, known are {(*STATES, AVERAGE)}")
-=======
-    if parameter.states[:1] != ("master",) or not set(parameter.states) <= set(STATES):
-        raise CheckpointError(f"{path}: {name} has states {parameter.states}, known are {STATES}")
->>>>>>> groups
     try:
         shard_size = parameter.layout.shard_size
     except ValueError as error:
