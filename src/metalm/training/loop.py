@@ -104,10 +104,11 @@ class _Run:
         self._trained_tokens = torch.zeros((), dtype=torch.float64)
         if started.state is not None:
             self._take_up(started.state)
-        keep_best = config.checkpoint.keep_best
-        self._best = keep_best and BestCheckpoint(
-            session.run_folder, keep_best, last_step=self._step, is_first=session.is_first
-        )
+        self._best: BestCheckpoint | None = None
+        if (best := config.checkpoint.keep_best) is not None:
+            self._best = BestCheckpoint(
+                session.run_folder, best, last_step=self._step, is_first=session.is_first
+            )
         first_step = 0 if self._saved_step is None else self._step + 1
         self._monitor = Monitor(config, topology, session.run_folder, first_step, self._train_step.timer)
 
