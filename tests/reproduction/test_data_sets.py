@@ -43,8 +43,8 @@ def _drawings_are_made_to_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stand-in for resvg-py, whose pictures differ as the drawings do."""
     package = types.ModuleType("resvg_py")
 
-    def svg_to_bytes(*, svg_string: str, width: int, **_: Any) -> list[int]:
-        assert width == 128
+    def svg_to_bytes(*, svg_string: str, width: int, dpi: float, **_: Any) -> list[int]:
+        assert (width, dpi) == (128, 96.0)
         return list(encode_png(picture(sum(svg_string.encode()))))
 
     vars(package)["svg_to_bytes"] = svg_to_bytes
