@@ -57,7 +57,7 @@ def instruction_tuning(setting: Setting) -> Claim:
         says="Tuned on instructions without a cluster, MetaLM answers that cluster better than GPT.",
         how=(
             "Tuned on six tasks of BIG-bench in drawn wordings, asked for natural language inference in "
-            "three wordings. At a few million parameters chance is what is to be expected: reported, not more."
+            "three wordings. Of a few million parameters chance is to be expected: reported, not more."
         ),
         paper=(("NLI, GPT", "46.9"), ("MetaLM", "54.5")),
         sets=("bigbench",),
