@@ -59,6 +59,8 @@ class Scoring:
     """As `--readers`: who reads what; default: as it was trained."""
     shots: int | None = None
     """Demonstrations, in the wording for prompts; None: as finetuned."""
+    overrides: tuple[str, ...] = ()
+    """Of the run's config: room for longer prompts than rows of training."""
     templates: int = 1
     """As finetuned: the mean over so many wordings."""
 
@@ -77,7 +79,7 @@ class Scoring:
         words += ["--readers", self.readers] if self.readers is not None else []
         words += ["--shots", self.shots] if self.shots is not None else []
         words += ["--templates", self.templates] if self.templates > 1 else []
-        return metalm("evaluate-tasks", run, *words)
+        return metalm("evaluate-tasks", run, *self.overrides, *words)
 
     def folder(self, run: Path) -> Path:
         """Where the answers are."""

@@ -56,9 +56,9 @@ def added_encoder(setting: Setting) -> Claim:
         title="An encoder added to a trained interface",
         says="Encoders can be added to the interface over time (section 5).",
         how=(
-            "A model of claim b, which judges film reviews, gets an encoder of images and questions that learns "
-            "easy-VQA at 10% of its questions, with the rest frozen or the decoder trained. Film reviews are "
-            "asked again afterwards."
+            "A model of claim b, which judges film reviews, gets an encoder of images and questions that "
+            "learns easy-VQA at 10% of its questions, with the rest frozen or the decoder trained. Film "
+            "reviews are asked again afterwards."
         ),
         paper=(("none: the authors' outlook", ""),),
         sets=("vader", "minilm", "easy-vqa"),

@@ -8,6 +8,8 @@ from metalm.reproduction.claims.pair_comparison import GPU, pretraining
 
 TASKS = ("bb_social_iqa", "bb_wikihow_goals", "bb_winowhy", "bb_cosmos_qa")
 SHOTS = (0, 1, 4)
+LONG = ("data.sequence_length=2048",)
+"""Four demonstrations are longer than a row of training."""
 QUESTIONS = {"cpu": 200, "gpu": 500}
 """Of each task."""
 RATE = 3e-3
@@ -18,7 +20,8 @@ def in_context(setting: Setting) -> Claim:
     """The claim with its arms."""
     tasks = tuple(setting.data / "bigbench/tasks" / f"{name}.yaml" for name in TASKS)
     scorings = tuple(
-        Scoring(f"{shots} shots", tasks, limit=QUESTIONS[setting.scale], shots=shots) for shots in SHOTS
+        Scoring(f"{shots} shots", tasks, limit=QUESTIONS[setting.scale], shots=shots, overrides=LONG)
+        for shots in SHOTS
     )
     shared, data = pretraining(setting)
 
