@@ -38,7 +38,7 @@ def test_the_dry_run_runs_as_typed() -> None:
     assert "tensor 2 x data 1" in found.stdout
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check"])
+@pytest.mark.parametrize("target", ["demo", "reproduce", "test", "check"])
 def test_make_knows_its_targets_and_their_tools_exist(target: str) -> None:
     found = subprocess.run(["make", "--dry-run", target], capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr

@@ -71,10 +71,10 @@ def claim(setting: Setting) -> Claim:
         "a tiny decoder",
         "b_gpt",
         (*TINY, *paths),
-        (Scoring("test", task),),
+        (Scoring("test", (task,)),),
         ("shared/train",),
         rates=(1e-3,),
-        chosen_on=Scoring("validation", task, "validation"),
+        chosen_on=Scoring("validation", (task,), "validation"),
     )
     series = Series(arm, "test")
     return Claim(

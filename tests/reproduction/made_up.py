@@ -10,12 +10,12 @@ from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Curve, Series
 from metalm.reproduction.jobs import Job
 
-TESTED = Scoring("test", Path("invented.yaml"))
+TESTED = Scoring("test", (Path("invented.yaml"),))
 
 
 def arm(name: str) -> Arm:
     needs = ("shared/data",)
-    return Arm(name, f"what {name} is", "text", (), (TESTED,), needs, rates=(1e-3,), chosen_on=TESTED)
+    return Arm(name, f"what {name} is", "text", (), (TESTED,), needs, rates=(1e-3, 2e-3), chosen_on=TESTED)
 
 
 METALM, GPT, SHUFFLED = Series(arm("m"), "test"), Series(arm("g"), "test"), Series(arm("s"), "test")

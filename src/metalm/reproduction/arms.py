@@ -48,8 +48,8 @@ class Scoring:
     """Questions that a trained arm is asked."""
 
     name: str
-    task: Path
-    """The task file."""
+    tasks: tuple[Path, ...]
+    """Task files; the score is the mean over them."""
     split: str = "test"
     by: Literal["likelihood", "generation"] = "likelihood"
     limit: int | None = None
@@ -57,14 +57,29 @@ class Scoring:
     """Folder of the task's data; default: that of all data sets."""
     readers: str | None = None
     """As `--readers`: who reads what; default: as it was trained."""
+    shots: int | None = None
+    """Demonstrations, in the wording for prompts; None: as finetuned."""
+    overrides: tuple[str, ...] = ()
+    """Of the run's config: room for longer prompts than rows of training."""
+    templates: int = 1
+    """As finetuned: the mean over so many wordings."""
 
     def command(self, run: Path, setting: Setting) -> Command:
         """Ask a run, and write to `scores/NAME` in its folder."""
-        words = ["--tasks", self.task, "--data", self.data or setting.data, "--split", self.split]
+        words: list[object] = [
+            "--tasks",
+            ",".join(map(str, self.tasks)),
+            "--data",
+            self.data or setting.data,
+            "--split",
+            self.split,
+        ]
         words += ["--score-by", self.by, "--overflow", "cut_right", "--out", self.folder(run)]
         words += ["--limit", self.limit] if self.limit is not None else []
         words += ["--readers", self.readers] if self.readers is not None else []
-        return metalm("evaluate-tasks", run, *words)
+        words += ["--shots", self.shots] if self.shots is not None else []
+        words += ["--templates", self.templates] if self.templates > 1 else []
+        return metalm("evaluate-tasks", run, *self.overrides, *words)
 
     def folder(self, run: Path) -> Path:
         """Where the answers are."""
@@ -76,8 +91,9 @@ class Score:
     """What one run has reached."""
 
     value: float
-    """Between 0 and 1, of the task's first metric."""
+    """Between 0 and 1, of the tasks' first metrics."""
     questions: int
+    """In all wordings together."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,7 @@ class Arm:
     scorings: tuple[Scoring, ...]
     needs: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
-    """Learning rates that are tried; none: that of another arm, `rate_of`."""
+    """Learning rates that are tried, where there are several; none: that of another arm, `rate_of`."""
     chosen_on: Scoring | None = None
     rate_of: Arm | None = None
     minutes: float = 2.0
@@ -100,12 +116,17 @@ class Arm:
 
     def jobs(self, setting: Setting, claim: str) -> Iterator[Job]:
         """All, each behind what it needs."""
-        for rate in self.rates:
+        for rate in self.grid:
             yield self._job(setting, claim, f"rate_{rate:g}", SEARCH_SEED, self.needs, rate)
         searcher = self.rate_of or self
-        tried = tuple(f"{searcher.name}/rate_{rate:g}" for rate in searcher.rates)
+        tried = tuple(f"{searcher.name}/rate_{rate:g}" for rate in searcher.grid)
         for seed in range(1, setting.seeds + 1):
             yield self._job(setting, claim, f"seed_{seed}", seed, (*self.needs, *tried), None)
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """Rates that are tried: of one there is nothing to choose."""
+        return self.rates if len(self.rates) > 1 else ()
 
     def _job(
         self, setting: Setting, claim: str, name: str, seed: int, needs: tuple[str, ...], rate: float | None
@@ -132,8 +153,10 @@ class Arm:
             ConfigError: not all rates are tried yet.
         """
         searcher = self.rate_of or self
+        if not searcher.grid:
+            return searcher.rates[0]
         found = {}
-        for rate in searcher.rates:
+        for rate in searcher.grid:
             run = setting.out / searcher.name / f"rate_{rate:g}"
             if (score := read_score(run, searcher._searched_on())) is None:
                 raise ConfigError(f"{searcher.name}: rate {rate:g} is not tried yet: run its job first")
@@ -153,6 +176,6 @@ def read_score(run: Path, scoring: Scoring) -> Score | None:
     path = scoring.folder(run) / "results.json"
     if not path.is_file():
         return None
-    (result,) = json.loads(path.read_text())
-    first = next(iter(result["scores"].values()))
-    return Score(first["value"], result["questions"])
+    results = json.loads(path.read_text())
+    values = [next(iter(result["scores"].values()))["value"] for result in results]
+    return Score(sum(values) / len(values), sum(result["questions"] for result in results))

@@ -28,8 +28,8 @@ SHARE_OF_POSITIVE = 1028 / 2014
 def frozen_decoder(setting: Setting) -> Claim:
     """The claim with its arms."""
     films = _worded(setting, "films")
-    tested = Scoring("films", films, limit=QUESTIONS[setting.scale])
-    chosen_on = Scoring("validation", films, "validation", limit=500)
+    tested = Scoring("films", (films,), limit=QUESTIONS[setting.scale])
+    chosen_on = Scoring("validation", (films,), "validation", limit=500)
     gpt = Arm(
         "b_gpt",
         "GPT: the same decoder, all of it trained",

@@ -24,8 +24,8 @@ SHARE_OF_TRUE = 2498 / 5000
 def pair_comparison(setting: Setting) -> Claim:
     """The claim with its arms."""
     task = _worded(setting)
-    tested = Scoring("test", task, limit=QUESTIONS[setting.scale])
-    chosen_on = Scoring("validation", task, "validation", limit=500)
+    tested = Scoring("test", (task,), limit=QUESTIONS[setting.scale])
+    chosen_on = Scoring("validation", (task,), "validation", limit=500)
 
     def arm(name: str, about: str, pipeline: str, start: str, minutes: float, *more: str) -> Arm:
         return Arm(
@@ -66,7 +66,7 @@ def pair_comparison(setting: Setting) -> Claim:
         ),
         paper=(("NLI, GPT", "65.0"), ("MetaLM", "79.1")),
         sets=("bigbench",),
-        shared=tuple(_shared(setting)),
+        shared=(*pretraining(setting)[0], *_examples_of_all_arms(setting)),
         arms=(metalm, gpt, large, shuffled),
         comparisons=(
             Comparison("MetaLM above GPT with the equal decoder", ours, equal),
@@ -96,34 +96,38 @@ def _paths(setting: Setting, start: str, train: str) -> tuple[str, ...]:
     )
 
 
-def _shared(setting: Setting) -> Iterator[Job]:
-    """Texts, tokenizer, pretrained models, and examples."""
-    task, worded = _task(setting), _worded(setting)
+def pretraining(setting: Setting) -> tuple[tuple[Job, ...], tuple[str, ...]]:
+    """Texts, tokenizer and pretrained models, which other claims share; and where a run finds the former."""
+    task = _task(setting)
     texts, examples = setting.shared("a_text.jsonl"), setting.shared("a_worded.jsonl")
     tokenizer, shards = setting.shared("a_tokenizer"), setting.shared("a_shards")
     where = ("--data", setting.data)
     prepared = [
         tool("vary_task", "texts", task, *where, "--fields", "passage,claim", "--out", texts),
         tool("vary_task", "worded", task, *where, "--out", examples),
-        tool("vary_task", "encoded", task, "--out", worded.parent),
+        tool("vary_task", "encoded", task, "--out", _worded(setting).parent),
         tool("train_tokenizer", texts, examples, "--vocab-size", 4096, "--out", tokenizer),
         tool("prepare_text", texts, "--tokenizer", tokenizer, "--processes", 1, "--out", shards),
     ]
-    yield _job("a_shards", prepared)
     data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
+    jobs = [_job("a_shards", prepared)]
     for name, pipeline, more, minutes in (
         ("a_text", "a_text", (), 10.0),
         ("a_text_large", "a_text", (AS_MANY_LAYERS,), 18.0),
         ("a_pretrained", "a_pretrain", (), 14.0),
     ):
         command = setting.train(pipeline, setting.shared(name), 1, *data, *more)
-        yield _job(name, [command], "a_shards", minutes=minutes)
-    most = TRAINED_ON[setting.scale]
+        jobs.append(_job(name, [command], "a_shards", minutes=minutes))
+    return tuple(jobs), data
+
+
+def _examples_of_all_arms(setting: Setting) -> Iterator[Job]:
+    task, worded, most = _task(setting), _worded(setting), TRAINED_ON[setting.scale]
     yield _job("a_train", [_examples(setting, "a_train", worded, "train", most)], "a_shards")
     yield _job("a_validation", [_examples(setting, "a_validation", worded, "validation", 1000)], "a_shards")
     mixed = setting.shared("a_shuffled_task")
     shuffled = [
-        tool("vary_task", "shuffled", worded, *where, "--out", mixed),
+        tool("vary_task", "shuffled", worded, "--data", setting.data, "--out", mixed),
         _examples(setting, "a_shuffled_train", mixed / task.name, "train", most, data=mixed),
     ]
     yield _job("a_shuffled_train", shuffled, "a_shards")

@@ -103,7 +103,7 @@ def _test(setting: Setting, name: str, split: str = "test") -> Scoring:
     limit = QUESTIONS[setting.scale] if split == "test" else 500
     # Text whose encoder is not there is the decoder's, and no other encoder's.
     readers = "image=patches" if name == "patches" else None
-    return Scoring(split, task, split, "generation", limit, readers=readers)
+    return Scoring(split, (task,), split, "generation", limit, readers=readers)
 
 
 def _overrides(setting: Setting, train: str, validation: str, share: str) -> tuple[str, ...]:

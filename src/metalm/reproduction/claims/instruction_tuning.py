@@ -1,0 +1,84 @@
+"""Claim c (Table 4): instruction tuning without a cluster, which is then asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from metalm.reproduction.arms import Arm, Scoring, Setting
+from metalm.reproduction.claim import Claim, Comparison, Series
+from metalm.reproduction.claims.pair_comparison import GPU, RATES, pretraining
+from metalm.reproduction.jobs import Job, tool
+
+TRAINED_ON = ("bb_social_iqa", "bb_wikihow_goals", "bb_winowhy", "bb_cosmos_qa", "bb_timedial", "bb_multiemo")
+HELD_OUT = ("bb_vitaminc", "bb_fever")
+"""The cluster of natural language inference."""
+MOST = {"cpu": 1500, "gpu": 5000}
+"""Records of each task."""
+QUESTIONS = {"cpu": 500, "gpu": 1000}
+WORDINGS = 3
+STEPS = {"cpu": 200, "gpu": 2000}
+
+
+def instruction_tuning(setting: Setting) -> Claim:
+    """The claim with its arms."""
+    shared, _ = pretraining(setting)
+    trained_on, held_out = (_files(setting, names) for names in (TRAINED_ON, HELD_OUT))
+    asked = Scoring("held out", held_out, limit=QUESTIONS[setting.scale], templates=WORDINGS)
+    chosen_on = Scoring("validation", trained_on, "validation", limit=100)
+
+    def arm(name: str, about: str, pipeline: str, start: str, minutes: float, *more: str) -> Arm:
+        return Arm(
+            name,
+            about,
+            pipeline,
+            (
+                f"initialize.decoder={setting.shared(start)}",
+                f"data.tokenizer={setting.shared('a_tokenizer')}",
+                f"data.sources.tasks.path={setting.shared('c_train')}",
+                f"data.evaluation.tasks.path={setting.shared('c_validation')}",
+                f"training.steps={STEPS[setting.scale]}",
+                *(GPU if setting.scale == "gpu" else ()),
+                *more,
+            ),
+            (asked,),
+            (f"shared/{start}", "shared/c_train", "shared/c_validation"),
+            rates=RATES,
+            chosen_on=chosen_on,
+            minutes=minutes,
+        )
+
+    encoders = f"initialize.encoders={setting.shared('a_pretrained')}"
+    metalm = arm("c_metalm", "MetaLM", "a_metalm", "a_pretrained", 8.0, encoders)
+    gpt = arm("c_gpt", "GPT with the equal decoder", "a_gpt", "a_text", 6.0)
+    used = [job for job in shared if job.name != "shared/a_text_large"]
+    return Claim(
+        letter="c",
+        title="Instruction tuning, a cluster held out",
+        says="Tuned on instructions without a cluster, MetaLM answers that cluster better than GPT.",
+        how=(
+            "Tuned on six tasks of BIG-bench in drawn wordings, asked for natural language inference in "
+            "three wordings. Of a few million parameters chance is to be expected: reported, not more."
+        ),
+        paper=(("NLI, GPT", "46.9"), ("MetaLM", "54.5")),
+        sets=("bigbench",),
+        shared=(*used, *(_examples(setting, split, trained_on) for split in ("train", "validation"))),
+        arms=(metalm, gpt),
+        comparisons=(
+            Comparison(
+                "MetaLM above GPT on the held-out cluster",
+                Series(metalm, "held out"),
+                Series(gpt, "held out"),
+            ),
+        ),
+    )
+
+
+def _files(setting: Setting, names: tuple[str, ...]) -> tuple[Path, ...]:
+    return tuple(setting.data / "bigbench/tasks" / f"{name}.yaml" for name in names)
+
+
+def _examples(setting: Setting, split: str, tasks: tuple[Path, ...]) -> Job:
+    words = ["--tasks", ",".join(map(str, tasks)), "--split", split, "--wordings", "drawn"]
+    words += ["--most", str(MOST[setting.scale]), "--data", str(setting.data), "--processes", "1"]
+    command = tool("prepare_tasks", *words, "--out", setting.shared(f"c_{split}"))
+    return Job(f"shared/c_{split}", "c", lambda: [command], ("shared/a_shards",), 0.3)
