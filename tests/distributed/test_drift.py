@@ -8,7 +8,7 @@ import pytest
 
 from distributed.ranks import run_ranks
 
-PAIRS = ("1,unified", "1,apart", "2,unified", "3,unified", "3,apart")
+PAIRS = ("1,unified", "1,apart", "3,unified", "3,apart")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def found() -> dict[str, Any]:
 
 
 def test_another_order_of_summation_is_no_drift(found: dict[str, Any]) -> None:
-    for stage in (1, 2, 3):
+    for stage in (1, 3):
         assert found[f"{stage},unified"]["drift"] == [[], []], stage
 
 

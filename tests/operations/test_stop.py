@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def test_the_ranks_see_it(tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists()
     assert (tmp_path / "logs/stop_answered").read_text() == word  # for the batch script
     request.clear()
+
+
+def test_one_rank_looks_for_the_file_and_a_signal_reaches_any(tmp_path: Path) -> None:
+    other = StopRequest(tmp_path, watches_file=False)
+    (tmp_path / "stop").write_text("somebody\n")
+    assert not other.is_asked() and other.reason() is None
+    signal.raise_signal(signal.SIGUSR2)
+    assert other.is_asked() and other.reason() == "SIGUSR2"
 
 
 def test_the_first_who_asked_stays_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
