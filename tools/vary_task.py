@@ -2,7 +2,8 @@
 
 texts: the training side's texts, as Pile-like JSON Lines. worded: its examples as worded, for a tokenizer.
 encoded: tasks of which all but the answer is encoded. shuffled: with the training answers of other records.
-blind: without images. No `group` of records may be on two sides, which is checked.
+mismatched: with the test images of other records. blind: without images. That no `group` of records is on two
+sides is checked.
 
 Example: python tools/vary_task.py shuffled data/real/vader/tasks/vader_films.yaml --out data/shuffled
 """
@@ -15,6 +16,7 @@ from metalm.cli import ToolParser, run_tool
 from metalm.reproduction.variants import (
     write_blind,
     write_encoded,
+    write_mismatched,
     write_shuffled,
     write_texts,
     write_worded,
@@ -22,8 +24,13 @@ from metalm.reproduction.variants import (
 
 
 def main() -> None:
+<<<<<<< HEAD
     parser = ToolParser(__doc__)
     parser.add_argument("what", choices=("texts", "worded", "encoded", "shuffled", "blind"))
+=======
+    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("texts", "worded", "encoded", "shuffled", "mismatched", "blind"))
+>>>>>>> reproduce
     parser.add_argument("tasks", type=Path, nargs="+", help="task files")
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="folder of all tasks' data")
     parser.add_argument("--fields", default="text", help="of `texts`: those of a record, with commas between")
@@ -45,6 +52,8 @@ def main() -> None:
             write_encoded(path, options.out)
         elif options.what == "blind":
             write_blind(path, options.out)
+        elif options.what == "mismatched":
+            write_mismatched(path, options.data, options.out, options.seed)
         else:
             write_shuffled(path, options.data, options.out, options.seed)
 

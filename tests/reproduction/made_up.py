@@ -15,7 +15,7 @@ TESTED = Scoring("test", (Path("invented.yaml"),))
 
 def arm(name: str) -> Arm:
     needs = ("shared/data",)
-    return Arm(name, f"what {name} is", "text", (), (TESTED,), needs, rates=(1e-3, 2e-3), chosen_on=TESTED)
+    return Arm(name, f"what {name} is", "text", (), (TESTED,), needs, rates=(1e-3,), chosen_on=TESTED)
 
 
 METALM, GPT, SHUFFLED = Series(arm("m"), "test"), Series(arm("g"), "test"), Series(arm("s"), "test")
@@ -51,7 +51,6 @@ def write_scores(setting: Setting, series: Series, values: Sequence[float]) -> N
         entries.append(
             {
                 "step": 30,
-                "optimizer/learning_rate": 1e-3,
                 "data/tasks/tokens": 5120,
                 "data/tasks/samples": 77,
             }

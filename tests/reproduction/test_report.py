@@ -47,7 +47,13 @@ def test_the_report_has_verdict_intervals_and_where_data_come_from(setting: Sett
     assert f"81.0 ± {100 * half:.1f} (m)" in row
     assert "GPT 65.0; MetaLM 79.1" in row
     assert row.endswith("| shown |")
-    for part in ("80.0, 82.0, 81.0", "77 in 5,120 tokens", "400", "invented 1.2, MIT, sha256 abc123"):
+    for part in (
+        "80.0, 82.0, 81.0",
+        "0.001",
+        "77 in 5,120 tokens",
+        "400",
+        "invented 1.2, MIT, sha256 abc123",
+    ):
         assert part in markdown
         assert part in page
     assert "has fallen to chance (50.0%)" in markdown
@@ -73,11 +79,11 @@ def test_a_leak_is_named(setting: Setting) -> None:
     assert "IS ABOVE CHANCE" in report(setting)[0]
 
 
-def test_half_of_a_comparison_shows_nothing(tmp_path: Path) -> None:
+def test_half_of_a_comparison_has_no_verdict(tmp_path: Path) -> None:
     setting = Setting(tmp_path, tmp_path, "cpu", 3)
     write_scores(setting, METALM, [0.8, 0.8, 0.8])
     found = results_of(claim(), setting)
-    assert found.verdict == "not shown"
+    assert found.verdict == "not done"
     assert not found.judged
 
 

@@ -18,6 +18,7 @@ from metalm.reproduction.random_encoder import write_random_encoder
 from metalm.reproduction.variants import (
     write_blind,
     write_encoded,
+    write_mismatched,
     write_shuffled,
     write_texts,
     write_worded,
@@ -89,6 +90,24 @@ def test_a_blind_task_has_no_image(task: Path, tmp_path: Path) -> None:
     blind = load_task(tmp_path / "blind" / task.name)
     assert blind.templates[0].span == ("Text: {text}",)
     assert not blind.data.media
+
+
+def test_images_of_other_records_are_asked_about(tmp_path: Path) -> None:
+    texts = {"train": ["good 0"], "test": [f"good {number}" for number in range(1, 9)]}
+    task = write_task(tmp_path, texts)
+    content = yaml.safe_load(task.read_text())
+    content["data"]["fields"]["picture"] = "text"
+    content["data"]["media"] = {"image": "pictures/{picture}.png"}
+    task.write_text(yaml.safe_dump(content))
+    (tmp_path / "invented/pictures").mkdir()
+    (tmp_path / "invented/pictures/good 3.png").write_bytes(b"three")
+    out = tmp_path / "mismatched"
+    write_mismatched(task, tmp_path, out, seed=0)
+    found = TaskData(load_task(out / task.name), out).records("test")
+    assert sorted(record.fields["picture"] for record in found) == sorted(texts["test"])
+    assert [record.fields["picture"] for record in found] != texts["test"]
+    (three,) = [record for record in found if record.fields["picture"] == "good 3"]
+    assert three.fields["image"].read() == b"three"
 
 
 def test_a_group_on_two_sides_is_refused(task: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def _fingerprint(commands: Sequence[Command]) -> str:
     digest = hashlib.sha256()
     for command in commands:
         # Where Python and the project are makes no difference.
-        words = [word.replace(str(project_root()), "").replace(sys.executable, "") for word in command]
+        words = [word.replace(sys.executable, "").replace(str(project_root()), "") for word in command]
         digest.update(json.dumps(words).encode())
         for word in command:
             if word.endswith(".yaml") and Path(word).parent == project_root() / PIPELINES:

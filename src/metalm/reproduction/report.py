@@ -133,7 +133,7 @@ def _section(results: ClaimResults, setting: Setting, picture: Path) -> Section:
     for check, is_at_chance in results.at_chance.items():
         found = "has fallen to chance" if is_at_chance else "IS ABOVE CHANCE: something leaks"
         blocks.append(f"{check.series.arm.about}: {found} ({100 * check.chance:.1f}%).")
-    if results.verdict != "shown" and claim.tried:
+    if results.verdict in ("not shown", "contradicted") and claim.tried:
         blocks.append(f"What was tried: {claim.tried}")
     blocks += [f"Data: {_source(setting, name)}" for name in claim.sets]
     return Section(f"{claim.letter}. {claim.title}", tuple(blocks))

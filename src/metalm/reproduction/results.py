@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from metalm.reproduction.arms import Arm, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
@@ -45,8 +46,8 @@ class LossCurve:
 class ArmFacts:
     """What an arm has taken."""
 
-    rate: float | None
-    """Learning rate that was chosen; None: its grid is not done."""
+    rate: float
+    """Learning rate that was chosen."""
     tokens: int
     """Positions of the rows that one run was trained on."""
     examples: int
@@ -60,8 +61,7 @@ class ClaimResults:
     claim: Claim
     measured: Mapping[Series, Measured]
     judged: Sequence[Judged]
-    verdict: Verdict
-    """Not shown, where a comparison is not done."""
+    verdict: Verdict | Literal["not done"]
     at_chance: Mapping[ChanceCheck, bool]
     curves: Sequence[LossCurve]
     arms: Mapping[str, ArmFacts]
@@ -76,7 +76,7 @@ def results_of(claim: Claim, setting: Setting) -> ClaimResults:
         claim,
         measured,
         judged,
-        judge_all(one.verdict for one in judged) if whole else "not shown",
+        judge_all(one.verdict for one in judged) if whole else "not done",
         {
             check: is_at_chance(found.scores, check.chance, found.questions)
             for check in claim.chance
@@ -125,8 +125,9 @@ def _facts(arm: Arm, setting: Setting) -> ArmFacts | None:
     seen = [entry for entry in read_metrics(folders[0]) if "data/tasks/samples" in entry]
     if not seen:
         return None
-    rate = max(entry.get("optimizer/learning_rate", 0.0) for entry in seen)
-    return ArmFacts(rate, int(seen[-1]["data/tasks/tokens"]), int(seen[-1]["data/tasks/samples"]))
+    return ArmFacts(
+        arm.chosen_rate(setting), int(seen[-1]["data/tasks/tokens"]), int(seen[-1]["data/tasks/samples"])
+    )
 
 
 def _seeds(arm: Arm, setting: Setting) -> list[Path]:

@@ -18,7 +18,7 @@ from metalm.tasks.filters import as_text
 from metalm.tasks.readers import read_records
 from metalm.tasks.records import TaskData
 from metalm.tasks.rendering import render
-from metalm.tasks.task_file import load_task
+from metalm.tasks.task_file import load_task, placeholders
 
 PILE_SET = "reproduction"
 JSON_LINES = "jsonl"
@@ -88,22 +88,43 @@ def write_shuffled(path: Path, data: Path, out: Path, seed: int) -> None:
         DataError: the records are no JSON Lines.
     """
     task = load_task(path)
+    _write_dealt(path, data, out, seed, split="train", key=task.data.fields[task.answer])
+
+
+def write_mismatched(path: Path, data: Path, out: Path, seed: int) -> None:
+    """A task whose questions of the test side are asked about the images of other records.
+
+    Raises:
+        DataError: the records are no JSON Lines, or the task has no images.
+    """
+    task = load_task(path)
+    if not task.data.media:
+        raise DataError(f"{path}: the task has no images")
+    ((field, _), *_) = placeholders(next(iter(task.data.media.values())))
+    _write_dealt(path, data, out, seed, split="test", key=task.data.fields[field])
+
+
+def _write_dealt(path: Path, data: Path, out: Path, seed: int, *, split: str, key: str) -> None:
+    """A task in one split of which the values of a key are dealt among the records."""
+    task = load_task(path)
     if task.data.reader != JSON_LINES:
         raise DataError(f"{path}: only tasks of JSON Lines can be shuffled")
-    folder = data / task.data.folder
-    files = DataFiles(folder, task.data.archive)
-    key = task.data.fields[task.answer]
-    for split in task.data.files:
-        records: list[Any] = list(read_records(task.data, files, split))
-        if split == "train":
-            answers = [record[key] for record in records]
-            random.Random(seed).shuffle(answers)
-            records = [{**record, key: answer} for record, answer in zip(records, answers, strict=True)]
-        _write(out / task.task / f"{split}.jsonl", (json.dumps(record) + "\n" for record in records))
+    folder, own = data / task.data.folder, out / task.task
+    for name in task.data.files:
+        records: list[Any] = list(read_records(task.data, DataFiles(folder, task.data.archive), name))
+        if name == split:
+            values = [record[key] for record in records]
+            random.Random(seed).shuffle(values)
+            records = [{**record, key: value} for record, value in zip(records, values, strict=True)]
+        _write(own / f"{name}.jsonl", (json.dumps(record) + "\n" for record in records))
     content = read_yaml(path)
-    content["data"] |= {"folder": task.task, "files": {split: f"{split}.jsonl" for split in task.data.files}}
+    content["data"] |= {"folder": task.task, "files": {name: f"{name}.jsonl" for name in task.data.files}}
     if task.data.archive is not None:
         content["data"]["archive"] = str((folder / task.data.archive).absolute())
+    for pattern in task.data.media.values():  # of files that are not in the archive
+        first = Path(pattern).parts[0]
+        if (folder / first).is_dir() and not (own / first).exists():
+            (own / first).symlink_to((folder / first).absolute())
     (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Claim
 from metalm.reproduction.claims.added_encoder import added_encoder
+from metalm.reproduction.claims.captions import captions
 from metalm.reproduction.claims.frozen_decoder import frozen_decoder
 from metalm.reproduction.claims.in_context import in_context
 from metalm.reproduction.claims.instruction_tuning import instruction_tuning
@@ -18,6 +19,7 @@ CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {
     "b": frozen_decoder,
     "c": instruction_tuning,
     "d": in_context,
+    "e": captions,
     "f": questions_about_images,
     "g": added_encoder,
 }
