@@ -24,13 +24,8 @@ from metalm.reproduction.variants import (
 
 
 def main() -> None:
-<<<<<<< HEAD
     parser = ToolParser(__doc__)
-    parser.add_argument("what", choices=("texts", "worded", "encoded", "shuffled", "blind"))
-=======
-    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("texts", "worded", "encoded", "shuffled", "mismatched", "blind"))
->>>>>>> reproduce
     parser.add_argument("tasks", type=Path, nargs="+", help="task files")
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="folder of all tasks' data")
     parser.add_argument("--fields", default="text", help="of `texts`: those of a record, with commas between")
