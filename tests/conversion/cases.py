@@ -47,7 +47,6 @@ DECODERS: dict[str, dict[str, Any]] = {
         "activation": "swiglu",
         "num_kv_heads": 2,
         "spans": "bidirectional",
-        "scale_docked_vectors": True,
     },
 }
 KINDS = tuple(DECODERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from metalm.training.monitor.json_lines import read_metrics
 REPOSITORY = Path(__file__).parents[2]
 OVERRIDES = (
     "data.workers=0",
+    "model.decoder.scale_docked_vectors=true",
     "training.average={decay: 0.6, evaluate: true}",
     "training.schedule={warmup_steps: 1, decay: constant}",
     # The highest loss is the first: not among the last checkpoints.
@@ -82,6 +84,7 @@ def test_the_best_is_kept_and_found_again_continued_and_exported(tiny_data: Path
     tool = [str(REPOSITORY / "tools" / "convert_to_hf.py"), str(run), str(tmp_path / "out"), "--average"]
     code, output = run_program(tool)
     assert code == 0, output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["scale_docked_vectors"]  # and proved
     assert "moving average over the steps" in (tmp_path / "out" / "README.md").read_text()
     exported = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     reader = CheckpointReader(run / "checkpoints" / "step_00000008")

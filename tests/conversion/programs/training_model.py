@@ -46,8 +46,6 @@ def main(kind: str, tokenizer_folder: Path, out: Path) -> None:
                 )
                 product = gated and "linear_fc1" in name  # two of its outputs are multiplied
                 scale = 0.1 if small else 0.2 if product or component == "encoders" else 0.4
-                if config.model.decoder.scale_docked_vectors and ".connector." in name:
-                    scale /= config.model.decoder.hidden_size**0.5  # docked vectors as large as others'
                 parameter += scale * torch.randn(parameter.shape, generator=draw)
             results[f"parameter/{component}/{name}"] = parameter.detach().clone()
 
