@@ -78,9 +78,9 @@ def test_rows_after_a_split_depend_on_neither_ranks_nor_workers_nor_resumes(conf
     _, states = global_rows(config, 9, dp_size=1)
     more = with_data(config, lanes=8)
     rows, _ = global_rows(more, 12, dp_size=1, states=states)
-    assert global_rows(more, 12, dp_size=8, states=states)[0] == rows
+    assert global_rows(more, 12, dp_size=4, states=states)[0] == rows
     assert global_rows(with_data(more, workers=2), 4, dp_size=1, states=states)[0] == rows[:4]
-    first, between = global_rows(more, 5, dp_size=4, states=states)
+    first, between = global_rows(more, 5, dp_size=1, states=states)
     assert first + global_rows(more, 7, dp_size=2, states=between)[0] == rows
     kept, _ = global_rows(config, 12, dp_size=1, states=states)
     assert kept != rows

@@ -146,11 +146,14 @@ def measure_attention(device: torch.device, dtype: torch.dtype, sizes: Sizes, cl
             inputs, gradient = [x.requires_grad_() for x in drawn[:3]], drawn[3]
 
             def both(inputs: Any = inputs, mask: Any = mask, gradient: Any = gradient) -> object:
-                return torch.autograd.grad(interval_attention(*inputs, mask), inputs, gradient)
+                query, key, value = inputs
+                attended = interval_attention(query, key, value, mask)
+                return torch.autograd.grad(attended, inputs, gradient)
 
             def forward(inputs: Any = inputs, mask: Any = mask) -> object:
                 with torch.no_grad():
-                    return interval_attention(*inputs, mask)
+                    query, key, value = inputs
+                    return interval_attention(query, key, value, mask)
 
             seconds = interleaved({"forward": forward, "both": both}, 10, device, clock)
             elements = int(mask.visible_pairs().sum()) * _BATCH * heads * size / 1e12
