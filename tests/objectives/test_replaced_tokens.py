@@ -30,7 +30,13 @@ ENCODER = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_text_positio
 MODEL = ModelConfig.model_validate(
     {
         "vocab_size": VOCAB,
-        "decoder": {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "spans": "bidirectional"},
+        "decoder": {
+            "num_layers": 2,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "spans": "bidirectional",
+            "start": "plain",
+        },
         "encoders": {"text": {**ENCODER, "connector": "detection"}},
     }
 )

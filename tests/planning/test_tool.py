@@ -17,7 +17,9 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_the_commands_of_its_help_run_as_typed(tmp_path: Path) -> None:
-    commands = [line for line in TOOL.read_text().splitlines() if line.startswith("python tools/")]
+    commands = [
+        line.strip() for line in TOOL.read_text().splitlines() if line.strip().startswith("python tools/")
+    ]
     assert len(commands) == 2
     for line in commands:
         words = [str(tmp_path / word) if word.endswith(".png") else word for word in shlex.split(line)[2:]]

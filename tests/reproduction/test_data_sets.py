@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from metalm.data.preparation.jsonl import documents
 from metalm.data.preparation.pair_sources import Pair, list_records, read_record
+from metalm.data.preparation.text_document import PILE_FIELDS
+from metalm.data.preparation.text_files import documents, open_text_files
 from metalm.errors import ConfigError
 from metalm.modalities import MEDIA
 from metalm.modalities.image import encode_png
@@ -138,7 +139,11 @@ def test_claims_passages_and_articles_are_on_one_side_across_tasks(
         for key in found[one]:
             assert found[one][key] and found[one][key].isdisjoint(found[other][key]), (one, other, key)
     (text,) = (folder / "text").iterdir()
-    written = {normalised(line) for one in documents([text]) for line in one.text.splitlines()}
+    written = {
+        normalised(line)
+        for one in documents(open_text_files([text], PILE_FIELDS))
+        for line in one.text.splitlines()
+    }
     assert written >= found["train"]["passage"]
     assert written.isdisjoint(found["validation"]["passage"] | found["test"]["passage"])
 
@@ -210,7 +215,9 @@ def test_only_text_of_training_sides_is_for_pretraining(
         asked |= {row["definition"] for row in lines(folder / f"tasks/wordnet_definitions/{side}.jsonl")}
         for row in lines(folder / f"tasks/wordnet_same_meaning/{side}.jsonl"):
             asked |= {row["sentence1"], row["sentence2"]}
-    texts = [document.text for document in documents([folder / "text/wordnet.jsonl"])]
+    texts = [
+        document.text for document in documents(open_text_files([folder / "text/wordnet.jsonl"], PILE_FIELDS))
+    ]
     assert asked and texts
     assert not any(question in text for question in asked for text in texts)
     assert any("Kind of: nounword a0." in text for text in texts)

@@ -27,7 +27,7 @@ NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 
 def megatron_config(config: DecoderConfig, tensor_size: int, *, sequence_parallel: bool) -> TransformerConfig:
     """The config of Megatron's GPTModel for one tensor-parallel rank."""
-    return TransformerConfig(
+    built = TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
@@ -48,11 +48,13 @@ def megatron_config(config: DecoderConfig, tensor_size: int, *, sequence_paralle
         pipeline_dtype=torch.float32,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        use_te_activation_func=True,  # the class that `decoder_block_spec` names
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+    # The class that `decoder_block_spec` names. Set afterwards: Megatron allows it for some activations only.
+    built.use_te_activation_func = True
+    return built
 
 
 def mark_sharded_parameters(module: nn.Module, config: DecoderConfig) -> None:

@@ -151,7 +151,7 @@ def averaged_masters(engine: Any) -> Iterator[tuple[Tensor, Tensor]]:
             yield flat.detach(), state[AVERAGE]
 
 
-def _states_of(engine: Any) -> tuple[str, ...]:
+def states_of(engine: Any) -> tuple[str, ...]:
     """What is kept of a trained parameter."""
     has_average = next(averaged_masters(engine), None) is not None
     return (*STATES, AVERAGE) if has_average else STATES
@@ -186,7 +186,7 @@ def _partition_of(engine: Any, parameter: Any) -> OwnedRange | None:
             if state == "master"
             else safe_get_local_optimizer_state(parameter, state)
         )[:size]
-        for state in _states_of(engine)
+        for state in states_of(engine)
     }
     return OwnedRange(start, states)
 
@@ -198,7 +198,7 @@ def _fragment_of(engine: Any, parameter: Any) -> OwnedRange | None:
         return None
     states = {
         state: mapping.get_hp_fragment(None if state == "master" else state).flatten()
-        for state in _states_of(engine)
+        for state in states_of(engine)
     }
     return OwnedRange(mapping.lp_fragment_address.start, states)
 

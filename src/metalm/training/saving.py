@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from metalm.checkpoint.folders import prune_checkpoints
-from metalm.checkpoint.format import STATES, ParameterIndex, Pieces, piece_name, rank_file
+from metalm.checkpoint.format import ParameterIndex, Pieces, piece_name, rank_file
 from metalm.checkpoint.manifest import FileRecord, remove
 from metalm.checkpoint.names import PARTIAL_SUFFIX
 from metalm.checkpoint.publishing import complete_checkpoint, write_json
@@ -32,7 +32,7 @@ from metalm.config import CheckpointConfig
 from metalm.errors import CheckpointError
 from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
-from metalm.training.owned_ranges import owned_ranges, shard_shape
+from metalm.training.owned_ranges import owned_ranges, shard_shape, states_of
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def _problem(part: Future[None]) -> str | None:
 
 def _layouts(engine: Any, topology: Topology) -> dict[str, ParameterIndex]:
     """How every parameter of a component is cut, and what is kept of it."""
-    layouts = {}
+    layouts, states = {}, states_of(engine)
     for name, parameter in engine.module.named_parameters():
         sharding = sharding_of(parameter)
         tensor_size = 1 if sharding is None else topology.tensor_size
@@ -229,7 +229,7 @@ def _layouts(engine: Any, topology: Topology) -> dict[str, ParameterIndex]:
             partition_stride=1 if sharding is None else sharding.stride,
             tensor_size=tensor_size,
             pieces=(),
-            states=STATES if parameter.requires_grad else STATES[:1],
+            states=states if parameter.requires_grad else states[:1],
         )
     return layouts
 
