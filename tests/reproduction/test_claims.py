@@ -10,8 +10,9 @@ import pytest
 from metalm.config import RunConfig, load_config
 from metalm.errors import DataError
 from metalm.reproduction.arms import Arm, Setting
-from metalm.reproduction.claim import SOURCE_NAME, check_data, jobs_of
+from metalm.reproduction.claim import check_data, jobs_of
 from metalm.reproduction.claims import CLAIMS
+from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.jobs import PIPELINES, in_order
 from metalm.reproduction.slurm import write_arrays
 

@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 from metalm.errors import DataError
 from metalm.reproduction.arms import Arm, Setting
+from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.jobs import Job
-
-SOURCE_NAME = "SOURCE.json"
-"""Of a data set, written by tools/fetch_data.py: where it comes from."""
 
 
 class Series(NamedTuple):

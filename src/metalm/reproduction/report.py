@@ -10,7 +10,8 @@ from pathlib import Path
 from metalm.commit import git_commit
 from metalm.errors import ConfigError
 from metalm.reproduction.arms import Setting
-from metalm.reproduction.claim import SOURCE_NAME, Series
+from metalm.reproduction.claim import Series
+from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.intervals import Interval
 from metalm.reproduction.jobs import Job, Marks, machine
 from metalm.reproduction.pictures import draw_all, draw_claim
