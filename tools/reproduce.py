@@ -75,6 +75,7 @@ def main() -> None:
     for one in results:
         _say(f"{one.claim.letter}: {one.claim.title}: {one.verdict}")
     if options.readme is not None:
+        results = [one for one in results if one.measured]
         picture = options.readme.parent / PICTURE
         shutil.copy(options.out / ALL_NAME, picture)
         content = written_into(options.readme.read_text(), results, setting, PICTURE)

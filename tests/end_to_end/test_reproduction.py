@@ -32,7 +32,7 @@ TINY = (
 )
 
 
-def start(command: Sequence[str], *, stdout: IO[bytes], stderr: Any) -> Program:
+def start(command: Sequence[str], *, stdout: IO[bytes], stderr: Any, env: Any) -> Program:
     """As `subprocess.Popen`, without the imports."""
     return Program(list(command[1:]), stdout.fileno())
 
