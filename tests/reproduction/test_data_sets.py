@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import sys
 import types
 from pathlib import Path
@@ -42,8 +43,8 @@ def _drawings_are_made_to_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stand-in for resvg-py, whose pictures differ as the drawings do."""
     package = types.ModuleType("resvg_py")
 
-    def svg_to_bytes(*, svg_string: str, width: int, **_: Any) -> list[int]:
-        assert width == 128
+    def svg_to_bytes(*, svg_string: str, width: int, dpi: float, **_: Any) -> list[int]:
+        assert (width, dpi) == (128, 96.0)
         return list(encode_png(picture(sum(svg_string.encode()))))
 
     vars(package)["svg_to_bytes"] = svg_to_bytes
@@ -174,6 +175,12 @@ def bigbench_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bigbench")
     with pytest.MonkeyPatch.context() as monkeypatch:
         return fetched("bigbench", folder, monkeypatch) / "bigbench"
+
+
+def test_brackets_are_written_as_brackets(bigbench_folder: Path) -> None:
+    (row, *_) = lines(bigbench_folder / "tasks/bb_vitaminc/train.jsonl")
+    assert re.fullmatch(r"Article \d+ \(film\)", row["article"])
+    assert re.fullmatch(r"It sold \d+ : copies \.", row["passage"])
 
 
 def test_goals_are_on_one_side_in_all_three_tasks_about_them(bigbench_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import lzma
 import tarfile
@@ -66,7 +67,7 @@ def _opened(file: Path) -> Iterator[Members]:
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as packed:
             infos = [info for info in packed.infolist() if not info.is_dir()]
-            yield ((info.filename, lambda info=info: packed.read(info)) for info in infos)
+            yield ((info.filename, functools.partial(packed.read, info)) for info in infos)
         return
     with file.open("rb") as handle:
         if handle.read(len(_AR_MAGIC)) == _AR_MAGIC:

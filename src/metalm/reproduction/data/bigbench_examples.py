@@ -19,7 +19,17 @@ Keys = list[tuple[str, str]]
 Parsed = Iterator[tuple[dict[str, Any], Keys]]
 Parser = Callable[[list[Example]], Parsed]
 
-_BRACKETS = {"-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]", "-COLON-": ":"}
+_CHARACTERS = {
+    "-LRB-": "(",
+    "-RRB-": ")",
+    "-LSB-": "[",
+    "-RSB-": "]",
+    "-COLON-": ":",
+    "``": '"',
+    "''": '"',
+    "\N{REPLACEMENT CHARACTER}": " ",
+}
+"""How treebanks write some, and the one for those that were lost."""
 _START_WORDS = 6
 """By which sentences are recognised that differ in their ends: the twins of Winograd's schemas."""
 _ENDS = 60
@@ -53,6 +63,12 @@ def _targets(example: Example) -> list[str]:
     return [text.strip().removesuffix(".").rstrip() for text in texts]
 
 
+def _plain(text: str) -> str:
+    for written, character in _CHARACTERS.items():
+        text = text.replace(written, character)
+    return text
+
+
 def _start(text: str) -> str:
     return " ".join(normalised(text).split()[:_START_WORDS])
 
@@ -60,9 +76,8 @@ def _start(text: str) -> str:
 def vitaminc(examples: list[Example]) -> Parsed:
     """A claim, and a passage of an article in one of its revisions."""
     for example in examples:
-        title, passage, claim = _parts(example, r"(.*?): (.*)\nClaim: (.*)")
-        for written, bracket in _BRACKETS.items():
-            title = title.replace(written, bracket)
+        parts = _parts(example, r"(.*?): (.*)\nClaim: (.*)")
+        title, passage, claim = (_plain(part) for part in parts)
         record = {"article": title, "passage": passage, "claim": claim, "label": _right(example).lower()}
         yield record, [("article", title), ("passage", normalised(passage)), ("claim", normalised(claim))]
 

@@ -66,6 +66,7 @@ def draw(svg: bytes, name: str) -> bytes:
                 svg_string=svg.decode(),
                 width=SIDE_PIXELS,
                 height=SIDE_PIXELS,
+                dpi=96.0,  # without, sizes in points are nothing
                 background="white",
                 skip_system_fonts=True,
             )

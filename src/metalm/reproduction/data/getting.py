@@ -96,10 +96,13 @@ def sha256_of(file: Path) -> str:
 
 def _check(package: Package, file: Path) -> None:
     fix = f"delete it and get {package.wanted} again"
-    size = file.stat().st_size
+    try:
+        size, found = file.stat().st_size, sha256_of(file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
     if size != package.num_bytes:
         raise DataError(f"{file} has {size:,} bytes, expected {package.num_bytes:,}: {fix}")
-    if (found := sha256_of(file)) != package.sha256:
+    if found != package.sha256:
         raise DataError(f"{file} has the sha256 {found}, expected {package.sha256}: {fix}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from metalm.errors import DataError
 from metalm.reproduction.data.archives import read_members, read_tar
@@ -35,7 +36,7 @@ def write(files: dict[str, Path], folder: SetFolder) -> None:
     for task, domain in DOMAINS.items():
         rows = list(_rows(f"{domain}_GroundTruth.txt", found))
         groups = connected([(("source", source), ("text", normalised(text))) for source, _, text in rows])
-        records = [
+        records: list[dict[str, Any]] = [
             {
                 "id": source,
                 "group": f"{task} {rows[group][0]}",
