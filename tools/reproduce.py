@@ -14,7 +14,7 @@ from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
 from metalm.reproduction.arms import Scale, Setting
-from metalm.reproduction.claim import jobs_of
+from metalm.reproduction.claim import check_data, jobs_of
 from metalm.reproduction.claims import CLAIMS
 from metalm.reproduction.jobs import Marks
 from metalm.reproduction.queue import Queue, run_alone, usual_parallel
@@ -59,6 +59,7 @@ def main() -> None:
             print(f"{job.name:<36}{job.minutes:6.1f} min{'  done' if marks.read(job) else ''}")
         print(f"{len(jobs)} jobs, {sum(job.minutes for job in jobs):.0f} minutes of one core")
         return
+    check_data(claims, setting)
     if options.job is not None:
         run_alone(jobs, options.job, options.out, print)
         return
@@ -74,6 +75,7 @@ def main() -> None:
     for one in results:
         _say(f"{one.claim.letter}: {one.claim.title}: {one.verdict}")
     if options.readme is not None:
+        results = [one for one in results if one.measured]
         picture = options.readme.parent / PICTURE
         shutil.copy(options.out / ALL_NAME, picture)
         content = written_into(options.readme.read_text(), results, setting, PICTURE)

@@ -32,7 +32,7 @@ TINY = (
 )
 
 
-def start(command: Sequence[str], *, stdout: IO[bytes], stderr: Any) -> Program:
+def start(command: Sequence[str], *, stdout: IO[bytes], stderr: Any, env: Any) -> Program:
     """As `subprocess.Popen`, without the imports."""
     return Program(list(command[1:]), stdout.fileno())
 
@@ -74,7 +74,6 @@ def claim(setting: Setting) -> Claim:
         (Scoring("test", (task,)),),
         ("shared/train",),
         rates=(1e-3,),
-        chosen_on=Scoring("validation", (task,), "validation"),
     )
     series = Series(arm, "test")
     return Claim(
@@ -96,7 +95,6 @@ def test_a_claim_goes_from_records_to_a_report(setting: Setting) -> None:
     queue.Queue(jobs, setting.out, said.append).run(1)
     assert [line.split()[1] for line in said if line.startswith("done")] == [
         "shared/train",
-        "arm/rate_0.001",
         "arm/seed_1",
     ]
     found = results_of(claim(setting), setting)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from metalm.config import RunConfig, load_config
+from metalm.errors import DataError
 from metalm.reproduction.arms import Arm, Setting
-from metalm.reproduction.claim import jobs_of
+from metalm.reproduction.claim import check_data, jobs_of
 from metalm.reproduction.claims import CLAIMS
+from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.jobs import PIPELINES, in_order
 from metalm.reproduction.slurm import write_arrays
 
@@ -99,6 +101,16 @@ def test_the_rate_that_is_best_on_validation_is_taken(setting: Setting) -> None:
     assert f"training.optimizer.learning_rate={arm.rates[1]:g}" in train
     assert "run.seed=2" in train
     assert ask[ask.index("--split") + 1] == "test"
+
+
+def test_data_that_are_not_there_are_named(setting: Setting) -> None:
+    claims = [CLAIMS["b"](setting)]
+    with pytest.raises(DataError, match=r"no vader, minilm in data/real: .*fetch_data.py vader minilm"):
+        check_data(claims, setting)
+    for name in ("vader", "minilm"):
+        (setting.data / name).mkdir(exist_ok=True)
+        (setting.data / name / SOURCE_NAME).write_text("{}")
+    check_data(claims, setting)
 
 
 def test_arrays_run_the_jobs_of_a_stage_behind_the_one_before(setting: Setting) -> None:

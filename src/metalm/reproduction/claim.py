@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from metalm.errors import DataError
 from metalm.reproduction.arms import Arm, Setting
+from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.jobs import Job
 
 
@@ -99,6 +101,19 @@ class Claim:
                 yield from taken(job.needs)
                 yield job
         assert not waiting, f"no arm needs {', '.join(waiting)}"
+
+
+def check_data(claims: Sequence[Claim], setting: Setting) -> None:
+    """
+    Raises:
+        DataError: a claim's data sets are not there.
+    """
+    names = dict.fromkeys(name for claim in claims for name in claim.sets)
+    if missing := [name for name in names if not (setting.data / name / SOURCE_NAME).is_file()]:
+        raise DataError(
+            f"there is no {', '.join(missing)} in {setting.data}: get it by "
+            f"`python tools/fetch_data.py {' '.join(missing)} --output {setting.data}`, or give --data"
+        )
 
 
 def jobs_of(claims: Sequence[Claim], setting: Setting) -> list[Job]:

@@ -31,6 +31,7 @@ class Queue:
         """
         self.marks = Marks(out)
         self._jobs, self._say = list(jobs), say
+        self._environment = dict(os.environ)
         self._running: set[Popen[bytes]] = set()
         self._is_stopped = False
         self._lock = threading.Lock()
@@ -43,6 +44,8 @@ class Queue:
             ConfigError: a job was done with other settings.
             FaultError: some jobs failed; all that did not need these are done.
         """
+        # Threads of small operations that wait for each other on busy cores cost more than they save.
+        self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
         done: set[str] = set()
         failed: dict[str, str] = {}
         waiting = list(self._jobs)
@@ -90,7 +93,7 @@ class Queue:
                 with self._lock:
                     if self._is_stopped:
                         return "stopped"
-                    process = Popen(command, stdout=log, stderr=STDOUT)
+                    process = Popen(command, stdout=log, stderr=STDOUT, env=self._environment)
                     self._running.add(process)
                 code = process.wait()
                 with self._lock:

@@ -11,6 +11,7 @@ from metalm.commit import git_commit
 from metalm.errors import ConfigError
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Series
+from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.intervals import Interval
 from metalm.reproduction.jobs import Job, Marks, machine
 from metalm.reproduction.pictures import draw_all, draw_claim
@@ -158,9 +159,9 @@ def _rows(results: ClaimResults) -> Iterator[tuple[str, ...]]:
 
 
 def _source(setting: Setting, name: str) -> str:
-    path = setting.data / name / "SOURCE.json"
+    path = setting.data / name / SOURCE_NAME
     if not path.is_file():
-        return f"{name} (no SOURCE.json)"
+        return f"{name} (no {SOURCE_NAME})"
     packages = json.loads(path.read_text()).get("packages", [])
     told = [
         f"{one['package']} {one['version']}, {one['licence']}, sha256 {one['sha256']}" for one in packages

@@ -63,7 +63,6 @@ def questions_about_images(setting: Setting) -> Claim:
             Comparison(
                 "joint above patches in a causal decoder", series("joint", "100"), series("patches", "100")
             ),
-            Comparison("the same at 10% of the questions", series("joint", "10"), series("patches", "10")),
         ),
         chance=(ChanceCheck(Series(shuffled, "test"), SHARE_OF_YES),),
         curves=tuple(
