@@ -61,7 +61,7 @@ class _IdsDecoder:
     def __init__(self, definition: bytes) -> None:
         self._model = parse_tokenizer(definition)
         ids = list(self._model.get_vocab().values())
-        self._is_known = np.zeros(max(ids, default=-1) + 1, bool)
+        self._is_known: np.ndarray = np.zeros(max(ids, default=-1) + 1, bool)
         self._is_known[ids] = True
 
     def document(self, ids: np.ndarray) -> Document | str:

@@ -78,7 +78,7 @@ class TokenDataset:
             ("<i8", self.num_documents + 1),
         ):
             # A map of no bytes is refused.
-            found = np.memmap(path, kind, "r", at, length) if length else np.empty(0, kind)
+            found: np.ndarray = np.memmap(path, kind, "r", at, length) if length else np.empty(0, kind)
             arrays.append(found)
             at += found.nbytes
         return _Index(*arrays)
@@ -126,7 +126,9 @@ def _problem(dataset: TokenDataset) -> str | None:
     index = dataset._index()
     end = 0
     for at in range(0, dataset.num_sequences, _CHECKED_AT_ONCE):
-        lengths = index.lengths[at : at + _CHECKED_AT_ONCE].astype(np.int64) * dataset.dtype.itemsize
+        lengths: np.ndarray = (
+            index.lengths[at : at + _CHECKED_AT_ONCE].astype(np.int64) * dataset.dtype.itemsize
+        )
         ends = end + np.cumsum(lengths)
         if (lengths < 0).any() or (index.offsets[at : at + _CHECKED_AT_ONCE] != ends - lengths).any():
             return "its sequences do not follow each other"

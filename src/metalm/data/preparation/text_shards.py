@@ -246,7 +246,7 @@ def prepare_text(
     files = open_text_files(inputs, fields, from_tokenizer)
     tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     folder = PreparationFolder(out)
-    plan = {
+    plan: dict[str, Any] = {
         "kind": "text",
         "inputs": [[file.path.name, file.size] for file in files],
         "tokenizer": tokenizer and tokenizer.fingerprint,
