@@ -34,9 +34,10 @@ def read_sentencepiece(content: bytes, probes: Sequence[str]) -> tokenizers.Toke
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
+    messages: Any = sentencepiece_model_pb2  # whose classes are made as it is imported
     try:
         reference = sentencepiece.SentencePieceProcessor(model_proto=content)
-        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        model = messages.ModelProto.FromString(content)
         tokenizer = _convert(model)
     except Exception as error:  # of what is no such model, whatever its parsers raise
         raise ValueError(f"it is no SentencePiece model that can be read: {error}") from None
