@@ -36,9 +36,8 @@ def decode_aac(data: bytes, max_values: int) -> tuple[np.ndarray, int]:
     chunks: list[np.ndarray] = []
     num_values = 0
     try:
-        with av.open(
-            io.BytesIO(data), format="aac" if _is_stream(data[:8]) else "mov", metadata_errors="ignore"
-        ) as container:
+        form = "aac" if _is_stream(data[:8]) else "mov"
+        with av.open(io.BytesIO(data), "r", form, metadata_errors="ignore") as container:
             codec = container.streams.audio[0].codec_context
             if codec.name not in _CODECS:
                 raise BadSample("undecodable_audio")
