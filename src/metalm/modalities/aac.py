@@ -42,8 +42,13 @@ def decode_aac(data: bytes, max_values: int) -> tuple[np.ndarray, int]:
             if codec.name not in _CODECS:
                 raise BadSample("undecodable_audio")
             codec.thread_count = 1
-            resampler = av.AudioResampler(format="fltp", layout=codec.layout, rate=codec.sample_rate)
+            resampler = av.AudioResampler(format="fltp")
+            kinds = set()
             for decoded in container.decode(audio=0):
+                # Of a damaged file, channels and rate may change on the way, or be none.
+                kinds.add((decoded.layout.name, decoded.format.name, decoded.sample_rate))
+                if len(kinds) > 1 or not decoded.layout.nb_channels or not decoded.samples:
+                    raise BadSample("undecodable_audio")
                 for frame in resampler.resample(decoded):
                     chunks.append(frame.to_ndarray())
                     num_values += chunks[-1].size
