@@ -129,10 +129,8 @@ def m4a_head() -> bytes:
     return b"\0\0\0\x1cftypM4A "
 
 
-@pytest.mark.parametrize("kind", ["mp3", "m4a", "adts"])
-def test_mutated_clips_are_decoded_or_bad_samples(kind: str) -> None:
-    content = mp3(0.3) if kind == "mp3" else m4a(0.3, form="adts" if kind == "adts" else "ipod")
-    chance, bad = random.Random(4), 0
+def test_mutated_clips_are_decoded_or_bad_samples() -> None:
+    content, chance, bad = mp3(0.3), random.Random(4), 0
     for _ in range(150):
         try:
             prepare_clip(mutate_bytes(content, chance), None, None)

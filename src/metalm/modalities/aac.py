@@ -36,15 +36,19 @@ def decode_aac(data: bytes, max_values: int) -> tuple[np.ndarray, int]:
     chunks: list[np.ndarray] = []
     num_values = 0
     try:
-        with av.open(
-            io.BytesIO(data), format="aac" if _is_stream(data[:8]) else "mov", metadata_errors="ignore"
-        ) as container:
+        form = "aac" if _is_stream(data[:8]) else "mov"
+        with av.open(io.BytesIO(data), "r", form, metadata_errors="ignore") as container:
             codec = container.streams.audio[0].codec_context
             if codec.name not in _CODECS:
                 raise BadSample("undecodable_audio")
             codec.thread_count = 1
-            resampler = av.AudioResampler(format="fltp", layout=codec.layout, rate=codec.sample_rate)
+            resampler = av.AudioResampler(format="fltp")
+            kinds = set()
             for decoded in container.decode(audio=0):
+                # Of a damaged file, channels and rate may change on the way, or be none.
+                kinds.add((decoded.layout.name, decoded.format.name, decoded.sample_rate))
+                if len(kinds) > 1 or not decoded.layout.nb_channels or not decoded.samples:
+                    raise BadSample("undecodable_audio")
                 for frame in resampler.resample(decoded):
                     chunks.append(frame.to_ndarray())
                     num_values += chunks[-1].size

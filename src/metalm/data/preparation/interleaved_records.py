@@ -109,7 +109,9 @@ def joined(parts: Sequence[ExamplePart]) -> list[ExamplePart]:
     found: list[ExamplePart] = []
     for part in parts:
         if part.modality == TEXT and found and found[-1].modality == TEXT:
-            found[-1] = ExamplePart(f"{found[-1].content}{BLANK_LINE}{part.content}", is_trained=True)
+            found[-1] = ExamplePart(
+                BLANK_LINE.join((str(found[-1].content), str(part.content))), is_trained=True
+            )
         else:
             found.append(part)
     return found
