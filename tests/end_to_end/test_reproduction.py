@@ -83,7 +83,7 @@ def claim(setting: Setting) -> Claim:
         how="",
         paper=(("GPT", "65.0"),),
         sets=(),
-        shared=(Job("shared/train", "x", lambda: commands),),
+        shared=(Job("shared/train", lambda: commands),),
         arms=(arm,),
         comparisons=(Comparison("itself", series, series),),
     )

@@ -81,7 +81,7 @@ def test_jobs_stand_behind_what_they_need_and_have_names_of_their_own(letter: st
 @pytest.mark.parametrize("letter", CLAIMS)
 def test_rates_are_tried_with_a_seed_that_is_not_reported(letter: str, setting: Setting) -> None:
     claim = CLAIMS[letter](setting)
-    tried = [job for arm in claim.arms for job in arm.jobs(setting, letter) if "/rate_" in job.name]
+    tried = [job for arm in claim.arms for job in arm.jobs(setting) if "/rate_" in job.name]
     assert len(tried) == sum(len(arm.rates) for arm in claim.arms if len(arm.rates) > 1)
     for job in tried:
         train, ask = job.commands()
@@ -91,7 +91,7 @@ def test_rates_are_tried_with_a_seed_that_is_not_reported(letter: str, setting: 
 
 def test_the_rate_that_is_best_on_validation_is_taken(setting: Setting) -> None:
     arm = next(arm for arm in CLAIMS["b"](setting).arms if arm.name == "b_metalm")
-    job = next(job for job in arm.jobs(setting, "b") if job.name == "b_metalm/seed_2")
+    job = next(job for job in arm.jobs(setting) if job.name == "b_metalm/seed_2")
     for rate, value in zip(arm.rates, (0.6, 0.8, 0.7), strict=True):
         folder = setting.out / f"b_metalm/rate_{rate:g}/scores/validation"
         folder.mkdir(parents=True)

@@ -20,7 +20,7 @@ APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
 
 def job(name: str, folder: Path, *needs: str, code: str = APPEND, more: str = "") -> Job:
     command = (sys.executable, "-c", code, str(folder / "said"), name + more)
-    return Job(name, "x", lambda: [command], needs)
+    return Job(name, lambda: [command], needs)
 
 
 def run(jobs: list[Job], out: Path, num_parallel: int = 2) -> list[str]:
@@ -62,7 +62,7 @@ def test_what_was_made_with_other_settings_is_refused(tmp_path: Path) -> None:
 
 def test_commands_are_made_when_what_they_need_is_done(tmp_path: Path) -> None:
     later = Job(
-        "later", "x", lambda: [(sys.executable, "-c", APPEND, str(tmp_path / "said"), said(tmp_path))], ("a",)
+        "later", lambda: [(sys.executable, "-c", APPEND, str(tmp_path / "said"), said(tmp_path))], ("a",)
     )
     run([job("a", tmp_path), later], tmp_path)
     assert said(tmp_path) == "aa"
@@ -103,10 +103,9 @@ from metalm.reproduction.jobs import Job
 from metalm.reproduction.queue import Queue
 folder, counted = Path(sys.argv[1]), sys.argv[2]
 jobs = [
-    Job("first", "x", lambda: [(sys.executable, "-c", "", "first")]),
+    Job("first", lambda: [(sys.executable, "-c", "", "first")]),
     Job(
         "counted",
-        "x",
         lambda: [(sys.executable, "-c", counted, str(folder / "count"), str(folder / "go"))],
         ("first",),
     ),

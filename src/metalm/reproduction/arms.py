@@ -7,13 +7,13 @@ its rate. Jobs of an arm: `ARM/rate_R` for each rate, then `ARM/seed_N`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from metalm.errors import ConfigError
-from metalm.reproduction.jobs import Command, Job, metalm, pipeline
+from metalm.reproduction.jobs import Command, Job, metalm, pipeline, tool
 
 Scale = Literal["cpu", "gpu"]
 SEARCH_SEED = 0
@@ -41,6 +41,29 @@ class Setting:
         """
         own = (f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}")
         return metalm("train", pipeline(name), *own, *overrides)
+
+    def examples(
+        self,
+        name: str,
+        tasks: Sequence[Path],
+        split: str,
+        *,
+        data: Path | None = None,
+        most: int | None = None,
+        wordings: str | None = None,
+    ) -> Command:
+        """Word examples of tasks, and write them as shards that arms share.
+
+        Args:
+            data: folder of the tasks' data; default: that of all data sets.
+            most: of each task.
+            wordings: as `--wordings` of tools/prepare_tasks.py.
+        """
+        words: list[object] = ["--tasks", ",".join(map(str, tasks)), "--split", split]
+        words += ["--data", data or self.data]
+        words += ["--most", most] if most is not None else []
+        words += ["--wordings", wordings] if wordings is not None else []
+        return tool("prepare_tasks", *words, "--processes", 1, "--out", self.shared(name))
 
 
 @dataclass(frozen=True)
@@ -114,23 +137,21 @@ class Arm:
     minutes: float = 2.0
     """Of one run with its scores, on one core."""
 
-    def jobs(self, setting: Setting, claim: str) -> Iterator[Job]:
+    def jobs(self, setting: Setting) -> Iterator[Job]:
         """All, each behind what it needs."""
         for rate in self.grid:
-            yield self._job(setting, claim, f"rate_{rate:g}", SEARCH_SEED, self.needs, rate)
+            yield self._job(setting, f"rate_{rate:g}", SEARCH_SEED, self.needs, rate)
         searcher = self.rate_of or self
         tried = tuple(f"{searcher.name}/rate_{rate:g}" for rate in searcher.grid)
         for seed in range(1, setting.seeds + 1):
-            yield self._job(setting, claim, f"seed_{seed}", seed, (*self.needs, *tried), None)
+            yield self._job(setting, f"seed_{seed}", seed, (*self.needs, *tried), None)
 
     @property
     def grid(self) -> tuple[float, ...]:
         """Rates that are tried: of one there is nothing to choose."""
         return self.rates if len(self.rates) > 1 else ()
 
-    def _job(
-        self, setting: Setting, claim: str, name: str, seed: int, needs: tuple[str, ...], rate: float | None
-    ) -> Job:
+    def _job(self, setting: Setting, name: str, seed: int, needs: tuple[str, ...], rate: float | None) -> Job:
         run = setting.out / self.name / name
 
         def commands() -> list[Command]:
@@ -140,7 +161,7 @@ class Arm:
             asked = self.scorings if rate is None else (self._searched_on(),)
             return made + [scoring.command(run, setting) for scoring in asked]
 
-        return Job(f"{self.name}/{name}", claim, commands, needs, self.minutes)
+        return Job(f"{self.name}/{name}", commands, needs, self.minutes)
 
     def _searched_on(self) -> Scoring:
         assert self.chosen_on is not None

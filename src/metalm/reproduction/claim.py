@@ -97,7 +97,7 @@ class Claim:
                     yield job
 
         for arm in self.arms:
-            for job in arm.jobs(setting, self.letter):
+            for job in arm.jobs(setting):
                 yield from taken(job.needs)
                 yield job
         assert not waiting, f"no arm needs {', '.join(waiting)}"

@@ -27,13 +27,20 @@ class Job:
 
     name: str
     """Its folder below that of all: `b_metalm/seed_1`, `shared/b_pretrained`."""
-    claim: str
-    """Letter of the claim that it was made for."""
     commands: Callable[[], Sequence[Command]]
     """Run one after another; asked for when all that it needs is done. Each goes on where it was killed."""
     needs: tuple[str, ...] = ()
     minutes: float = 1.0
     """Expected, on one core of a CPU."""
+
+
+def shared_job(name: str, commands: Sequence[Command], *needs: str, minutes: float = 0.3) -> Job:
+    """A job of data or pretraining that several arms share.
+
+    Args:
+        name, needs: below `shared/`.
+    """
+    return Job(f"shared/{name}", lambda: commands, tuple(f"shared/{one}" for one in needs), minutes)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series
-from metalm.reproduction.jobs import Job, tool
+from metalm.reproduction.jobs import shared_job, tool
 
 STEPS = {"cpu": 600, "gpu": 4000}
 QUESTIONS = {"cpu": 400, "gpu": 900}
@@ -42,9 +42,10 @@ def captions(setting: Setting) -> Claim:
         tool("vary_task", "mismatched", task, *where, "--out", mixed),
         tool("train_tokenizer", worded, "--vocab-size", 1024, "--out", tokenizer),
     ]
-    shared = [Job("shared/e_tokenizer", "e", lambda: prepared, (), 0.3)]
+    shared = [shared_job("e_tokenizer", prepared)]
     for split in ("train", "validation"):
-        shared.append(_examples(setting, split, ("--tasks", task, "--split", split, *where)))
+        command = setting.examples(f"e_{split}", [task], split)
+        shared.append(shared_job(f"e_{split}", [command], "e_tokenizer"))
     return Claim(
         letter="e",
         title="Captions of pictures",
@@ -64,8 +65,3 @@ def captions(setting: Setting) -> Claim:
         ),
         metric="CIDEr-D",
     )
-
-
-def _examples(setting: Setting, split: str, words: tuple[object, ...]) -> Job:
-    command = tool("prepare_tasks", *words, "--processes", 1, "--out", setting.shared(f"e_{split}"))
-    return Job(f"shared/e_{split}", "e", lambda: [command], ("shared/e_tokenizer",), 0.3)

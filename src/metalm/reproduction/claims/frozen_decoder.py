@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
-from metalm.reproduction.jobs import Command, Job, tool
+from metalm.reproduction.jobs import Job, shared_job, tool
 
 DOMAINS = ("films", "products", "tweets", "news")
 OTHERS = DOMAINS[1:]
@@ -176,17 +176,17 @@ def _shared(setting: Setting) -> Iterator[Job]:
     ]
     minilm = setting.data / "minilm/encoder"
     drawn = tool("randomise_encoder", minilm, "--out", setting.shared("random_encoder"))
-    yield _job("text_shards", prepared, minutes=0.5)
-    yield _job("random_encoder", [drawn], minutes=0.2)
+    yield shared_job("text_shards", prepared, minutes=0.5)
+    yield shared_job("random_encoder", [drawn], minutes=0.2)
     guessed = setting.shared("guessed_tasks")
     answers_drawn = [
         tool("vary_task", "shuffled", *map(partial(_worded, setting), DOMAINS), *where, "--out", guessed),
-        _examples(setting, "guessed_train", [guessed / task.name for task in tasks], "train", data=guessed),
+        setting.examples("guessed_train", [guessed / task.name for task in tasks], "train", data=guessed),
     ]
-    yield _job("guessed_train", answers_drawn, "text_shards")
+    yield shared_job("guessed_train", answers_drawn, "text_shards")
     data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
     trained = setting.train("text", setting.shared("text"), 1, *data)
-    yield _job("text", [trained], "text_shards", minutes=4.5)
+    yield shared_job("text", [trained], "text_shards", minutes=4.5)
     docking = (
         *data,
         f"data.sources.guessed.path={setting.shared('guessed_train')}",
@@ -194,30 +194,21 @@ def _shared(setting: Setting) -> Iterator[Job]:
     )
     needs = ("text", "guessed_train")
     without = setting.train("b_dock", setting.shared("b_without"), 1, *docking, *WITHOUT_ENCODER)
-    yield _job("b_without", [without], *needs, minutes=1.0)
+    yield shared_job("b_without", [without], *needs, minutes=1.0)
     docked = setting.train("b_dock", setting.shared("b_docked"), 1, *docking, _encoder(setting, "b_docked"))
-    yield _job("b_docked", [docked], *needs, minutes=2.0)
+    yield shared_job("b_docked", [docked], *needs, minutes=2.0)
     random = (_encoder(setting, "b_docked_random"), *TRAINED_AS_A_WHOLE)
     docked = setting.train("b_dock", setting.shared("b_docked_random"), 1, *docking, *random)
-    yield _job("b_docked_random", [docked], *needs, "random_encoder", minutes=3.0)
+    yield shared_job("b_docked_random", [docked], *needs, "random_encoder", minutes=3.0)
     films, others = [_worded(setting, "films")], [_worded(setting, domain) for domain in OTHERS]
     for split in ("train", "validation"):
-        yield _job(f"films_{split}", [_examples(setting, f"films_{split}", films, split)], "text_shards")
-        yield _job(f"others_{split}", [_examples(setting, f"others_{split}", others, split)], "text_shards")
+        yield shared_job(f"films_{split}", [setting.examples(f"films_{split}", films, split)], "text_shards")
+        yield shared_job(
+            f"others_{split}", [setting.examples(f"others_{split}", others, split)], "text_shards"
+        )
     mixed = setting.shared("shuffled_task")
     shuffled = [
         tool("vary_task", "shuffled", *films, *where, "--out", mixed),
-        _examples(setting, "shuffled_train", [mixed / films[0].name], "train", data=mixed),
+        setting.examples("shuffled_train", [mixed / films[0].name], "train", data=mixed),
     ]
-    yield _job("shuffled_train", shuffled, "text_shards")
-
-
-def _job(name: str, commands: list[Command], *needs: str, minutes: float = 0.2) -> Job:
-    return Job(f"shared/{name}", "b", lambda: commands, tuple(f"shared/{one}" for one in needs), minutes)
-
-
-def _examples(
-    setting: Setting, name: str, tasks: list[Path], split: str, *, data: Path | None = None
-) -> Command:
-    words = ["--tasks", ",".join(map(str, tasks)), "--split", split, "--data", data or setting.data]
-    return tool("prepare_tasks", *words, "--processes", 1, "--out", setting.shared(name))
+    yield shared_job("shuffled_train", shuffled, "text_shards")

@@ -7,7 +7,7 @@ from pathlib import Path
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series
 from metalm.reproduction.claims.pair_comparison import GPU, RATES, pretraining
-from metalm.reproduction.jobs import Job, tool
+from metalm.reproduction.jobs import shared_job
 
 TRAINED_ON = ("bb_social_iqa", "bb_wikihow_goals", "bb_winowhy", "bb_cosmos_qa", "bb_timedial", "bb_multiemo")
 HELD_OUT = ("bb_vitaminc", "bb_fever")
@@ -50,6 +50,14 @@ def instruction_tuning(setting: Setting) -> Claim:
     encoders = f"initialize.encoders={setting.shared('a_pretrained')}"
     metalm = arm("c_metalm", "MetaLM", "a_metalm", "a_pretrained", 8.0, encoders)
     gpt = arm("c_gpt", "GPT with the equal decoder", "a_gpt", "a_text", 6.0)
+    examples = [
+        shared_job(
+            f"c_{split}",
+            [setting.examples(f"c_{split}", trained_on, split, most=MOST[setting.scale], wordings="drawn")],
+            "a_shards",
+        )
+        for split in ("train", "validation")
+    ]
     used = [job for job in shared if job.name != "shared/a_text_large"]
     return Claim(
         letter="c",
@@ -61,7 +69,7 @@ def instruction_tuning(setting: Setting) -> Claim:
         ),
         paper=(("NLI, GPT", "46.9"), ("MetaLM", "54.5")),
         sets=("bigbench",),
-        shared=(*used, *(_examples(setting, split, trained_on) for split in ("train", "validation"))),
+        shared=(*used, *examples),
         arms=(metalm, gpt),
         comparisons=(
             Comparison(
@@ -75,10 +83,3 @@ def instruction_tuning(setting: Setting) -> Claim:
 
 def _files(setting: Setting, names: tuple[str, ...]) -> tuple[Path, ...]:
     return tuple(setting.data / "bigbench/tasks" / f"{name}.yaml" for name in names)
-
-
-def _examples(setting: Setting, split: str, tasks: tuple[Path, ...]) -> Job:
-    words = ["--tasks", ",".join(map(str, tasks)), "--split", split, "--wordings", "drawn"]
-    words += ["--most", str(MOST[setting.scale]), "--data", str(setting.data), "--processes", "1"]
-    command = tool("prepare_tasks", *words, "--out", setting.shared(f"c_{split}"))
-    return Job(f"shared/c_{split}", "c", lambda: [command], ("shared/a_shards",), 0.3)

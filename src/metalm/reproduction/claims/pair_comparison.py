@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
-from metalm.reproduction.jobs import Command, Job, tool
+from metalm.reproduction.jobs import Job, shared_job, tool
 
 TRAINED_ON = {"cpu": 10_000, "gpu": 20_000}
 STEPS = {"cpu": 300, "gpu": 3000}
@@ -110,35 +110,26 @@ def pretraining(setting: Setting) -> tuple[tuple[Job, ...], tuple[str, ...]]:
         tool("prepare_text", texts, "--tokenizer", tokenizer, "--processes", 1, "--out", shards),
     ]
     data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
-    jobs = [_job("a_shards", prepared)]
+    jobs = [shared_job("a_shards", prepared)]
     for name, pipeline, more, minutes in (
         ("a_text", "a_text", (), 10.0),
         ("a_text_large", "a_text", (AS_MANY_LAYERS,), 18.0),
         ("a_pretrained", "a_pretrain", (), 14.0),
     ):
         command = setting.train(pipeline, setting.shared(name), 1, *data, *more)
-        jobs.append(_job(name, [command], "a_shards", minutes=minutes))
+        jobs.append(shared_job(name, [command], "a_shards", minutes=minutes))
     return tuple(jobs), data
 
 
 def _examples_of_all_arms(setting: Setting) -> Iterator[Job]:
     task, worded, most = _task(setting), _worded(setting), TRAINED_ON[setting.scale]
-    yield _job("a_train", [_examples(setting, "a_train", worded, "train", most)], "a_shards")
-    yield _job("a_validation", [_examples(setting, "a_validation", worded, "validation", 1000)], "a_shards")
+    yield shared_job("a_train", [setting.examples("a_train", [worded], "train", most=most)], "a_shards")
+    yield shared_job(
+        "a_validation", [setting.examples("a_validation", [worded], "validation", most=1000)], "a_shards"
+    )
     mixed = setting.shared("a_shuffled_task")
     shuffled = [
         tool("vary_task", "shuffled", worded, "--data", setting.data, "--out", mixed),
-        _examples(setting, "a_shuffled_train", mixed / task.name, "train", most, data=mixed),
+        setting.examples("a_shuffled_train", [mixed / task.name], "train", most=most, data=mixed),
     ]
-    yield _job("a_shuffled_train", shuffled, "a_shards")
-
-
-def _job(name: str, commands: list[Command], *needs: str, minutes: float = 0.3) -> Job:
-    return Job(f"shared/{name}", "a", lambda: commands, tuple(f"shared/{one}" for one in needs), minutes)
-
-
-def _examples(
-    setting: Setting, name: str, task: Path, split: str, most: int, *, data: Path | None = None
-) -> Command:
-    words = ["--tasks", task, "--split", split, "--most", most, "--data", data or setting.data]
-    return tool("prepare_tasks", *words, "--processes", 1, "--out", setting.shared(name))
+    yield shared_job("a_shuffled_train", shuffled, "a_shards")

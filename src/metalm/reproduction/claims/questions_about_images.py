@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Curve, Series
-from metalm.reproduction.jobs import Command, Job, tool
+from metalm.reproduction.jobs import Job, shared_job, tool
 
 TRAINED_ON = {"1": 366, "10": 3657, "100": 36566}
 """Percent of the questions, and how many that is."""
@@ -125,29 +125,16 @@ def _shared(setting: Setting) -> Iterator[Job]:
         tool("vary_task", "blind", task, "--out", blind),
         tool("train_tokenizer", texts, "--vocab-size", 512, "--out", tokenizer),
     ]
-    yield _job("f_tokenizer", prepared)
+    yield shared_job("f_tokenizer", prepared)
     for name, file in (("f", task), ("f_blind", blind / task.name)):
         for share, count in TRAINED_ON.items():
-            command = _examples(setting, f"{name}_train_{share}", file, "train", count)
-            yield _job(f"{name}_train_{share}", [command], "f_tokenizer")
-        command = _examples(setting, f"{name}_validation", file, "validation", 1000)
-        yield _job(f"{name}_validation", [command], "f_tokenizer")
-    mixed = setting.shared("f_shuffled_task")
+            command = setting.examples(f"{name}_train_{share}", [file], "train", most=count)
+            yield shared_job(f"{name}_train_{share}", [command], "f_tokenizer")
+        command = setting.examples(f"{name}_validation", [file], "validation", most=1000)
+        yield shared_job(f"{name}_validation", [command], "f_tokenizer")
+    mixed, most = setting.shared("f_shuffled_task"), TRAINED_ON[SEARCHED_AT]
     shuffled = [
         tool("vary_task", "shuffled", task, *where, "--out", mixed),
-        _examples(
-            setting, "f_shuffled_train", mixed / task.name, "train", TRAINED_ON[SEARCHED_AT], data=mixed
-        ),
+        setting.examples("f_shuffled_train", [mixed / task.name], "train", most=most, data=mixed),
     ]
-    yield _job("f_shuffled_train", shuffled, "f_tokenizer")
-
-
-def _job(name: str, commands: list[Command], *needs: str) -> Job:
-    return Job(f"shared/{name}", "f", lambda: commands, tuple(f"shared/{one}" for one in needs), 0.2)
-
-
-def _examples(
-    setting: Setting, name: str, task: Path, split: str, most: int, *, data: Path | None = None
-) -> Command:
-    words = ["--tasks", task, "--split", split, "--most", most, "--data", data or setting.data]
-    return tool("prepare_tasks", *words, "--processes", 1, "--out", setting.shared(name))
+    yield shared_job("f_shuffled_train", shuffled, "f_tokenizer")
