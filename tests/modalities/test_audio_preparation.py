@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from metalm.data.sources import open_source
 from metalm.data.storage.index import open_index
 from metalm.data.storage.shard_scan import FORMATS
 from metalm.errors import BadSample, ConfigError
-from metalm.modalities.aac import decode_aac
+from metalm.modalities.aac import _DECODER, decode_aac
 from metalm.modalities.audio import decode_clip, prepare_clip
 from mutations import mutate_bytes
 
@@ -129,8 +130,10 @@ def m4a_head() -> bytes:
     return b"\0\0\0\x1cftypM4A "
 
 
-def test_mutated_clips_are_decoded_or_bad_samples() -> None:
-    content, chance, bad = mp3(0.3), random.Random(4), 0
+@pytest.mark.parametrize("make", [mp3, m4a])
+def test_mutated_clips_are_decoded_or_bad_samples(make: Callable[[float], bytes]) -> None:
+    """FFmpeg crashes of some in AAC: of each of them in its own process."""
+    content, chance, bad = make(0.3), random.Random(4), 0
     for _ in range(150):
         try:
             prepare_clip(mutate_bytes(content, chance), None, None)
@@ -138,6 +141,17 @@ def test_mutated_clips_are_decoded_or_bad_samples() -> None:
             bad += 1
             assert error.cause in ("undecodable_audio", "short_audio", "unknown_length", "audio_bomb")
     assert bad > 5
+
+
+def test_a_decoder_that_crashes_is_one_bad_sample_and_the_next_clip_is_decoded() -> None:
+    crash = "import os, signal, sys; sys.stdin.buffer.read(16); os.kill(os.getpid(), signal.SIGSEGV)"
+    _DECODER.close()
+    _DECODER._child = subprocess.Popen(
+        [sys.executable, "-c", crash], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with pytest.raises(BadSample, match="undecodable_audio"):
+        decode_aac(m4a(0.5), max_values=10**6)
+    assert decode_aac(m4a(0.5), max_values=10**6)[1] == 16_000
 
 
 def test_too_much_to_decode_is_a_bad_sample() -> None:

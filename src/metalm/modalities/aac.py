@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import io
+import atexit
+import importlib.util
+import struct
+import subprocess
+import sys
+from typing import IO
 
 import numpy as np
 
 from metalm.errors import BadSample, ConfigError
 
 SUFFIXES = frozenset(("aac", "m4a", "m4b", "mp4"))
-_CODECS = ("aac", "alac")
-"""The only ones that are ever tried."""
+REQUEST = struct.Struct("<QQ")
+"""Bytes of a clip, which follow, and the most values that it may have."""
+ANSWER = struct.Struct("<IIQ")
+"""Rate (0: a cause follows), channels, bytes of what follows."""
 
 
 def is_aac(data: bytes | memoryview) -> bool:
     """Whether it begins as a file of MPEG-4 (`ftyp`) or a stream of AAC does."""
     head = bytes(data[:8])
-    return head[4:] == b"ftyp" or _is_stream(head)
+    return head[4:] == b"ftyp" or is_stream(head)
 
 
 def decode_aac(data: bytes, max_values: int) -> tuple[np.ndarray, int]:
     """Samples [n, channels] float32 of the first sound in a file, and their rate in hertz.
+
+    They are decoded in a process of its own: FFmpeg is not safe from damaged files, and a crash there is one
+    bad sample here.
 
     Args:
         max_values: of all channels.
@@ -29,37 +39,70 @@ def decode_aac(data: bytes, max_values: int) -> tuple[np.ndarray, int]:
         BadSample: `undecodable_audio`, or `audio_bomb` for more values.
         ConfigError: PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError:
-        raise ConfigError("m4a and aac need the package av: pip install 'metalm[m4a]'") from None
-    chunks: list[np.ndarray] = []
-    num_values = 0
-    try:
-        form = "aac" if _is_stream(data[:8]) else "mov"
-        with av.open(io.BytesIO(data), "r", form, metadata_errors="ignore") as container:
-            codec = container.streams.audio[0].codec_context
-            if codec.name not in _CODECS:
-                raise BadSample("undecodable_audio")
-            codec.thread_count = 1
-            resampler = av.AudioResampler(format="fltp")
-            kinds = set()
-            for decoded in container.decode(audio=0):
-                # Of a damaged file, channels and rate may change on the way, or be none.
-                kinds.add((decoded.layout.name, decoded.format.name, decoded.sample_rate))
-                if len(kinds) > 1 or not decoded.layout.nb_channels or not decoded.samples:
-                    raise BadSample("undecodable_audio")
-                for frame in resampler.resample(decoded):
-                    chunks.append(frame.to_ndarray())
-                    num_values += chunks[-1].size
-                    if num_values > max_values:
-                        raise BadSample("audio_bomb")
-            return np.concatenate(chunks, axis=1).T, codec.sample_rate
-    except BadSample:
-        raise
-    except Exception:  # of a damaged file, whatever FFmpeg's demuxers and decoders raise
-        raise BadSample("undecodable_audio") from None
+    if importlib.util.find_spec("av") is None:
+        raise ConfigError("m4a and aac need the package av: pip install 'metalm[m4a]'")
+    return _DECODER.decode(data, max_values)
 
 
-def _is_stream(head: bytes) -> bool:
+class _Decoder:
+    """A child that decodes one clip after another; another one is started where one has crashed."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+
+    def decode(self, data: bytes, max_values: int) -> tuple[np.ndarray, int]:
+        """As `decode_aac`."""
+        if self._child is None or self._child.poll() is not None:
+            command = [sys.executable, "-m", "metalm.modalities.aac_decoding"]
+            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            return exchange(self._child, data, max_values)
+        except (OSError, EOFError):  # it has crashed
+            self.close()
+            raise BadSample("undecodable_audio") from None
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+
+_DECODER = _Decoder()
+
+
+def exchange(child: subprocess.Popen[bytes], data: bytes, max_values: int) -> tuple[np.ndarray, int]:
+    """Have the child decode a clip.
+
+    Raises:
+        BadSample: it cannot be decoded.
+        EOFError, OSError: the child has ended.
+    """
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(REQUEST.pack(len(data), max_values))
+    child.stdin.write(data)
+    child.stdin.flush()
+    rate, channels, count = ANSWER.unpack(read_exactly(child.stdout, ANSWER.size))
+    content = read_exactly(child.stdout, count)
+    if not rate:
+        raise BadSample(content.decode())
+    return np.frombuffer(content, np.float32).reshape(-1, channels), rate
+
+
+def read_exactly(stream: IO[bytes], size: int) -> bytes:
+    """So many bytes.
+
+    Raises:
+        EOFError: the stream ends before.
+    """
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError
+    return content
+
+
+def is_stream(head: bytes) -> bool:
+    """Whether it begins as a stream of AAC does."""
     return head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xF6 == 0xF0
