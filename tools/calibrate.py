@@ -1,9 +1,10 @@
-"""Measures on this machine what a plan's times are made of: a file for plan_run.py --calibration.
-
-python tools/calibrate.py cpu.json
-python tools/calibrate.py cpu.json --beside 2 --threads 1     as with two ranks on this machine
+"""Measure on this machine what a plan's times are made of: a file for plan_run.py --calibration.
 
 Links are measured by metalm preflight --calibration, from all ranks of a job.
+
+Examples:
+    python tools/calibrate.py cpu.json
+    python tools/calibrate.py cpu.json --beside 2 --threads 1     as with two ranks on this machine
 """
 
 import argparse

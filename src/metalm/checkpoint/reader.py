@@ -167,8 +167,8 @@ class CheckpointReader:
                 pieces = parameter.columns
                 # In float64, exact for all that can be on a disk; an index may claim more.
                 sizes = np.bincount(pieces.files, 4.0 * len(parameter.states) * pieces.sizes)
-                for number in np.flatnonzero(sizes):
-                    needed[f"{component}/{pieces.names[int(number)]}"] += int(sizes[number])
+                for number in np.flatnonzero(sizes).tolist():
+                    needed[f"{component}/{pieces.names[number]}"] += int(sizes[number])
         for name, size in needed.items():
             self.path_of(name)
             if size > self.files[name].size:

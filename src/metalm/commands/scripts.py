@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare pairs": "prepare_image_text",
     "prepare audio": "prepare_audio_text",
     "prepare chat": "prepare_chat",
+    "prepare interleaved": "prepare_interleaved",
     "prepare tasks": "prepare_tasks",
     "prepare demo": "prepare_demo",
     "prepare tokenizer": "train_tokenizer",
@@ -35,6 +36,10 @@ COMMANDS = {
     "import export": "convert_from_hf",
     "import decoder": "import_decoder",
     "import templates": "import_templates",
+    "import tokenizer": "complete_tokenizer",
+    "fetch": "fetch_data",
+    "reproduce": "reproduce",
+    "calibrate": "calibrate",
 }
 """The script of each command, of one or two words."""
 GROUPS = {"prepare": "raw data to shards", "import": "what was made elsewhere, or exported"}
