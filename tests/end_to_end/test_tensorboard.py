@@ -211,3 +211,17 @@ def test_config_and_layout_are_there_as_text(page: Any) -> None:
     assert [int(n) for n in re.findall(r"restarts +(\d)", starts)] == [2, 1, 0]
     open_tab(page, "hparams")
     page.get_by_text("training.optimizer.learning_rate").first.wait_for()
+
+
+def test_grafana_asks_for_figures_that_a_run_has(run: Path) -> None:
+    """Its dashboard names families and names as the Prometheus sink writes them of such figures."""
+    figures = {name for entry in read_metrics(run) for name in entry if "/" in name}
+    families = {name.partition("/")[0] for name in figures} | {"step", "written_time_seconds"}
+    dashboard = json.loads((REPOSITORY / "slurm/grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(queries) > 8
+    for query in queries:
+        family = re.search(r"metalm_(\w+)\{", query)
+        assert family is not None and family[1] in families, query
+        if name := re.search(r'name="(\w+)"', query):
+            assert f"{family[1]}/{name[1]}" in figures, query
