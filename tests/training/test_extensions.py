@@ -41,3 +41,17 @@ def test_a_compilation_is_told_once_and_uses_the_environments_ninja(
     caplog.clear()
     extensions.prepare_extensions()
     assert caplog.messages == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing is compiled")
+def test_environments_with_the_same_versions_do_not_undo_each_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extensions, "build_shm_op", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for environment in ("one", "other", "one"):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "to be restored")
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        monkeypatch.setattr(sys, "prefix", environment)
+        extensions.prepare_extensions()
+    assert len(list((tmp_path / "torch_extensions").iterdir())) == 2

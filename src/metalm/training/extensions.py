@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import sys
@@ -29,14 +30,16 @@ def prepare_extensions() -> None:
 
     The loader asks ninja whether the op is up to date, and two versions of ninja, that of the environment and
     that of the system, refuse each other's logs: each would compile anew. So the environment's comes first,
-    whether or not it is activated.
+    whether or not it is activated. What was compiled for another environment is not up to date either, though
+    its versions are the same: each environment has a folder of its own.
     """
     if torch.cuda.is_available():
         return
     programs = Path(sys.executable).parent
     if (programs / "ninja").exists():
         os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    name = f"metalm-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    name = f"metalm-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}-{environment}"
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions" / name)))
     folder.mkdir(parents=True, exist_ok=True)
