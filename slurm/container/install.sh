@@ -7,6 +7,6 @@ source=$(cd "$(dirname "$0")/../.." && pwd)
 python3 -m venv "$1"
 pip=("$1/bin/pip" install --quiet --no-cache-dir --constraint "$source/constraints.txt")
 "${pip[@]}" "${2:-torch}"
-"${pip[@]}" "${source}[triton,zstd,fast,audio,plot,tasks,finetuning,evaluation,wandb,prometheus]"
+"${pip[@]}" "${source}[triton,zstd,fast,audio,m4a,parquet,sentencepiece,plot,tasks,drawings,finetuning,evaluation,wandb,prometheus]"
 "$1/bin/python" -m metalm.training.extensions
 "$1/bin/metalm" --version

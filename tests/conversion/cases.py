@@ -95,6 +95,7 @@ def run_config(kind: str, tokenizer: Path) -> RunConfig:
                     "num_layers": 3,
                     "hidden_size": 32,
                     "num_heads": 4,
+                    "start": "plain",  # untrained answers then follow what was said last
                     **DECODERS[kind],
                     "adapter": adapters.get("decoder"),
                 },

@@ -237,7 +237,7 @@ def test_missing_and_unknown_weights_are_named(models: Path, tmp_path: Path) -> 
 def test_a_folder_without_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "gpt2", tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
         import_decoder(tmp_path / "model", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

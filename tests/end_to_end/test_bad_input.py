@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -141,15 +144,22 @@ def test_a_layout_that_does_not_fit_is_said_once_by_many_ranks(pipeline: list[st
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_error_of_one_rank_alone_is_said_with_its_rank(pipeline: list[str], tmp_path: Path) -> None:
-    environment = {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-    }
-    command = [sys.executable, "-m", "metalm", "train", *pipeline, "data.tokenizer=absent"]
-    code, output = run_command(command, timeout_s=120, **environment)
-    assert code == 65
-    assert output.startswith("rank 1: metalm: error: ")
+def test_what_the_second_node_lacks_ends_both_with_its_message(pipeline: list[str], tmp_path: Path) -> None:
+    """Each node's first rank reads for it; here the tokenizer is not on the second one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "metalm", "train", *pipeline]
+    processes = []
+    for rank in range(2):
+        launch = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment = {**os.environ, **launch, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        lacks = ["data.tokenizer=absent"] if rank else []
+        processes.append(
+            subprocess.Popen([*command, *lacks], env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    first, second = (process.communicate(timeout=120)[1] for process in processes)
+    assert [process.returncode for process in processes] == [65, 65], (first, second)
+    assert "metalm: error: no tokenizer at absent" in first
+    assert "rank 1: metalm: error: no tokenizer at absent" in second
+    assert not (tmp_path / "runs").exists()

@@ -58,7 +58,7 @@ def test_the_installer_asks_for_a_folder() -> None:
 
 
 def test_the_installer_installs_extras_that_there_are() -> None:
-    named = re.search(r"source\}\[([a-z,]+)\]", (FOLDER / "install.sh").read_text())
+    named = re.search(r"source\}\[([a-z0-9,]+)\]", (FOLDER / "install.sh").read_text())
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert named is not None
-    assert {*named[1].split(","), "dev"} == project["optional-dependencies"].keys()
+    assert {*named[1].split(","), "dev", "docs"} == project["optional-dependencies"].keys()

@@ -46,7 +46,11 @@ def join(launch: Launch, own: Corpus | MetaLMError | None) -> Joined:
     """
     minutes = own.config.parallel.timeout_minutes if isinstance(own, Corpus) else _JOINING_MINUTES
     device = open_process_group(launch, minutes)
-    raise_together(own if isinstance(own, MetaLMError) else None)
+    try:
+        raise_together(own if isinstance(own, MetaLMError) else None)
+    except MetaLMError:
+        dist.destroy_process_group()  # a process that ends with an open one is aborted by gloo's threads
+        raise
     corpus = _share(own if isinstance(own, Corpus) else None)
     # The others have learnt only now how long they are to wait for each other.
     timeout = timedelta(minutes=corpus.config.parallel.timeout_minutes)
