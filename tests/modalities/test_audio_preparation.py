@@ -19,6 +19,7 @@ from metalm.data.sources import open_source
 from metalm.data.storage.index import open_index
 from metalm.data.storage.shard_scan import FORMATS
 from metalm.errors import BadSample, ConfigError
+from metalm.modalities import aac
 from metalm.modalities.aac import _DECODER, decode_aac
 from metalm.modalities.audio import decode_clip, prepare_clip
 from mutations import mutate_bytes
@@ -152,6 +153,16 @@ def test_a_decoder_that_crashes_is_one_bad_sample_and_the_next_clip_is_decoded()
     with pytest.raises(BadSample, match="undecodable_audio"):
         decode_aac(m4a(0.5), max_values=10**6)
     assert decode_aac(m4a(0.5), max_values=10**6)[1] == 16_000
+
+
+def test_a_clip_that_takes_for_ever_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aac, "_MOST_SECONDS", 0.5)
+    _DECODER.close()
+    _DECODER._child = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with pytest.raises(BadSample, match="undecodable_audio"):
+        decode_aac(m4a(0.5), max_values=10**6)
 
 
 def test_too_much_to_decode_is_a_bad_sample() -> None:

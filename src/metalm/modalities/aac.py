@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import os
 import struct
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from typing import IO
 
 import numpy as np
@@ -18,6 +21,8 @@ REQUEST = struct.Struct("<QQ")
 """Bytes of a clip, which follow, and the most values that it may have."""
 ANSWER = struct.Struct("<IIQ")
 """Rate (0: a cause follows), channels, bytes of what follows."""
+_MOST_SECONDS = 120.0
+"""For one clip: whatever takes longer is damaged."""
 
 
 def is_aac(data: bytes | memoryview) -> bool:
@@ -50,24 +55,34 @@ class _Decoder:
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
         atexit.register(self.close)
+        # A forked process would read its parent's answers, and end its parent's child.
+        os.register_at_fork(after_in_child=self._forget)
 
     def decode(self, data: bytes, max_values: int) -> tuple[np.ndarray, int]:
         """As `decode_aac`."""
         if self._child is None or self._child.poll() is not None:
             command = [sys.executable, "-m", "metalm.modalities.aac_decoding"]
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        limit = threading.Timer(_MOST_SECONDS, self._child.kill)
+        limit.start()
         try:
             return exchange(self._child, data, max_values)
-        except (OSError, EOFError):  # it has crashed
+        except (OSError, EOFError):  # it has crashed, or was ended
             self.close()
             raise BadSample("undecodable_audio") from None
+        finally:
+            limit.cancel()
 
     def close(self) -> None:
         """End the child."""
         if self._child is not None:
             self._child.kill()
-            self._child.communicate()
+            with suppress(OSError):  # what it was still to be sent
+                self._child.communicate()
             self._child = None
+
+    def _forget(self) -> None:
+        self._child = None
 
 
 _DECODER = _Decoder()

@@ -34,7 +34,7 @@ class Ending:
             EXIT_DONE,
             "done",
             f"done: {self.step} steps; checkpoint {self._newest()}\n"
-            f"to export it: metalm tool convert_to_hf {folder} OUT",
+            f"to export it: metalm convert {folder} OUT",
         )
         return EXIT_DONE
 
