@@ -16,9 +16,8 @@ from typing import get_args
 from metalm.cli import ToolParser, run_tool
 from metalm.data.documents.chats import TrainedAnswers
 from metalm.data.preparation.chat_shards import prepare_chats
-from metalm.data.preparation.folder import DROPPED_NAME
+from metalm.data.preparation.folder import describe_shards
 from metalm.data.preparation.shard_arguments import add_first_number, add_shard_arguments, check_numbers
-from metalm.data.preparation.tally import format_table
 from metalm.modalities import MEDIA
 
 
@@ -65,10 +64,11 @@ def run_preparation(parser: argparse.ArgumentParser, options: argparse.Namespace
         first_number=options.first_number,
         processes=options.processes,
     )
-    print(format_table(report, ("examples", "answers", "media", "bytes")))
-    if report["dropped"]:
-        print(f"where the dropped were: {options.out / DROPPED_NAME}")
-    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
+    print(
+        describe_shards(
+            report, ("examples", "answers", "media", "bytes"), options.out, time.monotonic() - started
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import time
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.preparation.folder import DROPPED_NAME
+from metalm.data.preparation.folder import describe_shards
 from metalm.data.preparation.interleaved_shards import RowSize, prepare_interleaved
-from metalm.data.preparation.tally import format_table
+from metalm.data.preparation.shard_arguments import add_first_number, add_shard_arguments, check_numbers
 from metalm.modalities import MEDIA
 
 
@@ -45,24 +43,15 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, help="data.sequence_length of the run")
     parser.add_argument("--image-positions", type=int, help="vectors of an image in its encoder")
     MEDIA["image"].add_preparation_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--shard-mib", type=float, default=512, help="largest size of a shard (default: 512)")
-    parser.add_argument(
-        "--first-number",
-        type=int,
-        default=0,
-        help="number of the first input, when inputs are prepared apart (default: 0)",
-    )
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    add_shard_arguments(parser)
+    add_first_number(parser)
     run_preparation(parser, parser.parse_args())
 
 
 def run_preparation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     settings = MEDIA["image"].preparation_settings(options)
     sizes = [options.sequence_length, options.image_positions]
-    positive = [options.processes, options.shard_mib, *sizes, *settings.values()]
-    if any(value is not None and not 0 < value < math.inf for value in positive) or options.first_number < 0:
-        parser.error("all numbers must be positive; --first-number may be 0")
+    check_numbers(parser, options, [*sizes, *settings.values()])
     if len({value is None for value in (options.tokenizer, *sizes)}) > 1:
         parser.error("--tokenizer, --sequence-length and --image-positions belong together")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -79,10 +68,7 @@ def run_preparation(parser: argparse.ArgumentParser, options: argparse.Namespace
         first_number=options.first_number,
         processes=options.processes,
     )
-    print(format_table(report, ("examples", "media", "bytes")))
-    if report["dropped"]:
-        print(f"where the dropped were: {options.out / DROPPED_NAME}")
-    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
+    print(describe_shards(report, ("examples", "media", "bytes"), options.out, time.monotonic() - started))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
 from metalm.data.preparation.example_shards import prepare_examples
-from metalm.data.preparation.folder import DROPPED_NAME
+from metalm.data.preparation.folder import describe_shards
 from metalm.data.preparation.shard_arguments import add_shard_arguments, check_numbers
-from metalm.data.preparation.tally import format_table
 from metalm.tasks.mixture import TaskExamples, Wordings, choose_tasks
 from metalm.tasks.task_file import find_tasks, load_task
 
@@ -59,10 +58,11 @@ def main() -> None:
         shard_bytes=int(options.shard_mib * 2**20),
         processes=options.processes,
     )
-    print(format_table(report, ("examples", "answers", "media", "bytes")))
-    if report["dropped"]:
-        print(f"where the dropped were: {options.out / DROPPED_NAME}")
-    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
+    print(
+        describe_shards(
+            report, ("examples", "answers", "media", "bytes"), options.out, time.monotonic() - started
+        )
+    )
 
 
 def _words(text: str) -> list[str]:

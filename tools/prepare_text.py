@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.preparation.folder import DROPPED_NAME
-from metalm.data.preparation.tally import format_table
+from metalm.data.preparation.folder import describe_shards
 from metalm.data.preparation.text_arguments import add_text_arguments, text_fields
 from metalm.data.preparation.text_shards import PAPER_DROPS, SubsetFilter, prepare_text
 
@@ -75,10 +74,7 @@ def main() -> None:
         processes=options.processes,
         backend=options.backend,
     )
-    print(format_table(report, ("documents", "tokens", "bytes")))
-    if report["dropped"]:
-        print(f"where the dropped were: {options.out / DROPPED_NAME}")
-    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
+    print(describe_shards(report, ("documents", "tokens", "bytes"), options.out, time.monotonic() - started))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from metalm.data.preparation.shard_writer import PARTIAL_SUFFIX, WrittenShard
-from metalm.data.preparation.tally import Tally
+from metalm.data.preparation.tally import Tally, format_table
 from metalm.data.storage.index import INDEX_NAME, build_index
 from metalm.data.storage.index_document import read_document
 from metalm.errors import ConfigError, DataError
@@ -197,3 +197,11 @@ def _replace(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def describe_shards(report: Mapping[str, Any], columns: tuple[str, ...], out: Path, seconds: float) -> str:
+    """What a preparation says at its end: the table, where the shards are, and where what was dropped was."""
+    lines = [format_table(report, columns)]
+    if report["dropped"]:
+        lines.append(f"where the dropped were: {out / DROPPED_NAME}")
+    return "\n".join([*lines, f"{report['num_shards']} shards in {out}, {seconds:.1f} s"])

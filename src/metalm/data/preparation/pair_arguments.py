@@ -7,10 +7,9 @@ import logging
 import time
 from pathlib import Path
 
-from metalm.data.preparation.folder import DROPPED_NAME
+from metalm.data.preparation.folder import describe_shards
 from metalm.data.preparation.pair_shards import prepare_pairs
 from metalm.data.preparation.shard_arguments import add_first_number, add_shard_arguments, check_numbers
-from metalm.data.preparation.tally import format_table
 from metalm.modalities import Media
 
 
@@ -56,7 +55,5 @@ def run_preparation(
         first_number=options.first_number,
         processes=options.processes,
     )
-    print(format_table(report, (modality.unit, "captions", "bytes")))
-    if report["dropped"]:
-        print(f"where the dropped were: {options.out / DROPPED_NAME}")
-    print(f"{report['num_shards']} shards in {options.out}, {time.monotonic() - started:.1f} s")
+    columns = (modality.unit, "captions", "bytes")
+    print(describe_shards(report, columns, options.out, time.monotonic() - started))
