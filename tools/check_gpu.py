@@ -24,6 +24,8 @@ PIPELINES |= {"vision_language": "pretrain_vision_language"}
 ENCODERS_AT_1 = "deepspeed.encoders=deepspeed_configs/encoders_zero1.json"
 LENGTH, BATCH_SIZE, DOCUMENTS = 8192, 4, 8
 HEADS = ((32, 64), (16, 128))
+KINDS = ("causal", "semi-causal packed", "encoder", "packed documents", "images")
+"""Masks, the most telling first: what compiling leaves no time for is then the least."""
 
 LONG = ("kernels", "gaps", "overrides", "steps_s")
 """Figures that the table leaves out, or shows in lines of their own."""
@@ -64,7 +66,9 @@ def device(keep: Keep, arguments: argparse.Namespace) -> None:
 
 def attention(keep: Keep, arguments: argparse.Namespace) -> None:
     """Our backends beside SDPA, at shapes that fill the chip."""
-    _attention(keep, ("interval", "flash", "triton", "sdpa per document"))
+    from metalm.kernels.benchmark import BACKENDS
+
+    _attention(keep, ("interval", *BACKENDS, "flash4 direct", "sdpa per document"))
 
 
 def flex(keep: Keep, arguments: argparse.Namespace) -> None:
@@ -75,10 +79,10 @@ def flex(keep: Keep, arguments: argparse.Namespace) -> None:
 def _attention(keep: Keep, peers: tuple[str, ...]) -> None:
     import torch
 
-    from metalm.kernels.benchmark import MASK_KINDS, Case, measure
+    from metalm.kernels.benchmark import Case, measure
 
-    for kind in reversed(MASK_KINDS):
-        for heads, size in reversed(HEADS):
+    for heads, size in reversed(HEADS):
+        for kind in KINDS:
             case = Case(kind, LENGTH, DOCUMENTS, BATCH_SIZE, heads, size)
             for backward in (False, True):
                 for record in measure(
@@ -98,13 +102,19 @@ def host(keep: Keep, arguments: argparse.Namespace) -> None:
     import torch
 
     from metalm.kernels import IntervalMask, interval_attention
+    from metalm.kernels.benchmark import BACKENDS
 
     gpu = torch.device("cuda", 0)
     shape = (1, 256, 16, 64)
     q, k, v, grad = (torch.randn(shape, device=gpu).bfloat16().transpose(1, 2) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     mask = IntervalMask.causal(256, device=gpu)
-    for backend in ("flash", "triton"):
+    for backend in BACKENDS:
+        try:
+            interval_attention(q, k, v, mask, backend=backend)
+        except ValueError as error:
+            keep({"backend": backend, "not_run": str(error)})
+            continue
         for count in (20, 200):
             torch.cuda.synchronize()
             began = time.perf_counter()
