@@ -28,7 +28,7 @@ from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, mirrored, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
-from metalm.model.positions import rotary_angles, sinusoidal_positions
+from metalm.model.positions import rotary_angles, rotation, sinusoidal_positions
 from metalm.model.recompute import Recompute
 from metalm.model.visibility import batch_mask
 from metalm.parallel.megatron_on_cpu import let_megatron_allocate_on_cpu
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         if self.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
         if dropout is not None:
-            hidden = dropout.drop(hidden, SITES_PER_LAYER * len(block.layers))
+            hidden = dropout.at(SITES_PER_LAYER * len(block.layers)).drop(hidden)
         for layer in block.layers:
             if self.config.recompute is True:  # no layer draws from torch's generator
                 hidden = checkpoint(run, layer, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -219,13 +219,13 @@ class Decoder(nn.Module):
         return RowDropout(config.dropout, seeds, positions, held, first_head)
 
     def _rotary(self, batch: SemiCausalBatch) -> Tensor | None:
-        """Angles [B * S / C, 1, 1, K] of each row's own positions, as Megatron applies them."""
+        """By what each row's own positions are turned, [2, B * S / C, K / 2]."""
         config = self.config
         if config.positions != "rope":
             return None
         positions = batch.positions.flatten()[self._held(batch)]
         angles = rotary_angles(positions, config.head_size, config.rope_base, config.rope_scaling)
-        return angles[:, None, None]
+        return rotation(angles)
 
 
 def dock(
