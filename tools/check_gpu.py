@@ -233,6 +233,14 @@ def tests(keep: Keep, arguments: argparse.Namespace) -> None:
     keep({"rc": result.returncode, "summary": lines[-1:], "failed": failed, "seconds": seconds})
 
 
+def ranks(keep: Keep, arguments: argparse.Namespace) -> None:
+    """Two ranks on this GPU over NCCL, on every layout, against one rank."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from check_ranks import check_ranks
+
+    check_ranks(arguments.out.resolve() / "ranks", keep, nccl=arguments.nccl, on_cpu=False, seconds=85)
+
+
 SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "device": (device, 60),
     "attention": (attention, 90),
@@ -245,6 +253,7 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "language_zero1": (step_section("language", ENCODERS_AT_1), 90),
     "vision_language_zero1": (step_section("vision_language", ENCODERS_AT_1), 90),
     "loss": (loss, 30),
+    "ranks": (ranks, 110),
     "tests": (tests, 170),
     "tuning": (tuning, 120),
     "flex": (flex, 150),
@@ -259,6 +268,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for figures and logs")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=480, help="start no section after so long")
+    parser.add_argument("--nccl", type=Path, help="for two ranks on this GPU: see tools/check_ranks.py")
     parser.add_argument("--overrides", nargs="*", default=[], help="`section.key=value` of the steps")
     parser.add_argument("--run", choices=SECTIONS, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -282,6 +292,7 @@ def main() -> None:
 def start(name: str, arguments: argparse.Namespace, left: float) -> str:
     """Run a section in a process of its own, and say how it ended."""
     command = [sys.executable, __file__, "--run", name, "--out", str(arguments.out)]
+    command += ["--nccl", str(arguments.nccl)] if arguments.nccl else []
     command += ["--overrides", *arguments.overrides]
     began = time.perf_counter()
     with (arguments.out / f"{name}.log").open("w") as log:
