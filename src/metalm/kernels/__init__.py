@@ -1,6 +1,6 @@
 """Kernels: attention over interval masks, and a fused linear + cross entropy. Knows torch and triton only."""
 
-from metalm.kernels.attention import backend_counts, count_repeated, interval_attention, reset_backend_counts
+from metalm.kernels.attention import backend_counts, interval_attention, reset_backend_counts
 from metalm.kernels.dropout import hidden_dropout, site_seeds
 from metalm.kernels.interval_mask import BlockRanges, IntervalMask
 from metalm.kernels.linear_cross_entropy import linear_cross_entropy
@@ -13,7 +13,6 @@ __all__ = [
     "RelativeBias",
     "Segments",
     "backend_counts",
-    "count_repeated",
     "find_segments",
     "hidden_dropout",
     "interval_attention",

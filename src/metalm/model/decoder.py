@@ -177,31 +177,18 @@ class Decoder(nn.Module):
         context_group = topology.context_group if topology.context_size > 1 else None
         seen = Visibility(batch_mask(batch), dropout, context_group)
 
+        def launch(layer: nn.Module, hidden: Tensor) -> Tensor:
+            output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
+            return output
+
+        run = launch
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            run = self.graphs.start(launch, hidden, seen, rotary)
         if self.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
         if dropout is not None:
             hidden = dropout.drop(hidden, SITES_PER_LAYER * len(block.layers))
-        if self.graphs is not None and self.training and torch.is_grad_enabled():
-            hidden = self.graphs.run(hidden, seen, rotary)
-        else:
-            hidden = self._launch_layers(hidden, seen, rotary)
-        if block.final_layernorm is not None:
-            hidden = block.final_layernorm(hidden)
-        if self.sequence_parallel:
-            # Every rank gets the whole gradient from the loss, so the backward only cuts.
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.tensor_group
-            )
-        return hidden.squeeze(1)
-
-    def _launch_layers(self, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> Tensor:
-        """Output of the last layer, like its input."""
-
-        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
-            output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
-            return output
-
-        for layer in self.gpt.decoder.layers:
+        for layer in block.layers:
             if self.config.recompute is True:  # no layer draws from torch's generator
                 hidden = checkpoint(run, layer, hidden, use_reentrant=False, preserve_rng_state=False)
             elif self._again is not None:
@@ -212,7 +199,14 @@ class Decoder(nn.Module):
                 hidden = run(layer, hidden)
         if self._again is not None:
             self._again.end()
-        return hidden
+        if block.final_layernorm is not None:
+            hidden = block.final_layernorm(hidden)
+        if self.sequence_parallel:
+            # Every rank gets the whole gradient from the loss, so the backward only cuts.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tensor_group
+            )
+        return hidden.squeeze(1)
 
     def _dropout(self, batch: SemiCausalBatch) -> RowDropout | None:
         config, topology = self.config, self.topology

@@ -30,7 +30,7 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -41,13 +41,17 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from metalm.config import RunConfig
-from metalm.kernels import IntervalMask, backend_counts, count_repeated
+from metalm.kernels import IntervalMask, backend_counts
+from metalm.kernels.attention import count_repeated
 from metalm.model.cuda_recorder import Launch, Work
 from metalm.model.decoder_layer import Visibility
 from metalm.parallel.topology import Topology
 
 MAX_FORMS = 2
 """That are recorded; micro-batches of further ones run without graphs."""
+
+Run = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a layer on hidden vectors [S, 1, D]; the layers of a forward in order."""
 
 _logger = logging.getLogger(__name__)
 
@@ -100,19 +104,20 @@ class LayerGraphs:
         self._recorder = recorder
         self._parameters = [parameter for layer in layers for parameter in layer.parameters()]
         self._addresses: tuple[int, ...] = ()
-        self._backends: dict[_Form, Counter[str]] = {}
+        self._backends: dict[_Form, set[str]] = {}
         """Of attention, by forms that ran without graphs."""
         self._stacks: dict[_Form, _Stack | None] = {}
         """None: of a form that cannot be recorded."""
         self._turn: weakref.ref[_Turn] | None = None
 
-    def run(self, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> Tensor:
-        """Output of the last layer, in the memory of the graphs: to be used before the backward reaches it.
+    def start(self, launch: Run, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> Run:
+        """What runs the layers of one forward; its outputs are to be used before the backward reaches them.
 
         Args:
-            hidden: [S, 1, D], the first layer's input.
+            launch: runs a layer without graphs.
+            hidden: of the form of the first layer's input.
             seen: of the micro-batch.
-            rotary: angles, where positions are.
+            rotary: by what positions are turned.
         """
         addresses = tuple(parameter.data_ptr() for parameter in self._parameters)
         if addresses != self._addresses:
@@ -124,50 +129,56 @@ class LayerGraphs:
             if (stack := self._stacks.get(form)) is not None:
                 turn = _Turn(sum(layer.backward is not None for layer in stack.layers))
                 self._turn = weakref.ref(turn)
-                return stack.run(_inputs(hidden, seen, rotary), turn)
-        return self._run_layers(form, hidden, seen, rotary)
+                return stack.start(_inputs(seen, rotary), turn)
+        return self._watched(launch, form)
 
     def _is_under_way(self) -> bool:
         """Whether a forward from graphs still has its backward before it."""
         turn = None if self._turn is None else self._turn()
         return turn is not None and turn.to_come > 0
 
-    def _run_layers(self, form: _Form, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> Tensor:
-        before = Counter(backend_counts())
-        for layer in self._layers:
-            hidden = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
-        if len(self._stacks) < MAX_FORMS:
-            self._backends[form] = Counter(backend_counts()) - before
-        return hidden
+    def _watched(self, launch: Run, form: _Form) -> Run:
+        """The launch itself, and attention's backends are remembered while forms are yet to be recorded."""
+        if form in self._stacks or len(self._stacks) == MAX_FORMS:
+            return launch
+        backends = self._backends.setdefault(form, set())
+
+        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+            before = Counter(backend_counts())
+            output = launch(layer, hidden)
+            backends.update(Counter(backend_counts()) - before)
+            return output
+
+        return run
 
     def _record(self, form: _Form, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> _Stack | None:
         began = time.perf_counter()
-        inputs = [torch.empty_like(value).copy_(value.detach()) for value in _inputs(hidden, seen, rotary)]
+        inputs = [value.detach().clone() for value in _inputs(seen, rotary)]
+        place = torch.zeros_like(hidden)
         what = f"micro-batches of {form.shape[0]} positions"
         if form.run_length is not None:
             what += f" in runs of {form.run_length}"
         try:
             before = Counter(backend_counts())
             with self._recorder.rehearsing():
-                _build(self._layers, form, inputs, seen, _Rehearsal())
-            if (found := Counter(backend_counts()) - before) != self._backends[form]:
+                _build(self._layers, form, place, inputs, seen, _Rehearsal())
+            found = Counter(backend_counts()) - before
+            if (expected := self._backends[form]) != set(found):
                 _logger.info(
-                    "%s do not run from CUDA graphs: attention would run on %s, and runs on %s",
+                    "%s run without CUDA graphs: attention would run on %s in place of %s",
                     what,
                     ", ".join(found),
-                    ", ".join(self._backends[form]),
+                    ", ".join(expected),
                 )
                 return None
-            stack = _build(self._layers, form, inputs, seen, self._recorder)
+            stack = _build(self._layers, form, place, inputs, seen, self._recorder)
         except Exception as error:  # whatever it is: without graphs the same layers have just run
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            _logger.warning("%s do not run from CUDA graphs, but slower: %s", what, reason)
+            _logger.warning("%s run without CUDA graphs, and so slower: %s", what, reason)
             return None
         stack.backends = found
-        seconds = time.perf_counter() - began
-        _logger.info(
-            "%d layers run from CUDA graphs for %s, recorded in %.1f s", len(self._layers), what, seconds
-        )
+        seconds, num_layers = time.perf_counter() - began, len(self._layers)
+        _logger.info("%s run %d layers from CUDA graphs, recorded in %.1f s", what, num_layers, seconds)
         return stack
 
 
@@ -183,6 +194,7 @@ class _Layer:
     """One layer's graphs, and where they read and write."""
 
     forward: Launch
+    input: Tensor
     output: Tensor
     parameters: tuple[nn.Parameter, ...]
     """That are trained."""
@@ -197,27 +209,33 @@ class _Stack:
     """All layers' graphs of one form, and the memory that is theirs alone."""
 
     inputs: list[Tensor]
-    output_gradient: Tensor
+    kept: tuple[Tensor, Tensor]
+    """The first layer's input, and the gradient of the last one's output."""
     layers: list[_Layer]
     backends: Counter[str] = field(default_factory=Counter)
     """Calls of attention in one forward."""
 
-    def run(self, inputs: Sequence[Tensor], turn: _Turn) -> Tensor:
+    def start(self, inputs: Sequence[Tensor], turn: _Turn) -> Run:
         for place, value in zip(self.inputs, inputs, strict=True):
-            place.copy_(value.detach())
-        hidden = inputs[0]
-        for layer in self.layers:
-            hidden = _Replay.apply(layer, turn, hidden, *layer.parameters)
+            place.copy_(value)
         count_repeated(self.backends)
-        return hidden
+        layers = iter(self.layers)
+
+        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+            graphs = next(layers)
+            output: Tensor = _Replay.apply(graphs, turn, hidden, *graphs.parameters)
+            return output
+
+        return run
 
 
 class _Replay(torch.autograd.Function):
-    """A layer whose input lies where its graph reads it: with the layer before, or the stack's inputs."""
+    """Stands for a layer in autograd. What lies elsewhere than where a graph reads it is copied there."""
 
     @staticmethod
     def forward(ctx: Any, layer: _Layer, turn: _Turn, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.layer, ctx.turn = layer, turn
+        _put(hidden, layer.input)
         layer.forward()
         return layer.output.detach()
 
@@ -226,8 +244,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         layer: _Layer = ctx.layer
         assert layer.backward is not None and layer.output_gradient is not None
-        if grads[0].data_ptr() != layer.output_gradient.data_ptr():
-            layer.output_gradient.copy_(grads[0])
+        _put(grads[0], layer.output_gradient)
         layer.backward()
         ctx.turn.to_come -= 1
         of_parameters = (
@@ -238,6 +255,11 @@ class _Replay(torch.autograd.Function):
         return None, None, None if of_input is None else of_input.detach(), *of_parameters
 
 
+def _put(value: Tensor, place: Tensor) -> None:
+    if value.data_ptr() != place.data_ptr():
+        place.copy_(value)
+
+
 class _Pass:
     """A layer's two passes as work to record, between an input and parameters that end its own graph.
 
@@ -246,7 +268,7 @@ class _Pass:
     """
 
     def __init__(self, layer: nn.Module, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> None:
-        self._layer, self._hidden, self._seen, self._rotary = layer, hidden, seen, rotary
+        self._layer, self.hidden, self._seen, self._rotary = layer, hidden, seen, rotary
         self._parameters = {
             name: parameter.detach().requires_grad_(parameter.requires_grad)
             for name, parameter in layer.named_parameters()
@@ -257,16 +279,16 @@ class _Pass:
     def forward(self) -> list[Tensor]:
         options = {"attention_mask": self._seen, "rotary_pos_emb": self._rotary}
         with torch.enable_grad():
-            self.output = functional_call(self._layer, self._parameters, (self._hidden,), options)[0]
+            self.output = functional_call(self._layer, self._parameters, (self.hidden,), options)[0]
         return [self.output.detach()]
 
     def backward(self) -> list[Tensor | None]:
         """The gradients of the input, or None, and of the trained parameters."""
         wanted = [value for value in self._parameters.values() if value.requires_grad]
-        if self._hidden.requires_grad:
-            wanted.insert(0, self._hidden)
+        if self.hidden.requires_grad:
+            wanted.insert(0, self.hidden)
         found = torch.autograd.grad(self.output, wanted, self.output_gradient, allow_unused=True)
-        return list(found) if self._hidden.requires_grad else [None, *found]
+        return list(found) if self.hidden.requires_grad else [None, *found]
 
 
 class _Rehearsal:
@@ -280,28 +302,36 @@ class _Rehearsal:
 
 
 def _build(
-    layers: Sequence[nn.Module], form: _Form, inputs: list[Tensor], seen: Visibility, recorder: Recorder
+    layers: Sequence[nn.Module],
+    form: _Form,
+    place: Tensor,
+    inputs: list[Tensor],
+    seen: Visibility,
+    recorder: Recorder,
 ) -> _Stack:
     """Record the layers forward, then backward, on inputs that lie where they will always lie."""
-    hidden, still, rotary = _take_apart(inputs, form, seen)
-    passes = [_Pass(layers[0], hidden.detach().requires_grad_(form.needs_gradient), still, rotary)]
-    built = [_record_forward(passes[0], layers[0], recorder)]
-    for layer in layers[1:]:
-        needs_gradient = passes[-1].output.requires_grad
-        passes.append(_Pass(layer, built[-1].output.detach().requires_grad_(needs_gradient), still, rotary))
+    still, rotary = _take_apart(inputs, form, seen)
+    hidden, needs_gradient = place, form.needs_gradient
+    passes: list[_Pass] = []
+    built: list[_Layer] = []
+    for layer in layers:
+        passes.append(_Pass(layer, hidden.detach().requires_grad_(needs_gradient), still, rotary))
         built.append(_record_forward(passes[-1], layer, recorder))
-    output_gradient = torch.zeros_like(built[-1].output)
-    gradient: Tensor | None = output_gradient
-    for layer_graphs in reversed(built):
-        # No name may hold what a layer leaves behind: the next one is recorded over it.
-        gradient = _record_backward(passes.pop(), layer_graphs, gradient, recorder)
-    return _Stack(inputs, output_gradient, built)
+        hidden, needs_gradient = built[-1].output, passes[-1].output.requires_grad
+    kept = (place, torch.zeros_like(hidden))
+    # From here on no name may hold what a layer leaves behind: the next one is recorded over it.
+    del hidden
+    gradient: Tensor | None = kept[1]
+    for graphs in reversed(built):
+        gradient = _record_backward(passes.pop(), graphs, gradient, recorder)
+    return _Stack(inputs, kept, built)
 
 
 def _record_forward(both: _Pass, layer: nn.Module, recorder: Recorder) -> _Layer:
     (output,), launch = recorder.record(both.forward)
     assert output is not None
-    return _Layer(launch, output, tuple(part for part in layer.parameters() if part.requires_grad))
+    trained = tuple(parameter for parameter in layer.parameters() if parameter.requires_grad)
+    return _Layer(launch, recorder.lend(both.hidden), output, trained)
 
 
 def _record_backward(
@@ -319,9 +349,9 @@ def _record_backward(
     return of_input
 
 
-def _inputs(hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> list[Tensor]:
-    """All that varies between micro-batches of one form."""
-    found = [hidden, seen.mask.start, seen.mask.end]
+def _inputs(seen: Visibility, rotary: Tensor | None) -> list[Tensor]:
+    """What varies between micro-batches of one form, beside the hidden vectors."""
+    found = [seen.mask.start, seen.mask.end]
     if rotary is not None:
         found.append(rotary)
     if seen.dropout is not None:
@@ -329,18 +359,16 @@ def _inputs(hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> list[Ten
     return found
 
 
-def _take_apart(
-    inputs: list[Tensor], form: _Form, seen: Visibility
-) -> tuple[Tensor, Visibility, Tensor | None]:
+def _take_apart(inputs: list[Tensor], form: _Form, seen: Visibility) -> tuple[Visibility, Tensor | None]:
     """What `_inputs` has put together, with a new mask: what is derived of it is recorded, too."""
-    hidden, start, end, *more = inputs
+    start, end, *more = inputs
     dropout = seen.dropout
     if dropout is not None:
         positions, seeds = more.pop(), more.pop()
         dropout = replace(dropout, seeds=seeds, positions=positions)
     segments = seen.mask.segments if form.run_length is not None else None
     mask = IntervalMask(start, end, seen.mask.num_keys, segments)
-    return hidden, replace(seen, mask=mask, dropout=dropout), more[0] if more else None
+    return replace(seen, mask=mask, dropout=dropout), more[0] if more else None
 
 
 def _run_length(mask: IntervalMask) -> int | None:
