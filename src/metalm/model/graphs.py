@@ -109,6 +109,12 @@ class LayerGraphs:
         self._stacks: dict[_Form, _Stack | None] = {}
         """None: of a form that cannot be recorded."""
         self._turn: weakref.ref[_Turn] | None = None
+        self._is_full = False
+
+    @property
+    def num_forms(self) -> int:
+        """That run from graphs."""
+        return sum(stack is not None for stack in self._stacks.values())
 
     def start(self, launch: Run, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> Run:
         """What runs the layers of one forward; its outputs are to be used before the backward reaches them.
@@ -123,6 +129,9 @@ class LayerGraphs:
         if addresses != self._addresses:
             self._backends, self._stacks, self._addresses = {}, {}, addresses
         form = _Form(hidden.shape, hidden.dtype, hidden.requires_grad, _run_length(seen.mask))
+        if form not in self._stacks and len(self._stacks) == MAX_FORMS and not self._is_full:
+            _logger.info("micro-batches of further forms than %d run without CUDA graphs", MAX_FORMS)
+            self._is_full = True
         if not self._is_under_way():
             if form in self._backends and form not in self._stacks and len(self._stacks) < MAX_FORMS:
                 self._stacks[form] = self._record(form, hidden, seen, rotary)
@@ -164,21 +173,22 @@ class LayerGraphs:
                 _build(self._layers, form, place, inputs, seen, _Rehearsal())
             found = Counter(backend_counts()) - before
             if (expected := self._backends[form]) != set(found):
-                _logger.info(
-                    "%s run without CUDA graphs: attention would run on %s in place of %s",
-                    what,
-                    ", ".join(found),
-                    ", ".join(expected),
-                )
-                return None
+                # The backend goes by where documents lie, which graphs know on the device alone.
+                raise RuntimeError(f"attention would run on {', '.join(found)}, not on {', '.join(expected)}")
+            reserved = _reserved_gib(place.device)
             stack = _build(self._layers, form, place, inputs, seen, self._recorder)
         except Exception as error:  # whatever it is: without graphs the same layers have just run
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             _logger.warning("%s run without CUDA graphs, and so slower: %s", what, reason)
             return None
         stack.backends = found
-        seconds, num_layers = time.perf_counter() - began, len(self._layers)
-        _logger.info("%s run %d layers from CUDA graphs, recorded in %.1f s", what, num_layers, seconds)
+        _logger.info(
+            "%s run %d layers from CUDA graphs, recorded in %.1f s, in %.1f GiB",
+            what,
+            len(self._layers),
+            time.perf_counter() - began,
+            _reserved_gib(place.device) - reserved,
+        )
         return stack
 
 
@@ -369,6 +379,10 @@ def _take_apart(inputs: list[Tensor], form: _Form, seen: Visibility) -> tuple[Vi
     segments = seen.mask.segments if form.run_length is not None else None
     mask = IntervalMask(start, end, seen.mask.num_keys, segments)
     return replace(seen, mask=mask, dropout=dropout), more[0] if more else None
+
+
+def _reserved_gib(device: torch.device) -> float:
+    return torch.cuda.memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
 
 
 def _run_length(mask: IntervalMask) -> int | None:
