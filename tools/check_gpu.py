@@ -223,7 +223,7 @@ def peer(keep: Keep, arguments: argparse.Namespace) -> None:
 def tests(keep: Keep, arguments: argparse.Namespace) -> None:
     """The tests that need a GPU."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", "12", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", "12", "tests/kernels", "tests/model"]
     command += ["-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(result.stdout[-20000:], result.stderr[-4000:], flush=True)

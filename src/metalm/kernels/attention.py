@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -109,6 +110,11 @@ def interval_attention(
 def backend_counts() -> dict[str, int]:
     """How often each backend ran in this process, since the start or the last `reset_backend_counts`."""
     return dict(_counts)
+
+
+def count_repeated(calls: Mapping[str, int]) -> None:
+    """Count calls by backend that a CUDA graph repeats, of which nothing else is seen."""
+    _counts.update(calls)
 
 
 def reset_backend_counts() -> None:

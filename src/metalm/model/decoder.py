@@ -25,6 +25,7 @@ from metalm.model.adapters import adapter_draw, is_adapter
 from metalm.model.decoder_layer import DecoderActivation, DecoderNorm, Visibility, decoder_block_spec
 from metalm.model.decoder_linear import adapt_decoder
 from metalm.model.deepnorm import deepnorm_divisor
+from metalm.model.graphs import LayerGraphs
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, mirrored, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
@@ -78,6 +79,8 @@ class Decoder(nn.Module):
             position_embedding_type="learned_absolute" if config.decoder.positions == "learned" else "none",
             scatter_embedding_sequence_parallel=False,
         )
+        self.graphs: LayerGraphs | None = None
+        """What runs the layers in training, where they can run so."""
         self._again = Recompute() if config.decoder.recompute == "selective" else None
         for module in self.gpt.decoder.layers.modules():
             if isinstance(module, DecoderNorm | DecoderActivation):
@@ -174,10 +177,13 @@ class Decoder(nn.Module):
         context_group = topology.context_group if topology.context_size > 1 else None
         seen = Visibility(batch_mask(batch), dropout, context_group)
 
-        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+        def launch(layer: nn.Module, hidden: Tensor) -> Tensor:
             output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
             return output
 
+        run = launch
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            run = self.graphs.start(launch, hidden, seen, rotary)
         if self.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
         if dropout is not None:

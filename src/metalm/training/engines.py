@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from metalm.config import OptimizerConfig, RunConfig
 from metalm.config.load import load_deepspeed_json
+from metalm.model.cuda_recorder import CudaRecorder
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw, load_pretrained_weights
+from metalm.model.graphs import LayerGraphs, why_not_graphs
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.agreement import together
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
@@ -26,6 +29,8 @@ from metalm.parallel.topology import Topology
 from metalm.training.extensions import prepare_extensions
 from metalm.training.frozen_engine import FrozenEngine
 from metalm.training.owned_ranges import create_optimizer_state
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RATE_RATIO = "rate_ratio"
@@ -114,7 +119,12 @@ def _build_decoder(config: RunConfig, topology: Topology, given: Collection[str]
             dtype=_DTYPES[config.training.precision],
             device=topology.device,
         )
-    return _build_engine(config, module, config.deepspeed.decoder, decoder_mpu(topology), topology)
+    engine = _build_engine(config, module, config.deepspeed.decoder, decoder_mpu(topology), topology)
+    if reason := why_not_graphs(config, topology, engine.zero_optimization_stage()):
+        logger.info("the decoder's layers run without CUDA graphs: %s", reason)
+    else:
+        module.graphs = LayerGraphs(module.gpt.decoder.layers, CudaRecorder(topology.device))
+    return engine
 
 
 def _build_encoders(config: RunConfig, topology: Topology, given: Collection[str]) -> Any | None:

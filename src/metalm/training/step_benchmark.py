@@ -78,6 +78,7 @@ def measure_steps(
 
         seconds = [_timed(run, device) for _ in range(WARM_UP_STEPS + num_steps)]
         median = statistics.median(seconds[WARM_UP_STEPS:])
+        graphs = engines.decoder.module.graphs
         figures = {
             "positions_per_step": positions,
             "first_step_s": seconds[0],
@@ -87,6 +88,7 @@ def measure_steps(
             "tflops": flops / median / 1e12,
             "utilisation_of_matmul": flops / median / 1e12 / matmul_tflops,
             "attention_backends": backend_counts(),
+            "forms_from_graphs": graphs.num_forms if graphs else 0,
         }
         if device.type == "cuda":
             figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
