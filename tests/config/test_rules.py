@@ -54,6 +54,10 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
             "warmup_steps = 60 and decay_steps = 50 are together above training.steps = 100",
         ),
         (
+            "monitor.profile_steps=[20, 1000000]",
+            "monitor.profile_steps has 1000000, above training.steps = ",
+        ),
+        (
             "initialize={run: runs/a, decoder: runs/b}",
             "initialize.run goes on with all of a checkpoint: leave initialize.decoder",
         ),

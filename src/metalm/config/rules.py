@@ -310,6 +310,8 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             f"training.steps = {training.steps}: "
             f"give training.schedule.warmup_steps={training.steps // 10} as well"
         )
+    if beyond := [step for step in config.monitor.profile_steps if step > training.steps]:
+        yield f"monitor.profile_steps has {beyond[0]}, above training.steps = {training.steps}"
     yield from _decay_problems(config)
     rates = training.optimizer.learning_rates
     for group in ("encoders", "connectors"):

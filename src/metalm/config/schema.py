@@ -354,6 +354,10 @@ class MonitorConfig(Section):
     tasks: TasksConfig | None = None
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in the training precision; default: looked up by device name, else not shown."""
+    profile_steps: tuple[PositiveInt, ...] = ()
+    """Steps whose traces torch's profiler writes to `profile/` of the run; neighbours make one trace."""
+    profile_ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write them."""
     sinks: SinksConfig = SinksConfig()
 
 

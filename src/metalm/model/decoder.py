@@ -252,7 +252,8 @@ def dock(
     for name, span in spans.items():
         here = slice(*span.dock_bounds[context_rank : context_rank + 2])
         vectors = encoded[name].index_select(0, span.dock_vectors[here]).to(embedded.dtype)
-        embedded = embedded.index_copy(0, span.dock_positions[here] - first, vectors)
+        positions = span.dock_positions[here] - first if first else span.dock_positions[here]
+        embedded = embedded.index_copy(0, positions, vectors)
     return embedded
 
 

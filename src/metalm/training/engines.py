@@ -28,6 +28,7 @@ from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
 from metalm.training.extensions import prepare_extensions
 from metalm.training.frozen_engine import FrozenEngine
+from metalm.training.gradient_norm import is_left_to_us, refuses_on_device
 from metalm.training.owned_ranges import create_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,11 @@ class Engines:
         engines = self.by_component().items()
         return {name: engine for name, engine in engines if not isinstance(engine, FrozenEngine)}
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps so far that were refused: by all engines together."""
-        return max(engine.skipped_steps for engine in self.trained().values())
+    def count_skipped(self) -> None:
+        """Count a step that was refused, in engines that do not see it themselves: see `JointNorm`."""
+        for engine in self.trained().values():
+            if is_left_to_us(engine.optimizer):
+                engine.skipped_steps += 1
 
     def backward(self, loss: Tensor) -> None:
         """The backward pass through all of them, of a loss that is scaled as `TrainStep` says."""
@@ -165,16 +167,16 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
         "bf16": {"enabled": config.training.precision == "bf16"},
         "steps_per_print": sys.maxsize,
     }
+    # Its timer of throughput, which nothing shows, waits for the device twice in every micro-batch.
+    content = {"timers": {"throughput": {"enabled": False}}} | content | owned
     module.to(topology.device)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        return FrozenEngine(module, content | owned, mpu)
+        return FrozenEngine(module, content, mpu)
     component = "decoder" if isinstance(module, Decoder) else "encoders"
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=_build_optimizer(module, component, config.training.optimizer, topology.device),
-        config=content | owned,
-        mpu=mpu,
-    )
+    optimizer = _build_optimizer(module, component, config.training.optimizer, topology.device)
+    if refuses_on_device(optimizer, content):
+        content["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=content, mpu=mpu)
     create_optimizer_state(engine, with_average=config.training.average is not None)
     return engine
 
