@@ -186,6 +186,16 @@ def loss(keep: Keep, arguments: argparse.Namespace) -> None:
         keep(record | {"peak_mib": peak_memory(run, gpu)})
 
 
+def fused(keep: Keep, arguments: argparse.Namespace) -> None:
+    """The elementwise work of a layer of the language setting, beside PyTorch's operations."""
+    import torch
+
+    from metalm.kernels.elementwise_benchmark import measure_elementwise
+
+    for record in measure_elementwise(4 * 2048, 2048, 32, device=torch.device("cuda", 0), repetitions=20):
+        keep(record)
+
+
 def step_section(name: str, *more: str) -> Callable[[Keep, argparse.Namespace], None]:
     """Steps of a pipeline on made-up rows, with more overrides."""
 
@@ -254,6 +264,8 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "vision_language_zero1": (step_section("vision_language", ENCODERS_AT_1), 90),
     "loss": (loss, 30),
     "ranks": (ranks, 110),
+
+    "fused": (fused, 30),
     "tests": (tests, 170),
     "tuning": (tuning, 120),
     "flex": (flex, 150),

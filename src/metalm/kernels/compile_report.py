@@ -13,9 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from metalm.kernels.triton_activation import BLOCK, NUM_WARPS, activation_gradient_kernel, activation_kernel
 from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
 from metalm.kernels.triton_configs import Kernel, LaunchConfig
 from metalm.kernels.triton_forward import forward_kernel
+from metalm.kernels.triton_hidden_dropout import hidden_dropout_kernel
+from metalm.kernels.triton_norm import launch_sizes, residual_norm_gradient_kernel, residual_norm_kernel
+from metalm.kernels.triton_rotary import block_sizes, turn_kernel
 
 _KERNELS = {
     "forward": forward_kernel,
@@ -24,13 +28,35 @@ _KERNELS = {
 }
 _POINTERS = {"seeds": "*i64", "query_positions": "*i32", "key_positions": "*i32", "positions": "*i32"}
 _POINTERS |= {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32"}
-_FLOAT32 = ("log_sum", "delta", "bias", "grad_bias")
-_FLOATS = ("scale", "scale_log2", "keep_scale")
+_FLOAT32 = ("log_sum", "delta", "bias", "grad_bias", "mean", "inverse", "sums", "cosines", "sines")
+_FLOATS = ("scale", "scale_log2", "keep_scale", "residual_scale", "eps", "sign")
 _OF_BIAS = ("bias_ptr", "grad_bias_ptr")
 _OF_DROPOUT = (
     *("seeds_ptr", "query_positions_ptr", "key_positions_ptr"),
     *("threshold", "keep_scale", "head_offset"),
 )
+
+_DEFAULT_STAGES = 3
+_WIDTH, _HEADS, _HEAD_SIZE = 2048, 32, 64
+_NO_DROPOUT: dict[str, Any] = dict.fromkeys(("seeds_ptr", "positions_ptr"))
+_NORM = {"IS_CENTRED": True, "NEEDS_SUMS": True, **launch_sizes(_WIDTH)}
+_GELU = {"KIND": "gelu", "IS_GATED": False, "NEEDS_SUMS": True, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+_TURN = {"NUM_PAIRS": _HEAD_SIZE // 2, "HEAD_SIZE": _HEAD_SIZE}
+_TURN |= block_sizes(_HEADS, _HEAD_SIZE // 2, _HEAD_SIZE)
+
+ELEMENTWISE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "hidden dropout": (hidden_dropout_kernel, {"BLOCK": 1024}),
+    "residual and norm": (residual_norm_kernel, _NORM | _NO_DROPOUT),
+    "residual and norm, dropout": (residual_norm_kernel, _NORM),
+    "gradient of residual and norm": (residual_norm_gradient_kernel, _NORM | _NO_DROPOUT),
+    "gradient of residual and norm, dropout": (residual_norm_gradient_kernel, _NORM),
+    "gelu": (activation_kernel, _GELU),
+    "gradient of gelu": (activation_gradient_kernel, _GELU),
+    "swiglu": (activation_kernel, _GELU | {"KIND": "silu", "IS_GATED": True}),
+    "gradient of swiglu": (activation_gradient_kernel, _GELU | {"KIND": "silu", "IS_GATED": True}),
+    "rotary positions": (turn_kernel, _TURN),
+}
+"""By name: the kernel and its constants."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,18 @@ def compile_ahead(
     return compile_function(
         function, constants, config.num_warps, config.num_stages, is_wide=is_wide, capability=capability
     )
+
+
+def compile_elementwise(name: str, *, capability: int = 90) -> CompileReport:
+    """Compile a kernel of a layer's elementwise work, of bfloat16 vectors of the paper's decoder.
+
+    Args:
+        name: one of `ELEMENTWISE`.
+        capability: compute capability times ten.
+    """
+    function, constants = ELEMENTWISE[name]
+    sizes = {"num_warps": 4, **constants}
+    return compile_function(function, sizes, sizes["num_warps"], _DEFAULT_STAGES, capability=capability)
 
 
 def compile_function(

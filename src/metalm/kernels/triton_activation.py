@@ -55,18 +55,18 @@ def _load(ptr, bias_ptr, at, columns, inside):
 
 @triton.jit
 def activation_kernel(
-    inner_ptr, bias_ptr, out_ptr, width, KIND: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr
+    inner_ptr, inner_bias_ptr, out_ptr, width, KIND: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Grid: (rows, blocks of a row). The width is the output's."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     if IS_GATED:
-        gate = _load(inner_ptr, bias_ptr, 2 * row * width + columns, columns, inside)
-        value = _load(inner_ptr, bias_ptr, (2 * row + 1) * width + columns, width + columns, inside)
+        gate = _load(inner_ptr, inner_bias_ptr, 2 * row * width + columns, columns, inside)
+        value = _load(inner_ptr, inner_bias_ptr, (2 * row + 1) * width + columns, width + columns, inside)
         out = gate * _share(gate, KIND) * value
     else:
-        inner = _load(inner_ptr, bias_ptr, row * width + columns, columns, inside)
+        inner = _load(inner_ptr, inner_bias_ptr, row * width + columns, columns, inside)
         out = inner * _share(inner, KIND)
     tl.store(out_ptr + row * width + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -75,7 +75,7 @@ def activation_kernel(
 def activation_gradient_kernel(
     grad_ptr,
     inner_ptr,
-    bias_ptr,
+    inner_bias_ptr,
     grad_inner_ptr,
     sums_ptr,
     num_rows,
@@ -97,8 +97,8 @@ def activation_gradient_kernel(
         grad = tl.load(grad_ptr + row * wide + columns, mask=inside, other=0.0).to(tl.float32)
         if IS_GATED:
             first, second = 2 * row * wide + columns, (2 * row + 1) * wide + columns
-            gate = _load(inner_ptr, bias_ptr, first, columns, inside)
-            value = _load(inner_ptr, bias_ptr, second, width + columns, inside)
+            gate = _load(inner_ptr, inner_bias_ptr, first, columns, inside)
+            value = _load(inner_ptr, inner_bias_ptr, second, width + columns, inside)
             share = _share(gate, KIND)
             of_value = grad * gate * share
             of_gate = grad * value * _slope(gate, share, KIND)
@@ -108,7 +108,7 @@ def activation_gradient_kernel(
             of_second += of_value
         else:
             at = row * wide + columns
-            inner = _load(inner_ptr, bias_ptr, at, columns, inside)
+            inner = _load(inner_ptr, inner_bias_ptr, at, columns, inside)
             of_inner = grad * _slope(inner, _share(inner, KIND), KIND)
             tl.store(grad_inner_ptr + at, of_inner.to(element), mask=inside)
             of_first += of_inner

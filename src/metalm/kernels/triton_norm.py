@@ -30,7 +30,7 @@ def residual_norm_kernel(
     branch_bias_ptr,
     residual_ptr,
     weight_ptr,
-    bias_ptr,
+    norm_bias_ptr,
     seeds_ptr,
     positions_ptr,
     normed_ptr,
@@ -69,8 +69,8 @@ def residual_norm_kernel(
     inverse = tl.rsqrt(tl.sum(total * total, 0) / width + eps)
     tl.store(inverse_ptr + row, inverse)
     normed = total * inverse * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        normed += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if norm_bias_ptr is not None:
+        normed += tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
