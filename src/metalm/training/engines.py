@@ -24,7 +24,9 @@ from metalm.parallel.agreement import together
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
 from metalm.training.extensions import prepare_extensions
+from metalm.training.fp32_gradients import gradient_keys, keep_fp32_gradients
 from metalm.training.frozen_engine import FrozenEngine
+from metalm.training.leaf_modules import mark_leaf_modules
 from metalm.training.owned_ranges import create_optimizer_state
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -148,12 +150,15 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
     if content["zero_optimization"]["stage"] == 3 and isinstance(module, Decoder):
         # The loss reads the output layer's weight outside the forward of the module that holds it.
         deepspeed.zero.register_external_parameter(module, module.output_weight)
+    if content["zero_optimization"]["stage"] == 3 and isinstance(module, EncoderBank):
+        mark_leaf_modules(module)
     owned = {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps(config, topology.data_size),
         "gradient_clipping": config.training.optimizer.gradient_clipping,
         "bf16": {"enabled": config.training.precision == "bf16"},
         "steps_per_print": sys.maxsize,
+        **gradient_keys(config.training, content),
     }
     module.to(topology.device)
     if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -165,6 +170,7 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
         config=content | owned,
         mpu=mpu,
     )
+    keep_fp32_gradients(engine.optimizer, config.training, content)
     create_optimizer_state(engine, with_average=config.training.average is not None)
     return engine
 
