@@ -243,6 +243,7 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "vision_language": (step_section("vision_language"), 90),
     "language_zero1": (step_section("language", ENCODERS_AT_1), 90),
     "vision_language_zero1": (step_section("vision_language", ENCODERS_AT_1), 90),
+    "language_fp32_gradients": (step_section("language", "training.fp32_gradients=true"), 90),
     "loss": (loss, 30),
     "ranks": (ranks, 110),
     "tests": (tests, 170),
