@@ -2,6 +2,7 @@
 
 python tools/check_gpu.py --out gpu_check                            everything
 python tools/check_gpu.py --out gpu_check --sections device tests    parts, by name
+python tools/check_gpu.py --table tools/measured/FILE.json           the tables of READMEs, of figures kept
 
 Each section is a process of its own with a limit of time, and writes its figures as it goes: one that fails
 or hangs loses nothing of the others. Run it from the repository's root, with `src` on PYTHONPATH.
@@ -262,6 +263,7 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "vision_language": (step_section("vision_language"), 90),
     "language_zero1": (step_section("language", ENCODERS_AT_1), 90),
     "vision_language_zero1": (step_section("vision_language", ENCODERS_AT_1), 90),
+    "language_fp32_gradients": (step_section("language", "training.fp32_gradients=true"), 90),
     "loss": (loss, 30),
     "ranks": (ranks, 110),
 
@@ -280,6 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for figures and logs")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=480, help="start no section after so long")
+    parser.add_argument("--table", type=Path, help="print the tables of a JSON of tools/measured, and stop")
     parser.add_argument("--nccl", type=Path, help="for two ranks on this GPU: see tools/check_ranks.py")
     parser.add_argument("--overrides", nargs="*", default=[], help="`section.key=value` of the steps")
     parser.add_argument("--run", choices=SECTIONS, help=argparse.SUPPRESS)
@@ -288,6 +291,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.table:
+        sys.path.insert(0, str(ROOT / "tools"))
+        from measured_tables import markdown_tables
+
+        print(markdown_tables(arguments.table))
+        return
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.run:
         run_section(arguments.run, arguments)

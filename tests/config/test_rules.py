@@ -175,8 +175,8 @@ def test_text_may_name_an_encoder_that_the_model_lacks() -> None:
         ),
         (
             {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
-            ["training.precision=bf16"],
-            "use stage 2",
+            [],
+            "holds data_types, which the pipeline owns",
         ),
         (
             {"zero_optimization": {"stage": 1}, "csv_monitor": {"enabled": True, "output_path": "/tmp"}},

@@ -76,7 +76,7 @@ class DeepSpeedConfig(Section):
     """DeepSpeed JSON files, one per engine: see deepspeed_configs/README.md."""
 
     decoder: Path = Path("deepspeed_configs/decoder_zero1.json")
-    encoders: Path = Path("deepspeed_configs/encoders_zero3.json")
+    encoders: Path = Path("deepspeed_configs/encoders_zero1.json")
 
 
 class SpanConfig(Section):
@@ -224,6 +224,9 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt
     """Rows per forward pass of one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    fp32_gradients: bool = False
+    """In bf16, add the gradients of micro-batches up, and sum them over ranks, in fp32: two more bytes for
+    each gradient, in memory and on its way."""
     deterministic: bool = False
     """Bit for bit the same on the same ranks and devices, at some cost in speed."""
     cuda_graphs: bool = True
@@ -238,6 +241,11 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     average: AverageConfig | None = None
     """Beside the weights that are trained; `convert_to_hf.py --average` exports it."""
+
+    @property
+    def adds_up_in_fp32(self) -> bool:
+        """Whether gradients have another precision than the weights."""
+        return self.fp32_gradients and self.precision == "bf16"
 
 
 class GuardConfig(Section):

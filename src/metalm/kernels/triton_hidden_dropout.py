@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+BLOCK_SIZE = 1024
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _drop(
 ) -> Tensor:
     hidden = hidden.contiguous()
     out, width = torch.empty_like(hidden), hidden.shape[-1]
-    block = min(_BLOCK, max(16, triton.next_power_of_2(width)))
+    block = min(BLOCK_SIZE, max(16, triton.next_power_of_2(width)))
     if seeds.numel():
         with torch.cuda.device_of(hidden):
             hidden_dropout_kernel[seeds.numel(), triton.cdiv(width, block)](

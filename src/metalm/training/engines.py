@@ -27,8 +27,10 @@ from metalm.parallel.agreement import together
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
 from metalm.training.extensions import prepare_extensions
+from metalm.training.fp32_gradients import gradient_keys, keep_fp32_gradients
 from metalm.training.frozen_engine import FrozenEngine
 from metalm.training.gradient_norm import is_left_to_us, refuses_on_device
+from metalm.training.leaf_modules import mark_leaf_modules
 from metalm.training.owned_ranges import create_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -160,12 +162,15 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
     if content["zero_optimization"]["stage"] == 3 and isinstance(module, Decoder):
         # The loss reads the output layer's weight outside the forward of the module that holds it.
         deepspeed.zero.register_external_parameter(module, module.output_weight)
+    if content["zero_optimization"]["stage"] == 3 and isinstance(module, EncoderBank):
+        mark_leaf_modules(module)
     owned = {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps(config, topology.data_size),
         "gradient_clipping": config.training.optimizer.gradient_clipping,
         "bf16": {"enabled": config.training.precision == "bf16"},
         "steps_per_print": sys.maxsize,
+        **gradient_keys(config.training, content),
     }
     # Its timer of throughput, which nothing shows, waits for the device twice in every micro-batch.
     content = {"timers": {"throughput": {"enabled": False}}} | content | owned
@@ -177,6 +182,7 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
     if refuses_on_device(optimizer, content):
         content["bf16"] = {"enabled": True, "check_grad_overflow": False}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=content, mpu=mpu)
+    keep_fp32_gradients(engine.optimizer, config.training, content)
     create_optimizer_state(engine, with_average=config.training.average is not None)
     return engine
 
