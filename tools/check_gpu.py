@@ -266,7 +266,6 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "language_fp32_gradients": (step_section("language", "training.fp32_gradients=true"), 90),
     "loss": (loss, 30),
     "ranks": (ranks, 110),
-
     "fused": (fused, 30),
     "tests": (tests, 170),
     "tuning": (tuning, 120),
