@@ -46,6 +46,8 @@ class EncoderShare:
     """[N + 1] int32; where spans and padding begin, and L. Empty where nobody has looked for them."""
     longest_segment: int = 0
     has_padding: bool = False
+    mask_views: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """[4, L] int32; see `IntervalMask.views`. Empty where nobody has made them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class SemiCausalBatch:
     positions see more than their document up to themselves."""
     longest_segment: int = 0
     has_padding: bool = False
+    mask_views: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """[4, B * S] int32; see `IntervalMask.views`, of the rows laid end to end. Empty where nobody has made
+    them."""
 
     def to(self, device: torch.device) -> SemiCausalBatch:
         """The same batch with every tensor on `device`."""
