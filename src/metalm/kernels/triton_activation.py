@@ -144,7 +144,7 @@ class _Activate(torch.autograd.Function):
         width = grad.shape[-1]
         num_rows = grad.numel() // width
         num_groups, needs_sums = min(NUM_ROW_GROUPS, num_rows), ctx.needs_input_grad[1]
-        sums = torch.empty(num_groups if needs_sums else 0, inner.shape[-1], device=inner.device)
+        sums = inner.new_empty(num_groups if needs_sums else 0, inner.shape[-1], dtype=torch.float32)
         if num_rows:
             with torch.cuda.device_of(inner):
                 activation_gradient_kernel[(num_groups, triton.cdiv(width, BLOCK))](

@@ -217,7 +217,7 @@ class _ResidualNorm(torch.autograd.Function):
         grad_branch = torch.empty_like(total) if is_apart else None
         needs_sums = needs[1] or needs[3] or needs[4]
         num_programs = min(NUM_PROGRAMS, num_rows)
-        sums = torch.empty(num_programs if needs_sums else 0, 3, width, device=total.device)
+        sums = total.new_empty(num_programs if needs_sums else 0, 3, width, dtype=torch.float32)
         _, scalars = options.arguments(total)
         if num_rows:
             with torch.cuda.device_of(total):
