@@ -22,7 +22,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "sequence_parallel": True,
         "fp32_gradients": True,
     },
-    "dp2, ZeRO 2 and 2": {"zero": "2,2"},
     "dp2, ZeRO 2 and 2, fp32 gradients": {"zero": "2,2", "fp32_gradients": True},
     "dp2, ZeRO 3 and 1, fp32 gradients": {"zero": "3,1", "fp32_gradients": True},
 }
@@ -66,7 +65,8 @@ def test_a_run_goes_on_with_other_ranks_and_stages(trained: dict[str, Any]) -> N
 
 
 def test_fp32_adds_up_64_micro_batches_with_less_error(tmp_path: Path) -> None:
-    for result in run_ranks("add_up_gradients", 1, str(tmp_path), "1,1", "2,2", "3,3"):
-        in_bf16, in_fp32 = result["errors"]["in bf16"], result["errors"]["in fp32"]
-        print(result)
-        assert 0 < in_fp32 < 0.75 * in_bf16, result
+    (errors,) = run_ranks("add_up_gradients", 1, str(tmp_path), "1,1", "2,2", "3,3")
+    in_bf16 = errors.pop("in bf16")
+    assert len(errors) == 3
+    for stages, in_fp32 in errors.items():
+        assert 0 < in_fp32 < 0.75 * in_bf16, stages

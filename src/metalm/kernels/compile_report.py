@@ -89,7 +89,7 @@ class Compiled(NamedTuple):
     report: CompileReport
 
 
-FEATURES = {
+FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped heads": {"groups": 4},
     "bias": {"has_bias": True},

@@ -170,7 +170,9 @@ def query_gradient_kernel(
     log_sum = tl.load(log_sum_ptr + statistics, mask=inside, other=float("inf"))
 
     grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for first_key in tl.range(full_begin, full_end, BLOCK_K):
+    # As in the forward kernel.
+    LEAN: tl.constexpr = HAS_BIAS | HAS_DROPOUT
+    for first_key in tl.range(full_begin, full_end, BLOCK_K, disable_licm=LEAN):
         grad_q = _query_block(
             grad_q, q, grad, log_sum, delta, first_key, k_ptr, v_ptr, stride_ks, bias_ptr,
             grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, first_query, queries,
@@ -179,7 +181,7 @@ def query_gradient_kernel(
             PRECISION, PARTIAL=False,
         )  # fmt: skip
     full_size = full_end - full_begin
-    for block_first in tl.range(begin, key_end - full_size, BLOCK_K):
+    for block_first in tl.range(begin, key_end - full_size, BLOCK_K, disable_licm=LEAN):
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
         grad_q = _query_block(
             grad_q, q, grad, log_sum, delta, first_key, k_ptr, v_ptr, stride_ks, bias_ptr,
@@ -338,8 +340,10 @@ def key_gradient_kernel(
 
     grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    # As in the forward kernel.
+    LEAN: tl.constexpr = HAS_BIAS | HAS_DROPOUT | (BLOCK_D > 64) | (GROUPS > 1)
     # A constant number of members: a loop over one is no loop, which frees many registers.
-    for member in tl.range(0, GROUPS):
+    for member in tl.range(0, GROUPS, disable_licm=GROUPS > 1):
         head = key_head * GROUPS + member
         head_q_ptr = q_ptr + row * stride_qb + head * stride_qh
         head_grad_ptr = grad_ptr + row * stride_gb + head * stride_gh
@@ -347,7 +351,7 @@ def key_gradient_kernel(
         head_log_sum_ptr, head_delta_ptr = log_sum_ptr + statistics, delta_ptr + statistics
         head_bias_ptr = bias_ptr + head * (num_queries + num_keys - 1) if HAS_BIAS else bias_ptr
         drop_head = head.to(tl.int32) + head_offset if HAS_DROPOUT else head.to(tl.int32)
-        for first_query in tl.range(full_begin, full_end, BLOCK_Q):
+        for first_query in tl.range(full_begin, full_end, BLOCK_Q, disable_licm=LEAN):
             grad_k, grad_v = _key_block(
                 grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,
                 head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seeds_ptr, query_positions_ptr,
@@ -355,7 +359,7 @@ def key_gradient_kernel(
                 num_keys, scale_log2, threshold, keep_scale,
                 HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
             )  # fmt: skip
-        for block_first in tl.range(begin, end - full_size, BLOCK_Q):
+        for block_first in tl.range(begin, end - full_size, BLOCK_Q, disable_licm=LEAN):
             first_query = block_first + tl.where(block_first >= full_begin, full_size, 0)
             grad_k, grad_v = _key_block(
                 grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,

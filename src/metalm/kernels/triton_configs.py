@@ -62,9 +62,6 @@ _HOPPER: dict[Variant, LaunchConfig] = {
 """Compute capability 9.0, as measured on an H200: the section `tuning` of `tools/measured/`."""
 
 _INTERPRETED = LaunchConfig(32, 16, 4, 1)
-# Small enough for the shared memory of any device that Triton compiles for, and quick to compile.
-_SAFE = LaunchConfig(32, 32, 4, 2)
-_SAFE_AND_WIDE = LaunchConfig(32, 16, 4, 1)
 
 
 def launch_config(
@@ -82,7 +79,14 @@ def config_for(
     """The configuration of a kernel on devices of a compute capability."""
     head_block = max(64, triton.next_power_of_2(head_size))
     variant = Variant(kernel, head_block, dtype == torch.float32, has_extras)
-    return configs_of(capability).get(variant, _SAFE_AND_WIDE if variant.is_wide else _SAFE)
+    return configs_of(capability).get(variant) or _safe(variant)
+
+
+def _safe(variant: Variant) -> LaunchConfig:
+    """Small enough for the shared memory of any device that Triton compiles for, and quick to compile."""
+    if variant.is_wide:
+        return LaunchConfig(32, 16, 4, 1) if variant.head_block == 64 else LaunchConfig(16, 16, 8, 1)
+    return LaunchConfig(32, 32, 4 if variant.head_block <= 128 else 8, 2)
 
 
 def has_measured(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -140,7 +140,9 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_Q,), LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
-    for first_key in tl.range(full_begin, full_end, BLOCK_K):
+    # Values that do not change in a loop are computed again in it where keeping them would spill registers.
+    LEAN: tl.constexpr = HAS_BIAS | HAS_DROPOUT
+    for first_key in tl.range(full_begin, full_end, BLOCK_K, disable_licm=LEAN):
         acc, row_max, row_sum = _attend_block(
             acc, row_max, row_sum, q, first_key, k_ptr, v_ptr, stride_ks, bias_ptr, seeds,
             query_positions, key_positions_ptr, drop_head, queries, start, end, num_queries, num_keys,
@@ -149,7 +151,7 @@ def forward_kernel(
         )  # fmt: skip
     # The partial blocks on both sides of the full ones, in one loop.
     full_size = full_end - full_begin
-    for block_first in tl.range(begin, key_end - full_size, BLOCK_K):
+    for block_first in tl.range(begin, key_end - full_size, BLOCK_K, disable_licm=LEAN):
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
         acc, row_max, row_sum = _attend_block(
             acc, row_max, row_sum, q, first_key, k_ptr, v_ptr, stride_ks, bias_ptr, seeds,

@@ -22,6 +22,7 @@ def mark_leaf_modules(bank: EncoderBank) -> int:
     The lowest layer that is trained above frozen ones, whose input has no gradient, is not among them.
     """
     count = 0
+    encoder: Any  # ours or one from transformers
     for encoder in bank.encoders.values():
         has_gradient = encoder.config.trained_layers == "all"
         for layer in encoder.layers:

@@ -1,15 +1,17 @@
-"""The gradients of one step of 64 micro-batches, in bf16 against fp32, at the same weights.
+"""The gradients of one step of 64 micro-batches, added up in bf16 and in fp32, against all in fp32.
 
-Arguments: output folder, ZeRO stages as pairs such as 1,3 (decoder, encoders).
+Arguments: output folder, ZeRO stages as pairs such as 1,3 (decoder, encoders): the first one also adds up in
+bf16.
 """
 
 import faulthandler
 import json
 import os
 import sys
+from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor
 
 from distributed.tiny import global_batch, micro_batches, tiny_config
@@ -30,25 +32,21 @@ def main() -> None:
     faulthandler.enable()
     folder, *pairs = sys.argv[1:]
     topology = build_topology(1, open_process_group(find_launch(os.environ), timeout_minutes=3))
-    for pair in pairs:
+    runs = [("fp32", pairs[0], {"precision": "fp32"}), ("in bf16", pairs[0], {"precision": "bf16"})]
+    runs += [(f"in fp32, {pair}", pair, {"precision": "bf16", "fp32_gradients": True}) for pair in pairs]
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, pair, precision in runs:
         decoder, encoders = pair.split(",")
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, precision, fp32_gradients in (
-            ("fp32", "fp32", False),
-            ("in bf16", "bf16", False),
-            ("in fp32", "bf16", True),
-        ):
-            config = tiny_config(
-                folder,
-                precision=precision,
-                fp32_gradients=fp32_gradients,
-                decoder=f"deepspeed_configs/decoder_zero{decoder}.json",
-                encoders=f"deepspeed_configs/encoders_zero{encoders}.json",
-            )
-            found[name] = gradients_of_a_step(config, topology)
-        expected = found.pop("fp32")
-        errors = {name: relative_error(own, expected) for name, own in found.items()}
-        print("RESULT " + json.dumps({"zero": pair, "errors": errors}), flush=True)
+        config = tiny_config(
+            folder,
+            **precision,
+            decoder=f"deepspeed_configs/decoder_zero{decoder}.json",
+            encoders=f"deepspeed_configs/encoders_zero{encoders}.json",
+        )
+        found[name] = gradients_of_a_step(config, topology)
+    expected = found.pop("fp32")
+    errors = {name: relative_error(own, expected) for name, own in found.items()}
+    print("RESULT " + json.dumps(errors), flush=True)
     close_topology()
 
 
@@ -78,9 +76,7 @@ def gradients_of_a_step(config: RunConfig, topology: Topology) -> dict[str, Tens
     return found
 
 
-def round_weights(engine: object) -> None:
-    from deepspeed.utils import safe_get_full_fp32_param
-
+def round_weights(engine: Any) -> None:
     weights = {
         parameter: safe_get_full_fp32_param(parameter).bfloat16().float().flatten()
         for parameter in engine.module.parameters()
