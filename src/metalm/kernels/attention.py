@@ -126,7 +126,7 @@ def _choose(
     q: Tensor, k: Tensor, mask: IntervalMask, by_distance: Tensor | None, *, has_extras: bool
 ) -> Backend:
     takes = flash4.why_not_flash4(q, mask, has_extras=has_extras) is None
-    if takes and flash4.is_faster(q) and flash4.is_trusted(q, k, mask):
+    if takes and flash4.is_faster(q, mask) and flash4.is_trusted(q, k, mask):
         return "flash4"
     takes = flash.why_not_flash(q, k, mask, has_extras=has_extras) is None
     if takes and flash.is_faster(q, mask) and flash.is_trusted(q, k, mask):

@@ -74,7 +74,7 @@ def is_faster(q: Tensor, mask: IntervalMask) -> bool:
     assert mask.segments is not None
     if mask.segments.is_uniform(mask.batch_size * mask.num_queries):
         return True
-    return not _is_tuned(q.shape[-1], q.dtype, q.device)
+    return not is_triton_tuned(q.shape[-1], q.dtype, q.device)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
@@ -130,7 +130,7 @@ def _grouped(q: Tensor, k: Tensor) -> dict[str, Any]:
 
 
 @cache
-def _is_tuned(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+def is_triton_tuned(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the Triton kernels have measured block sizes here."""
     if importlib.util.find_spec("triton") is None:
         return False
