@@ -207,11 +207,11 @@ def test_it_is_chosen_checked_once_and_never_waits(caplog: pytest.LogCaptureFixt
     bias = RelativeBias(torch.randn(4, 32, device="cuda"))
     flash4._is_right.cache_clear()
     with caplog.at_level(logging.INFO, logger="metalm.kernels"):
-        interval_attention(q, k, v, masks(640)["semi-causal"].to("cuda"))
+        interval_attention(q, k, v, masks(640)["causal"].to("cuda"))
     assert [record.getMessage() for record in caplog.records].count(
-        f"compiles FlashAttention {flash4.VERSION} for head size 64, torch.bfloat16, intervals"
+        f"compiles FlashAttention {flash4.VERSION} for head size 64, torch.bfloat16, causal"
     ) == 1
-    mask = masks(640)["semi-causal"].to("cuda")
+    mask = masks(640)["causal"].to("cuda")
     reset_backend_counts()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -223,7 +223,9 @@ def test_it_is_chosen_checked_once_and_never_waits(caplog: pytest.LogCaptureFixt
     assert backend_counts() == {"flash4": 2}
     interval_attention(q, k, v, mask, dropout=0.1)
     interval_attention(q, k, v, mask, bias=bias)
-    assert backend_counts() == {"flash4": 2, "triton": 2}
+    # The kernels of ours that were tuned here are faster under masks of shorter runs.
+    interval_attention(q, k, v, masks(640)["semi-causal"].to("cuda"))
+    assert backend_counts() == {"flash4": 2, "triton": 3}
 
 
 @pytest.mark.gpu
