@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -158,6 +158,19 @@ class DeepNormLayer(MegatronModule, BaseTransformerLayer):
         return self.mlp_norm(torch.add(output, hidden, alpha=self.residual_scale)), None
 
 
+class ParallelLayer(TransformerLayer):
+    """Megatron's pre-LN layer, whose attention and feed-forward read the same residual stream (GPT-NeoX)."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Visibility, rotary_pos_emb: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """[S, B, D] to [S, B, D], in the form of Megatron's own layer."""
+        normed = self.input_layernorm(hidden_states)
+        attended = self.self_attention(normed, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+        output = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + _with_bias(*attended) + _with_bias(*output), None
+
+
 def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     """The decoder's layers for Megatron's TransformerBlock; DeepNorm is post-LN and needs no final norm."""
     layer = get_gpt_layer_local_spec()
@@ -168,6 +181,8 @@ def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     attention.submodules.linear_proj = mlp.submodules.linear_fc2 = DecoderRowParallelLinear
     if config.normalization == "pre_ln":
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = DecoderNorm
+        if config.parallel_residual:
+            layer.module = ParallelLayer
         return TransformerBlockSubmodules([layer] * config.num_layers, DecoderNorm)
     deepnorm = ModuleSpec(module=DeepNormLayer, params={"attention": attention, "mlp": mlp})
     return TransformerBlockSubmodules([deepnorm] * config.num_layers, None)

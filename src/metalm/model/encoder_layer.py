@@ -17,7 +17,7 @@ from metalm.model.deepnorm import deepnorm_alpha
 from metalm.model.hidden_dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.positions import turn
 
-GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+GELU = {"gelu": "none", "gelu_tanh": "tanh", "geglu_tanh": "tanh"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,22 +41,27 @@ def build_norm(config: EncoderConfig) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between; the first one's rows are gate and value with SwiGLU."""
+    """Two linear maps with an activation between; of a gated one the first has gate and value."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.activation = config.activation
-        width = config.feed_forward_size * (2 if config.activation == "swiglu" else 1)
+        self.activation, self.is_gated = config.activation, config.is_gated
+        width = config.feed_forward_size * (2 if config.is_gated else 1)
         self.ffn_in = nn.Linear(config.hidden_size, width, bias=config.biases)
         self.ffn_out = nn.Linear(config.feed_forward_size, config.hidden_size, bias=config.biases)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         wide = self.ffn_in(hidden)
-        if self.activation == "swiglu":
+        if self.is_gated:
             gate, value = wide.chunk(2, dim=-1)
-            return self.ffn_out(functional.silu(gate) * value)
-        return self.ffn_out(functional.gelu(wide, approximate=GELU[self.activation]))
+            return self.ffn_out(self._activate(gate) * value)
+        return self.ffn_out(self._activate(wide))
+
+    def _activate(self, wide: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            return functional.silu(wide)
+        return functional.gelu(wide, approximate=GELU[self.activation])
 
 
 class EncoderLayer(nn.Module):
