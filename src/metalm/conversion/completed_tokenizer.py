@@ -17,6 +17,7 @@ from metalm.data.tokenizer import (
     write_tokenizer_config,
 )
 from metalm.errors import ConfigError, DataError
+from metalm.progress import Phase
 from metalm.regular_files import read_regular
 
 SENTENCEPIECE_SUFFIX = ".model"
@@ -45,7 +46,8 @@ def complete_tokenizer(source: Path, out: Path) -> Tokenizer:
         ConfigError: `out` exists, or a package that SentencePiece models need is not installed.
         DataError: there is no such file, it is no tokenizer, or raw text could forge a special token.
     """
-    tokenizer = read_foreign_tokenizer(source)
+    with Phase(f"reading the tokenizer of {source}"):
+        tokenizer = read_foreign_tokenizer(source)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     try:
         out.mkdir(parents=True)

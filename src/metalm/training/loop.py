@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from metalm.evaluation.generation import generate_samples
 from metalm.objectives import Objective, build_objective
 from metalm.parallel.agreement import Verdict, agree, raise_together
 from metalm.parallel.regions import broadcast_batches
+from metalm.progress import Phase
 from metalm.training.average import average_decay, update_average
 from metalm.training.best import BestCheckpoint
 from metalm.training.drift import find_drift
@@ -116,11 +118,14 @@ class _Run:
         self._announce()
         if self._step == 0 or self._was_killed_before_evaluating():
             self._evaluate()
+        is_first = True
         while self._step < self._config.training.steps:
-            batches = self._next_batches()
-            if batches is None:
-                return self._stop_early()
-            self._advance(batches)
+            with Phase("the first step", told=True) if is_first else nullcontext():
+                batches = self._next_batches()
+                if batches is None:
+                    return self._stop_early()
+                self._advance(batches)
+            is_first = False
             if self._skipped_in_a_row > self._config.guards.max_skipped_steps:
                 self._rewind()
                 continue

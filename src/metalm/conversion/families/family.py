@@ -38,7 +38,7 @@ class ForeignDecoder:
     find: Callable[[str], tuple[str, Change]]
     """By the name of a tensor of an exported MetaLM: the tensor of the folder, and what is made of it."""
     fixed: Mapping[str, float] = field(default_factory=dict)
-    """Ends of names of an exported MetaLM's tensors which the family has not, and the value they are full of."""
+    """Ends of names of an exported MetaLM's tensors that the family lacks, and the value they are full of."""
     output: str = "lm_head.weight"
     """The output layer's tensor in the folder."""
 
