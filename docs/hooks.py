@@ -22,6 +22,7 @@ PAGES = {
     "parts/metrics.md": "src/metalm/tasks/metrics/README.md",
     "parts/data.md": "src/metalm/data/README.md",
     "parts/kernels.md": "src/metalm/kernels/README.md",
+    "parts/training.md": "src/metalm/training/README.md",
     "parts/monitor.md": "src/metalm/training/monitor/README.md",
     "parts/conversion.md": "src/metalm/conversion/README.md",
     "parts/deepspeed.md": "deepspeed_configs/README.md",

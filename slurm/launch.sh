@@ -29,6 +29,7 @@ fi
 on_nodes=(--nodes="$num_nodes" --ntasks="$num_nodes" --ntasks-per-node=1)
 if [[ -n ${METALM_SCRATCH:-} ]]; then
     export TORCH_EXTENSIONS_DIR=$METALM_SCRATCH/torch_extensions TRITON_CACHE_DIR=$METALM_SCRATCH/triton
+    export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=$METALM_SCRATCH/flash_attention
     # A start that was killed while it compiled leaves a lock for which all later ones would wait for ever.
     srun "${on_nodes[@]}" find "$METALM_SCRATCH" -path '*/torch_extensions/*' -name lock -delete 2>/dev/null
 fi

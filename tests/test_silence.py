@@ -35,18 +35,15 @@ IMMEDIATE = {
 """Commands without a phase of their own, and why."""
 MEASUREMENTS = (
     *("bench_attention", "bench_checkpoint", "bench_data", "bench_data_peers", "bench_gpt2", "bench_plan"),
-    *("check_gpu", "tune_attention", "measure_start", "lower_bounds"),
+    *("bench_step", "check_gpu", "check_ranks", "lower_bounds", "measure_start", "measured_tables"),
+    *("report_kernels", "tune_attention"),
 )
 """Scripts that print each figure as it is there; nothing is to run beside what they time."""
-ALIKE = {
-    "make_demo_data",
-    "vary_task",
-    "randomise_encoder",
-    "evaluate_harness",
-    "draw_mask",
-    "summarise_demo",
-}
-"""Scripts beyond the commands, which are no users' and use the same phases."""
+ALIKE = (
+    *("draw_answers", "draw_mask", "evaluate_harness", "make_demo_data", "randomise_encoder"),
+    *("summarise_demo", "vary_task"),
+)
+"""Scripts beyond the commands, which are short, or go through the same phases."""
 
 
 class Heard(io.StringIO):
@@ -126,7 +123,7 @@ LOADS = "loading DeepSpeed and Megatron"
 RECORD = SimpleNamespace(options=[], answers=["a"], key="k")
 CHATS = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 SLOW = [
-    Slow("train", ":metalm.training.check_start", "loading what reads", lambda f: [DEMO]),
+    Slow("train", ":metalm.training.check_start", "loading the schema", lambda f: [DEMO]),
     Slow("train", CHECK, "reading the configuration", lambda f: [DEMO]),
     Slow("train", ":metalm.training.joining", "loading torch", lambda f: [DEMO], {CHECK: None}),
     Slow("train", JOIN, "joining 1 rank", lambda f: [DEMO], {CHECK: None}),

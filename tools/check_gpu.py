@@ -2,6 +2,7 @@
 
 python tools/check_gpu.py --out gpu_check                            everything
 python tools/check_gpu.py --out gpu_check --sections device tests    parts, by name
+python tools/check_gpu.py --table tools/measured/FILE.json           the tables of READMEs, of figures kept
 
 Each section is a process of its own with a limit of time, and writes its figures as it goes: one that fails
 or hangs loses nothing of the others. Run it from the repository's root, with `src` on PYTHONPATH.
@@ -24,6 +25,8 @@ PIPELINES |= {"vision_language": "pretrain_vision_language"}
 ENCODERS_AT_1 = "deepspeed.encoders=deepspeed_configs/encoders_zero1.json"
 LENGTH, BATCH_SIZE, DOCUMENTS = 8192, 4, 8
 HEADS = ((32, 64), (16, 128))
+KINDS = ("causal", "semi-causal packed", "encoder", "packed documents", "images")
+"""Masks, the most telling first: what compiling leaves no time for is then the least."""
 
 LONG = ("kernels", "gaps", "overrides", "steps_s")
 """Figures that the table leaves out, or shows in lines of their own."""
@@ -64,7 +67,9 @@ def device(keep: Keep, arguments: argparse.Namespace) -> None:
 
 def attention(keep: Keep, arguments: argparse.Namespace) -> None:
     """Our backends beside SDPA, at shapes that fill the chip."""
-    _attention(keep, ("interval", "flash", "triton", "sdpa per document"))
+    from metalm.kernels.benchmark import BACKENDS
+
+    _attention(keep, ("interval", *BACKENDS, "flash4 direct", "sdpa per document"))
 
 
 def flex(keep: Keep, arguments: argparse.Namespace) -> None:
@@ -75,10 +80,10 @@ def flex(keep: Keep, arguments: argparse.Namespace) -> None:
 def _attention(keep: Keep, peers: tuple[str, ...]) -> None:
     import torch
 
-    from metalm.kernels.benchmark import MASK_KINDS, Case, measure
+    from metalm.kernels.benchmark import Case, measure
 
-    for kind in reversed(MASK_KINDS):
-        for heads, size in reversed(HEADS):
+    for heads, size in reversed(HEADS):
+        for kind in KINDS:
             case = Case(kind, LENGTH, DOCUMENTS, BATCH_SIZE, heads, size)
             for backward in (False, True):
                 for record in measure(
@@ -98,13 +103,19 @@ def host(keep: Keep, arguments: argparse.Namespace) -> None:
     import torch
 
     from metalm.kernels import IntervalMask, interval_attention
+    from metalm.kernels.benchmark import BACKENDS
 
     gpu = torch.device("cuda", 0)
     shape = (1, 256, 16, 64)
     q, k, v, grad = (torch.randn(shape, device=gpu).bfloat16().transpose(1, 2) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     mask = IntervalMask.causal(256, device=gpu)
-    for backend in ("flash", "triton"):
+    for backend in BACKENDS:
+        try:
+            interval_attention(q, k, v, mask, backend=backend)
+        except ValueError as error:
+            keep({"backend": backend, "not_run": str(error)})
+            continue
         for count in (20, 200):
             torch.cuda.synchronize()
             began = time.perf_counter()
@@ -176,6 +187,16 @@ def loss(keep: Keep, arguments: argparse.Namespace) -> None:
         keep(record | {"peak_mib": peak_memory(run, gpu)})
 
 
+def fused(keep: Keep, arguments: argparse.Namespace) -> None:
+    """The elementwise work of a layer of the language setting, beside PyTorch's operations."""
+    import torch
+
+    from metalm.kernels.elementwise_benchmark import measure_elementwise
+
+    for record in measure_elementwise(4 * 2048, 2048, 32, device=torch.device("cuda", 0), repetitions=20):
+        keep(record)
+
+
 def step_section(name: str, *more: str) -> Callable[[Keep, argparse.Namespace], None]:
     """Steps of a pipeline on made-up rows, with more overrides."""
 
@@ -213,7 +234,7 @@ def peer(keep: Keep, arguments: argparse.Namespace) -> None:
 def tests(keep: Keep, arguments: argparse.Namespace) -> None:
     """The tests that need a GPU."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", "12", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", "12", "tests/kernels", "tests/model"]
     command += ["-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(result.stdout[-20000:], result.stderr[-4000:], flush=True)
@@ -221,6 +242,14 @@ def tests(keep: Keep, arguments: argparse.Namespace) -> None:
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     seconds = time.perf_counter() - began
     keep({"rc": result.returncode, "summary": lines[-1:], "failed": failed, "seconds": seconds})
+
+
+def ranks(keep: Keep, arguments: argparse.Namespace) -> None:
+    """Two ranks on this GPU over NCCL, on every layout, against one rank."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from check_ranks import check_ranks
+
+    check_ranks(arguments.out.resolve() / "ranks", keep, nccl=arguments.nccl, on_cpu=False, seconds=85)
 
 
 SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
@@ -234,7 +263,10 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "vision_language": (step_section("vision_language"), 90),
     "language_zero1": (step_section("language", ENCODERS_AT_1), 90),
     "vision_language_zero1": (step_section("vision_language", ENCODERS_AT_1), 90),
+    "language_fp32_gradients": (step_section("language", "training.fp32_gradients=true"), 90),
     "loss": (loss, 30),
+    "ranks": (ranks, 110),
+    "fused": (fused, 30),
     "tests": (tests, 170),
     "tuning": (tuning, 120),
     "flex": (flex, 150),
@@ -249,6 +281,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for figures and logs")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=480, help="start no section after so long")
+    parser.add_argument("--table", type=Path, help="print the tables of a JSON of tools/measured, and stop")
+    parser.add_argument("--nccl", type=Path, help="for two ranks on this GPU: see tools/check_ranks.py")
     parser.add_argument("--overrides", nargs="*", default=[], help="`section.key=value` of the steps")
     parser.add_argument("--run", choices=SECTIONS, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -256,6 +290,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.table:
+        sys.path.insert(0, str(ROOT / "tools"))
+        from measured_tables import markdown_tables
+
+        print(markdown_tables(arguments.table))
+        return
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.run:
         run_section(arguments.run, arguments)
@@ -272,6 +312,7 @@ def main() -> None:
 def start(name: str, arguments: argparse.Namespace, left: float) -> str:
     """Run a section in a process of its own, and say how it ended."""
     command = [sys.executable, __file__, "--run", name, "--out", str(arguments.out)]
+    command += ["--nccl", str(arguments.nccl)] if arguments.nccl else []
     command += ["--overrides", *arguments.overrides]
     began = time.perf_counter()
     with (arguments.out / f"{name}.log").open("w") as log:

@@ -1,4 +1,4 @@
-"""Make the demo data: text of Python's standard library, captioned drawings, and chats about them.
+"""Make the demo data: text of Python's standard library, captioned drawings, chats about them, and boxes.
 
 Needs no download.
 
@@ -10,7 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.demo.dataset import write_chats, write_instructions, write_scenes, write_text
+from metalm.data.demo.dataset import (
+    write_chats,
+    write_instructions,
+    write_pointing,
+    write_pointing_text,
+    write_scenes,
+    write_text,
+)
 
 
 def main() -> None:
@@ -47,6 +54,9 @@ def main() -> None:
         num_chats = min(options.chats, counts[split])
         write_chats(options.out / "chats", split, num_chats, seed=options.seed)
         print(f"chats: {num_chats} in {split}", flush=True)
+        write_pointing(options.out, split, counts[split], seed=options.seed)
+        print(f"pointing: {counts[split]} in {split}", flush=True)
+    write_pointing_text(options.out / "pointing", min(options.chats, options.scenes), seed=options.seed)
     write_instructions(options.out / "chats", min(options.chats, options.scenes), seed=options.seed)
 
 

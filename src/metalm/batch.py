@@ -46,6 +46,8 @@ class EncoderShare:
     """[N + 1] int32; where spans and padding begin, and L. Empty where nobody has looked for them."""
     longest_segment: int = 0
     has_padding: bool = False
+    mask_views: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """[4, L] int32; see `IntervalMask.views`. Empty where nobody has made them."""
 
 
 @dataclass(frozen=True)
@@ -89,61 +91,115 @@ class SemiCausalBatch:
     positions see more than their document up to themselves."""
     longest_segment: int = 0
     has_padding: bool = False
+    mask_views: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """[4, B * S] int32; see `IntervalMask.views`, of the rows laid end to end. Empty where nobody has made
+    them."""
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> SemiCausalBatch:
+    def to(self, device: torch.device) -> SemiCausalBatch:
         """The same batch with every tensor on `device`."""
-        return _map_leaves(self, Tensor, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return _map_leaves(self, Tensor, lambda tensor: tensor.to(device))
 
-    def pin_memory(self) -> SemiCausalBatch:
-        """The same batch in page-locked host memory."""
-        return _map_leaves(self, Tensor, lambda tensor: tensor.pin_memory())
+    def of_rank(self, rows_rank: int) -> SemiCausalBatch:
+        """Without what only other ranks with the same rows need: all of their shares but the tokens."""
+
+        def part(encoder: EncoderBatch) -> EncoderBatch:
+            shares = (
+                share if rank == rows_rank else _tokens_alone(share)
+                for rank, share in enumerate(encoder.shares)
+            )
+            return dataclasses.replace(encoder, shares=tuple(shares))
+
+        if all(len(encoder.shares) == 1 for encoder in self.encoders.values()):
+            return self
+        encoders = {name: part(encoder) for name, encoder in self.encoders.items()}
+        return dataclasses.replace(self, encoders=encoders)
+
+
+def _tokens_alone(share: EncoderShare) -> EncoderShare:
+    emptied = _map_leaves(share, Tensor, lambda tensor: tensor[:0])
+    return dataclasses.replace(emptied, token_ids=share.token_ids)
+
+
+_ALIGNMENT = 128
+"""Bytes: tensors in one piece of memory begin at multiples, as kernels like to read them."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Stands for a tensor where only its shape and dtype are sent."""
+    """Stands for a tensor whose content is a part of one piece of memory."""
 
     shape: torch.Size
     dtype: torch.dtype
+    offset: int
+    """Bytes, in the piece."""
 
     @property
-    def num_bytes(self) -> int:
-        """Size of the tensor's content."""
-        return self.shape.numel() * self.dtype.itemsize
+    def end(self) -> int:
+        """Where the tensor's content ends."""
+        return self.offset + self.shape.numel() * self.dtype.itemsize
+
+    def view_in(self, content: Tensor) -> Tensor:
+        """The tensor, in the piece `content` of uint8."""
+        return content[self.offset : self.end].view(self.dtype).view(self.shape)
 
 
-def to_bytes(value: Any) -> tuple[Any, Tensor]:
+def to_bytes(value: Any, *, pinned: bool = False) -> tuple[Any, Tensor]:
     """Take the CPU tensors out of (nested) batches: the structure with specs in their place, and one
-    uint8 vector of all contents."""
-    contents: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
+    uint8 vector of all contents, in page-locked memory if asked."""
+    end = 0
 
-    def take(tensor: Tensor) -> TensorSpec:
-        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))
-        contents.append(flat.view(torch.uint8))
-        return TensorSpec(tensor.shape, tensor.dtype)
+    def place(tensor: Tensor) -> TensorSpec:
+        nonlocal end
+        spec = TensorSpec(tensor.shape, tensor.dtype, -(-end // _ALIGNMENT) * _ALIGNMENT)
+        end = spec.end
+        return spec
 
-    structure = _map_leaves(value, Tensor, take)
-    return structure, torch.cat(contents)
+    structure = _map_leaves(value, Tensor, place)
+    content = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    for spec, tensor in zip(_leaves(structure, TensorSpec), _leaves(value, Tensor), strict=True):
+        spec.view_in(content).copy_(tensor)
+    return structure, content
 
 
 def count_bytes(structure: Any) -> int:
     """Length of the uint8 vector that belongs to a structure of `to_bytes`."""
-    sizes: list[int] = []
-    _map_leaves(structure, TensorSpec, lambda spec: sizes.append(spec.num_bytes))
-    return sum(sizes)
+    return max((spec.end for spec in _leaves(structure, TensorSpec)), default=0)
 
 
 def from_bytes(structure: Any, content: Tensor) -> Any:
-    """Put back what `to_bytes` took out. The tensors own their memory."""
-    offset = 0
+    """Put back what `to_bytes` took out, as views of `content`, on any device."""
+    return _map_leaves(structure, TensorSpec, lambda spec: spec.view_in(content))
 
-    def put(spec: TensorSpec) -> Tensor:
-        nonlocal offset
-        piece = content[offset : offset + spec.num_bytes].clone()
-        offset += spec.num_bytes
-        return piece.view(spec.dtype).reshape(spec.shape)
 
-    return _map_leaves(structure, TensorSpec, put)
+def in_one_piece(batch: SemiCausalBatch, *, pinned: bool) -> SemiCausalBatch:
+    """The same micro-batch with its tensors in one piece of host memory, page-locked if asked."""
+    moved: SemiCausalBatch = from_bytes(*to_bytes(batch, pinned=pinned))
+    return moved
+
+
+def piece_of(batch: SemiCausalBatch) -> Tensor | None:
+    """The piece of memory that the tensors of `in_one_piece` are in, as uint8; None if they are not."""
+    storages = [tensor.untyped_storage() for tensor in _leaves(batch, Tensor)]
+    if len({storage.data_ptr() for storage in storages}) > 1:
+        return None
+    return torch.empty(0, dtype=torch.uint8, device=batch.tokens.device).set_(storages[0])
+
+
+def views_in(batch: SemiCausalBatch, content: Tensor) -> SemiCausalBatch:
+    """A batch that is in one piece, as views of a copy of that piece, on any device."""
+
+    def view(tensor: Tensor) -> Tensor:
+        offset = tensor.storage_offset() * tensor.dtype.itemsize
+        return TensorSpec(tensor.shape, tensor.dtype, offset).view_in(content)
+
+    viewed: SemiCausalBatch = _map_leaves(batch, Tensor, view)
+    return viewed
+
+
+def _leaves(value: Any, leaf: type) -> list[Any]:
+    found: list[Any] = []
+    _map_leaves(value, leaf, found.append)
+    return found
 
 
 def _map_leaves(value: Any, leaf: type, change: Any) -> Any:

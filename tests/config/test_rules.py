@@ -54,6 +54,10 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
             "warmup_steps = 60 and decay_steps = 50 are together above training.steps = 100",
         ),
         (
+            "monitor.profile_steps=[20, 1000000]",
+            "monitor.profile_steps has 1000000, above training.steps = ",
+        ),
+        (
             "initialize={run: runs/a, decoder: runs/b}",
             "initialize.run goes on with all of a checkpoint: leave initialize.decoder",
         ),
@@ -171,8 +175,8 @@ def test_text_may_name_an_encoder_that_the_model_lacks() -> None:
         ),
         (
             {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
-            ["training.precision=bf16"],
-            "use stage 2",
+            [],
+            "holds data_types, which the pipeline owns",
         ),
         (
             {"zero_optimization": {"stage": 1}, "csv_monitor": {"enabled": True, "output_path": "/tmp"}},

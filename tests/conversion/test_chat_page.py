@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from conversion.cases import pictures
 from conversion.conftest import Workshop
 from metalm.conversion.chat import Conversation, Shown
 from metalm.conversion.chat_page import ChatServer
-from metalm.conversion.generate import FolderModel
+from metalm.conversion.generate import FolderModel, Hear
 from metalm.errors import ConfigError
+from metalm.modalities.image import encode_png
 
 KIND = "deepnorm"
 
@@ -31,7 +34,13 @@ def model(workshop: Workshop) -> FolderModel:
 
 @pytest.fixture
 def server(model: FolderModel) -> Iterator[ChatServer]:
-    with ChatServer(Conversation(model), 0, max_new_tokens=4) as server:
+    with serving(Conversation(model)) as server:
+        yield server
+
+
+@contextmanager
+def serving(conversation: Conversation) -> Iterator[ChatServer]:
+    with ChatServer(conversation, 0, max_new_tokens=4) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -72,6 +81,30 @@ def test_questions_with_images_are_answered_and_mistakes_told(
     assert send(server, "POST", "/forget")[0] == 204
     expected = Conversation(model).ask("over", max_new_tokens=4)
     assert "".join(one["piece"] for one in ask(server, "over")) == expected
+
+
+class Pointing(Conversation):
+    """Answers by a box, whatever the model says."""
+
+    def ask(self, *words: Any, hear: Hear, **options: Any) -> str:
+        super().ask(*words, **options)
+        answer = "<box> 8 0 24 16 </box>"
+        hear(answer)
+        return answer
+
+
+def test_what_an_answer_points_at_is_shown(model: FolderModel) -> None:
+    content = encode_png(np.zeros((320, 320, 3), np.uint8))
+    with serving(Pointing(model)) as server:
+        piece, picture = ask(server, "the fox", content)
+        assert piece == {"piece": "<box> 8 0 24 16 </box>"}
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["picture"]))))
+        assert shown.shape == (320, 320, 3)
+        rows, columns = np.nonzero(shown.any(axis=-1))
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 160, 80, 239)
+        assert len(ask(server, "over")) == 2
+        send(server, "POST", "/forget")
+        assert ask(server, "over") == [piece]
 
 
 def test_only_the_page_itself_is_answered(server: ChatServer) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies
+from jinja2 import TemplateError
 
 from conversion.cases import pictures, run_config
 from conversion.conftest import Workshop
@@ -25,6 +26,7 @@ from metalm.data.documents.example import Example
 from metalm.data.row import Row, lay_out
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import BadSample
+from metalm.modalities.boxes import box_text
 from metalm.modalities.image import encode_png
 from reference.encoder_tokenizer import save_tokenizer
 from reference.pretrained import save_pretrained
@@ -42,6 +44,11 @@ MESSAGES = strategies.lists(
     strategies.tuples(strategies.sampled_from(["system", "user", "tool"]), PARTS)
     | strategies.tuples(strategies.just("assistant"), TEXTS),
     max_size=6,
+)
+
+SIDES = strategies.lists(strategies.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
+CORNERS = strategies.tuples(SIDES, SIDES).map(
+    lambda sides: [sides[0][0] / 1000, sides[1][0] / 1000, sides[0][1] / 1000, sides[1][1] / 1000]
 )
 
 
@@ -139,6 +146,40 @@ def test_any_chat_has_the_tokens_of_training(chats: Chats, drawn: list[tuple[str
         return
     chats.check(messages, example)
     chats.check(messages[:-1], example.prompt())
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(asked=CORNERS, answered=CORNERS)
+def test_boxes_have_the_tokens_of_training(chats: Chats, asked: list[float], answered: list[float]) -> None:
+    texts = [box_text(corners) for corners in (asked, answered)]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "box", "box": asked}]},
+        {"role": "assistant", "content": [{"type": "box", "box": answered}]},
+        {"role": "user", "content": "fox"},
+    ]
+    turns = [Turn("user", ("the ", texts[0])), Turn("assistant", (texts[1],)), Turn("user", ("fox",))]
+    chats.check(messages, chat_example([*turns, Turn("assistant", ("dog",))]).prompt())
+
+
+@pytest.mark.parametrize("corners", [[0, 0, 1], [0.5, 0, 0.5, 1], [0, 0, 640, 480], [0, -0.5, 1, 1]])
+def test_what_is_no_box_is_refused(chats: Chats, corners: list[float]) -> None:
+    messages = [{"role": "user", "content": [{"type": "box", "box": corners}]}]
+    with pytest.raises(TemplateError, match="a box is left, top, right and bottom"):
+        chats.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def test_boxes_of_answers_are_pixels_of_their_images(chats: Chats) -> None:
+    answers = ["<box> 0 8 16 32 </box>", "a <box> 1 2 3 4 </box><box> 4 4 8 8 </box>", "<box> 1", "none"]
+    process = chats.processor.post_process_boxes
+    assert process(answers, target_sizes=[(64, 320), (32, 32), (1, 1), (1, 1)]) == [
+        [(0, 16, 160, 64)],
+        [(1, 2, 3, 4), (4, 4, 8, 8)],
+        None,
+        [],
+    ]
+    assert process(answers[0]) == [[(0, 0.25, 0.5, 1)]]
+    with pytest.raises(ValueError, match="zip"):
+        process(answers, target_sizes=[(64, 320)])
 
 
 @pytest.mark.parametrize("overflow", ["split", "cut_left", "cut_right"])

@@ -12,7 +12,7 @@ from PIL import Image
 from conversion.cases import pictures
 from conversion.conftest import Workshop
 from metalm.conversion.chat import chat_with_folder
-from metalm.conversion.generate import generate_from_folder
+from metalm.conversion.generate import FolderModel, generate_from_folder
 from metalm.errors import ConfigError, DataError
 
 KIND = "deepnorm"
@@ -57,6 +57,26 @@ def test_a_conversation_keeps_its_turns(workshop: Workshop, image: Path) -> None
     assert second == generate_from_folder(folder, prompt, [image], max_new_tokens=4)
     assert mistake == "error: image nowhere.png does not exist"
     assert alone == generate_from_folder(folder, "<span>over</span>", max_new_tokens=4)
+
+
+def test_pictures_of_what_answers_point_at_are_written(
+    workshop: Workshop, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(["a <box> 0 0 8 8 </box>", "none", "<box> 1", "<box> 4 4 9 9 </box>"])
+    monkeypatch.setattr(FolderModel, "generate", lambda *_, **__: next(answers))
+    turns = [f"/image {image}", "the fox", "over", "over", "over"]
+    said: list[str] = []
+    folder = tmp_path / "new" / "pictures"
+    chat_with_folder(workshop.exported(KIND), iter(turns), said.append, pictures=folder)
+    paths = [folder / "1.png", folder / "2.png"]
+    assert [line for line in said if line.startswith("picture")] == [f"picture: {path}" for path in paths]
+    first, second = (np.asarray(Image.open(path)) for path in paths)
+    assert first.shape == second.shape
+    assert (first != second).any()
+    (tmp_path / "file").touch()
+    answers, said = iter(["<box> 0 0 8 8 </box>"]), []
+    chat_with_folder(workshop.exported(KIND), iter(turns[:2]), said.append, pictures=tmp_path / "file")
+    assert said[-1] == f"error: {tmp_path / 'file' / '1.png'} cannot be written: File exists"
 
 
 def test_markers_that_a_user_types_are_text(workshop: Workshop) -> None:

@@ -202,8 +202,18 @@ def test_every_field_against_a_loop_over_positions(drawn: tuple[list[Row], int],
                 batch.attention_end[b, p],
             )
             assert tuple(int(value) for value in found) == expected
+    own = [
+        IntervalMask(batch.attention_start[[b]], batch.attention_end[[b]], length) for b in range(len(rows))
+    ]
+    check_views(batch.mask_views, torch.block_diag(*(mask.to_dense()[0] for mask in own)))
     for name in MODEL.encoders:
         check_encoder(batch, rows, name, length, tp_size)
+
+
+def check_views(views: torch.Tensor, visible: torch.Tensor) -> None:
+    mask = IntervalMask.of_views(views, None)
+    assert torch.equal(mask.to_dense()[0], visible)
+    assert torch.equal(mask.transpose().to_dense()[0], visible.mT)
 
 
 def check_encoder(batch: SemiCausalBatch, rows: list[Row], name: str, length: int, tp_size: int) -> None:
@@ -246,6 +256,8 @@ def check_encoder(batch: SemiCausalBatch, rows: list[Row], name: str, length: in
         assert (share.attention_end > 0).sum() == docked + dummy
         assert torch.all(share.token_ids[docked:] == PAD)
         assert len(share.media) == len(share.patch_slots)
+        mask = IntervalMask(share.attention_start[None], share.attention_end[None], share_length)
+        check_views(share.mask_views, mask.to_dense()[0])
 
 
 def test_prompts_are_left_open_and_dock_what_they_encode(tokenizer: Tokenizer) -> None:

@@ -73,6 +73,8 @@ def tiny_config(
     micro_batch_size: int = 1,
     options: str = "paper",
     dropout: float = 0.0,
+    precision: str = "fp32",
+    fp32_gradients: bool = False,
     **deepspeed: str,
 ) -> RunConfig:
     """Two decoder layers, a DeepNorm text encoder, a pre-LN image encoder; vocabulary with padding rows.
@@ -134,7 +136,8 @@ def tiny_config(
                 "steps": 100,
                 "global_batch_size": GLOBAL_ROWS,
                 "micro_batch_size": micro_batch_size,
-                "precision": "fp32",
+                "precision": precision,
+                "fp32_gradients": fp32_gradients,
                 "optimizer": {"gradient_clipping": 0.5},
                 "schedule": {"warmup_steps": 2},
             },

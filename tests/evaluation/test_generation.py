@@ -14,7 +14,9 @@ from PIL import Image
 
 from metalm.config.schema import RunConfig
 from metalm.data.corpus import Corpus
+from metalm.data.documents.example import Example, ExamplePart
 from metalm.data.lanes import Lane, Mixture
+from metalm.data.preparation.example_shards import write_examples
 from metalm.data.row import Row
 from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
@@ -86,6 +88,24 @@ def test_the_prompts_patches_are_the_training_rows(
         assert prompt.tokens.tolist() == [tokenizer.start_id, *[tokenizer.paragraph_id] * 4]
         assert prompt.spans["vision"].bounds.tolist() == [[1, 5]]
         np.testing.assert_array_equal(prompt.spans["vision"].media, trained[sample.reference])
+
+
+@pytest.mark.parametrize("readers", [{"image": "vision"}, {"image": "vision", "text": "vision"}])
+def test_the_question_about_an_image_is_told(
+    readers: dict[str, str],
+    ask: Callable[[RunConfig, str], tuple[list[Sample], list[Row]]],
+    make_config: Callable[..., RunConfig],
+    tmp_path: Path,
+) -> None:
+    def example(number: int) -> Example:
+        picture = ExamplePart(photograph(number), "image", is_encoded=True)
+        question = ExamplePart(f"fox {number}?", is_encoded=True)
+        return Example((picture, question, ExamplePart("answer", is_trained=True)))
+
+    write_examples(map(example, range(3)), tmp_path / "shards", plan={})
+    source = {"chats": {"path": tmp_path / "shards", "readers": readers, "overflow": "split"}}
+    samples, _ = ask(make_config(source, evaluation=source), "chats")
+    assert [(one.asked, one.reference) for one in samples] == [(f"fox {n}?", "answer") for n in range(3)]
 
 
 @pytest.mark.parametrize("readers", [{}, {"text": "text"}])

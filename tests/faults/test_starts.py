@@ -142,6 +142,18 @@ def test_lane_states_that_the_manifest_does_not_list_are_not_read(
     assert content_of_newest(run) == content_of_newest(finished)
 
 
+def test_what_a_kill_behind_the_last_save_left_is_removed(start: Start, run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    before = list_checkpoints(checkpoints)
+    left = checkpoints / "step_00000005.partial"
+    (left / "decoder").mkdir(parents=True)
+    (left / "decoder" / "rank_00000.safetensors").write_bytes(b"half of it")
+    ranks = start(run, "training.steps=10")
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert not left.exists()
+    assert list_checkpoints(checkpoints) == before
+
+
 def test_torn_lines_of_figures_do_not_stop_a_resume(start: Start, run: Path, finished: Path) -> None:
     path = run / "logs" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from metalm.checkpoint.best import read_best
@@ -98,9 +99,26 @@ def prune_checkpoints(
     if doomed and whole not in kept and not any(map(is_whole, reversed(kept))):
         spared = next(filter(is_whole, reversed(doomed)), None)
         doomed = [folder for folder in doomed if folder != spared]
+    return _remove_all([*_leftovers(checkpoints), *doomed])
+
+
+def remove_leftovers(checkpoints: Path) -> list[Path]:
+    """Remove what killed saves and removals have left; answer what is gone.
+
+    Raises:
+        OSError: something could not be removed; the rest is gone.
+    """
+    return _remove_all(_leftovers(checkpoints))
+
+
+def _leftovers(checkpoints: Path) -> list[Path]:
+    return list(checkpoints.glob("step_*" + PARTIAL_SUFFIX))
+
+
+def _remove_all(folders: Sequence[Path]) -> list[Path]:
     removed: list[Path] = []
     errors: list[OSError] = []
-    for folder in [*checkpoints.glob("step_*" + PARTIAL_SUFFIX), *doomed]:
+    for folder in folders:
         try:
             removed.append(_remove_nameless(folder))
         except OSError as error:

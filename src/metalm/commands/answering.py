@@ -36,6 +36,9 @@ def add_commands(commands: Any) -> None:
     )
     chat.add_argument("folder", type=Path, help="written by tools/convert_to_hf.py")
     chat.add_argument("--web", action="store_true", help="on a page of this machine's browser instead")
+    chat.add_argument(
+        "--pictures", type=Path, help="folder for images with the boxes of answers; default: a temporary one"
+    )
     chat.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
     chat.set_defaults(run=_chat)
     for command in (generate, chat):
@@ -87,4 +90,5 @@ def _chat(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         device=options.device,
+        pictures=options.pictures,
     )

@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> int | None:
     say(f"train {_named(options)}")
-    with Phase("loading what reads configurations", told=True):
+    with Phase("loading the schema of configurations", told=True):
         from metalm.config import load_config
         from metalm.parallel.launch import find_launch
         from metalm.training.check_start import check_start
@@ -75,7 +75,7 @@ def _train(options: argparse.Namespace) -> int | None:
 
 def _evaluate(options: argparse.Namespace) -> int | None:
     say(f"evaluate {_named(options)}")
-    with Phase("loading what reads configurations", told=True):
+    with Phase("loading the schema of configurations", told=True):
         from metalm.config import load_config
         from metalm.training.check_start import check_start
 

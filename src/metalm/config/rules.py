@@ -24,6 +24,8 @@ PIPELINE_OWNED_KEYS = (
     "bf16",
     "amp",
     "torch_autocast",
+    "data_types",
+    "communication_data_type",
     "tensor_parallel",
     "prescale_gradients",
     "gradient_predivide_factor",
@@ -318,6 +320,8 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             f"training.steps = {training.steps}: "
             f"give training.schedule.warmup_steps={training.steps // 10} as well"
         )
+    if beyond := [step for step in config.monitor.profile_steps if step > training.steps]:
+        yield f"monitor.profile_steps has {beyond[0]}, above training.steps = {training.steps}"
     yield from _decay_problems(config)
     rates = training.optimizer.learning_rates
     for group in ("encoders", "connectors"):
@@ -364,11 +368,10 @@ def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]
     owned = [key for key in content if key in PIPELINE_OWNED_KEYS]
     if owned:
         yield f"{path} holds {', '.join(owned)}, which the pipeline owns: set them in the pipeline instead"
-    sections = ("zero_optimization", "data_types")
-    if wrong := [key for key in sections if not isinstance(content.get(key, {}), dict)]:
-        yield f"{path}: {', '.join(wrong)} must hold an object"
-        return
     zero = content.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        yield f"{path}: zero_optimization must hold an object"
+        return
     offload_section = zero.get("offload_optimizer") or {}
     if not isinstance(offload_section, dict):
         yield f"{path}: zero_optimization.offload_optimizer must hold an object"
@@ -382,9 +385,3 @@ def _deepspeed_problems(config: RunConfig, path: str, content: Mapping[str, Any]
         yield f"{path}: offload_optimizer.device must be cpu, not {offload!r}, where no checkpoint reads it"
     if offload == "cpu" and content.get("zero_force_ds_cpu_optimizer", True):
         yield f"{path}: offload_optimizer needs zero_force_ds_cpu_optimizer: false, since AdamW is torch's"
-    gradient_dtype = content.get("data_types", {}).get("grad_accum_dtype")
-    if stage == 1 and config.training.precision == "bf16" and gradient_dtype == "fp32":
-        yield (
-            f"{path}: data_types.grad_accum_dtype fp32 with bf16 at ZeRO stage 1 reduces over the wrong "
-            "group with two engines; use stage 2"
-        )

@@ -76,7 +76,7 @@ class DeepSpeedConfig(Section):
     """DeepSpeed JSON files, one per engine: see deepspeed_configs/README.md."""
 
     decoder: Path = Path("deepspeed_configs/decoder_zero1.json")
-    encoders: Path = Path("deepspeed_configs/encoders_zero3.json")
+    encoders: Path = Path("deepspeed_configs/encoders_zero1.json")
 
 
 class SpanConfig(Section):
@@ -224,8 +224,15 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt
     """Rows per forward pass of one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    fp32_gradients: bool = False
+    """In bf16, add the gradients of micro-batches up, and sum them over ranks, in fp32: two more bytes for
+    each gradient, in memory and on its way."""
     deterministic: bool = False
     """Bit for bit the same on the same ranks and devices, at some cost in speed."""
+    cuda_graphs: bool = True
+    """Launch the decoder's layers whole, whose kernels would keep the host longer than the GPU: on CUDA,
+    below ZeRO 3, without `recompute`, where rows are on one rank. The values are the same; the log says for
+    which micro-batches. A micro-batch's activations stay reserved between steps."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and end with exit code 75 when the process is this old."""
     replaced_tokens: ReplacedTokensConfig | None = None
@@ -234,6 +241,11 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     average: AverageConfig | None = None
     """Beside the weights that are trained; `convert_to_hf.py --average` exports it."""
+
+    @property
+    def adds_up_in_fp32(self) -> bool:
+        """Whether gradients have another precision than the weights."""
+        return self.fp32_gradients and self.precision == "bf16"
 
 
 class GuardConfig(Section):
@@ -350,6 +362,10 @@ class MonitorConfig(Section):
     tasks: TasksConfig | None = None
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in the training precision; default: looked up by device name, else not shown."""
+    profile_steps: tuple[PositiveInt, ...] = ()
+    """Steps whose traces torch's profiler writes to `profile/` of the run; neighbours make one trace."""
+    profile_ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write them."""
     sinks: SinksConfig = SinksConfig()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metalm.conversion.generate import FolderModel, Hear
+from metalm.conversion.generate import FolderModel, Hear, read_image
 from metalm.data.documents.chats import BLANKS
 from metalm.errors import ConfigError, DataError
 from metalm.modalities import MEDIA
+from metalm.modalities.boxes import boxes_in, pointed_at
+from metalm.modalities.image import decode_image, encode_png
 
 COMMANDS = {f"/{one.noun} ": one.name for one in MEDIA.values()}
 """What a line begins with that names a file, `/image ` and `/clip `, and the modality of that."""
@@ -70,6 +73,18 @@ class Conversation:
         self.messages, self.shown = [*asked, answered], shown
         return answer
 
+    def pointed(self, answer: str) -> bytes | None:
+        """The image that was shown last with the boxes of an answer, as PNG; None where there is none.
+
+        Raises:
+            DataError: its file is there no more.
+        """
+        boxes = boxes_in(answer)
+        images = [one.path for one in self.shown if one.modality == "image"]
+        if not boxes or not images:
+            return None
+        return encode_png(pointed_at(decode_image(read_image(images[-1])), boxes))
+
     def forget(self) -> None:
         """Begin anew."""
         self.messages, self.shown = [], []
@@ -84,6 +99,7 @@ def chat_with_folder(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     device: str = "cpu",
+    pictures: Path | None = None,
 ) -> None:
     """A conversation of several turns, until `lines` ends.
 
@@ -95,12 +111,14 @@ def chat_with_folder(
         max_new_tokens: per answer.
         temperature: above 0, sample.
         device: that the model runs on.
+        pictures: folder for the images that answers point at, with their boxes; default: a temporary one.
 
     Raises:
         ConfigError: the folder is no exported model.
     """
     conversation = Conversation(FolderModel(folder, device))
     waiting: list[Shown] = []
+    num_pictures = 0
     for line in lines:
         turn = line.strip()
         if turn == FORGET_COMMAND:
@@ -118,6 +136,24 @@ def chat_with_folder(
                 turn, waiting, max_new_tokens=max_new_tokens, temperature=temperature, hear=hear
             )
             say(answer if hear is None else "")
+            if (picture := conversation.pointed(answer)) is not None:
+                pictures = pictures or Path(tempfile.mkdtemp(prefix="metalm-chat-"))
+                num_pictures += 1
+                say(f"picture: {_written(picture, pictures, num_pictures)}")
         except (ConfigError, DataError) as error:
             say(f"error: {error}")
         waiting = []
+
+
+def _written(picture: bytes, folder: Path, number: int) -> Path:
+    """
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    path = folder / f"{number}.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    return path

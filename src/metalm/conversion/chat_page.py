@@ -68,11 +68,14 @@ class ChatServer(ThreadingHTTPServer):
         super().server_close()
         self._uploads.cleanup()
 
-    def ask(self, text: str, media: list[tuple[str, bytes]], hear: Callable[[str], None]) -> None:
+    def ask(self, text: str, media: list[tuple[str, bytes]], hear: Callable[[str], None]) -> bytes | None:
         """Ask the model; errors as `Conversation.ask`.
 
         Args:
             media: modality and content of files.
+
+        Returns:
+            What the answer points at, as `Conversation.pointed`.
         """
         with self._turn:
             shown = []
@@ -80,13 +83,14 @@ class ChatServer(ThreadingHTTPServer):
                 self._num_uploads += 1
                 shown.append(Shown(modality, Path(self._uploads.name) / str(self._num_uploads)))
                 shown[-1].path.write_bytes(content)
-            self._conversation.ask(
+            answer = self._conversation.ask(
                 text,
                 shown,
                 max_new_tokens=self._max_new_tokens,
                 temperature=self._temperature,
                 hear=hear,
             )
+            return self._conversation.pointed(answer)
 
     def forget(self) -> None:
         """Begin anew."""
@@ -145,7 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._begin(HTTPStatus.OK, "application/x-ndjson")
         with contextlib.suppress(ConnectionError):  # the reader may have left
             try:
-                self.server.ask(text, media, lambda piece: self._write({"piece": piece}))
+                picture = self.server.ask(text, media, lambda piece: self._write({"piece": piece}))
+                if picture is not None:
+                    self._write({"picture": base64.b64encode(picture).decode()})
             except (ConfigError, DataError) as error:
                 self._write({"error": str(error)})
 

@@ -14,9 +14,23 @@ from metalm.config import RunConfig
 from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
 from metalm.config.schema import SourceConfig
 from metalm.data.documents.chats import ANSWERING_ROLES, BLANKS
+from metalm.modalities.boxes import GRID
 
 _TEMPLATE = """\
 {%- set joined, encoded, media, answering, blanks = JOINED, ENCODED, MEDIA, ANSWERING, BLANKS -%}
+{%- set grid = GRID -%}
+{%- macro box(c) -%}
+{%- if not (c | length == 4 and -1e-6 <= c[0] < c[2] <= 1 + 1e-6 and -1e-6 <= c[1] < c[3] <= 1 + 1e-6) -%}
+{{- raise_exception('a box is left, top, right and bottom, as shares of the image from 0 to 1') -}}
+{%- endif -%}
+{%- set b = namespace(first=[], last=[]) -%}
+{%- for low, high in [[c[0], c[2]], [c[1], c[3]]] -%}
+{%- set first, last = (low * grid) | round | int, (high * grid) | round | int -%}
+{%- set first = first if first < last else [(low * grid) | int, grid - 1] | min -%}
+{%- set b.first, b.last = b.first + [first], b.last + [[last, first + 1] | max] -%}
+{%- endfor -%}
+{{- '<box> ' ~ (b.first + b.last) | join(' ') ~ ' </box>' -}}
+{%- endmacro -%}
 {%- macro say(items, is_answer, is_last) -%}
 {%- set m = namespace(media=[], texts=[], runs=[], text='', turn=-1) -%}
 {%- for item in items -%}
@@ -60,6 +74,7 @@ _TEMPLATE = """\
 {%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}
 {%- if part['type'] == 'text' -%}
 {%- set ns.items = ns.items + [[turn, 'text', part['text']]] -%}
+{%- elif part['type'] == 'box' -%}{%- set ns.items = ns.items + [[turn, 'text', box(part['box'])]] -%}
 {%- elif part['type'].removeprefix('input_').removesuffix('_url') in media -%}
 {%- set ns.items = ns.items + [[turn, part['type'].removeprefix('input_').removesuffix('_url'), '']] -%}
 {%- endif -%}
@@ -105,6 +120,7 @@ def chat_template(config: RunConfig) -> str:
         "MEDIA": json.dumps(MEDIA_SECTIONS),
         "ANSWERING": json.dumps(ANSWERING_ROLES),
         "BLANKS": json.dumps(BLANKS),
+        "GRID": json.dumps(GRID),
     }
     template = _TEMPLATE
     for name, value in values.items():

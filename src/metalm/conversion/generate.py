@@ -93,7 +93,7 @@ class FolderModel:
             ConfigError: prompt, images and clips do not fit the model or each other.
             DataError: a file is missing, or is no image or clip.
         """
-        contents = [_read_image(path) for path in images]
+        contents = [read_image(path) for path in images]
         sounds = [self._read_clip(path) for path in clips]
         is_marked = self._processor.num_clips(prompt) > 0
         if images and not self._processor.num_images(prompt):
@@ -181,7 +181,7 @@ def _read_file(path: Path, noun: str) -> bytes:
         raise DataError(f"{noun} {path} cannot be read: {error}") from None
 
 
-def _read_image(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
     """The bytes of an image file that can be decoded.
 
     Raises:

@@ -18,7 +18,7 @@ from metalm.batch import EncoderBatch, EncoderShare, SemiCausalBatch
 from metalm.config.model_schema import EncoderConfig, ModelConfig
 from metalm.data.balance import assign_spans, span_costs
 from metalm.data.row import NO_TOKEN, Row, RowSpans
-from metalm.kernels import Segments, find_segments
+from metalm.kernels import IntervalMask, Segments, find_segments
 from metalm.modalities import modality_of_encoder
 
 SHARE_MULTIPLE = 16
@@ -88,6 +88,7 @@ def collate(
     for span in spans.values():
         tokens.reshape(-1)[span.positions] = pad_id
     segments = find_segments(attention_start, attention_end)
+    mask = IntervalMask.joined(torch.from_numpy(attention_start), torch.from_numpy(attention_end), None)
     return SemiCausalBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -98,6 +99,7 @@ def collate(
         source_ids=torch.tensor([row.source_id for row in rows]),
         dropout_seeds=torch.tensor([row.dropout_seed for row in rows], dtype=torch.int64),
         encoders=encoders,
+        mask_views=mask.views(),
         **_segment_fields(segments if segments is not None and segments.is_causal else None),
     )
 
@@ -237,6 +239,7 @@ def _share(
         attention_end[0] = 1  # the dummy element sees itself
     attention_start = layout.spread(layout.starts, np.int32)
     segments = find_segments(attention_start[None], attention_end[None])
+    start, end = (torch.from_numpy(bound)[None] for bound in (attention_start, attention_end))
     return EncoderShare(
         token_ids=_tensor(token_ids),
         positions=_tensor(positions),
@@ -247,6 +250,7 @@ def _share(
         dropout_seeds=_tensor(layout.spread(spans.seeds[chosen], np.int64)),
         dropout_positions=_tensor(span_positions),
         routes=_routes(layout) if routed else {},
+        mask_views=IntervalMask(start, end, layout.length).views(),
         **_segment_fields(segments),
     )
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metalm.batch import EncoderBatch, SemiCausalBatch
+from metalm.batch import EncoderBatch, SemiCausalBatch, in_one_piece
 from metalm.data.balance import group_rows, row_costs
 from metalm.data.corpus import Corpus
 from metalm.data.lane_growth import grown, growth
@@ -120,7 +120,7 @@ class TrainingData:
         return self
 
     def __next__(self) -> list[SemiCausalBatch]:
-        """The micro-batches of the next step, in pinned memory where there is CUDA.
+        """The micro-batches of the next step, each in one piece of pinned memory where there is CUDA.
 
         Raises:
             DataError: too many bad samples in a row, or a shard that cannot be read.
@@ -210,7 +210,7 @@ class TrainingData:
             for group in groups
         ]
         if torch.cuda.is_available():
-            batches = [batch.pin_memory() for batch in batches]
+            batches = [in_one_piece(batch, pinned=True) for batch in batches]
         return _Step(batches, step.states, np.stack([costs[in_lane_order].sum(1), costs[groups].sum(1)]))
 
 

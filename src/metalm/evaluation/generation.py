@@ -48,6 +48,8 @@ class Sample:
     reference: str
     """The caption or the answer, or the text that the prompt begins; of examples of text alone both."""
     generated: str
+    asked: str = ""
+    """The text of an example before its last answer."""
 
 
 @contextmanager
@@ -81,32 +83,32 @@ def generate_samples(
     parts = (model, topology, corpus.config, corpus.tokenizer)
     with Phase(f"generating for {source.name}", len(asked), "samples") as phase:
         for first in range(0, len(asked), GENERATION_BATCH):
-            prompts = [prompt for prompt, _ in asked[first : first + GENERATION_BATCH]]
+            prompts = [prompt for prompt, _, _ in asked[first : first + GENERATION_BATCH]]
             tokens = generate_greedily(*parts, prompts, max_new_tokens)
             generated += [corpus.tokenizer.decode(ids) for ids in tokens]
             phase.advance(len(prompts))
     return [
-        Sample(source.name, sample.modality, sample.media, reference, text)
-        for sample, (_, reference), text in zip(samples, asked, generated, strict=True)
+        Sample(source.name, sample.modality, sample.media, reference, text, question)
+        for sample, (_, question, reference), text in zip(samples, asked, generated, strict=True)
     ]
 
 
-def _ask(sample: HeldOutSample, tokenizer: Tokenizer, max_new_tokens: int) -> tuple[Row, str]:
-    """The prompt of a sample, and what it is held against."""
+def _ask(sample: HeldOutSample, tokenizer: Tokenizer, max_new_tokens: int) -> tuple[Row, str, str]:
+    """The prompt of a sample, its text beside an image or clip, and what the answer is held against."""
     document = sample.document
     if sample.num_asked is not None:
-        reference = sample.captions[0]
+        asked, reference = _shown(document.parts[: sample.num_asked], tokenizer), sample.captions[0]
         if sample.media is None:  # nothing else shows what was asked
-            reference = f"{_shown(document.parts[: sample.num_asked], tokenizer)}\n\n{reference}"
-        return lay_out([document.prompt(sample.num_asked)], tokenizer), reference
+            reference = f"{asked}\n\n{reference}"
+        return lay_out([document.prompt(sample.num_asked)], tokenizer), asked, reference
     (text,) = document.parts
     prompt = Document((replace(text, tokens=text.tokens[:TEXT_PROMPT_TOKENS]),), ends=False)
     whole = text.tokens[: TEXT_PROMPT_TOKENS + max_new_tokens]
-    return lay_out([prompt], tokenizer), tokenizer.decode(whole)
+    return lay_out([prompt], tokenizer), "", tokenizer.decode(whole)
 
 
 def _shown(parts: Sequence[Part], tokenizer: Tokenizer) -> str:
-    return "\n\n".join(text for part in parts if (text := tokenizer.decode(part.tokens)).strip())
+    return "\n\n".join(text for part in parts if (text := tokenizer.decode(part.tokens).strip()))
 
 
 def generate_greedily(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from metalm.kernels import flash, flash4
 from metalm.kernels.dense import dense_attention
 from metalm.kernels.dropout import attention_pattern
-from metalm.kernels.flash import flash_attention, is_faster, is_trusted, why_not_flash
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.relative_bias import RelativeBias
 from metalm.kernels.tiled import tiled_attention
 
-Backend = Literal["flash", "triton", "tiled", "dense"]
+Backend = Literal["flash4", "flash", "triton", "tiled", "dense"]
 
 _logger = logging.getLogger(__name__)
 _counts: Counter[str] = Counter()
@@ -53,9 +54,10 @@ def interval_attention(
             their spans. Elements 4i to 4i + 3 must be consecutive, from a multiple of 4.
         dropout_head_offset: number of this rank's first head among all ranks' heads.
         bias: relative-position bias with one row of values for each of the H heads.
-        backend: forces "flash" (CUDA, masks of known segments, no bias, no dropout), "triton" (CUDA, or
-            Triton's interpreter), "tiled" (any device) or "dense" (quadratic reference); by default the
-            fastest that supports the call. The first use of flash checks its values.
+        backend: forces "flash4" (CUDA with the package installed, no bias, no dropout), "flash" (CUDA, masks
+            of known segments, no bias, no dropout), "triton" (CUDA, or Triton's interpreter), "tiled" (any
+            device) or "dense" (quadratic reference); by default the fastest that supports the call. The
+            first use of flash4 and flash by default checks their values.
 
     Returns:
         `[B, H, Sq, D]` of q's dtype. Queries that see nothing give zeros.
@@ -82,14 +84,18 @@ def interval_attention(
     has_extras = by_distance is not None or pattern is not None
     if backend is None:
         backend = _choose(q, k, mask, by_distance, has_extras=has_extras)
-    elif backend == "flash" and (reason := why_not_flash(q, k, mask, has_extras=has_extras)):
+    elif backend == "flash4" and (reason := flash4.why_not_flash4(q, mask, has_extras=has_extras)):
+        raise ValueError(f"the flash4 backend {reason}")
+    elif backend == "flash" and (reason := flash.why_not_flash(q, k, mask, has_extras=has_extras)):
         raise ValueError(f"the flash backend {reason}")
     if backend not in _counts:
         _logger.info("interval attention runs on the %s backend (%s, %s)", backend, q.device.type, q.dtype)
     _counts[backend] += 1
     arguments = (q, k, v, mask, by_distance, scale, pattern)
+    if backend == "flash4":
+        return flash4.flash4_attention(q, k, v, mask, scale)
     if backend == "flash":
-        return flash_attention(q, k, v, mask, scale)
+        return flash.flash_attention(q, k, v, mask, scale)
     if backend == "dense":
         return dense_attention(*arguments)
     if backend == "tiled":
@@ -106,6 +112,11 @@ def backend_counts() -> dict[str, int]:
     return dict(_counts)
 
 
+def count_repeated(calls: Mapping[str, int]) -> None:
+    """Count calls by backend that a CUDA graph repeats, of which nothing else is seen."""
+    _counts.update(calls)
+
+
 def reset_backend_counts() -> None:
     """Starts the counts again from nothing."""
     _counts.clear()
@@ -114,8 +125,11 @@ def reset_backend_counts() -> None:
 def _choose(
     q: Tensor, k: Tensor, mask: IntervalMask, by_distance: Tensor | None, *, has_extras: bool
 ) -> Backend:
-    takes = why_not_flash(q, k, mask, has_extras=has_extras) is None
-    if takes and is_faster(q, mask) and is_trusted(q, k, mask):
+    takes = flash4.why_not_flash4(q, mask, has_extras=has_extras) is None
+    if takes and flash4.is_faster(q) and flash4.is_trusted(q, k, mask):
+        return "flash4"
+    takes = flash.why_not_flash(q, k, mask, has_extras=has_extras) is None
+    if takes and flash.is_faster(q, mask) and flash.is_trusted(q, k, mask):
         return "flash"
     if torch.are_deterministic_algorithms_enabled() and by_distance is not None:
         return "tiled"  # the Triton kernel adds the bias's gradient up by atomics

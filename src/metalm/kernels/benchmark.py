@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from metalm.kernels.attention import interval_attention
 from metalm.kernels.interval_mask import IntervalMask
+from metalm.kernels.listed_blocks import list_blocks
 
 MASK_KINDS = ("causal", "packed documents", "semi-causal packed", "encoder", "images")
 _IMAGE = 256
-BACKENDS = ("flash", "triton")
+BACKENDS = ("flash4", "flash", "triton")
 """Of ours, forced by name."""
-PEERS = ("interval", *BACKENDS, "sdpa dense", "sdpa per document", "flex")
+PEERS = ("interval", *BACKENDS, "flash4 direct", "sdpa dense", "sdpa per document", "flex")
 # Matrix products of head_size multiply-adds per visible pair: two forward, five backward.
 _FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 4, 10
 
@@ -95,6 +96,9 @@ def measure(
         RuntimeError: our own attention cannot run.
         ValueError: a peer is not of `PEERS`.
     """
+    for peer in peers:
+        if peer not in PEERS:
+            raise ValueError(f"unknown peer {peer!r}, expected one of {', '.join(PEERS)}")
     mask = case.mask(device)
     generator = torch.Generator(device).manual_seed(0)
     # In memory as a model's projections leave it: the heads of a position side by side.
@@ -120,7 +124,7 @@ def measure(
             run()
             record["peak_mib"] = peak_memory(run, device)
             runs[peer] = run
-        except RuntimeError as error:  # such as out of memory, or not implemented on this device
+        except Exception as error:  # such as out of memory, or not implemented on this device
             if peer == "interval":
                 raise  # ours is to run everywhere; that another does not is a result
             record["not_run"] = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -200,26 +204,55 @@ def _peer(
         return lambda q, k, v: interval_attention(q, k, v, mask)
     if peer in BACKENDS:
         return _forced(peer, mask)
+    if peer == "flash4 direct":
+        return _flash4_direct(case, device)
     if peer == "sdpa per document":
         return _per_document(case, mask)
     if peer == "flex":
         return _flex(mask, device)
-    if peer == "sdpa dense":
-        if case.length > max_dense_length:
-            raise RuntimeError(f"dense masks are measured up to length {max_dense_length}")
-        dense = mask.to_dense()[:, None]
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
-    raise ValueError(f"unknown peer {peer!r}, expected one of {', '.join(PEERS)}")
+    if case.length > max_dense_length:
+        raise RuntimeError(f"dense masks are measured up to length {max_dense_length}")
+    dense = mask.to_dense()[:, None]
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
 
 
 def _forced(backend: Any, mask: IntervalMask) -> Attention:
     """Ours by one backend; that it does not take a call is a result."""
+    return lambda q, k, v: interval_attention(q, k, v, mask, backend=backend)
+
+
+def _flash4_direct(case: Case, device: torch.device) -> Attention:
+    """FlashAttention 4 without us: its causal form, and for documents its form for rows of any lengths."""
+    try:
+        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+    except ImportError as error:
+        raise RuntimeError(f"needs flash-attn-4: {error}") from error
+    if case.kind == "causal":
+
+        def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0]
+            return out.transpose(1, 2)
+
+        return causal
+    if case.kind == "semi-causal packed":
+        raise RuntimeError("has no form of its own for spans seen whole in causal documents")
+    edges, rows = torch.tensor(case.document_edges(), dtype=torch.int32), torch.arange(case.batch_size)
+    starts = edges[:-1] + (rows * case.length).int()[:, None]
+    bounds = F.pad(starts.view(-1), (0, 1), value=case.batch_size * case.length).to(device)
+    longest = int(edges.diff().max())
+    is_causal = case.kind == "packed documents"
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        try:
-            return interval_attention(q, k, v, mask, backend=backend)
-        except ValueError as error:
-            raise RuntimeError(str(error)) from error
+        joined = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v))
+        out: Tensor = flash_attn_varlen_func(
+            *joined,
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            causal=is_causal,
+        )[0]
+        return out.view(q.shape[0], q.shape[2], *out.shape[1:]).transpose(1, 2)
 
     return attention
 
@@ -248,26 +281,14 @@ def _flex(mask: IntervalMask, device: torch.device) -> Attention:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     block = 128
-    ranges = mask.block_ranges(block, block)
-    key_block = torch.arange(-(-mask.num_keys // block), device=device)
-
-    def between(first: Tensor, last: Tensor) -> Tensor:
-        return (key_block >= first[..., None]) & (key_block < last[..., None])
-
-    full = between(ranges.full_first, ranges.full_last)
-    partial = between(ranges.first, ranges.last) & ~full
+    blocks = list_blocks(mask.block_ranges(block, block), -(-mask.num_keys // block))
     start, end = mask.start[0], mask.end[0]
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= start[query]) & (key < end[query])
 
-    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        numbers = blocks.int().argsort(dim=-1, descending=True, stable=True)
-        return blocks.sum(-1, dtype=torch.int32)[:, None], numbers.int()[:, None].contiguous()
-
     block_mask = BlockMask.from_kv_blocks(
-        *ordered(partial),
-        *ordered(full),
+        *blocks,
         BLOCK_SIZE=block,
         mask_mod=visible,
         seq_lengths=(mask.num_queries, mask.num_keys),

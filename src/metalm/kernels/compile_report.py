@@ -5,17 +5,25 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from metalm.kernels import triton_loss
+from metalm.kernels.triton_activation import BLOCK, NUM_WARPS, activation_gradient_kernel, activation_kernel
 from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
-from metalm.kernels.triton_configs import Kernel, LaunchConfig
+from metalm.kernels.triton_configs import Kernel, LaunchConfig, config_for
 from metalm.kernels.triton_forward import forward_kernel
+from metalm.kernels.triton_hidden_dropout import hidden_dropout_kernel
+from metalm.kernels.triton_norm import launch_sizes, residual_norm_gradient_kernel, residual_norm_kernel
+from metalm.kernels.triton_rotary import block_sizes, turn_kernel
 
 _KERNELS = {
     "forward": forward_kernel,
@@ -24,13 +32,36 @@ _KERNELS = {
 }
 _POINTERS = {"seeds": "*i64", "query_positions": "*i32", "key_positions": "*i32", "positions": "*i32"}
 _POINTERS |= {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32"}
-_FLOAT32 = ("log_sum", "delta", "bias", "grad_bias")
-_FLOATS = ("scale", "scale_log2", "keep_scale")
+_FLOAT32 = ("log_sum", "delta", "bias", "grad_bias", "mean", "inverse", "sums", "cosines", "sines")
+_OF_LOSS = {"labels_ptr": "*i64", "target_ptr": "*fp32", "grad_ptr": "*fp32"}
+_FLOATS = ("scale", "scale_log2", "keep_scale", "residual_scale", "eps", "sign")
 _OF_BIAS = ("bias_ptr", "grad_bias_ptr")
 _OF_DROPOUT = (
     *("seeds_ptr", "query_positions_ptr", "key_positions_ptr"),
     *("threshold", "keep_scale", "head_offset"),
 )
+
+_DEFAULT_WARPS, _DEFAULT_STAGES = 4, 3
+_WIDTH, _HEADS, _HEAD_SIZE = 2048, 32, 64
+_NO_DROPOUT: dict[str, Any] = dict.fromkeys(("seeds_ptr", "positions_ptr"))
+_NORM = {"IS_CENTRED": True, "NEEDS_SUMS": True, **launch_sizes(_WIDTH)}
+_GELU = {"KIND": "gelu", "IS_GATED": False, "NEEDS_SUMS": True, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+_TURN = {"NUM_PAIRS": _HEAD_SIZE // 2, "HEAD_SIZE": _HEAD_SIZE}
+_TURN |= block_sizes(_HEADS, _HEAD_SIZE // 2, _HEAD_SIZE)
+
+ELEMENTWISE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "hidden dropout": (hidden_dropout_kernel, {"BLOCK": 1024}),
+    "residual and norm": (residual_norm_kernel, _NORM | _NO_DROPOUT),
+    "residual and norm, dropout": (residual_norm_kernel, _NORM),
+    "gradient of residual and norm": (residual_norm_gradient_kernel, _NORM | _NO_DROPOUT),
+    "gradient of residual and norm, dropout": (residual_norm_gradient_kernel, _NORM),
+    "gelu": (activation_kernel, _GELU),
+    "gradient of gelu": (activation_gradient_kernel, _GELU),
+    "swiglu": (activation_kernel, _GELU | {"KIND": "silu", "IS_GATED": True}),
+    "gradient of swiglu": (activation_gradient_kernel, _GELU | {"KIND": "silu", "IS_GATED": True}),
+    "rotary positions": (turn_kernel, _TURN),
+}
+"""By name: the kernel and its constants."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +76,72 @@ class CompileReport:
     """Warp-group matrix instructions in the code."""
     seconds: float
     """That compiling took."""
+
+
+class Compiled(NamedTuple):
+    """A kernel of the report, as the table launches it."""
+
+    kernel: str
+    head_size: int | None
+    """Of attention."""
+    features: str
+    config: str
+    report: CompileReport
+
+
+FEATURES = {
+    "plain": {},
+    "grouped heads": {"groups": 4},
+    "bias": {"has_bias": True},
+    "dropout": {"has_dropout": True},
+    "bias and dropout": {"has_bias": True, "has_dropout": True},
+    "float32": {"is_wide": True},
+}
+"""Of the attention kernels, as arguments of `compile_ahead`."""
+
+
+def compile_all(head_sizes: Sequence[int], *, capability: int = 90) -> Iterator[Compiled]:
+    """Every kernel, with every feature of the attention kernels by itself, as a launch would configure it."""
+    major_minor = divmod(capability, 10)
+    for head_size in head_sizes:
+        for features, arguments in FEATURES.items():
+            for kernel in get_args(Kernel):
+                dtype = torch.float32 if "is_wide" in arguments else torch.bfloat16
+                has_extras = "has_bias" in arguments or "has_dropout" in arguments
+                config = config_for(kernel, head_size, dtype, has_extras=has_extras, capability=major_minor)
+                report = compile_ahead(kernel, head_size, config, capability=capability, **arguments)
+                yield Compiled(kernel, head_size, features, _told(config), report)
+    block, warps = triton_loss.BLOCK_SIZE, triton_loss.NUM_WARPS
+    for name, function in (
+        ("loss of logits", triton_loss.logits_loss_kernel),
+        ("their gradients", triton_loss.logits_gradient_kernel),
+    ):
+        report = compile_function(
+            function, {"BLOCK": block}, warps, 3, capability=capability, pointers=_OF_LOSS
+        )
+        yield Compiled(name, None, "", f"{block}, {warps} warps", report)
+    for name, (_, constants) in ELEMENTWISE.items():
+        sizes = [str(value) for key, value in constants.items() if key.startswith("BLOCK")]
+        told = f"{' x '.join(sizes)}, {constants.get('num_warps', _DEFAULT_WARPS)} warps"
+        yield Compiled(name, None, "", told, compile_elementwise(name, capability=capability))
+
+
+def table_of(compiled: Sequence[Compiled]) -> str:
+    """In Markdown."""
+    lines = [
+        "| kernel | head size | feature | block, warps, stages | registers | spilled bytes | shared KiB |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for kernel, head_size, features, config, report in compiled:
+        size = "" if head_size is None else str(head_size)
+        cells = (kernel, size, features, config, report.registers, report.spilled_bytes)
+        told = " | ".join(map(str, cells))
+        lines.append(f"| {told} | {report.shared_bytes / 1024:.0f} |")
+    return "\n".join(lines)
+
+
+def _told(config: LaunchConfig) -> str:
+    return f"{config.block_q} x {config.block_k}, {config.num_warps}, {config.num_stages}"
 
 
 def compile_ahead(
@@ -87,6 +184,18 @@ def compile_ahead(
     )
 
 
+def compile_elementwise(name: str, *, capability: int = 90) -> CompileReport:
+    """Compile a kernel of a layer's elementwise work, of bfloat16 vectors of the paper's decoder.
+
+    Args:
+        name: one of `ELEMENTWISE`.
+        capability: compute capability times ten.
+    """
+    function, constants = ELEMENTWISE[name]
+    sizes = {"num_warps": _DEFAULT_WARPS, **constants}
+    return compile_function(function, sizes, sizes["num_warps"], _DEFAULT_STAGES, capability=capability)
+
+
 def compile_function(
     function: Any,
     constants: dict[str, Any],
@@ -95,15 +204,18 @@ def compile_function(
     *,
     is_wide: bool = False,
     capability: int = 90,
+    pointers: Mapping[str, str] = MappingProxyType({}),
 ) -> CompileReport:
     """Compile any of our kernels; `constants` that it has no argument for are left out.
 
-    Tensors are aligned to 16 bytes and strides divide by 16, as in a model.
+    Tensors are aligned to 16 bytes and strides divide by 16, as in a model. `pointers` are the types of
+    arguments that are not those of the attention kernels of that name.
     """
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     tensor = "*fp32" if is_wide else "*bf16"
-    signature = {name: _type(name, tensor) for name in names} | dict.fromkeys(constants, "constexpr")
+    signature = {name: pointers.get(name) or _type(name, tensor) for name in names}
+    signature |= dict.fromkeys(constants, "constexpr")
     aligned = [name for name in names if name.endswith("_ptr") or "stride" in name]
     source = ASTSource(
         function,

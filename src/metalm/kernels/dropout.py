@@ -11,12 +11,12 @@ Hidden vectors: the seed is the element's, the counter (column // 4, element pos
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from metalm.kernels.elementwise import Backend, choose_backend
 
 _WORD = 0xFFFFFFFF
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -131,6 +131,53 @@ def attention_pattern(
     return DropoutPattern(rate, seeds.contiguous(), query.contiguous(), key.contiguous(), head_offset)
 
 
+@dataclass(frozen=True, eq=False)
+class HiddenPattern:
+    """Which elements of hidden vectors `[..., D]` are dropped."""
+
+    rate: float
+    seeds: Tensor  # int64, broadcast to [...]
+    positions: Tensor  # integers, broadcast to [...]: which vector of its seed it is
+    site: int
+    """Which of a model's dropouts this is, so that no two drop alike."""
+
+    @property
+    def scalars(self) -> tuple[int, float, int]:
+        """Threshold, scale of what is kept, and site: what kernels take."""
+        return drop_threshold(self.rate), 1.0 / (1.0 - self.rate), self.site
+
+    def of_vectors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Each vector's seed (int64) and position (int32), contiguous `[...]`."""
+        seeds, positions = (
+            part.expand(hidden.shape[:-1]).contiguous() for part in (self.seeds, self.positions)
+        )
+        return seeds, positions.to(torch.int32)
+
+    def keep(self, width: int) -> Tensor:
+        """Bool `[..., width]`, of vectors of so many elements."""
+        group = torch.arange(-(-width // 4), device=self.seeds.device)
+        where = group.new_full((), self.site)
+        seed, position = (part.long()[..., None] for part in (self.seeds, self.positions))
+        words = _philox(seed, group, position, where, torch.ones_like(where))
+        return torch.stack(words, -1).flatten(-2)[..., :width] >= drop_threshold(self.rate)
+
+    def drop(self, hidden: Tensor, backend: Backend | None = None) -> Tensor:
+        """Vectors with elements dropped, and the rest scaled up; differentiable.
+
+        Args:
+            hidden: `[..., D]` floating.
+            backend: forces "triton" (CUDA, or Triton's interpreter), which stores nothing for the backward,
+                or "torch" (any device), which stores a bool per element; see `choose_backend`.
+        """
+        if self.rate == 0.0:
+            return hidden
+        if (backend or choose_backend(hidden)) == "triton":
+            from metalm.kernels.triton_hidden_dropout import triton_hidden_dropout
+
+            return triton_hidden_dropout(hidden, *self.of_vectors(hidden), *self.scalars)
+        return hidden * self.keep(hidden.shape[-1]) * self.scalars[1]
+
+
 def hidden_dropout(
     hidden: Tensor,
     rate: float,
@@ -138,36 +185,10 @@ def hidden_dropout(
     positions: Tensor,
     site: int,
     *,
-    backend: Literal["triton", "torch"] | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Drop elements of vectors, and scale the rest up; differentiable in `hidden`.
-
-    Args:
-        hidden: `[..., D]` floating.
-        rate: probability with which an element is dropped.
-        seeds: int64, broadcast to `[...]`.
-        positions: integers, broadcast to `[...]`: which vector of its seed it is.
-        site: which of a model's dropouts this is, so that no two drop alike.
-        backend: forces "triton" (CUDA, or Triton's interpreter), which stores nothing for the backward, or
-            "torch" (any device), which stores a bool per element; by default triton on CUDA.
-    """
-    if rate == 0.0:
-        return hidden
-    if backend is None:
-        backend = "triton" if hidden.is_cuda and importlib.util.find_spec("triton") else "torch"
-    if backend == "triton":
-        from metalm.kernels.triton_hidden_dropout import triton_hidden_dropout
-
-        seed, position = (part.expand(hidden.shape[:-1]).contiguous() for part in (seeds, positions))
-        scalars = (drop_threshold(rate), 1.0 / (1.0 - rate), site)
-        return triton_hidden_dropout(hidden, seed, position.to(torch.int32), *scalars)
-    width = hidden.shape[-1]
-    group = torch.arange(-(-width // 4), device=hidden.device)
-    where = group.new_full((), site)
-    seed, position = (part.long()[..., None] for part in (seeds, positions))
-    words = _philox(seed, group, position, where, torch.ones_like(where))
-    keep = torch.stack(words, -1).flatten(-2)[..., :width] >= drop_threshold(rate)
-    return hidden * keep * (1.0 / (1.0 - rate))
+    """Drop elements of vectors; see `HiddenPattern`."""
+    return HiddenPattern(rate, seeds, positions, site).drop(hidden, backend)
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metalm.kernels.dense import dense_attention
+from metalm.kernels.first_use import problem_of
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.segments import Segments
 
 _MAX_HEAD_SIZE = 256
-# Of the norm of the difference, by that of the reference: bfloat16 operands give 2e-3 to 5e-3.
-_TOLERANCE = 2e-2
 
 _logger = logging.getLogger(__name__)
 
@@ -98,13 +96,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: 
 
 def _of_one_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     """By PyTorch's fused attention, each run a row of its batch."""
-
-    def cut(x: Tensor) -> Tensor:
-        runs = x.transpose(1, 2).reshape(-1, segments.longest, x.shape[1], x.shape[3])
-        return runs.transpose(1, 2)
-
+    queries, keys, values = (segments.cut(x).transpose(1, 2) for x in (q, k, v))
     out = functional.scaled_dot_product_attention(
-        cut(q), cut(k), cut(v), is_causal=segments.is_causal, scale=scale, **_grouped(q, k)
+        queries, keys, values, is_causal=segments.is_causal, scale=scale, **_grouped(q, k)
     )
     return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], *q.shape[1::2]).transpose(1, 2)
 
@@ -164,33 +158,13 @@ def _is_right(kind: _Kind) -> bool:
     else:
         end = torch.cat([edges[1:].repeat_interleave(lengths), torch.zeros(padding)])[None].int()
         mask = IntervalMask.packed_spans(start.clamp(min=0), end)
-    mask = mask.to(kind.device)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, heads, start.shape[1], kind.head_size) for heads in (4, 2 if kind.is_grouped else 4)]
-    drawn = [torch.randn(shapes[which], generator=generator) for which in (0, 1, 1, 0)]
-    q, k, v, grad = (x.to(kind.device, kind.dtype) for x in drawn)
-    scale = kind.head_size**-0.5
-
-    def results(dtype: torch.dtype, is_flash: bool) -> list[Tensor]:
-        queries, keys, values = (x.to(dtype).requires_grad_() for x in (q, k, v))
-        if is_flash:
-            out = flash_attention(queries, keys, values, mask, scale)
-        else:
-            out = dense_attention(queries, keys, values, mask, None, scale, None)
-        return [out.detach(), *torch.autograd.grad(out, (queries, keys, values), grad.to(dtype))]
-
-    problem = None
-    try:
-        with torch.enable_grad(), torch.autocast(kind.device.type, enabled=False):
-            found, expected = results(kind.dtype, True), results(torch.float32, False)
-        errors = [
-            float((one.float() - other).norm() / other.norm())
-            for one, other in zip(found, expected, strict=True)
-        ]
-        if not max(errors) <= _TOLERANCE:  # NaN is never at most anything
-            problem = f"differs from the reference by {max(errors):.1e} of its norm"
-    except (ImportError, RuntimeError, TypeError) as error:
-        problem = f"failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    problem = problem_of(
+        flash_attention,
+        mask.to(kind.device),
+        dtype=kind.dtype,
+        head_size=kind.head_size,
+        is_grouped=kind.is_grouped,
+    )
     if problem is None:
         return True
     _logger.warning("PyTorch %s's flash attention is not used: it %s", torch.__version__, problem)

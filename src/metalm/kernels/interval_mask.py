@@ -192,6 +192,27 @@ class IntervalMask:
             segments = segments.to(device)
         return IntervalMask(self.start.to(device), self.end.to(device), self.num_keys, segments)
 
+    @classmethod
+    def of_views(cls, views: Tensor, segments: Segments | None) -> IntervalMask:
+        """A mask of one row over its own queries, from what `views` gave, on any device.
+
+        Args:
+            views: int32 `[4, S]`.
+            segments: of the row, if known.
+        """
+        start, end, first, last = views.split(1)
+        mask = cls(start, end, views.shape[1], segments)
+        mask._derived["transpose"] = cls(first, last, views.shape[1])
+        return mask
+
+    def views(self) -> Tensor:
+        """Of one row over its own queries: `start`, `end`, and those of the keys' view, int32 `[4, S]`.
+
+        For whoever makes a mask on the CPU: on a GPU the keys' view takes some 15 small kernels.
+        """
+        seen = self.transpose()
+        return torch.cat([self.start, self.end, seen.start, seen.end])
+
     def validate(self) -> IntervalMask:
         """Checks the values, waiting for the device, and returns the mask.
 

@@ -42,6 +42,10 @@ class Segments:
         """Whether all runs of so many elements are of one length, and none is padding; known to the host."""
         return not self.has_padding and (len(self.bounds) - 1) * self.longest == num_elements
 
+    def cut(self, x: Tensor) -> Tensor:
+        """`[B, H, S, D]` as the runs `[N, longest, H, D]`, which all have one length."""
+        return x.transpose(1, 2).reshape(-1, self.longest, x.shape[1], x.shape[3])
+
     def to(self, device: torch.device | str) -> Segments:
         """The same on another device."""
         return Segments(self.bounds.to(device), self.longest, self.is_causal, self.has_padding)

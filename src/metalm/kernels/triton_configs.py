@@ -73,9 +73,16 @@ def launch_config(
     """The configuration of a kernel on a device: from its table, or one that any device takes."""
     if triton.knobs.runtime.interpret:
         return _INTERPRETED
+    return config_for(kernel, head_size, dtype, has_extras=has_extras, capability=_capability(device))
+
+
+def config_for(
+    kernel: Kernel, head_size: int, dtype: torch.dtype, *, has_extras: bool, capability: tuple[int, int]
+) -> LaunchConfig:
+    """The configuration of a kernel on devices of a compute capability."""
     head_block = max(64, triton.next_power_of_2(head_size))
     variant = Variant(kernel, head_block, dtype == torch.float32, has_extras)
-    return configs_of(_capability(device)).get(variant, _SAFE_AND_WIDE if variant.is_wide else _SAFE)
+    return configs_of(capability).get(variant, _SAFE_AND_WIDE if variant.is_wide else _SAFE)
 
 
 def has_measured(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -12,23 +12,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+BLOCK_SIZE = 1024
+
+
+@triton.jit
+def is_kept(seed, position, first, site, threshold, BLOCK: tl.constexpr):
+    """Which of a vector's BLOCK elements from `first` on are kept; see `dropout.HiddenPattern`."""
+    group = first // 4 + tl.arange(0, BLOCK // 4)
+    zero = tl.zeros_like(group)
+    word0, word1, word2, word3 = tl.philox(seed, zero + group, zero + position, zero + site, zero + 1)
+    words = tl.reshape(tl.join(tl.join(word0, word2), tl.join(word1, word3)), (BLOCK,))
+    return words >= threshold.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["threshold", "site"])
 def hidden_dropout_kernel(
     hidden_ptr, out_ptr, seeds_ptr, positions_ptr, width, threshold, keep_scale, site, BLOCK: tl.constexpr
 ):
-    """Grid: (vectors, blocks of a vector). The pattern is that of `dropout.hidden_dropout`."""
+    """Grid: (vectors, blocks of a vector)."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     columns = first + tl.arange(0, BLOCK)
-    group = first // 4 + tl.arange(0, BLOCK // 4)
-    zero = tl.zeros_like(group)
-    seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
-    word0, word1, word2, word3 = tl.philox(seed, zero + group, zero + position, zero + site, zero + 1)
-    words = tl.reshape(tl.join(tl.join(word0, word2), tl.join(word1, word3)), (BLOCK,))
-    keep = words >= threshold.to(tl.uint32)
+    keep = is_kept(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), first, site, threshold, BLOCK)
     hidden = tl.load(hidden_ptr + row * width + columns, mask=columns < width, other=0.0)
     kept = tl.where(keep, hidden.to(tl.float32) * keep_scale, 0.0)
     tl.store(out_ptr + row * width + columns, kept.to(hidden.dtype), mask=columns < width)
@@ -61,7 +66,7 @@ def _drop(
 ) -> Tensor:
     hidden = hidden.contiguous()
     out, width = torch.empty_like(hidden), hidden.shape[-1]
-    block = min(_BLOCK, max(16, triton.next_power_of_2(width)))
+    block = min(BLOCK_SIZE, max(16, triton.next_power_of_2(width)))
     if seeds.numel():
         with torch.cuda.device_of(hidden):
             hidden_dropout_kernel[seeds.numel(), triton.cdiv(width, block)](

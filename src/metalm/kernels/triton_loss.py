@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096
-_NUM_WARPS = 8
+BLOCK_SIZE = 4096
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def logits_loss(logits: Tensor, labels: Tensor, num_columns: int) -> tuple[Tenso
     log_sum, target = torch.empty(2, num_rows, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         logits_loss_kernel[(num_rows,)](
-            logits, labels, log_sum, target, width, num_columns, BLOCK=_BLOCK, num_warps=_NUM_WARPS
+            logits, labels, log_sum, target, width, num_columns, BLOCK=BLOCK_SIZE, num_warps=NUM_WARPS
         )
     return log_sum, target
 
@@ -71,6 +71,6 @@ def into_gradients(logits: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor
     num_rows, width = logits.shape
     with torch.cuda.device_of(logits):
         logits_gradient_kernel[(num_rows,)](
-            logits, labels, log_sum, grad, width, num_columns, width, BLOCK=_BLOCK, num_warps=_NUM_WARPS
+            logits, labels, log_sum, grad, width, num_columns, width, BLOCK=BLOCK_SIZE, num_warps=NUM_WARPS
         )
     return logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import textwrap
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -23,6 +24,7 @@ from PIL import ImageCms, ImageDraw, ImageFont
 
 from metalm.config.model_schema import EncoderConfig, ImageConfig
 from metalm.errors import BadSample
+from metalm.modalities.boxes import COLOURS, boxes_in, draw_boxes
 from metalm.modalities.modality import Board, Convert, Media
 
 if TYPE_CHECKING:
@@ -295,6 +297,8 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 def caption_picture(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     """Draw an image enlarged to a fixed width, and text below it, wrapped.
 
+    Boxes that a line tells are drawn, in the colour of the line.
+
     Args:
         pixels: [height, width, 3] uint8.
         lines: paragraphs of text.
@@ -305,14 +309,20 @@ def caption_picture(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     image = Pillow.fromarray(pixels)
     height = round(_SHOWN_WIDTH * image.height / image.width)
     image = image.resize((_SHOWN_WIDTH, height), Pillow.Resampling.NEAREST)
-    wrapped = [part for line in lines for part in textwrap.wrap(line, 40) or [""]]
+    wrapped: list[tuple[str, str]] = []
+    colours = itertools.cycle(COLOURS)
+    for line in lines:
+        boxes = boxes_in(line)
+        colour = next(colours) if boxes else "black"
+        image = Pillow.fromarray(draw_boxes(np.asarray(image), boxes or (), colour))
+        wrapped += [(part, colour) for part in textwrap.wrap(line, 40) or [""]]
     size = (_SHOWN_WIDTH, image.height + 2 * _MARGIN + _LINE * len(wrapped))
     picture = Pillow.new("RGB", size, "white")
     picture.paste(image, (0, 0))
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=11)
-    for number, line in enumerate(wrapped):
-        draw.text((_MARGIN, image.height + _MARGIN + _LINE * number), line, fill="black", font=font)
+    for number, (line, colour) in enumerate(wrapped):
+        draw.text((_MARGIN, image.height + _MARGIN + _LINE * number), line, fill=colour, font=font)
     return np.asarray(picture)
 
 

@@ -25,10 +25,11 @@ from metalm.model.adapters import adapter_draw, is_adapter
 from metalm.model.decoder_layer import DecoderActivation, DecoderNorm, Visibility, decoder_block_spec
 from metalm.model.decoder_linear import adapt_decoder
 from metalm.model.deepnorm import deepnorm_divisor
+from metalm.model.graphs import LayerGraphs
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, mirrored, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
-from metalm.model.positions import rotary_angles, sinusoidal_positions
+from metalm.model.positions import rotary_angles, rotation, sinusoidal_positions
 from metalm.model.recompute import Recompute
 from metalm.model.visibility import batch_mask
 from metalm.parallel.megatron_on_cpu import let_megatron_allocate_on_cpu
@@ -78,6 +79,8 @@ class Decoder(nn.Module):
             position_embedding_type="learned_absolute" if config.decoder.positions == "learned" else "none",
             scatter_embedding_sequence_parallel=False,
         )
+        self.graphs: LayerGraphs | None = None
+        """What runs the layers in training, where they can run so."""
         self._again = Recompute() if config.decoder.recompute == "selective" else None
         for module in self.gpt.decoder.layers.modules():
             if isinstance(module, DecoderNorm | DecoderActivation):
@@ -180,14 +183,17 @@ class Decoder(nn.Module):
         context_group = topology.context_group if topology.context_size > 1 else None
         seen = Visibility(batch_mask(batch), dropout, context_group)
 
-        def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+        def launch(layer: nn.Module, hidden: Tensor) -> Tensor:
             output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
             return output
 
+        run = launch
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            run = self.graphs.start(launch, hidden, seen, rotary)
         if self.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
         if dropout is not None:
-            hidden = dropout.drop(hidden, SITES_PER_LAYER * len(block.layers))
+            hidden = dropout.at(SITES_PER_LAYER * len(block.layers)).drop(hidden)
         for layer in block.layers:
             if self.config.recompute is True:  # no layer draws from torch's generator
                 hidden = checkpoint(run, layer, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -225,13 +231,13 @@ class Decoder(nn.Module):
         return RowDropout(config.dropout, seeds, positions, held, first_head)
 
     def _rotary(self, batch: SemiCausalBatch) -> Tensor | None:
-        """Angles [B * S / C, 1, 1, turned] of each row's own positions, as Megatron applies them."""
+        """By what each row's own positions are turned, [2, B * S / C, K / 2]."""
         config = self.config
         if config.positions != "rope":
             return None
         positions = batch.positions.flatten()[self._held(batch)]
         angles = rotary_angles(positions, config.rotary_size, config.rope_base, config.rope_scaling)
-        return angles[:, None, None]
+        return rotation(angles)
 
 
 def dock(
@@ -252,7 +258,8 @@ def dock(
     for name, span in spans.items():
         here = slice(*span.dock_bounds[context_rank : context_rank + 2])
         vectors = encoded[name].index_select(0, span.dock_vectors[here]).to(embedded.dtype)
-        embedded = embedded.index_copy(0, span.dock_positions[here] - first, vectors)
+        positions = span.dock_positions[here] - first if first else span.dock_positions[here]
+        embedded = embedded.index_copy(0, positions, vectors)
     return embedded
 
 

@@ -14,16 +14,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from metalm.config import DecoderConfig
-from metalm.kernels import IntervalMask, interval_attention
+from metalm.kernels import (
+    ActivationKind,
+    HiddenPattern,
+    IntervalMask,
+    NormKind,
+    activate,
+    interval_attention,
+    residual_norm,
+    residual_sum,
+    turn,
+)
+from metalm.model.activations import ACTIVATIONS
 from metalm.model.decoder_linear import DecoderColumnParallelLinear, DecoderRowParallelLinear, sum_gradient
 from metalm.model.deepnorm import deepnorm_alpha
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
@@ -66,61 +78,102 @@ class IntervalCoreAttention(nn.Module):
         return (attended if group is None else to_positions(attended, group)).flatten(2)
 
 
+class DecoderAttention(SelfAttention):
+    """Megatron's self-attention, without what serves inference."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Visibility, rotation: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, B, D] to the same, and a bias that is not added; the rotation is `turn`'s, of S * B vectors."""
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if rotation is not None:
+            query, key = (turn(part.flatten(0, 1), rotation).view(part.shape) for part in (query, key))
+        found: tuple[Tensor, Tensor | None] = self.linear_proj(
+            self.core_attention(query, key, value, attention_mask)
+        )
+        return found
+
+
 class DecoderNorm(nn.Module):
     """Layer norm or RMS norm, built as Megatron builds norms; its own has no sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.kind: NormKind = "layer_norm" if config.normalization == "LayerNorm" else "rms_norm"
         self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.bias = nn.Parameter(torch.empty(hidden_size)) if config.normalization == "LayerNorm" else None
+        self.bias = nn.Parameter(torch.empty(hidden_size)) if self.kind == "layer_norm" else None
         self.split = config.sequence_parallel
         self.again: Recompute | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        parameters = [self._whole(self.weight)]
-        if self.bias is not None:
-            parameters.append(self._whole(self.bias))
         if self.again is not None:
-            return self.again.run(self._normalise, hidden, *parameters)
-        return self._normalise(hidden, *parameters)
+            return self.again.run(self._normalise, hidden, *self._parameters_here())
+        return self._normalise(hidden, *self._parameters_here())
 
     def _normalise(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None:
-            return functional.rms_norm(hidden, weight.shape, weight, self.eps)
-        return functional.layer_norm(hidden, weight.shape, weight, bias, self.eps)
+        return residual_norm(None, hidden, weight, bias, kind=self.kind, eps=self.eps).normed
 
-    def _whole(self, parameter: Tensor) -> Tensor:
-        return sum_gradient(parameter) if self.split else parameter
+    def _parameters_here(self) -> list[Tensor]:
+        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return [sum_gradient(parameter) for parameter in parameters] if self.split else parameters
+
+
+class ResidualNorm(DecoderNorm):
+    """The norm of the residual stream, with what a sublayer adds to the stream."""
+
+    def forward(
+        self,
+        residual: Tensor,
+        branch: Tensor | None = None,
+        branch_bias: Tensor | None = None,
+        *,
+        residual_scale: float = 1.0,
+        dropout: HiddenPattern | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., D] each: the normed sum, itself again, and the sum; see `residual_norm`."""
+        added = {"residual_scale": residual_scale, "branch_bias": branch_bias, "dropout": dropout}
+        if self.again is not None:
+            total = residual_sum(branch, residual, **added)
+            normed = super().forward(total)
+            return normed, normed, total
+        kind, eps = self.kind, self.eps
+        return tuple(residual_norm(branch, residual, *self._parameters_here(), kind=kind, eps=eps, **added))
 
 
 class DecoderActivation(nn.Module):
     """Between a feed-forward's layers, where Megatron would put one of Transformer Engine's."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, kind: ActivationKind) -> None:
         super().__init__()
-        self.activate, self.is_gated = config.activation_func, config.gated_linear_unit
+        self.kind, self.is_gated = kind, config.gated_linear_unit
         self.again: Recompute | None = None
 
-    def forward(self, inner: Tensor) -> Tensor:
+    def forward(self, inner: Tensor, bias: Tensor | None) -> Tensor:
         """[S, B, F] to itself; [S, B, 2 F] to [S, B, F] where its first half is a gate."""
+        inputs = [inner] if bias is None else [inner, bias]
         if self.again is not None:
-            return self.again.run(self._activate, inner)
-        return self._activate(inner)
+            return self.again.run(self._activate, *inputs)
+        return self._activate(*inputs)
 
-    def _activate(self, inner: Tensor) -> Tensor:
-        if not self.is_gated:
-            return self.activate(inner)
-        gate, value = inner.chunk(2, dim=-1)
-        return self.activate(gate) * value
+    def _activate(self, inner: Tensor, bias: Tensor | None = None) -> Tensor:
+        return activate(inner, self.kind, is_gated=self.is_gated, bias=bias)
+
+
+class DecoderFeedForward(MLP):
+    """Megatron's feed-forward, whose activation adds the first layer's bias."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[S, B, D] to the same, and a bias that is not added."""
+        found: tuple[Tensor, Tensor | None] = self.linear_fc2(
+            self.activation_func(*self.linear_fc1(hidden_states))
+        )
+        return found
 
 
 class DeepNormLayer(MegatronModule, BaseTransformerLayer):
-    """Post-LN layer with DeepNorm's residual weight, of Megatron's attention and feed-forward.
-
-    Megatron's own layer is pre-LN, and its residual has no weight.
-    """
+    """Post-LN layer with DeepNorm's residual weight."""
 
     def __init__(
         self,
@@ -132,61 +185,87 @@ class DeepNormLayer(MegatronModule, BaseTransformerLayer):
     ) -> None:
         super().__init__(config=config)
         groups = unused["pg_collection"]
-        self.layer_number = layer_number
+        self.first_site = SITES_PER_LAYER * (layer_number - 1)
         self.residual_scale = deepnorm_alpha(config.num_layers)
         self.self_attention = build_module(
             attention, config=config, layer_number=layer_number, pg_collection=groups
         )
-        self.attention_norm = DecoderNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.attention_norm = ResidualNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp = build_module(mlp, config=config, tp_group=groups.tp)
-        self.mlp_norm = DecoderNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.mlp_norm = ResidualNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Visibility, rotary_pos_emb: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """[S, B, D] to [S, B, D], in the form of Megatron's own layer."""
-        attended = _with_bias(
-            *self.self_attention(hidden_states, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+        dropout, scale = attention_mask.dropout, self.residual_scale
+        patterns = [None if dropout is None else dropout.at(self.first_site + site) for site in (1, 2)]
+        branch = self.self_attention(hidden_states, attention_mask, rotary_pos_emb)
+        hidden, again, _ = self.attention_norm(
+            hidden_states, *branch, residual_scale=scale, dropout=patterns[0]
         )
-        dropout, site = attention_mask.dropout, SITES_PER_LAYER * (self.layer_number - 1)
-        if dropout is not None:
-            attended = dropout.drop(attended, site + 1)
-        hidden = self.attention_norm(torch.add(attended, hidden_states, alpha=self.residual_scale))
-        output = _with_bias(*self.mlp(hidden))
-        if dropout is not None:
-            output = dropout.drop(output, site + 2)
-        return self.mlp_norm(torch.add(output, hidden, alpha=self.residual_scale)), None
+        branch = self.mlp(hidden)
+        return self.mlp_norm(again, *branch, residual_scale=scale, dropout=patterns[1])[0], None
 
 
-class ParallelLayer(TransformerLayer):
-    """Megatron's pre-LN layer, whose attention and feed-forward read the same residual stream (GPT-NeoX)."""
+class PreNormLayer(MegatronModule, BaseTransformerLayer):
+    """Pre-LN layer, with the parameters' names of Megatron's own."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        attention: ModuleSpec,
+        mlp: ModuleSpec,
+        layer_number: int = 1,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        groups = unused["pg_collection"]
+        self.input_layernorm = ResidualNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = build_module(
+            attention, config=config, layer_number=layer_number, pg_collection=groups
+        )
+        self.pre_mlp_layernorm = ResidualNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.mlp = build_module(mlp, config=config, tp_group=groups.tp)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Visibility, rotary_pos_emb: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """[S, B, D] to [S, B, D], in the form of Megatron's own layer."""
-        normed = self.input_layernorm(hidden_states)
-        attended = self.self_attention(normed, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
-        output = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + _with_bias(*attended) + _with_bias(*output), None
+        normed, _, hidden = self.input_layernorm(hidden_states)
+        branch = self.self_attention(normed, attention_mask, rotary_pos_emb)
+        normed, _, hidden = self.pre_mlp_layernorm(hidden, *branch)
+        output, bias = self.mlp(normed)
+        return residual_sum(output, hidden, branch_bias=bias), None
+
+
+class ParallelLayer(PreNormLayer):
+    """Pre-LN layer whose attention and feed-forward read the same residual stream (GPT-NeoX)."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Visibility, rotary_pos_emb: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """[S, B, D] to [S, B, D], in the form of Megatron's own layer."""
+        normed, _, hidden = self.input_layernorm(hidden_states)
+        attended, bias = self.self_attention(normed, attention_mask, rotary_pos_emb)
+        normed, _, hidden = self.pre_mlp_layernorm(hidden)
+        hidden = residual_sum(attended, hidden, branch_bias=bias)
+        output, bias = self.mlp(normed)
+        return residual_sum(output, hidden, branch_bias=bias), None
 
 
 def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     """The decoder's layers for Megatron's TransformerBlock; DeepNorm is post-LN and needs no final norm."""
-    layer = get_gpt_layer_local_spec()
-    attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
+    spec = get_gpt_layer_local_spec()
+    attention, mlp = spec.submodules.self_attention, spec.submodules.mlp
+    attention.module, mlp.module = DecoderAttention, DecoderFeedForward
     attention.submodules.core_attention = IntervalCoreAttention
     attention.submodules.linear_qkv = mlp.submodules.linear_fc1 = DecoderColumnParallelLinear
-    mlp.submodules.activation_func = DecoderActivation
+    kind, _ = ACTIVATIONS[config.activation]
+    mlp.submodules.activation_func = ModuleSpec(module=DecoderActivation, params={"kind": kind})
     attention.submodules.linear_proj = mlp.submodules.linear_fc2 = DecoderRowParallelLinear
-    if config.normalization == "pre_ln":
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = DecoderNorm
-        if config.parallel_residual:
-            layer.module = ParallelLayer
-        return TransformerBlockSubmodules([layer] * config.num_layers, DecoderNorm)
-    deepnorm = ModuleSpec(module=DeepNormLayer, params={"attention": attention, "mlp": mlp})
-    return TransformerBlockSubmodules([deepnorm] * config.num_layers, None)
-
-
-def _with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
-    return output if bias is None else output + bias
+    module, norm = (PreNormLayer, DecoderNorm) if config.normalization == "pre_ln" else (DeepNormLayer, None)
+    if config.parallel_residual:
+        module = ParallelLayer
+    layer = ModuleSpec(module=module, params={"attention": attention, "mlp": mlp})
+    return TransformerBlockSubmodules([layer] * config.num_layers, norm)

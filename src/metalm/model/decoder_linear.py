@@ -24,7 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metalm.config import DecoderConfig
+from metalm.kernels.elementwise import choose_backend
 from metalm.model.adapters import KeyValueScale, decoder_key_values
+
+Linearised = tuple[Tensor, Tensor | None]
+"""A product, and the bias if it is not added."""
 
 TARGET_OF = {
     "linear_qkv": "query_key_value",
@@ -36,20 +40,19 @@ TARGET_OF = {
 
 
 class DecoderColumnParallelLinear(ColumnParallelLinear):
-    """Megatron's column-parallel layer; on one tensor-parallel rank plain, its product adding the bias."""
+    """Megatron's column-parallel layer; on one tensor-parallel rank a plain product."""
 
     lora_scale: float | None = None
     key_values: KeyValueScale | None = None
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Linearised:
         """[S, B, in] to [S, B, out / tp], and the bias if it is not added."""
-        bias: Tensor | None = None
         if self.tp_group.size() > 1:
             output, bias = super().forward(input_, weight, runtime_gather_output)
         else:
-            output = functional.linear(input_, self.weight, self.bias)
+            output, bias = _linear(self, input_)
         if self.lora_scale is not None:
             output = output + self.lora_scale * functional.linear(self._low(input_), self.lora_b)
         if self.key_values is not None:
@@ -71,7 +74,7 @@ class DecoderRowParallelLinear(RowParallelLinear):
     lora_scale: float | None = None
     is_input_scaled = False
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor) -> Linearised:
         """[S, B, in / tp] to [S, B, out], or this rank's [S / tp, B, out], and a bias that is not added."""
         if self.is_input_scaled:
             input_ = input_ * self.ia3
@@ -80,9 +83,9 @@ class DecoderRowParallelLinear(RowParallelLinear):
             output = output + self.lora_scale * self._low_rank(input_)
         return output, bias
 
-    def _multiply(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _multiply(self, input_: Tensor) -> Linearised:
         if self.tp_group.size() == 1:
-            return functional.linear(input_, self.weight, self.bias), None
+            return _linear(self, input_)
         output, bias = super().forward(input_)
         if self.sequence_parallel and bias is not None:
             bias = sum_gradient(bias)
@@ -97,6 +100,13 @@ class DecoderRowParallelLinear(RowParallelLinear):
         if self.tp_group.size() > 1:
             low = reduce_from_tensor_model_parallel_region(low, self.tp_group)
         return functional.linear(low, self.lora_b)
+
+
+def _linear(layer: DecoderColumnParallelLinear | DecoderRowParallelLinear, input_: Tensor) -> Linearised:
+    """On one rank: the bias is left to what follows where that adds it on its way."""
+    if layer.skip_bias_add and choose_backend(input_) == "triton":
+        return functional.linear(input_, layer.weight), layer.bias
+    return functional.linear(input_, layer.weight, layer.bias), None
 
 
 def adapt_decoder(decoder: nn.Module, config: DecoderConfig, tensor_size: int) -> None:

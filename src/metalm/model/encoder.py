@@ -19,10 +19,10 @@ from metalm.modalities import modality_of_encoder
 from metalm.model.adapters import adapt_encoder, adapter_draw, is_adapter
 from metalm.model.connector import build_connector, build_detection_head
 from metalm.model.deepnorm import deepnorm_divisor
-from metalm.model.encoder_layer import EncoderLayer, Where, build_norm
+from metalm.model.encoder_layer import EncoderLayer, EncoderNorm, Where
 from metalm.model.hidden_dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.initialization import Draw, constant, normal, xavier_std
-from metalm.model.positions import rotary_angles
+from metalm.model.positions import rotary_angles, rotation
 from metalm.model.visibility import share_mask
 
 EMBEDDING_STD = 0.02
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
             buckets, distance = config.relative_bias.num_buckets, config.relative_bias.max_distance
             self.relative_bias = SharedRelativeBias(buckets, distance, config.num_heads)
         self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
-        self.final_norm = build_norm(config) if config.normalization == "pre_ln" else nn.Identity()
+        self.final_norm = EncoderNorm(config) if config.normalization == "pre_ln" else None
         if config.connector == "detection":
             self.detection_head = build_detection_head(hidden)
         else:
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         """
         hidden, dropout = self._embed(share), self._dropout(share)
         if dropout is not None:
-            hidden = dropout.drop(hidden, SITES_PER_LAYER * len(self.layers))
+            hidden = dropout.at(SITES_PER_LAYER * len(self.layers)).drop(hidden)
         mask = share_mask(share)
         where = self._where(share)
         for layer in self.layers:
@@ -90,7 +90,8 @@ class Encoder(nn.Module):
                 hidden = checkpoint(layer, hidden, mask, where, share.routes, dropout, use_reentrant=False)
             else:
                 hidden = layer(hidden, mask, where, share.routes, dropout)
-        hidden = self.final_norm(hidden)
+        if self.final_norm is not None:
+            hidden, _ = self.final_norm(hidden)
         return self.detection_head(hidden) if self.config.connector == "detection" else self.connector(hidden)
 
     def _dropout(self, share: EncoderShare) -> SpanDropout | None:
@@ -106,7 +107,8 @@ class Encoder(nn.Module):
             bias.by_distance(length, length)  # outside of the layers, which may be computed again
         if config.positions == "learned":
             return Where(bias, None)
-        return Where(bias, rotary_angles(share.positions, config.head_size, config.rope_base))
+        angles = rotary_angles(share.positions, config.head_size, config.rope_base)
+        return Where(bias, rotation(angles))
 
     def _embed(self, share: EncoderShare) -> Tensor:
         hidden = self.token_embedding(share.token_ids)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metalm.kernels import hidden_dropout, site_seeds
+from metalm.kernels import HiddenPattern, site_seeds
 
 SITES_PER_LAYER = 3
 
@@ -25,9 +25,9 @@ class SpanDropout:
     seeds: Tensor  # [L] int64, of the elements' spans
     positions: Tensor  # [L] int32, in their spans
 
-    def drop(self, hidden: Tensor, site: int) -> Tensor:
-        """[L, D] to [L, D]."""
-        return hidden_dropout(hidden, self.rate, self.seeds, self.positions, site)
+    def at(self, site: int) -> HiddenPattern:
+        """Of vectors [L, D]."""
+        return HiddenPattern(self.rate, self.seeds, self.positions, site)
 
     def of_attention(self, site: int) -> dict[str, Any]:
         """Arguments of `interval_attention`."""
@@ -47,10 +47,10 @@ class RowDropout:
     first_head: int
     """Of those that the rank attends with."""
 
-    def drop(self, hidden: Tensor, site: int) -> Tensor:
-        """[B * S, 1, D] to the same, of what the rank holds."""
+    def at(self, site: int) -> HiddenPattern:
+        """Of vectors [B * S, 1, D], of what the rank holds."""
         seeds, positions = self.seeds[self.held, None], self.positions[self.held, None]
-        return hidden_dropout(hidden, self.rate, seeds, positions, site)
+        return HiddenPattern(self.rate, seeds, positions, site)
 
     def of_attention(self, site: int) -> dict[str, Any]:
         """Arguments of `interval_attention`."""

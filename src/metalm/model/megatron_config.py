@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -17,12 +15,6 @@ from torch.nn import functional
 
 from metalm.config import DecoderConfig
 
-ACTIVATIONS = {
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-    "swiglu": functional.silu,
-    "geglu_tanh": partial(functional.gelu, approximate="tanh"),
-}
 NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 
 
@@ -35,7 +27,7 @@ def megatron_config(config: DecoderConfig, tensor_size: int, *, sequence_paralle
         num_query_groups=config.key_value_heads,
         kv_channels=config.head_size,
         ffn_hidden_size=config.feed_forward_size,
-        activation_func=ACTIVATIONS[config.activation],
+        activation_func=functional.silu if config.activation == "swiglu" else functional.gelu,
         gated_linear_unit=config.is_gated,
         add_bias_linear=config.biases,
         add_qkv_bias=config.qkv_biases,

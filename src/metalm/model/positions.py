@@ -62,8 +62,7 @@ def _stretch(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
-def turn(heads: Tensor, angles: Tensor) -> Tensor:
-    """Rotary positions applied: [..., L, K] queries or keys, turned by `rotary_angles` [L, K]."""
-    first, second = heads.chunk(2, dim=-1)
-    cosines, sines = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
-    return heads * cosines + torch.cat((-second, first), dim=-1) * sines
+def rotation(angles: Tensor) -> Tensor:
+    """What `metalm.kernels.turn` takes: cosines and sines [2, T, K / 2] of `rotary_angles` [T, K]."""
+    half = angles[..., : angles.shape[-1] // 2]
+    return torch.stack((half.cos(), half.sin()))

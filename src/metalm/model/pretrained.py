@@ -55,6 +55,14 @@ class PretrainedEncoder(nn.Module):
         if config.recompute:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Of the model, the first one first."""
+        found: nn.ModuleList = self.model.get_submodule(
+            _layers_prefix(self.model, self.config.num_layers).removesuffix(".")
+        )
+        return found
+
     def forward(self, share: EncoderShare) -> Tensor:
         """Encode one share: [L, decoder hidden size]. See `Encoder.forward`."""
         if not isinstance(self.modality, Media):

@@ -11,6 +11,8 @@ def share_mask(share: EncoderShare) -> IntervalMask:
     segments = None
     if len(share.segment_bounds):
         segments = Segments(share.segment_bounds, share.longest_segment, False, share.has_padding)
+    if share.mask_views.numel():
+        return IntervalMask.of_views(share.mask_views, segments)
     start, end = share.attention_start[None], share.attention_end[None]
     return IntervalMask(start, end, start.shape[1], segments)
 
@@ -20,4 +22,6 @@ def batch_mask(batch: SemiCausalBatch) -> IntervalMask:
     segments = None
     if len(batch.segment_bounds):
         segments = Segments(batch.segment_bounds, batch.longest_segment, True, batch.has_padding)
+    if batch.mask_views.numel():
+        return IntervalMask.of_views(batch.mask_views, segments)
     return IntervalMask.joined(batch.attention_start, batch.attention_end, segments)

@@ -36,7 +36,8 @@ def agree(own: Verdict, news: bool, topology: Topology) -> tuple[Verdict, bool]:
     asked = torch.tensor([int(own), int(news)])
     for group in (topology.tensor_host_group, topology.replica_host_group):
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
-    return Verdict(int(asked[0])), bool(asked[1])
+    verdict, has_news = asked.numpy()
+    return Verdict(verdict), bool(has_news)
 
 
 def raise_together(error: MetaLMError | None) -> None:

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from metalm.config import RunConfig
 from metalm.model.flops import Work
-from metalm.planning.memory import EnginePlan, element_size, exchanged_key_heads, share_elements
+from metalm.planning.memory import (
+    EnginePlan,
+    element_size,
+    exchanged_key_heads,
+    gradient_size,
+    share_elements,
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def plan_traffic(
     for name, engine in engines.items():
         encoder_layers = sum(one.num_layers for one in config.model.encoders.values())
         layers = config.model.decoder.num_layers if name == "decoder" else encoder_layers
-        traffic += _zero_traffic(name, engine, accumulation, size, layers, world_size, per_node)
+        sizes = (size, gradient_size(config))
+        traffic += _zero_traffic(name, engine, accumulation, sizes, layers, world_size, per_node)
     return [part for part in traffic if part.group_size > 1 and part.num_bytes]
 
 
@@ -123,15 +130,17 @@ def _zero_traffic(
     name: str,
     engine: EnginePlan,
     accumulation: int,
-    size: int,
+    sizes: tuple[int, int],
     layers: int,
     world_size: int,
     per_node: int,
 ) -> list[Traffic]:
+    """Of one engine; `sizes` are the bytes of a weight and of a gradient."""
+    size, gradient = sizes
     zero, ranks, count = engine.zero, engine.shards, engine.count
     spans_nodes = world_size > per_node
     reductions = 1 if zero.stage == 1 else accumulation
-    reduced = _gather(ranks) * (1 if zero.stage == 3 else 2) * size * count.trained_per_rank
+    reduced = _gather(ranks) * (1 if zero.stage == 3 else 2) * gradient * count.trained_per_rank
     buckets = math.ceil(count.trained_per_rank / zero.bucket_elements)
     found = [
         Traffic(

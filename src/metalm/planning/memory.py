@@ -63,6 +63,11 @@ def element_size(config: RunConfig) -> int:
     return 2 if config.training.precision == "bf16" else 4
 
 
+def gradient_size(config: RunConfig) -> int:
+    """Bytes of a gradient, in memory and on its way."""
+    return 4 if config.training.adds_up_in_fp32 else element_size(config)
+
+
 def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[str, EnginePlan]:
     """Both engines, by component.
 
@@ -70,7 +75,7 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
         config: fits on so many ranks.
         micro_batch: the mean work of one micro-batch.
     """
-    tensor, size = config.parallel.tensor, element_size(config)
+    tensor, size, gradient = config.parallel.tensor, element_size(config), gradient_size(config)
     decoder = count_decoder(config.model, tensor)
     activations = decoder_activations(config, size)
     plans = {
@@ -79,6 +84,7 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
             zero_settings(config.deepspeed.decoder),
             world_size // tensor,
             size,
+            gradient,
             activations,
             _loss_buffers(config, size),
         )
@@ -89,7 +95,8 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
             for name, encoder in config.model.encoders.items()
         )
         zero = zero_settings(config.deepspeed.encoders)
-        plans["encoders"] = _engine(count_encoders(config.model), zero, world_size, size, kept, 0.0)
+        count = count_encoders(config.model)
+        plans["encoders"] = _engine(count, zero, world_size, size, gradient, kept, 0.0)
     if config.training.average is not None:
         plans = {component: _with_average(plan) for component, plan in plans.items()}
     return plans
@@ -101,20 +108,23 @@ def share_elements(micro_batch: Work, encoder: str, num_shares: int) -> int:
     return max(SHARE_MULTIPLE, math.ceil(elements / SHARE_MULTIPLE) * SHARE_MULTIPLE)
 
 
-def shard_bytes(count: ParameterCount, zero: ZeroSettings, shards: int, size: int) -> Bytes:
+def shard_bytes(
+    count: ParameterCount, zero: ZeroSettings, shards: int, size: int, gradient: int | None = None
+) -> Bytes:
     """Weights, gradients and optimizer of one engine on one rank under ZeRO.
 
     Args:
         count: of the component; what one tensor-parallel rank holds.
         zero: stage 1 shards the optimizer, 2 gradients as well, 3 weights as well.
         shards: ranks that ZeRO shards over.
-        size: bytes of a weight and of a gradient.
+        size: bytes of a weight.
+        gradient: bytes of a gradient, if other than of a weight.
     """
     held, trained = count.per_rank, count.trained_per_rank
     trained_shard = math.ceil(trained / shards)
     return Bytes(
         weights=size * _weights_held(held, zero, shards),
-        gradients=size * (trained_shard if zero.stage >= 2 else trained),
+        gradients=(gradient or size) * (trained_shard if zero.stage >= 2 else trained),
         optimizer=0 if zero.offloads_optimizer else MASTER_AND_MOMENTS * trained_shard,
         buffers=0.0,
         activations=0.0,
@@ -181,12 +191,18 @@ def encoder_activations(encoder: EncoderConfig, elements: int, size: int) -> flo
 
 
 def _engine(
-    count: ParameterCount, zero: ZeroSettings, shards: int, size: int, activations: float, loss: float
+    count: ParameterCount,
+    zero: ZeroSettings,
+    shards: int,
+    size: int,
+    gradient: int,
+    activations: float,
+    loss: float,
 ) -> EnginePlan:
-    held = shard_bytes(count, zero, shards, size)
+    held = shard_bytes(count, zero, shards, size, gradient)
     buffers = loss
     if count.trained_per_rank:
-        buffers += size * zero.bucket_elements * (2 if zero.overlap and zero.stage < 3 else 1)
+        buffers += gradient * zero.bucket_elements * (2 if zero.overlap and zero.stage < 3 else 1)
     if not zero.offloads_optimizer:
         buffers += 4 * math.ceil(count.trained_per_rank / shards)  # the update's fp32 gradient
     if zero.stage == 3:

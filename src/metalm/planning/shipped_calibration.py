@@ -50,7 +50,7 @@ def shipped_calibration(device: Device) -> Calibration:
         "host, decoder layer": _around(4.8e-3, 1.5e-3, 0.5e-3, f"{_H200}, solved from three settings' steps"),
         "host, encoder layer": _around(3.6e-3, 1.0e-3, 0.5e-3, f"{_H200}, solved from three settings' steps"),
         "host, ZeRO 3 gather": _around(
-            7.0e-3, 4.5e-3, 1.1e-3, f"{_H200}: 5.7 to 8.1 ms a layer; 2.5 ms where layers are leaf modules"
+            2.5e-3, 1.0e-3, 2.0e-3, f"{_H200}: 2.5 ms for a layer that is gathered whole"
         ),
         "host, micro-step": _around(2e-3, 1e-3, 3e-3, "assumed"),
         "host, step": _around(2e-2, 1e-2, 3e-2, "assumed"),

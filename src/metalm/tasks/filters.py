@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from metalm.modalities.boxes import box_text
+
 
 def _question(text: str) -> str:
     return text if text.endswith("?") else f"{text}?"
@@ -40,6 +42,8 @@ LIST_FILTERS: dict[str, Callable[[Any], Any]] = {
     "lines": lambda items: "\n".join(f"- {as_text(item)}" for item in items),
     "first": lambda items: items[0] if items else "",
     "keys": list,  # of a mapping
+    "box": box_text,  # of left, top, right and bottom
+    "boxes": lambda items: "".join(map(box_text, items)),
 }
 """Of lists, and mappings, as a whole."""
 

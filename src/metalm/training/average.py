@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from metalm.config import AverageConfig
 from metalm.training.engines import Engines
 from metalm.training.owned_ranges import averaged_masters, push_masters
@@ -29,11 +32,18 @@ def begin_average(engines: Engines) -> None:
             average.copy_(master)
 
 
-def update_average(engines: Engines, decay: float) -> None:
-    """Take the weights of a step into the average."""
+def update_average(engines: Engines, decay: float, is_taken: Tensor | None = None) -> None:
+    """Take the weights of a step into the average.
+
+    Args:
+        is_taken: a flag on the device; where it is not set, the average stays as it is.
+    """
+    share: float | Tensor = 1.0 - decay
     for engine in engines.trained().values():
         for master, average in averaged_masters(engine):
-            average.lerp_(master, 1.0 - decay)
+            if is_taken is not None:
+                share = torch.where(is_taken, 1.0 - decay, 0.0).to(average.device, average.dtype)
+            average.lerp_(master, share)
 
 
 @contextmanager

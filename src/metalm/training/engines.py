@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,16 +18,23 @@ from torch import Tensor, nn
 
 from metalm.config import OptimizerConfig, RunConfig
 from metalm.config.load import load_deepspeed_json
+from metalm.model.cuda_recorder import CudaRecorder
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw, load_pretrained_weights
+from metalm.model.graphs import LayerGraphs, why_not_graphs
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.agreement import together
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
 from metalm.progress import Phase
 from metalm.training.extensions import prepare_extensions
+from metalm.training.fp32_gradients import gradient_keys, keep_fp32_gradients
 from metalm.training.frozen_engine import FrozenEngine
+from metalm.training.gradient_norm import is_left_to_us, refuses_on_device
+from metalm.training.leaf_modules import mark_leaf_modules
 from metalm.training.owned_ranges import create_optimizer_state
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RATE_RATIO = "rate_ratio"
@@ -53,10 +61,11 @@ class Engines:
         engines = self.by_component().items()
         return {name: engine for name, engine in engines if not isinstance(engine, FrozenEngine)}
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps so far that were refused: by all engines together."""
-        return max(engine.skipped_steps for engine in self.trained().values())
+    def count_skipped(self) -> None:
+        """Count a step that was refused, in engines that do not see it themselves: see `JointNorm`."""
+        for engine in self.trained().values():
+            if is_left_to_us(engine.optimizer):
+                engine.skipped_steps += 1
 
     def backward(self, loss: Tensor) -> None:
         """The backward pass through all of them, of a loss that is scaled as `TrainStep` says."""
@@ -116,7 +125,12 @@ def _build_decoder(config: RunConfig, topology: Topology, given: Collection[str]
             dtype=_DTYPES[config.training.precision],
             device=topology.device,
         )
-    return _build_engine(config, module, config.deepspeed.decoder, decoder_mpu(topology), topology)
+    engine = _build_engine(config, module, config.deepspeed.decoder, decoder_mpu(topology), topology)
+    if reason := why_not_graphs(config, topology, engine.zero_optimization_stage()):
+        logger.info("the decoder's layers run without CUDA graphs: %s", reason)
+    else:
+        module.graphs = LayerGraphs(module.gpt.decoder.layers, CudaRecorder(topology.device))
+    return engine
 
 
 def _build_encoders(config: RunConfig, topology: Topology, given: Collection[str]) -> Any | None:
@@ -150,23 +164,27 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
     if content["zero_optimization"]["stage"] == 3 and isinstance(module, Decoder):
         # The loss reads the output layer's weight outside the forward of the module that holds it.
         deepspeed.zero.register_external_parameter(module, module.output_weight)
+    if content["zero_optimization"]["stage"] == 3 and isinstance(module, EncoderBank):
+        mark_leaf_modules(module)
     owned = {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps(config, topology.data_size),
         "gradient_clipping": config.training.optimizer.gradient_clipping,
         "bf16": {"enabled": config.training.precision == "bf16"},
         "steps_per_print": sys.maxsize,
+        **gradient_keys(config.training, content),
     }
+    # Its timer of throughput, which nothing shows, waits for the device twice in every micro-batch.
+    content = {"timers": {"throughput": {"enabled": False}}} | content | owned
     module.to(topology.device)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        return FrozenEngine(module, content | owned, mpu)
+        return FrozenEngine(module, content, mpu)
     component = "decoder" if isinstance(module, Decoder) else "encoders"
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=_build_optimizer(module, component, config.training.optimizer, topology.device),
-        config=content | owned,
-        mpu=mpu,
-    )
+    optimizer = _build_optimizer(module, component, config.training.optimizer, topology.device)
+    if refuses_on_device(optimizer, content):
+        content["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=content, mpu=mpu)
+    keep_fp32_gradients(engine.optimizer, config.training, content)
     create_optimizer_state(engine, with_average=config.training.average is not None)
     return engine
 

@@ -3,15 +3,21 @@
 Each ZeRO optimizer clips by the norm that it reports to itself. `JointNorm` measures both norms after
 the last backward of a step, joins them, and has both optimizers report the joint norm. If either is
 not finite both report -1, DeepSpeed's mark for "skip this step".
+
+DeepSpeed reads that mark on the host, which then waits for the whole step. An engine that was built for it
+(`refuses_on_device`) is not asked: its optimizer takes the verdict as a tensor, as it would from torch's
+gradient scaler, and leaves weights, moments and its count of updates alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
 from torch import Tensor
 
@@ -25,12 +31,28 @@ class GradientNorms:
     """By component that is trained."""
 
 
+def refuses_on_device(optimizer: torch.optim.Optimizer, content: Mapping[str, Any]) -> bool:
+    """Whether an engine can refuse a step without the host: a fused AdamW in bf16, at ZeRO 1 or 2.
+
+    ZeRO 3 asks the host whatever its options, and so does fp32; masters in host memory are updated there.
+
+    Args:
+        optimizer: of torch.
+        content: DeepSpeed's config of the engine.
+    """
+    zero = content["zero_optimization"]
+    is_fused = bool(optimizer.defaults.get("fused"))
+    return is_fused and content["bf16"]["enabled"] and zero["stage"] < 3 and "offload_optimizer" not in zero
+
+
 class JointNorm:
     """Measures and joins the gradient norms of several DeepSpeed ZeRO engines."""
 
     def __init__(self, engines: Mapping[str, Any]) -> None:
         """Take over how the ZeRO optimizers (stages 1 to 3) of engines, by component, report their norm."""
         self._joint = torch.tensor(-1.0)
+        self._refusing: list[Any] = []
+        """Optimizers of torch that take the verdict on the device."""
         self._measures = {name: self._take_over(engine.optimizer) for name, engine in engines.items()}
 
     def measure(self) -> GradientNorms:
@@ -49,6 +71,8 @@ class JointNorm:
     def refuse(self, step: Tensor) -> None:
         """Have both engines skip the step where the device flag `step` is set."""
         self._joint = torch.where(step, torch.full_like(self._joint, -1.0), self._joint)
+        for optimizer in self._refusing:
+            optimizer.found_inf = step.float()
 
     def _take_over(self, optimizer: Any) -> Any:
         if hasattr(optimizer, "_get_norm_groups"):  # ZeRO 3
@@ -57,4 +81,45 @@ class JointNorm:
             return lambda: combine_grad_norm_groups(norm_groups())
         scaled_global_norm = optimizer.scaled_global_norm  # ZeRO 1 and 2
         optimizer.scaled_global_norm = lambda norm_type=2: self._joint
-        return scaled_global_norm
+        if not is_left_to_us(optimizer):
+            return scaled_global_norm
+        limit = optimizer.clip_grad
+        optimizer.unscale_and_clip_grads = lambda gradients, norm: _clip(gradients, norm, limit)
+        self._refusing.append(optimizer.optimizer)
+        return lambda: combine_grad_norm_groups(
+            [_group_norm(optimizer, group) for group in range(len(optimizer.bit16_groups))]
+        )
+
+
+def is_left_to_us(optimizer: Any) -> bool:
+    """Whether a ZeRO optimizer was built not to look at its gradients: see `refuses_on_device`."""
+    return optimizer.dtype == torch.bfloat16 and not getattr(optimizer, "check_grad_overflow", True)
+
+
+def _clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale gradients of this norm down to `limit` as DeepSpeed does, but without a look at the norm."""
+    if limit > 0.0:
+        for gradient in gradients:
+            gradient.mul_(1.0 / ((norm + 1e-6) / limit).clamp(min=1.0))
+
+
+def _group_norm(optimizer: Any, group: int) -> Tensor:
+    """The norm of one parameter group's gradients, as `DeepSpeedZeroOptimizer.get_grad_norm_direct` has it.
+
+    That one casts each gradient to float64 by itself, and makes a constant on the device, which waits.
+    """
+    held = [grad for grad in optimizer.averaged_gradients[group] if not getattr(grad, "_zero_padding", False)]
+    counted = [
+        gradient
+        # Padding at the end has no mark and no parameter.
+        for gradient, parameter in zip(held, optimizer.params_in_partition[group], strict=False)
+        if is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0
+    ]
+    if counted:
+        norms = torch._foreach_norm(counted, 2, dtype=torch.float64)
+        total = torch.stack(norms).square().sum().float()
+    else:
+        total = torch.zeros((), device=optimizer.device)
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    optimizer._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
+    return total.sqrt()

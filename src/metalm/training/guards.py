@@ -36,7 +36,8 @@ class StepGuard:
         self._filled = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros(3, dtype=torch.int64, device=device)
         """Steps so far by verdict; the first is of those that were accepted."""
-        self._judged: tuple[Tensor, ...] = ()
+        self.judged: tuple[Tensor, ...] = ()
+        """What the last verdict was found by, for `explain`."""
 
     def judge(self, sums: Tensor, counts: Tensor, norm: Tensor) -> Tensor:
         """Decide on a step and remember it.
@@ -61,21 +62,26 @@ class StepGuard:
             limits = earlier.mean(dim=1) + self._sigma * earlier.std(dim=1)
             is_spike = (now > limits).any() & (self._filled >= self._size)
             verdict = torch.where((verdict == FINE) & is_spike, SPIKE, verdict)
-            self._judged = (found, usual, now, limits)
+            self.judged = (found, usual, now, limits)
         # Ranks may differ in the last bit of a norm: what one rank refuses, all refuse.
         dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
         accepted = verdict == FINE
         at = torch.arange(self._size, device=found.device) == self._filled % self._size
         self._window = torch.where(at & accepted, found[:, None], self._window)
         self._filled = self._filled + accepted
-        self.skipped = self.skipped + torch.nn.functional.one_hot(verdict, 3)
+        self.skipped = self.skipped + (torch.arange(3, device=verdict.device) == verdict)
         return verdict
 
-    def explain(self) -> str:
-        """Why the last step was refused. Waits for the device."""
-        if not self._judged:
+    def explain(self, judged: tuple[Tensor, ...] | None = None) -> str:
+        """Why a step was refused. Waits for the device.
+
+        Args:
+            judged: as it was after `judge`; None: of the last step.
+        """
+        judged = self.judged if judged is None else judged
+        if not judged:
             return "its loss or its gradients are not finite"
-        found, usual, now, limits = (values.tolist() for values in self._judged)
+        found, usual, now, limits = (values.tolist() for values in judged)
         number = len(self._sources)
         sums, counts = found[1 : 1 + number], found[1 + number :]
         losses = ", ".join(
@@ -84,7 +90,7 @@ class StepGuard:
             if count
         )
         reasons = []
-        if not (torch.isfinite(self._judged[0]).all() and found[0] >= 0):
+        if not (torch.isfinite(judged[0]).all() and found[0] >= 0):
             reasons.append("its loss or its gradients are not finite")
         else:
             if now[1] > limits[1]:

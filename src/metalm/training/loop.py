@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 import yaml
 
-from metalm.batch import SemiCausalBatch
 from metalm.checkpoint.state import Progress, RunFacts, RunState
 from metalm.config import RunConfig
 from metalm.config.secrets import without_secrets
 from metalm.errors import FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
 from metalm.objectives import Objective, build_objective
-from metalm.parallel.agreement import Verdict, agree, raise_together
-from metalm.parallel.regions import broadcast_batches
+from metalm.parallel.agreement import Verdict, raise_together
 from metalm.progress import Phase
 from metalm.training.average import average_decay, update_average
 from metalm.training.best import BestCheckpoint
@@ -26,18 +23,21 @@ from metalm.training.drift import find_drift
 from metalm.training.dry_run import describe_plan
 from metalm.training.ending import Ending, told_end
 from metalm.training.evaluate_tasks import score_in_training
-from metalm.training.fingerprint import fingerprint
-from metalm.training.guards import StepGuard
+from metalm.training.guards import FINE, StepGuard
 from metalm.training.held_out import measure_held_out
 from metalm.training.joining import Joined
+from metalm.training.monitor.figures import Figure
 from metalm.training.monitor.json_lines import read_metrics
 from metalm.training.monitor.monitor import Monitor
+from metalm.training.monitor.profiling import StepProfiler
 from metalm.training.schedule import learning_rate
 from metalm.training.session import Session, open_session
 from metalm.training.slow_ranks import SlowRanks
 from metalm.training.start import StartedRun, start_run
 from metalm.training.step import StepResult, TrainStep
 from metalm.training.stopping import StopRequest
+from metalm.training.upcoming import Feed, Upcoming
+from metalm.training.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +100,16 @@ class _Run:
         )
         self._slow_ranks = SlowRanks(topology, config.guards.slow_rank_ratio)
         self._tokenizer_fingerprint = session.corpus.tokenizer.fingerprint
-        self._step = self._fingerprint = 0
+        self._step = 0
         self._saved_step: int | None = None
-        self._failed_saves = self._rewinds = self._skipped_in_a_row = self._skipped_steps = 0
-        self._trained_tokens = torch.zeros((), dtype=torch.float64)
+        self._failed_saves = self._rewinds = self._skipped_in_a_row = 0
+        self._verdicts = Verdicts()
+        self._trained_tokens = torch.zeros((), dtype=torch.float64, device=topology.device)
+        self._upcoming: Upcoming | None = None
+        """Fetched, and not yet run."""
+        self._feed = Feed(
+            self._data, topology, config.model, self._own_verdict, has_failed=self._store.has_failed
+        )
         if started.state is not None:
             self._take_up(started.state)
         self._best: BestCheckpoint | None = None
@@ -112,6 +118,7 @@ class _Run:
                 session.run_folder, best, last_step=self._step, is_first=session.is_first
             )
         first_step = 0 if self._saved_step is None else self._step + 1
+        self._profiler = StepProfiler(config.monitor, topology.rank, session.run_folder)
         self._monitor = Monitor(config, topology, session.run_folder, first_step, self._train_step.timer)
 
     def train(self) -> int:
@@ -121,10 +128,12 @@ class _Run:
         is_first = True
         while self._step < self._config.training.steps:
             with Phase("the first step", told=True) if is_first else nullcontext():
-                batches = self._next_batches()
-                if batches is None:
+                upcoming, self._upcoming = self._upcoming or self._fetch(), None
+                if upcoming.verdict is Verdict.FAIL:
+                    raise_together(upcoming.error)
+                if upcoming.verdict is Verdict.STOP:
                     return self._stop_early()
-                self._advance(batches)
+                self._advance(upcoming)
             is_first = False
             if self._skipped_in_a_row > self._config.guards.max_skipped_steps:
                 self._rewind()
@@ -138,13 +147,14 @@ class _Run:
         return self._ending.done()
 
     def close(self) -> None:
+        self._profiler.close()
+        self._feed.close()
         self._monitor.close()
 
     def _take_up(self, state: RunState) -> None:
         """Everything but the place in the data and what the engines hold."""
         self._step = self._saved_step = self._ending.step = state.step
         self._trained_tokens.fill_(state.progress.trained_tokens)
-        self._skipped_steps = self._engines.skipped_steps
         if state.guard is not None:
             self._guard.load(state.guard)
 
@@ -158,58 +168,65 @@ class _Run:
         self._monitor.write_text("config", yaml.safe_dump(without_secrets(config), sort_keys=False))
         self._monitor.write_text("plan", describe_plan(config, session.topology.world_size))
 
-    def _next_batches(self) -> list[SemiCausalBatch] | None:
-        """The micro-batches of the next step, None if the run is to stop before it.
+    def _fetch(self) -> Upcoming:
+        """The next step, whose upload begins.
 
-        Data that is fetched but not trained on does not count: lane states follow the steps done.
+        Collective: all ranks, over gloo.
         """
-        batches, wait_s = None, 0.0
-        error: MetaLMError | None = None
-        if self._data is not None:
-            try:
-                batches = next(self._data)
-                wait_s = self._data.wait_s
-            except MetaLMError as found:
-                error = found
+        upcoming = self._feed.fetch(is_logged=self._is_logged(self._step + 1))
+        if upcoming.save_failed:
+            self._tell_failed_save(self._store.finish())
+        if upcoming.batches:
+            self._train_step.begin(upcoming.batches)
+        return upcoming
+
+    def _own_verdict(self, error: MetaLMError | None) -> tuple[Verdict, MetaLMError | None]:
+        """What this rank asks for before a step, and why, given what came of reading its data."""
         if self._lock is not None and self._lock.is_lost():
             error = FaultError(f"a later start of this job has taken the run {self._session.run_folder}")
-        own = Verdict.FAIL if error else Verdict.STOP if self._stop.is_asked() else Verdict.GO_ON
-        began = time.perf_counter()
-        verdict, save_failed = agree(own, self._store.has_failed(), self._session.topology)
-        self._slow_ranks.count(time.perf_counter() - began, wait_s)
-        if save_failed:
-            self._tell_failed_save(self._store.finish())
-        if verdict is Verdict.FAIL:
-            raise_together(error)
-        if verdict is Verdict.STOP:
-            return None
-        self._fingerprint = fingerprint(batches) if batches and self._is_logged(self._step + 1) else 0
-        batches = broadcast_batches(batches, self._session.topology)
-        self._monitor.count(batches, wait_s)
-        return batches
+        if error is not None:
+            return Verdict.FAIL, error
+        return (Verdict.STOP if self._stop.is_asked() else Verdict.GO_ON), None
 
-    def _advance(self, batches: list[SemiCausalBatch]) -> None:
-        training = self._config.training
+    def _advance(self, upcoming: Upcoming) -> None:
+        """A step, the fetching of the next one beside it, and what is shown of it."""
         self._step += 1
+        is_logged = self._is_logged(self._step)
+        with self._profiler.step(self._step):
+            result, rate = self._run(upcoming)
+            self._take_verdicts(everything=is_logged)
+        self._slow_ranks.count(upcoming.agreeing_s, upcoming.wait_s)
+        self._monitor.show_masks(upcoming.batches[0])
+        counts = None if upcoming.counts is None else upcoming.counts.result()
+        self._monitor.count(counts, upcoming.wait_s)
+        if is_logged:
+            self._log(result, rate, upcoming)
+
+    def _run(self, upcoming: Upcoming) -> tuple[StepResult, float]:
+        """Queue a step on the device and fetch the next one while it runs; the learning rate as well."""
+        training = self._config.training
         rate = learning_rate(self._step, training.optimizer.learning_rate, training.steps, training.schedule)
-        result = self._train_step.run(batches, rate)
+        result = self._train_step.run(upcoming.batches, rate)
         self._ending.step = self._step
         self._watchdog.beat(f"step {self._step + 1}")
-        is_skipped = result.skipped_steps > self._skipped_steps
-        self._skipped_steps = result.skipped_steps
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
-        if is_skipped:
-            logger.warning("step %d is skipped: %s", self._step, self._guard.explain())
-        else:
-            self._trained_tokens += result.loss_counts.sum().cpu()
-            if training.average is not None:
-                update_average(self._engines, average_decay(self._step, training.average))
-        if self._data is not None:
-            self._lane_states = self._data.lane_states()
-        if self._is_logged(self._step):
-            self._log(result, rate)
+        self._verdicts.add(self._step, result.verdict, self._guard.judged)
+        is_taken = result.verdict == FINE
+        self._trained_tokens += torch.where(is_taken, result.loss_counts.sum(), 0.0)
+        if training.average is not None:
+            update_average(self._engines, average_decay(self._step, training.average), is_taken)
+        self._lane_states = upcoming.lane_states
+        self._upcoming = self._fetch() if self._step < training.steps else None
+        return result, rate
 
-    def _log(self, result: StepResult, rate: float) -> None:
+    def _take_verdicts(self, *, everything: bool) -> None:
+        """Count steps that were refused: see `Verdicts.read`."""
+        for found in self._verdicts.read(everything=everything):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if found.is_refused else 0
+            if found.is_refused:
+                self._engines.count_skipped()
+                logger.warning("step %d is skipped: %s", found.step, self._guard.explain(found.judged))
+
+    def _log(self, result: StepResult, rate: float, upcoming: Upcoming) -> None:
         figures, lines = self._slow_ranks.report()
         for line in lines:
             logger.warning(line)
@@ -220,7 +237,10 @@ class _Run:
             "guards/rewinds": self._rewinds,
             "guards/failed_saves": self._failed_saves,
         }
-        self._monitor.log_step(self._step, result, rate, self._data, self._fingerprint, {**guards, **figures})
+        of_data = upcoming.figures
+        if of_data is not None and upcoming.fingerprint is not None:
+            of_data = {**of_data, "data/fingerprint": Figure(upcoming.fingerprint.result(), sum)}
+        self._monitor.log_step(self._step, result, rate, of_data, {**guards, **figures})
 
     def _rewind(self) -> None:
         """Go back to the last checkpoint, but not in the data: what could not be trained on is skipped.
@@ -238,6 +258,9 @@ class _Run:
             raise FaultError(f"{problem}, and there is no checkpoint to go back to")
         self._take_up(self._store.load(folder, self._engines))
         self._guard.reset()
+        self._verdicts.forget()
+        if self._upcoming is not None and self._is_logged(self._step + 1):
+            self._upcoming = self._feed.described(self._upcoming)
         self._rewinds += 1
         self._skipped_in_a_row = 0
         self._monitor.begin(self._step + 1)
@@ -315,6 +338,7 @@ class _Run:
         return self._step % every == 0 or self._step == self._config.training.steps
 
     def _save(self, *, background: bool) -> None:
+        self._take_verdicts(everything=True)
         facts = RunFacts(
             progress=Progress(trained_tokens=float(self._trained_tokens)),
             tokenizer=self._tokenizer_fingerprint,

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from metalm.checkpoint.folders import remove_leftovers
 from metalm.checkpoint.names import CHECKPOINTS_NAME, CONFIG_NAME
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.state import RunState, first_mistake
@@ -117,10 +118,19 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
             stack.callback(data.close)
         if lock is not None:
             lock.accept()
-            (folder / CHECKPOINTS_NAME).mkdir(exist_ok=True)
+            _clear(folder / CHECKPOINTS_NAME)
             write_config(config, folder / CONFIG_NAME, provenance())
         session.log.open()
         yield StartedRun(engines, store, data, state, lane_states, watchdog, lock)
+
+
+def _clear(checkpoints: Path) -> None:
+    """Make the folder, or rid it of what a kill has left: behind the last save there is none to do it."""
+    checkpoints.mkdir(exist_ok=True)
+    try:
+        remove_leftovers(checkpoints)
+    except OSError as error:
+        logger.warning("what a killed save has left could not be removed: %s", error)
 
 
 def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import statistics
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from metalm.batch import SemiCausalBatch
+from metalm.batch import SemiCausalBatch, in_one_piece
 from metalm.config import RunConfig
 from metalm.config.model_schema import TEXT, EncoderConfig
 from metalm.config.schema import SourceConfig
@@ -36,8 +37,10 @@ from metalm.parallel.topology import build_topology, close_topology
 from metalm.training.engines import build_engines, gradient_accumulation_steps
 from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
+from metalm.training.timing import PartTimer
+from metalm.training.verdicts import Verdicts
 
-WARM_UP_STEPS = 3
+WARM_UP_STEPS, NUM_PROFILED = 3, 2
 NUM_KERNELS, NUM_GAPS = 25, 10
 """The most expensive kernels and the longest times without one that are told."""
 _MEAN_DOCUMENT = 1000
@@ -70,23 +73,34 @@ def measure_steps(
         positions = sum(batch.tokens.numel() for batch in batches)
         flops = sum(count_training_flops(batch, config.model) for batch in batches)
         if device.type == "cuda":
-            batches = [batch.pin_memory() for batch in batches]
+            batches = [in_one_piece(batch, pinned=True) for batch in batches]
         rate = config.training.optimizer.learning_rate / 100
+        verdicts, number = Verdicts(), itertools.count(1)
 
         def run() -> None:
-            step.run(batches, rate)
+            """As the training loop does it: the host is at most two steps ahead."""
+            result = step.run(batches, rate)
+            verdicts.add(next(number), result.verdict, guard.judged)
+            step.begin(batches)
+            for _ in verdicts.read():
+                pass
 
-        seconds = [_timed(run, device) for _ in range(WARM_UP_STEPS + num_steps)]
-        median = statistics.median(seconds[WARM_UP_STEPS:])
+        first_step_s = _timed(run, device)
+        for _ in range(WARM_UP_STEPS - 1):
+            run()
+        seconds = _timed_in_flow(run, num_steps, device)
+        median = statistics.median(seconds)
+        graphs = engines.decoder.module.graphs
         figures = {
             "positions_per_step": positions,
-            "first_step_s": seconds[0],
+            "first_step_s": first_step_s,
             "step_s": median,
-            "steps_s": seconds[WARM_UP_STEPS:],
+            "steps_s": seconds,
             "tokens_per_s": positions / median,
             "tflops": flops / median / 1e12,
             "utilisation_of_matmul": flops / median / 1e12 / matmul_tflops,
             "attention_backends": backend_counts(),
+            "forms_from_graphs": graphs.num_forms if graphs else 0,
         }
         if device.type == "cuda":
             figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -193,15 +207,26 @@ def _timed(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def _timed_in_flow(run: Callable[[], None], num_steps: int, device: torch.device) -> list[float]:
+    """Seconds of each of some steps that follow each other, with no wait between them."""
+    timer = PartTimer(device)
+    for number in range(num_steps):
+        with timer.part(str(number)):
+            run()
+    return list(timer.read().values())
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _look_into(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """Share of a profiled step's time in which no kernel ran, and the kernels that took most."""
+    """Share of the time in which no kernel ran, over steps that follow each other, and of one of them the
+    kernels that took most."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
+        for _ in range(NUM_PROFILED):
+            run()
         torch.cuda.synchronize(device)
     events = [event for event in profiled.events() or () if event.device_type.name == "CUDA"]
     busy = 0.0
@@ -220,13 +245,13 @@ def _look_into(run: Callable[[], None], device: torch.device) -> dict[str, Any]:
         if end > reached:
             reached, last = end, event.name[:80]
     for event in events:
-        spent[event.name][0] += event.time_range.elapsed_us() / 1000
-        spent[event.name][1] += 1
+        spent[event.name][0] += event.time_range.elapsed_us() / 1000 / NUM_PROFILED
+        spent[event.name][1] += 1 / NUM_PROFILED
     most = sorted(spent.items(), key=lambda item: -item[1][0])[:NUM_KERNELS]
     return {
         "idle_share": 1.0 - busy / (reached - first),
-        "num_kernels": len(events),
-        "busy_ms": busy / 1000,
+        "num_kernels": len(events) / NUM_PROFILED,
+        "busy_ms": busy / 1000 / NUM_PROFILED,
         "gaps": sorted(gaps, key=lambda gap: -gap["ms"])[:NUM_GAPS],
         "kernels": [{"name": name[:120], "ms": ms, "calls": calls} for name, (ms, calls) in most],
     }

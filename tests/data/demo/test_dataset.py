@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from metalm.data.demo.dataset import write_scenes
-from metalm.data.demo.scenes import draw_scene, make_scene
+from metalm.data.demo.dataset import write_pointing, write_scenes
+from metalm.data.demo.scenes import COLOURS, draw_scene, make_scene
 from metalm.data.storage.index import open_index
 from metalm.data.tokenizer import load_tokenizer
 
@@ -50,3 +50,24 @@ def test_demo_data_become_shards(tmp_path: Path) -> None:
     captions = [json.loads(line)["caption"] for line in (raw / "scenes" / "train.jsonl").open()]
     lengths = [len(ids) for ids in tokenizer.encode(captions)]
     assert lengths == [len(caption.split()) for caption in captions]
+
+
+def test_chats_about_boxes_and_their_records_tell_what_is_drawn(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "scenes", "heldout", 20, seed=4, image_size=64)
+    write_pointing(tmp_path, "heldout", 20, seed=4)
+    lines = (tmp_path / "pointing/heldout.jsonl").read_text().splitlines()
+    records = (tmp_path / "scenes/pointing_heldout.jsonl").read_text().splitlines()
+    assert len(lines) == len(records) > 15
+    for line, record in zip(map(json.loads, lines), map(json.loads, records), strict=True):
+        (image, asked), (answer,) = (message["content"] for message in line["messages"][:2])
+        assert asked["text"] == f"where is the {record['name']}?"
+        assert (image["image"], answer["box"]) == (record["path"], record["box"])
+        *_, (_, place, _), (named,) = (message["content"] for message in line["messages"])
+        pixels = Image.open(tmp_path / "scenes" / image["image"])
+        for name, (left, top, right, bottom) in (
+            (record["name"], record["box"]),
+            (named["text"], place["box"]),
+        ):
+            middle = pixels.getpixel((int(32 * (left + right)), int(32 * (top + bottom))))
+            rgb = COLOURS[name.split()[0]]
+            assert max(abs(one - other) for one, other in zip(middle, rgb, strict=True)) < 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ def test_the_drawn_colour_is_the_named_one(image_size: int) -> None:
             middle = pixels[int(item.y * image_size), int(item.x * image_size)]
             distances = {name: np.abs(middle - rgb).sum() for name, rgb in COLOURS.items()}
             assert min(distances, key=lambda name: distances[name]) == item.colour
+
+
+def test_the_box_of_a_thing_is_what_is_drawn_of_it() -> None:
+    size = 256
+    for scene in SCENES[:40]:
+        for item in scene.objects:
+            pixels = np.asarray(draw_scene(replace(scene, objects=(item,)), size)).astype(int)
+            rows, columns = np.nonzero(np.abs(pixels - scene.background).sum(axis=-1) > 60)
+            found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert np.abs(np.array(found) / size - item.box).max() < 2 / size
 
 
 def test_held_out_combinations_occur_in_the_unseen_split_alone() -> None:

@@ -150,6 +150,48 @@ def test_alpaca_and_sharegpt_are_read(tmp_path: Path, tokenizer: Tokenizer) -> N
     ]
 
 
+def test_boxes_in_a_turn_or_beside_the_turns_are_text(
+    tmp_path: Path, media: Path, tokenizer: Tokenizer
+) -> None:
+    box, other = [0.25, 0.0, 0.5, 1.0], [0, 0, 1, 0.125]
+    image = {"type": "image", "image": "train/fox.jpg"}
+    asked = [image, {"type": "text", "text": "Which is in "}, {"type": "box", "box": box},
+             {"type": "text", "text": "?"}]  # fmt: skip
+    answered = [{"type": "text", "text": "A fox "}, {"type": "box", "box": other}]
+    given = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]},
+        {"image": "train/fox.jpg", "boxes": [box, other],
+         "conversations": [{"from": "human", "value": "<image>Which is in <box>?"},
+                           {"from": "gpt", "value": "A fox <box>"}]},
+    ]  # fmt: skip
+    rows = [{**one, "image": None, "conversations": None} for one in given[:1]]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    inputs = [write_lines(tmp_path / "a.jsonl", given), tmp_path / "rows.parquet"]
+    prepare(inputs, tmp_path / "out", media_folder=media)
+    found = [contents(example)[1:] for example in read(tmp_path / "out", tokenizer)]
+    assert found == 3 * [
+        [("Which is in <box> 8 0 16 32 </box>?", False), ("A fox <box> 0 0 32 4 </box>", True)]
+    ]
+
+
+def test_bad_boxes_are_counted(tmp_path: Path) -> None:
+    def of(box: Any) -> dict[str, Any]:
+        turns = [("user", "where?"), ("assistant", [{"type": "box", "box": box}])]
+        return {"messages": [{"role": role, "content": said} for role, said in turns]}
+
+    listed = {"instruction": "what is in <box>?", "output": "a fox"}
+    given = [
+        *(of(box) for box in (None, "a", [0, 0, 1], [0, 0, 640, 480], {"x": 1}, [0, 0, 1, 1])),
+        *(
+            {**listed, "boxes": boxes}
+            for boxes in ([], [[0, 0, 1, 1]] * 2, [[1, 0, 0, 1]], 3, [[0, 0, 1, 1]])
+        ),
+    ]
+    report = prepare([write_lines(tmp_path / "a.jsonl", given)], tmp_path / "out")
+    assert report["examples"] == 2
+    assert report["dropped"] == {"bad_box": 6, "bad_placeholders": 3}
+
+
 def test_what_is_bad_is_counted_by_cause(tmp_path: Path, media: Path) -> None:
     (media / "notes.jpg").write_text("no image")
     (tmp_path / "secret.jpg").write_bytes((media / "train/fox.jpg").read_bytes())

@@ -51,7 +51,7 @@ def main() -> None:
             bad[0, 0] = math.nan
             batches[0] = replace(batches[0], loss_weights=bad)
         result = step.run(batches, 1e-2)
-        skipped.append(result.skipped_steps)
+        skipped.append(int(result.skipped_steps))
         norms.append(float(result.norms.joint))
         store.save(engines, number + 1, None, RunFacts())
     print("RESULT " + json.dumps({"rank": launch.rank, "skipped": skipped, "norms": norms}), flush=True)

@@ -27,6 +27,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from .audio_processing_metalm import ClipFeatures, MetaLMAudioProcessor, open_clip
+from .boxes_metalm import PixelBox, boxes_in
 from .image_processing_metalm import MetaLMImageProcessor
 
 IMAGE_MARKER, AUDIO_MARKER = "<image>", "<audio>"
@@ -280,6 +281,19 @@ class MetaLMProcessor(ProcessorMixin):
                 part = {"type": "audio", "audio": open_clip(given[0], longest_s=longest_s)}
             parts.append(part)
         return {**conversation, "content": parts}
+
+    def post_process_boxes(
+        self, texts: str | Sequence[str], target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[list[PixelBox] | None]:
+        """The boxes (left, top, right, bottom) that each answer tells; None where one is malformed.
+
+        Args:
+            texts: decoded answers.
+            target_sizes: height and width of the image of each, in pixels; None: boxes are shares of them.
+        """
+        answers = [texts] if isinstance(texts, str) else list(texts)
+        sizes = [(1, 1)] * len(answers) if target_sizes is None else target_sizes
+        return [boxes_in(text, *size) for text, size in zip(answers, sizes, strict=True)]
 
     def escape(self, text: str) -> str:
         """A text as a prompt in which nothing of it is a marker or a special token, whatever follows it."""

@@ -38,6 +38,7 @@ Combination = tuple[str, str]
 """Colour and shape."""
 Cell = tuple[float, float, float, float]
 """Left, top, right, bottom in the unit square."""
+Corner = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,21 @@ class SceneObject:
     radius: float
     rotation: float
 
+    @property
+    def box(self) -> Cell:
+        """Left, top, right, bottom of what is drawn of it."""
+        if self.shape == "circle":
+            return self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius
+        across, down = zip(*self.corners(), strict=True)
+        return min(across), min(down), max(across), max(down)
+
+    def corners(self) -> list[Corner]:
+        """Of any shape but the circle."""
+        cosine, sine = self.radius * math.cos(self.rotation), self.radius * math.sin(self.rotation)
+        return [
+            (self.x + x * cosine - y * sine, self.y + x * sine + y * cosine) for x, y in OUTLINES[self.shape]
+        ]
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -125,21 +141,15 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
     image = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(image)
     for item in scene.objects:
-        centre_x, centre_y, radius = item.x * side, item.y * side, item.radius * side
         if item.shape == "circle":
-            box = (centre_x - radius, centre_y - radius, centre_x + radius, centre_y + radius)
-            draw.ellipse(box, fill=item.rgb)
+            left, top, right, bottom = item.box
+            draw.ellipse((left * side, top * side, right * side, bottom * side), fill=item.rgb)
         else:
-            cosine, sine = radius * math.cos(item.rotation), radius * math.sin(item.rotation)
-            points = [
-                (centre_x + x * cosine - y * sine, centre_y + x * sine + y * cosine)
-                for x, y in OUTLINES[item.shape]
-            ]
-            draw.polygon(points, fill=item.rgb)
+            draw.polygon([(x * side, y * side) for x, y in item.corners()], fill=item.rgb)
     return image.reduce(SUPERSAMPLING)
 
 
-def _star(radii: Sequence[float], num_corners: int) -> list[tuple[float, float]]:
+def _star(radii: Sequence[float], num_corners: int) -> list[Corner]:
     """Corners of a star around the origin, the first one at the top; one radius makes it regular."""
     return [
         (
@@ -150,7 +160,7 @@ def _star(radii: Sequence[float], num_corners: int) -> list[tuple[float, float]]
     ]
 
 
-def _cross(arm: float) -> list[tuple[float, float]]:
+def _cross(arm: float) -> list[Corner]:
     """A plus sign inside the unit circle, with arms of width 2 * `arm`."""
     length = math.sqrt(1 - arm * arm)
     quarter = [(arm, -length), (arm, -arm), (length, -arm)]

@@ -7,6 +7,9 @@
 Images and clips that a record lists beside its turns (`image`, `images`, `audio`, `audios`) stand where its
 texts say `<image>` or `<audio>`, or a part of that type names none; if nothing does, in front of what is
 asked first. `system` is a turn of its own.
+
+A box in the image is a part `{"type": "box", "box": [left, top, right, bottom]}`, shares from 0 to 1; or
+texts say `<box>`, and a record lists `boxes` beside its turns. It becomes text: see `modalities.boxes`.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from metalm.data.preparation.media_files import MediaFiles
 from metalm.data.tokenizer import BLANK_LINE
 from metalm.errors import BadSample
 from metalm.modalities import MEDIA
+from metalm.modalities.boxes import OPEN, box_text
 
 _MODALITY_OF_TYPE = {kind: name for name in MEDIA for kind in (name, f"{name}_url", f"input_{name}")}
+BOX = "box"
+"""The type of a part."""
 _FILE_KEYS = ("url", "path", "data", "bytes")
 
 
@@ -33,7 +39,8 @@ def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
 
     Raises:
         BadSample: `no_turns`, for it has none of the forms; `bad_turns`, for a turn is not as its form says;
-            `unknown_role`; `bad_placeholders`, more or fewer than images or clips; as `MediaFiles.read`.
+            `unknown_role`; `bad_placeholders`, more or fewer than images, clips or boxes; `bad_box`; as
+            `MediaFiles.read`.
     """
     if not isinstance(record, dict):
         raise BadSample("no_turns")
@@ -49,6 +56,8 @@ def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
         turns += _instruction(record)
     else:
         raise BadSample("no_turns")
+    if (boxes := record.get("boxes")) is not None:
+        turns = _with_boxes(turns, boxes)
     for name, listed in beside.items():
         turns = _placed(turns, [medium_of(one, name, files) for one in listed], _placeholder(name))
     return turns
@@ -81,6 +90,8 @@ def _content(part: Any, files: MediaFiles, beside: Collection[str]) -> Content:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
+    if kind == BOX:
+        return _box(part.get(BOX))
     if kind not in _MODALITY_OF_TYPE:
         raise BadSample("bad_turns")
     modality = _MODALITY_OF_TYPE[kind]
@@ -128,6 +139,32 @@ def _beside(record: Mapping[str, Any], modality: str) -> list[Any]:
         if found is not None:
             return list(found) if isinstance(found, (list, tuple)) else [found]
     return []
+
+
+def _box(corners: Any) -> str:
+    try:
+        return box_text(corners)
+    except (ValueError, TypeError):
+        raise BadSample("bad_box") from None
+
+
+def _with_boxes(turns: Sequence[Turn], boxes: Any) -> list[Turn]:
+    """The turns with boxes where their placeholders are."""
+    waiting = [_box(one) for one in boxes] if isinstance(boxes, (list, tuple)) else []
+    texts = [content for turn in turns for content in turn.contents if isinstance(content, str)]
+    if sum(text.count(OPEN) for text in texts) != len(waiting):
+        raise BadSample("bad_placeholders")
+    following = iter(waiting)
+    return [
+        Turn(
+            turn.role,
+            tuple(
+                re.sub(OPEN, lambda _: next(following), content) if isinstance(content, str) else content
+                for content in turn.contents
+            ),
+        )
+        for turn in turns
+    ]
 
 
 def _placed(turns: Sequence[Turn], media: list[Medium], placeholder: str) -> list[Turn]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from metalm.errors import ConfigError
 from metalm.tasks.metrics.bleu import BLEU
+from metalm.tasks.metrics.boxes import BOXES
 from metalm.tasks.metrics.captions import CAPTIONS
 from metalm.tasks.metrics.drop import DROP
 from metalm.tasks.metrics.exact import EXACT
@@ -19,7 +20,8 @@ from metalm.tasks.metrics.vqa import VQA
 __all__ = ["METRICS", "Answered", "Metric", "Score", "find_metric", "measure"]
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (*EXACT, *SQUAD, *DROP, *VQA, *ROUGE, *BLEU, *CAPTIONS, *JARS, *LABELS)
+    metric.name: metric
+    for metric in (*EXACT, *SQUAD, *DROP, *VQA, *ROUGE, *BLEU, *CAPTIONS, *JARS, *LABELS, *BOXES)
 }
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
+from metalm.config.model_schema import ModelConfig
 from metalm.data.balance import imbalance_over_ranks
 from metalm.data.loader import TrainingData
 from metalm.model.flops import count_training_flops
@@ -43,6 +44,41 @@ def reduce_over_ranks(by_rank: Sequence[Mapping[str, Figure]]) -> dict[str, floa
         for name, figure in figures.items():
             found.setdefault(name, []).append(figure)
     return {name: same[0].over_ranks([figure.value for figure in same]) for name, same in found.items()}
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What a step's micro-batches hold."""
+
+    rows: int
+    positions: int
+    """Without padding."""
+    flops: float
+    """Of training on them, forward and backward."""
+
+
+def count_batches(micro_batches: Sequence[SemiCausalBatch], config: ModelConfig) -> BatchCounts:
+    """Count micro-batches in host memory."""
+    return BatchCounts(
+        rows=sum(batch.tokens.shape[0] for batch in micro_batches),
+        positions=sum(int((batch.attention_end > batch.attention_start).sum()) for batch in micro_batches),
+        flops=sum(count_training_flops(batch, config) for batch in micro_batches),
+    )
+
+
+def data_figures(data: TrainingData) -> dict[str, Figure]:
+    """What a rank's data tell of themselves after the step returned last."""
+    figures = {f"data/{name}": Figure(count, sum) for name, count in data.counters().items()}
+    for source, epoch in data.epochs().items():
+        figures[f"data/{source}/epoch"] = Figure(epoch, min)
+    figures["data/skipped_samples"] = Figure(data.skipped_samples(), sum)
+    for number, (encoder, imbalance) in enumerate(data.tensor_imbalances().items()):
+        in_lane_order, balanced = data.encoder_costs[:, :, number]
+        name = f"data/encoder_imbalance_over_ranks/{encoder}"
+        figures[f"data/encoder_imbalance/{encoder}"] = Figure(imbalance, fmean)
+        figures[name] = Figure(balanced, _imbalance)
+        figures[f"{name}_in_lane_order"] = Figure(in_lane_order, _imbalance)
+    return figures
 
 
 @dataclass
@@ -74,29 +110,34 @@ class StepFigures:
         """Forget what was measured since the last line."""
         self._window = _Window(time.perf_counter())
 
-    def count(self, micro_batches: list[SemiCausalBatch], wait_s: float) -> None:
-        """Add one step's batches, in host memory, and the seconds that the step waited for them."""
+    def count(self, batches: BatchCounts | None, wait_s: float) -> None:
+        """Add one step.
+
+        Args:
+            batches: what it was trained on; None where another rank with the same rows counts.
+            wait_s: seconds that the step waited for them.
+        """
         window = self._window
         window.steps += 1
         window.wait_s += wait_s
-        for batch in micro_batches:
-            window.rows += batch.tokens.shape[0]
-            window.positions += int((batch.attention_end > batch.attention_start).sum())
-            window.flops += count_training_flops(batch, self._config.model)
+        if batches is not None:
+            window.rows += batches.rows
+            window.positions += batches.positions
+            window.flops += batches.flops
 
     def leave_out(self, seconds: float) -> None:
         """Take time that was no part of a step out of the window."""
         self._window.began += seconds
 
     def gather(
-        self, result: StepResult, rate: float, data: TrainingData | None, fingerprint: int
+        self, result: StepResult, rate: float, of_data: Mapping[str, Figure] | None
     ) -> dict[str, float]:
         """The figures of a step and of the window since the last call; on the first rank, else none.
 
         Args:
             rate: the learning rate.
-            data: of this data-parallel rank; None but on the first rank that works on its rows.
-            fingerprint: of this data-parallel rank's rows of the step; 0 on the other ranks.
+            of_data: of this data-parallel rank, see `data_figures`; None but on the first rank that works on
+                its rows.
 
         Collective: all ranks.
         """
@@ -104,8 +145,8 @@ class StepFigures:
         self._window = _Window(now)
         seconds = max(now - window.began, 1e-9)
         mine = self._of_rank(window, seconds)
-        if data is not None:
-            mine |= self._of_data_rank(window, seconds) | self._of_data(data, fingerprint)
+        if of_data is not None:
+            mine |= self._of_data_rank(window, seconds) | dict(of_data)
         is_first = self._topology.rank == 0
         by_rank: list[Any] = [None] * self._topology.world_size
         dist.gather_object(mine, by_rank if is_first else None)
@@ -125,7 +166,7 @@ class StepFigures:
         figures["optimizer/gradient_norm"] = float(result.norms.joint)
         for name, norm in result.norms.parts.items():
             figures[f"optimizer/gradient_norm_{name}"] = float(norm)
-        figures["optimizer/skipped_steps"] = result.skipped_steps
+        figures["optimizer/skipped_steps"] = int(result.skipped_steps)
         return figures
 
     def _of_rank(self, window: _Window, seconds: float) -> dict[str, Figure]:
@@ -148,20 +189,6 @@ class StepFigures:
         }
         if self._peak_tflops:
             figures["speed/model_flops_utilisation"] = Figure(tflops_per_rank / self._peak_tflops, fmean)
-        return figures
-
-    def _of_data(self, data: TrainingData, fingerprint: int) -> dict[str, Figure]:
-        figures = {f"data/{name}": Figure(count, sum) for name, count in data.counters().items()}
-        for source, epoch in data.epochs().items():
-            figures[f"data/{source}/epoch"] = Figure(epoch, min)
-        figures["data/skipped_samples"] = Figure(data.skipped_samples(), sum)
-        figures["data/fingerprint"] = Figure(fingerprint, sum)
-        for number, (encoder, imbalance) in enumerate(data.tensor_imbalances().items()):
-            in_lane_order, balanced = data.encoder_costs[:, :, number]
-            name = f"data/encoder_imbalance_over_ranks/{encoder}"
-            figures[f"data/encoder_imbalance/{encoder}"] = Figure(imbalance, fmean)
-            figures[name] = Figure(balanced, _imbalance)
-            figures[f"{name}_in_lane_order"] = Figure(in_lane_order, _imbalance)
         return figures
 
 

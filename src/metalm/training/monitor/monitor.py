@@ -13,12 +13,11 @@ import torch
 
 from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
-from metalm.data.loader import TrainingData
 from metalm.evaluation.generation import Sample
 from metalm.parallel.topology import Topology
 from metalm.progress import Phase
 from metalm.training.monitor.dashboard import mask_pictures
-from metalm.training.monitor.figures import StepFigures
+from metalm.training.monitor.figures import BatchCounts, Figure, StepFigures
 from metalm.training.monitor.json_lines import RESTARTS, count_starts
 from metalm.training.monitor.samples import SamplesShown
 from metalm.training.monitor.sink import About
@@ -58,12 +57,15 @@ class Monitor:
         self._sinks.begin(first_step)
         self._describe_start()
 
-    def count(self, micro_batches: list[SemiCausalBatch], wait_s: float) -> None:
-        """Add one step's batches, in host memory, and the seconds that the step waited for them."""
-        self._figures.count(micro_batches, wait_s)
+    def count(self, batches: BatchCounts | None, wait_s: float) -> None:
+        """Add one step: see `StepFigures.count`."""
+        self._figures.count(batches, wait_s)
+
+    def show_masks(self, batch: SemiCausalBatch) -> None:
+        """Show what sees what in the first micro-batch after `begin`, in host memory."""
         if self._is_first and not self._masks_are_drawn:
             self._masks_are_drawn = True
-            for name, picture in mask_pictures(micro_batches[0]).items():
+            for name, picture in mask_pictures(batch).items():
                 self._sinks.write_picture(self._first_step, f"mask/{name}", picture)
 
     def log_step(
@@ -71,8 +73,7 @@ class Monitor:
         step: int,
         result: StepResult,
         rate: float,
-        data: TrainingData | None,
-        fingerprint: int,
+        of_data: Mapping[str, Figure] | None,
         guards: Mapping[str, float],
     ) -> None:
         """Show the figures of a step and of those since the last call.
@@ -84,7 +85,7 @@ class Monitor:
 
         Collective: all ranks.
         """
-        figures = self._figures.gather(result, rate, data, fingerprint)
+        figures = self._figures.gather(result, rate, of_data)
         self._sinks.write(step, {**figures, **guards, RESTARTS: self._restarts}, About.STEPS)
 
     def say(self, line: str) -> None:

@@ -25,7 +25,8 @@ class SamplesShown:
                     step, tag, f"TEXT\n\n{sample.reference}\n\nCONTINUED\n\n{sample.generated}"
                 )
                 continue
-            lines = [f"generated: {sample.generated}", f"reference: {sample.reference}"]
+            lines = [f"asked: {sample.asked}"] if sample.asked else []
+            lines += [f"generated: {sample.generated}", f"reference: {sample.reference}"]
             modality = MEDIA[sample.modality]
             modality.show(self._sink, step, tag, sample.media, lines, first=tag not in self._shown)
             self._shown.add(tag)

@@ -1,0 +1,176 @@
+"""A small decoder's training step on CPU beside transformers' GPT-2 of its size under DeepSpeed, in turns.
+
+python tools/bench_step.py --turns 40 --dropout 0
+
+Each side is a process of its own, which steps when it is told to; the ratio is of the medians, and of the
+fastest steps, which a machine that does other work meanwhile disturbs least. `--against SRC` takes another
+tree of this library in the peer's place.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, ROWS = 4, 256, 4, 8192, 512, 4
+WARM_UP_TURNS = 3
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--against", type=Path, help="folder `src` of another version")
+    parser.add_argument("--overrides", nargs="*", default=[], help="`section.key=value` of our decoder")
+    parser.add_argument("--side", choices=("ours", "gpt2"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.side:
+        serve(arguments)
+        return
+    other = ("gpt2", ROOT / "src") if arguments.against is None else ("ours", arguments.against)
+    sides = [start("ours", ROOT / "src", arguments, 0), start(*other, arguments, 1)]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(WARM_UP_TURNS + arguments.turns):
+        for side, times in zip(sides, seconds, strict=True):
+            times.append(step(side))
+    for side in sides:
+        side.communicate()
+    for times in seconds:
+        del times[:WARM_UP_TURNS]
+    found: dict[str, object] = {"peer": "GPT-2 of transformers" if other[0] == "gpt2" else str(other[1])}
+    for name, reduce in (("median", statistics.median), ("fastest", min)):
+        ours, theirs = (ROWS * LENGTH / reduce(times) for times in seconds)
+        found[name] = {"tokens_per_s": ours, "peer_tokens_per_s": theirs, "ratio": ours / theirs}
+    print(json.dumps(found, indent=1))
+
+
+def start(side: str, source: Path, arguments: argparse.Namespace, number: int) -> subprocess.Popen[str]:
+    """A side's process, ready to step."""
+    command = [sys.executable, __file__, "--side", side, "--threads", str(arguments.threads)]
+    command += ["--dropout", str(arguments.dropout), "--overrides", *arguments.overrides]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone |= {"MASTER_PORT": str(29541 + number), "PYTHONPATH": str(source)}
+    alone |= {"OMP_NUM_THREADS": str(arguments.threads), "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        command, env=os.environ | alone, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        if line == "ready\n":
+            return process
+    raise SystemExit(f"{side} ended with {process.wait()}")
+
+
+def step(process: subprocess.Popen[str]) -> float:
+    """Seconds that a side says one step took."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("step\n")
+    process.stdin.flush()
+    while line := process.stdout.readline():
+        if line.startswith("took "):
+            return float(line.split()[1])
+    raise SystemExit(f"a side ended with {process.wait()}")
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Step whenever a line comes."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    sides: dict[str, Callable[[argparse.Namespace], Callable[[], object]]] = {"ours": ours, "gpt2": gpt2}
+    run = sides[arguments.side](arguments)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        run()
+        print("took", time.perf_counter() - began, flush=True)
+
+
+def ours(arguments: argparse.Namespace) -> Callable[[], object]:
+    """The trainer's step on made-up rows, each of one document."""
+    from metalm.commands.starting import set_up_libraries
+
+    set_up_libraries()
+    from metalm.config.load import load_config
+    from metalm.objectives import build_objective
+    from metalm.parallel.launch import find_launch, open_process_group
+    from metalm.parallel.topology import build_topology
+    from metalm.training.engines import build_engines
+    from metalm.training.guards import StepGuard
+    from metalm.training.step import TrainStep
+    from metalm.training.step_benchmark import made_up_batches
+
+    overrides = ["parallel.tensor=1", "model.encoders=null", "data.evaluation=null", "data.workers=0"]
+    overrides += ["data.sources={pile: {path: data/pile/shards/train, readers: {}}}"]
+    overrides += [
+        f"training.global_batch_size={ROWS}",
+        f"training.micro_batch_size={ROWS}",
+        f"data.lanes={ROWS}",
+    ]
+    overrides += [
+        f"data.sequence_length={LENGTH}",
+        "training.precision=fp32",
+        f"model.vocab_size={VOCABULARY}",
+    ]
+    overrides += [f"model.decoder.num_layers={LAYERS}", f"model.decoder.hidden_size={WIDTH}"]
+    overrides += [f"model.decoder.num_heads={HEADS}", f"model.decoder.dropout={arguments.dropout}"]
+    config = load_config(ROOT / "pipelines" / "pretrain_language.yaml", [*overrides, *arguments.overrides])
+    device = open_process_group(find_launch(os.environ), config.parallel.timeout_minutes)
+    topology = build_topology(1, device)
+    engines = build_engines(config, topology)
+    guard = StepGuard(config.guards, config.data.sources, device)
+    train_step = TrainStep(engines, topology, 1, guard, build_objective(config))
+    batches = made_up_batches(config, one_document=True)
+    return lambda: train_step.run(batches, 1e-4)
+
+
+def gpt2(arguments: argparse.Namespace) -> Callable[[], object]:
+    """Transformers' model in a DeepSpeed engine of ZeRO 1."""
+    import deepspeed
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dropped = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), arguments.dropout)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "n_positions": LENGTH,
+        "n_embd": WIDTH,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+    }
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropped, use_cache=False, attn_implementation="sdpa"))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
+        config={
+            "train_micro_batch_size_per_gpu": ROWS,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 1},
+            "steps_per_print": 10**9,
+        },
+    )
+    tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
+
+    def run() -> None:
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
