@@ -31,6 +31,7 @@ from distributed.ranks import run_command
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import load_config
 from metalm.conversion import foreign_decoders
+from metalm.conversion.foreign_decoders import read_foreign_decoder
 from metalm.conversion.hf_config import model_config
 from metalm.conversion.import_decoder import import_decoder
 from metalm.conversion.mapping import conversion_rules
@@ -141,21 +142,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name, max_shard_size="40KB")
         write_tokenizer(folder / name)
     _save_as_old_transformers_did(folder / "gpt2")
-    _rename(folder / "pythia", {"lm_head.weight": "embed_out.weight"})
+    _save_as_pythia_was(folder / "pythia")
     return folder
 
 
-def _rename(folder: Path, names: dict[str, str]) -> None:
-    """GPT-NeoX as transformers saved it before version 5, with the buffers of that time."""
+def _save_as_pythia_was(folder: Path) -> None:
+    """GPT-NeoX as transformers saved it before version 5, with the keys and buffers of that time."""
     weights: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         weights |= load_file(path)
         path.unlink()
     (folder / "model.safetensors.index.json").unlink()
-    weights = {names.get(name, name): tensor for name, tensor in weights.items()}
+    weights["embed_out.weight"] = weights.pop("lm_head.weight", weights.get("embed_out.weight"))
     buffers = {"attention.bias": 64, "attention.masked_bias": 1, "attention.rotary_emb.inv_freq": 1}
     weights |= {f"gpt_neox.layers.0.{name}": torch.ones(size) for name, size in buffers.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _save_as_old_transformers_did(folder: Path) -> None:
@@ -255,6 +260,13 @@ def test_an_export_continues_texts_as_the_family_does(
         for model, size in ((ours, ours.config.vocab_size), (theirs, expected.shape[1]))
     ]
     assert continued[0].tolist() == continued[1].tolist()
+
+
+def test_the_first_gemmas_gelu_is_meant_as_its_tanh_form(models: Path, tmp_path: Path) -> None:
+    shutil.copy(models / "gemma" / "config.json", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    assert read_foreign_decoder(tmp_path, set()).decoder.activation == "geglu_tanh"
 
 
 def test_embeddings_of_gemma_are_scaled_as_bf16_has_the_factor(
