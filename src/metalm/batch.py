@@ -189,7 +189,7 @@ def views_in(batch: SemiCausalBatch, content: Tensor) -> SemiCausalBatch:
     """A batch that is in one piece, as views of a copy of that piece, on any device."""
 
     def view(tensor: Tensor) -> Tensor:
-        offset = tensor.storage_offset() * tensor.dtype.itemsize
+        offset = int(tensor.storage_offset()) * tensor.dtype.itemsize
         return TensorSpec(tensor.shape, tensor.dtype, offset).view_in(content)
 
     viewed: SemiCausalBatch = _map_leaves(batch, Tensor, view)

@@ -17,7 +17,7 @@ PHASES = ("data wait", "agreement", "forward", "backward", "optimizer")
 
 
 @pytest.fixture(scope="module")
-def watched(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+def watched(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Seven steps, of which the first and the last are logged, 2 and 3 are profiled, and 4 to 6 watched."""
     runs = tmp_path_factory.mktemp("watched")
     settings = ("training.steps=7", "monitor.log_every_steps=100", "monitor.profile_steps=[2,3]")
@@ -28,13 +28,13 @@ def watched(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         "guards.drift_every_steps=100",
     )
     average = "training.average={decay: 0.9}"
-    (places,) = run_ranks(
+    (result,) = run_ranks(
         "watch_waits",
         1,
         *("4", "train", str(tiny_data / "tiny.yaml"), f"run.folder={runs}", "run.name=run"),
         *(*settings, *fast, average),
     )
-    return runs / "run", places
+    return runs / "run", result
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,15 +44,16 @@ def _in_repository() -> Any:
         yield
 
 
-def test_the_loop_looks_at_nothing_between_two_lines(watched: tuple[Path, dict[str, list[str]]]) -> None:
-    _, places = watched
+def test_the_loop_looks_at_nothing_between_two_lines(watched: tuple[Path, dict[str, Any]]) -> None:
+    places = watched[1]["places"]
     assert sorted(places) == ["4", "5", "6"]
     for found in places.values():
         assert set(found) == {LOOKS_AT_NORM}  # of fp32: `training/test_waits.py` has a step without any
 
 
-def test_the_steps_asked_for_are_traced(watched: tuple[Path, dict[str, list[str]]]) -> None:
-    run, _ = watched
+def test_the_steps_asked_for_are_traced(watched: tuple[Path, dict[str, Any]]) -> None:
+    run, result = watched
+    assert result["is_profiled"] == [number in (2, 3) for number in range(1, 8)]
     (trace,) = (run / "profile").iterdir()
     assert trace.name.startswith("rank_00000_step_00000002.")
     assert trace.name.endswith(".pt.trace.json.gz")

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from metalm.kernels import IntervalMask, interval_attention
+from metalm.kernels import HiddenPattern, IntervalMask, interval_attention
+from metalm.kernels import dropout as dropout_module
 from metalm.kernels.dropout import _philox, attention_pattern, hidden_dropout, row_seeds
+from metalm.kernels.native_philox import compiled_loop, native_keep
 
 
 def keep(seeds: Tensor, head_offset: int = 0, num_heads: int = 4, first_key: int = 0) -> Tensor:
@@ -24,6 +26,34 @@ def keep(seeds: Tensor, head_offset: int = 0, num_heads: int = 4, first_key: int
 def test_philox_known_answer(key: int, counter: int, words: tuple[int, ...]) -> None:
     zero = torch.full((1,), counter)
     assert tuple(int(word) for word in _philox(torch.full((1,), key), zero, zero, zero, zero)) == words
+
+
+def test_the_compiled_generator_draws_what_pytorch_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds of all 64 bits, packed spans, some of the heads, widths of any remainder."""
+    seeds = torch.tensor([[2**62 + 5] * 24 + [-(2**61) - 7] * 16, [11] * 40])
+    positions = torch.cat((torch.arange(24), torch.arange(16))).expand(2, 40)
+    sizes = {"batch_size": 2, "num_queries": 40, "num_keys": 40, "device": seeds.device}
+    attention = attention_pattern(0.3, seeds, positions, 3, **sizes)
+    hidden = HiddenPattern(0.3, seeds, positions, site=2**20)
+    number = 0
+
+    def draw() -> list[Tensor]:
+        tiles = [(slice(0, 2), slice(0, 40), slice(5, 38)), (slice(1, 2), slice(7, 30), slice(0, 40))]
+        kept = [attention.keep_tile(rows, 5, queries, keys) for rows, queries, keys in tiles]
+        return kept + [hidden.keep(width) for width in (64, 301)]
+
+    def count(*arguments: object) -> Tensor | None:
+        nonlocal number
+        number += 1
+        return native_keep(*arguments)
+
+    monkeypatch.setattr(dropout_module, "native_keep", count)
+    compiled = draw()
+    assert number == 4
+    assert compiled_loop() is not None
+    monkeypatch.setattr(dropout_module, "native_keep", lambda *arguments: None)
+    for one, other in zip(compiled, draw(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_keeps_the_right_share() -> None:

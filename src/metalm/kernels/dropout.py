@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metalm.kernels.elementwise import Backend, choose_backend
+from metalm.kernels.native_philox import native_keep
 
 _WORD = 0xFFFFFFFF
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -79,16 +80,12 @@ class DropoutPattern:
         first, last = keys.start // 4 * 4, keys.stop
         group = self.key_positions[rows, first:last:4] // 4
         head = torch.arange(self.head_offset, self.head_offset + num_heads, device=self.seeds.device)
-        words = _philox(
-            self.seeds[rows, queries][:, None, :, None],
-            group.long()[:, None, None, :],
-            self.query_positions[rows, queries].long()[:, None, :, None],
-            head[:, None, None],
-            torch.zeros_like(head)[:, None, None],
+        seeds, positions = self.seeds[rows, None, queries], self.query_positions[rows, None, queries]
+        kept = _keep(
+            seeds[..., None], group[:, None, None], positions[..., None], head[:, None, None], 0, self.rate
         )
-        drawn = torch.stack(words, -1).flatten(-2)
         offset = keys.start - first
-        return drawn[..., offset : offset + keys.stop - keys.start] >= drop_threshold(self.rate)
+        return kept[..., offset : offset + keys.stop - keys.start]
 
 
 def attention_pattern(
@@ -156,10 +153,8 @@ class HiddenPattern:
     def keep(self, width: int) -> Tensor:
         """Bool `[..., width]`, of vectors of so many elements."""
         group = torch.arange(-(-width // 4), device=self.seeds.device)
-        where = group.new_full((), self.site)
-        seed, position = (part.long()[..., None] for part in (self.seeds, self.positions))
-        words = _philox(seed, group, position, where, torch.ones_like(where))
-        return torch.stack(words, -1).flatten(-2)[..., :width] >= drop_threshold(self.rate)
+        site = group.new_full((), self.site)
+        return _keep(self.seeds[..., None], group, self.positions[..., None], site, 1, self.rate)[..., :width]
 
     def drop(self, hidden: Tensor, backend: Backend | None = None) -> Tensor:
         """Vectors with elements dropped, and the rest scaled up; differentiable.
@@ -189,6 +184,27 @@ def hidden_dropout(
 ) -> Tensor:
     """Drop elements of vectors; see `HiddenPattern`."""
     return HiddenPattern(rate, seeds, positions, site).drop(hidden, backend)
+
+
+def _keep(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int, rate: float) -> Tensor:
+    """Bool: which elements, four of each counter, are kept; the first word varies along the last dimension.
+
+    All are integers that are broadcast together; seed, c1 and c2 have a last dimension of 1, or none.
+    """
+    if seed.device.type == "cpu":
+        kept = _native_keep(seed, c0, c1, c2, c3, drop_threshold(rate))
+        if kept is not None:
+            return kept
+    words = _philox(seed.long(), c0.long(), c1.long(), c2.long(), torch.full_like(c0, c3, dtype=torch.int64))
+    return torch.stack(words, -1).flatten(-2) >= drop_threshold(rate)
+
+
+def _native_keep(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int, threshold: int) -> Tensor | None:
+    shape = torch.broadcast_shapes(seed.shape, c0.shape, c1.shape, c2.shape)
+    lines = [part.expand(*shape[:-1], 1).reshape(-1) for part in (seed.long(), c1, c2)]
+    groups = c0.reshape(1, -1) if c0.numel() == shape[-1] else c0.expand(shape).reshape(-1, shape[-1])
+    kept = native_keep(lines[0], groups, lines[1], lines[2], c3, threshold)
+    return None if kept is None else kept.view(*shape[:-1], -1)
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """The output layer and its cross entropy in one, vocabulary-parallel, without holding many logits.
 
 Positions are taken in chunks, of so many logits as are kept without harm. Where one chunk holds all
-positions, its logits wait for the backward, which the loss begins; else they are computed again.
+positions, its logits wait for the backward, which the loss begins; else they are computed again. Without
+Triton and in the losses' own dtype their exponentials wait in their place.
 """
 
 from __future__ import annotations
@@ -92,25 +93,55 @@ class _Options:
         """The rows that are multiplied: on CUDA with the padding, without which memory is out of line."""
         return weight if self.backend == "triton" else weight[: self.num_rows]
 
-    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp and the labels' logits of a chunk."""
+    def keep(self, logits: Tensor) -> _Kept:
+        """What the backward takes, in the memory of a chunk's logits."""
+        if self.backend == "triton" or logits.dtype != torch.promote_types(logits.dtype, torch.float32):
+            return _Kept(logits, None)
+        largest = logits.amax(dim=1)
+        return _Kept(logits.sub_(largest[:, None]).exp_(), largest)
+
+    def loss(self, logits: Tensor, labels: Tensor, *, keeps: bool) -> tuple[Tensor, Tensor, _Kept | None]:
+        """Log-sum-exp and the labels' logits of a chunk, and what its backward takes if it keeps anything."""
         if self.backend == "triton":
             from metalm.kernels.triton_loss import logits_loss
 
-            return logits_loss(logits, labels, self.num_rows)
+            log_sum, target = logits_loss(logits, labels, self.num_rows)
+            return log_sum, target, self.keep(logits) if keeps else None
+        target = torch.where(labels >= 0, logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1), 0)
+        kept = self.keep(logits) if keeps else None
+        if kept is not None and kept.largest is not None:
+            return kept.largest + kept.values.sum(dim=1).log(), target, kept
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        target = wide.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-        return wide.logsumexp(1), torch.where(labels >= 0, target, 0)
+        return wide.logsumexp(1), target.to(wide.dtype), kept
 
-    def gradients(self, logits: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
-        """Of a chunk's logits, in their dtype; the logits are gone."""
+    def gradients(
+        self, kept: _Kept, labels: Tensor, log_sum: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of a chunk's logits, in their dtype, and what each row is still to be multiplied by.
+
+        What is kept is gone: its memory holds the gradients.
+        """
         if self.backend == "triton":
             from metalm.kernels.triton_loss import into_gradients
 
-            return into_gradients(logits, labels, log_sum, grad, self.num_rows)
-        found = logits.to(log_sum.dtype).sub_(log_sum[:, None]).exp_()
-        found.scatter_add_(1, labels.clamp(min=0)[:, None], -(labels >= 0)[:, None].to(found.dtype))
-        return found.mul_(grad[:, None]).to(logits.dtype)
+            return into_gradients(kept.values, labels, log_sum, grad, self.num_rows), None
+        column, has_one = labels.clamp(min=0)[:, None], (labels >= 0)[:, None]
+        if kept.largest is None:
+            found = kept.values.to(log_sum.dtype).sub_(log_sum[:, None]).exp_()
+            found.scatter_add_(1, column, -has_one.to(found.dtype))
+            return found.mul_(grad[:, None]).to(kept.values.dtype), None
+        # Other ranks may have the sum almost alone: nothing is divided by what has underflowed.
+        share = (kept.largest - log_sum).clamp(min=-80.0).exp()
+        kept.values.scatter_add_(1, column, torch.where(has_one, -1.0 / share[:, None], 0.0))
+        return kept.values, (share * grad)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A chunk's logits; or their exponentials over that of the largest of their row."""
+
+    values: Tensor
+    largest: Tensor | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -122,12 +153,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sum = torch.full((num_positions,), float("-inf"), dtype=dtype, device=hidden.device)
         target = torch.zeros_like(log_sum)
         chunks = _chunks(num_positions, options.chunk_size) if options.num_rows else ()
-        ctx.logits = None
+        ctx.kept = None
+        keeps = len(chunks) == 1 and any(ctx.needs_input_grad[:2])
         for chunk in chunks:
             logits = hidden[chunk] @ options.rows(weight).T
-            log_sum[chunk], target[chunk] = options.loss(logits, own_labels[chunk])
-            if len(chunks) == 1 and any(ctx.needs_input_grad[:2]):
-                ctx.logits = logits
+            log_sum[chunk], target[chunk], ctx.kept = options.loss(logits, own_labels[chunk], keeps=keeps)
         if options.group is not None:
             maximum = log_sum.clone()
             dist.all_reduce(maximum, dist.ReduceOp.MAX, group=options.group)
@@ -141,8 +171,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_sum = ctx.saved_tensors
-        options, kept = ctx.options, ctx.logits
-        ctx.logits = None  # its memory is about to hold the gradients
+        options, kept = ctx.options, ctx.kept
+        ctx.kept = None  # its memory is about to hold the gradients
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         own_labels = _own_labels(labels, options)
         grad_losses = torch.where(labels >= 0, grads[0], 0)
@@ -154,15 +184,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_weight:
             grad_weight = torch.zeros_like(weight, dtype=weight.dtype if len(chunks) == 1 else log_sum.dtype)
         for chunk in chunks:
-            logits = hidden[chunk] @ rows.T if kept is None else kept
-            grad_logits = options.gradients(logits, own_labels[chunk], log_sum[chunk], grad_losses[chunk])
-            del logits
+            inputs = hidden[chunk]
+            kept = kept or options.keep(inputs @ rows.T)
+            grad_logits, factor = options.gradients(
+                kept, own_labels[chunk], log_sum[chunk], grad_losses[chunk]
+            )
+            kept = None
             if grad_hidden is not None:
                 torch.mm(grad_logits, rows, out=grad_hidden[chunk])
+            if factor is not None:  # of narrower tensors than the logits are
+                inputs = inputs * factor
+                if grad_hidden is not None:
+                    grad_hidden[chunk] *= factor
             if grad_weight is not None and len(chunks) == 1:
-                torch.mm(grad_logits.T, hidden, out=grad_weight[: len(rows)])
+                torch.mm(grad_logits.T, inputs, out=grad_weight[: len(rows)])
             elif grad_weight is not None:
-                grad_weight[: len(rows)] += grad_logits.T @ hidden[chunk]
+                grad_weight[: len(rows)] += grad_logits.T @ inputs
         if grad_hidden is not None and options.group is not None:
             dist.all_reduce(grad_hidden, group=options.group)
         if grad_weight is not None:

@@ -22,8 +22,12 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stream = torch.cuda.Stream(self._device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._keeps_pool: torch.cuda.CUDAGraph | None = None
 
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -50,14 +54,15 @@ class CudaRecorder:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            # Other threads, such as those that pin memory or watch collectives, do not belong to it.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
+                # Other threads, such as those that pin memory or watch collectives, do not belong to it.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
                 results = work()
                 graph.capture_end()
             except BaseException:
                 self._abandon(graph)
                 raise
+        self._keeps_pool = graph
         return results, graph.replay
 
     def lend(self, tensor: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ class CudaRecorder:
         return torch.as_tensor(_Address(tensor), device=tensor.device).view(tensor.dtype)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Leave the stream, the allocator and torch's generator as they were.
+        """Leave the allocator and torch's generator as they were, and begin with a new stream and pool.
 
         An end that fails takes the stream out of the recording, but leaves the rest to us.
         """
@@ -78,6 +83,7 @@ class CudaRecorder:
                 torch._C._cuda_releasePool(index, self._pool)
             generator = torch.cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state())
+        self._begin()
 
 
 class _Address:

@@ -211,5 +211,5 @@ def _build_optimizer(
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
-        fused=device.type == "cuda",
+        fused=True,
     )

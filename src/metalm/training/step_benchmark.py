@@ -40,7 +40,7 @@ from metalm.training.step import TrainStep
 from metalm.training.timing import PartTimer
 from metalm.training.verdicts import Verdicts
 
-WARM_UP_STEPS, NUM_PROFILED = 3, 2
+WARM_UP_STEPS, NUM_PROFILED = 3, 3
 NUM_KERNELS, NUM_GAPS = 25, 10
 """The most expensive kernels and the longest times without one that are told."""
 _MEAN_DOCUMENT = 1000
