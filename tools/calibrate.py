@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.progress import Phase
 from metalm.project_files import project_root
 
 
@@ -58,9 +59,10 @@ def _command(arguments: argparse.Namespace) -> list[str]:
 def measure(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    import torch
+    with Phase("loading DeepSpeed and Megatron"):
+        import torch
 
-    from metalm.training.calibrate import calibrate, process_or_wall_clock
+        from metalm.training.calibrate import calibrate, process_or_wall_clock
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.progress import Phase
 
 
 def main() -> None:
@@ -22,7 +23,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the tokenizer; must not exist")
     options = parser.parse_args()
 
-    from metalm.conversion.completed_tokenizer import changed_texts, complete_tokenizer
+    with Phase("loading transformers"):
+        from metalm.conversion.completed_tokenizer import changed_texts, complete_tokenizer
 
     tokenizer = complete_tokenizer(options.source, options.out)
     print(f"{options.out}: {tokenizer.size} ids, fingerprint {tokenizer.fingerprint}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
 from metalm.config import load_config
+from metalm.progress import Phase
 
 
 def main() -> None:
@@ -20,7 +21,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
 
-    from metalm.conversion.restore import restore_checkpoint
+    with Phase("loading transformers"):
+        from metalm.conversion.restore import restore_checkpoint
 
     checkpoint = restore_checkpoint(options.folder, load_config(options.pipeline, options.overrides))
     print(f"wrote {checkpoint}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
 from metalm.errors import ConfigError
+from metalm.progress import Phase
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -52,7 +53,8 @@ def main() -> None:
     parser.add_argument("--no-proof", action="store_true", help="do not compare logits with the checkpoint")
     options = parser.parse_args()
 
-    from metalm.conversion.export import DTYPES, export_checkpoint
+    with Phase("loading transformers"):
+        from metalm.conversion.export import DTYPES, export_checkpoint
 
     result = export_checkpoint(
         options.checkpoint,

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from metalm.cli import run_tool
 from metalm.errors import ConfigError
+from metalm.progress import Phase
 
 
 def main() -> None:
     try:
-        from lm_eval.__main__ import cli_evaluate
+        with Phase("loading lm-evaluation-harness"):
+            from lm_eval.__main__ import cli_evaluate
     except ImportError:
         raise ConfigError(
             "lm-evaluation-harness is not installed: pip install 'metalm[evaluation]'"
         ) from None
 
-    import metalm.conversion.evaluation_harness  # noqa: F401 - registers the class
+    with Phase("loading transformers"):
+        import metalm.conversion.evaluation_harness  # noqa: F401 - registers the class
 
     cli_evaluate()
 

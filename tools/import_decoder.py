@@ -1,6 +1,7 @@
 """Make a pretrained language model the decoder that runs start from, at any tensor parallelism.
 
-Reads folders of GPT-2, Llama, Mistral and Qwen2 as transformers saves them (safetensors).
+Reads folders of GPT-2, Llama, Mistral, Qwen2, GPT-NeoX (Pythia), OLMo and Gemma as transformers saves them
+(safetensors).
 
 Example:
     python tools/import_decoder.py gpt2 imported/gpt2
@@ -12,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.progress import Phase
 
 
 def main() -> None:
@@ -20,7 +22,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="must not exist")
     options = parser.parse_args()
 
-    from metalm.conversion.import_decoder import import_decoder
+    with Phase("loading transformers"):
+        from metalm.conversion.import_decoder import import_decoder
 
     result = import_decoder(options.folder, options.out)
     print(f"wrote {result.folder}: {result.num_parameters:,} parameters, for {result.longest} positions")

@@ -14,10 +14,9 @@ import os
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.data.preparation.progress import ProgressLine
 from metalm.data.storage.index import build_index
 from metalm.data.storage.remote import check_url, expand_names
-from metalm.data.storage.shard_scan import KINDS, Shard
+from metalm.data.storage.shard_scan import KINDS
 from metalm.data.tokenizer import load_tokenizer
 
 
@@ -44,27 +43,14 @@ def main() -> None:
     if options.url is not None:
         check_url(options.url)
 
-    names = expand_names(options.shards)
-    if names:
-        progress = ProgressLine(len(names), "shards")
-    else:
-        progress = ProgressLine(
-            sum(path.stat().st_size for path in options.folder.glob("*.tar") if path.is_file()), "MB", 1e6
-        )
-
-    def show(shard: Shard) -> None:
-        progress.advance(1 if names else shard.size)
-
     index = build_index(
         options.folder,
         kind=options.kind,
         url=options.url,
-        shard_names=names,
+        shard_names=expand_names(options.shards),
         tokenizer_fingerprint=load_tokenizer(options.tokenizer).fingerprint if options.tokenizer else None,
         processes=options.processes,
-        on_shard=show,
     )
-    progress.close()
     print(f"{index.num_samples:,} samples in {len(index.shards):,} shards", end="")
     print(f", {index.num_tokens:,} tokens ({index.token_dtype})" if index.token_dtype else "")
     for cause, count in index.skipped.items():

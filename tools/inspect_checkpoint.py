@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metalm.checkpoint.folders import find_checkpoint
-from metalm.checkpoint.format import AVERAGE, STATES
-from metalm.checkpoint.inspection import compare_checkpoints, describe_checkpoint
-from metalm.checkpoint.reader import CheckpointReader
 from metalm.cli import ToolParser, run_tool
+from metalm.progress import Phase
+
+with Phase("loading torch"):
+    from metalm.checkpoint.folders import find_checkpoint
+    from metalm.checkpoint.format import AVERAGE, STATES
+    from metalm.checkpoint.inspection import compare_checkpoints, describe_checkpoint
+    from metalm.checkpoint.reader import CheckpointReader
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from metalm.checkpoint.folders import checkpoints_of, prune_checkpoints
 from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints
 from metalm.cli import ToolParser, run_tool
 from metalm.errors import CheckpointError
+from metalm.progress import Phase
 from metalm.run_lock import RunLock
 
 
@@ -27,7 +28,9 @@ def main() -> None:
         raise CheckpointError(f"{options.run} is no run folder that holds a checkpoint")
     lock = RunLock(checkpoints.parent if checkpoints.name == CHECKPOINTS_NAME else checkpoints)
     try:
-        for folder in prune_checkpoints(checkpoints, options.keep_last, options.keep_every_steps):
+        with Phase(f"removing checkpoints of {options.run}"):
+            removed = prune_checkpoints(checkpoints, options.keep_last, options.keep_every_steps)
+        for folder in removed:
             print(f"removed {folder}")
     finally:
         lock.release()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.progress import Phase
 from metalm.reproduction.random_encoder import write_random_encoder
 
 
@@ -17,7 +18,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write_random_encoder(options.folder, options.out, options.seed)
+    with Phase("drawing weights"):
+        write_random_encoder(options.folder, options.out, options.seed)
     print(f"{options.out}: random weights, seed {options.seed}")
 
 

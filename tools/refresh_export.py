@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.progress import Phase
 
 
 def main() -> None:
@@ -18,7 +19,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="written by convert_to_hf")
     options = parser.parse_args()
 
-    from metalm.conversion.refresh import refresh_export
+    with Phase("loading transformers"):
+        from metalm.conversion.refresh import refresh_export
 
     refresh_export(options.folder)
     print(f"refreshed {options.folder}")

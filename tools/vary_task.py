@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.progress import Phase
 from metalm.reproduction.variants import (
     write_blind,
     write_encoded,
@@ -35,14 +36,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "texts":
         fields = options.fields.split(",")
-        count = write_texts(options.tasks, options.data, fields, options.out, options.seed)
+        with Phase("writing texts"):
+            count = write_texts(options.tasks, options.data, fields, options.out, options.seed)
         print(f"{count:,} texts in {options.out}")
         return
     if options.what == "worded":
-        count = write_worded(options.tasks, options.data, options.out, options.most)
+        with Phase("writing texts"):
+            count = write_worded(options.tasks, options.data, options.out, options.most)
         print(f"{count:,} texts in {options.out}")
         return
-    for path in options.tasks:
+    for path in Phase.over("writing tasks", options.tasks, "tasks"):
         if options.what == "encoded":
             write_encoded(path, options.out)
         elif options.what == "blind":

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from metalm import __version__
 from metalm.commands import answering, operations, scripts, tasks, training
 from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, MetaLMError
-from metalm.parallel.launch import rank_of
+from metalm.progress import rank_of
 from metalm.project_files import project_root
 
 

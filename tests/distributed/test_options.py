@@ -40,6 +40,11 @@ CASES: dict[str, tuple[int, dict[str, Any], str]] = {
         {"options": "selective", "tensor": 2, "sequence_parallel": True},
         "2,1",
     ),
+    "parallel residuals, wide heads, sequence-parallel": (
+        2,
+        {"options": "parallel", "tensor": 2, "sequence_parallel": True},
+        "2,3",
+    ),
     "one key head, ZeRO 3 over the data-parallel ranks": (2, {"options": "qkv_biases"}, "3,1"),
     "optimizers in host memory": (2, {"tensor": 2, "micro_batch_size": 4}, "2_offload,3_offload"),
 }

@@ -50,6 +50,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "recompute": True,
     },
     "selective": {**LLAMA, "recompute": "selective"},
+    "parallel": {
+        **LLAMA,
+        "parallel_residual": True,
+        "head_dim": 12,
+        "rope_share": 0.5,
+        "activation": "geglu_tanh",
+        "tied_output": True,
+        "scale_embedding": "rounded",
+    },
     "qkv_biases": {**LLAMA, "qkv_biases": True, "tied_output": True, "num_kv_heads": 1},
 }
 """Decoders: the paper's, today's usual ones, and every further option."""

@@ -21,7 +21,7 @@ from reference.rows import DOCUMENT, PAD, PARAGRAPH, START, Document, PlainRow, 
 FORWARD_AND_BACKWARD = 3
 
 
-@pytest.mark.parametrize("options", ["paper", "llama"])
+@pytest.mark.parametrize("options", ["paper", "llama", "parallel"])
 def test_matrix_products_equal_torchs_own_count(topology: Topology, options: str) -> None:
     """Rows and encoder shares without padding; attention is known: pairs seen, two products, all layers."""
     config = tiny_config("unused", options=options).model
@@ -39,7 +39,11 @@ def test_matrix_products_equal_torchs_own_count(topology: Topology, options: str
     decoder_pairs = LENGTH * (LENGTH + 1) // 2 + 4 * (10 * 11 // 2)
     text_pairs, image_pairs = 16**2, 4 * 4**2
     hidden = {"decoder": 32, "text": 24, "image": 16}
-    pairs = hidden["decoder"] * decoder_pairs + hidden["text"] * text_pairs + hidden["image"] * image_pairs
+    pairs = (
+        config.decoder.attention_size * decoder_pairs
+        + hidden["text"] * text_pairs
+        + hidden["image"] * image_pairs
+    )
     attention = 4 * 2 * pairs  # two layers each
     # The output layer computes the true vocabulary only; the count, like its weight, has the padding rows.
     padding_rows = 2 * 2 * LENGTH * hidden["decoder"] * (config.padded_vocab_size - config.vocab_size)

@@ -5,7 +5,8 @@ import resource
 import pytest
 
 from metalm.errors import TopologyError
-from metalm.parallel.launch import find_launch, first_host, raise_open_files, rank_of
+from metalm.parallel.launch import find_launch, first_host, raise_open_files
+from metalm.progress import rank_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 SLURM = {

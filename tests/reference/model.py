@@ -70,7 +70,7 @@ def _decoder_layer(x: Tensor, visible: Tensor, number: int, weights: Weights, de
     def attend(x: Tensor) -> Tensor:
         groups = decoder.num_kv_heads or decoder.num_heads
         qkv = _linear(x, weights, prefix + "self_attention.linear_qkv")
-        qkv = qkv.view(len(x), groups, -1, decoder.hidden_size // decoder.num_heads)
+        qkv = qkv.view(len(x), groups, -1, decoder.head_dim or decoder.hidden_size // decoder.num_heads)
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1:]  # the queries of a key head, key, value
         q, k, v = (part.expand_as(q).flatten(1, 2) for part in (q, k, v))
         if decoder.positions == "rope":
@@ -82,8 +82,11 @@ def _decoder_layer(x: Tensor, visible: Tensor, number: int, weights: Weights, de
         if decoder.activation == "swiglu":
             gate, value = inner.chunk(2, dim=-1)
             inner = gate * torch.sigmoid(gate) * value
+        elif decoder.activation == "geglu_tanh":
+            gate, value = inner.chunk(2, dim=-1)
+            inner = _gelu_tanh(gate) * value
         elif decoder.activation == "gelu_tanh":
-            inner = inner / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+            inner = _gelu_tanh(inner)
         else:
             inner = inner / 2 * (1 + torch.erf(inner / math.sqrt(2)))
         return _linear(inner, weights, prefix + "mlp.linear_fc2")
@@ -91,12 +94,18 @@ def _decoder_layer(x: Tensor, visible: Tensor, number: int, weights: Weights, de
     def norm(x: Tensor, name: str) -> Tensor:
         return _decoder_norm(x, weights, prefix + name, decoder)
 
+    if decoder.parallel_residual:
+        return x + attend(norm(x, "input_layernorm")) + feed_forward(norm(x, "pre_mlp_layernorm"))
     if decoder.normalization == "pre_ln":
         x = x + attend(norm(x, "input_layernorm"))
         return x + feed_forward(norm(x, "pre_mlp_layernorm"))
     alpha = (2 * decoder.num_layers) ** (1 / 4)
     x = norm(alpha * x + attend(x), "attention_norm")
     return norm(alpha * x + feed_forward(x), "mlp_norm")
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -106,13 +115,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, decoder) -> Tensor:
-    """Rotary positions of one document [n, heads, K], each pair (i, i + K/2) as one complex number."""
-    half = x.shape[-1] // 2
+    """Rotary positions of one document [n, heads, K], each pair (i, i + turned/2) as a complex number."""
+    half = int(x.shape[-1] * decoder.rope_share) // 2
     frequencies = [_rotary_frequency(i, half, decoder) for i in range(half)]
     angles = torch.arange(len(x))[:, None] * torch.tensor(frequencies, dtype=torch.float64)
-    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
+    pairs = torch.complex(x[..., :half].double(), x[..., half : 2 * half].double())
     turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :].double()), dim=-1).to(x.dtype)
 
 
 def _rotary_frequency(number: int, half: int, decoder) -> float:

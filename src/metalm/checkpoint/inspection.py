@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from metalm.checkpoint.reader import CheckpointReader
+from metalm.progress import Phase
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def compare_checkpoints(
             else {}
             for reader in (first, second)
         ]
-        for name in dict.fromkeys([*shapes[0], *shapes[1]]):
+        names = dict.fromkeys([*shapes[0], *shapes[1]])
+        for name in Phase.over(f"comparing the {component}", names, "parameters"):
             if shapes[0].get(name) != shapes[1].get(name):
                 yield Difference(component, name, math.inf, math.inf)
                 continue

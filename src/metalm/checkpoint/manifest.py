@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from metalm.checkpoint.names import PARTIAL_SUFFIX
 from metalm.checkpoint.state import first_mistake
 from metalm.errors import CheckpointError
+from metalm.progress import Phase
 from metalm.regular_files import read_regular
 
 MANIFEST_NAME = "manifest.json"
@@ -103,14 +104,16 @@ def check_files(folder: Path, files: Iterable[tuple[str, FileRecord]], *, hashed
         files: names and records of its manifest.
         hashed: compare contents; else sizes alone.
     """
-    problems = []
-    for name, record in files:
-        try:
-            problem = _check_file(folder, name, record, hashed)
-        except OSError as error:
-            problem = f"{name} cannot be read: {error.strerror}"
-        if problem:
-            problems.append(problem)
+    problems, files = [], list(files)
+    with Phase(f"hashing {folder}", sum(record.size for _, record in files), "MB", 1e6) as phase:
+        for name, record in files:
+            try:
+                problem = _check_file(folder, name, record, hashed)
+            except OSError as error:
+                problem = f"{name} cannot be read: {error.strerror}"
+            if problem:
+                problems.append(problem)
+            phase.advance(record.size)
     return problems
 
 

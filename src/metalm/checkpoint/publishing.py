@@ -17,6 +17,7 @@ from metalm.checkpoint.manifest import FileRecord, publish, record_file, remove,
 from metalm.checkpoint.names import CONFIG_NAME, partial_folder
 from metalm.checkpoint.state import STATE_NAME, RunFacts, RunState
 from metalm.checkpoint.writer import Shape, write_stream
+from metalm.progress import Phase
 
 Files = dict[str, FileRecord]
 Indices = Mapping[str, Mapping[str, ParameterIndex]]
@@ -119,7 +120,11 @@ class WeightsWriter:
         (self._partial / component).mkdir()
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         flat = {piece_name(name, state): (size,) for name, size in sizes.items() for state in states}
-        record = write_stream(self._partial / component / file, pieces, flat, torch.float32)
+        with Phase(
+            f"writing the {component}", sum(sizes.values()) * len(states), "million numbers", 1e6
+        ) as phase:
+            told = phase.each(pieces, lambda piece: piece[1].numel())
+            record = write_stream(self._partial / component / file, told, flat, torch.float32)
         self.files[f"{component}/{file}"] = record
         self.indices[component] = {
             name: ParameterIndex(shape, None, 1, 1, (Piece(file, 0, 0, sizes[name]),), states)

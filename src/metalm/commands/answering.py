@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from metalm.progress import Phase
+
 
 def add_commands(commands: Any) -> None:
     generate = commands.add_parser(
@@ -46,7 +48,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from metalm.conversion.generate import generate_from_folder
+    with Phase("loading transformers"):
+        from metalm.conversion.generate import generate_from_folder
 
     answer = generate_from_folder(
         options.folder,
@@ -64,7 +67,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     if options.web:
-        from metalm.conversion.chat_page import serve_page
+        with Phase("loading transformers"):
+            from metalm.conversion.chat_page import serve_page
 
         serve_page(
             options.folder,
@@ -75,7 +79,8 @@ def _chat(options: argparse.Namespace) -> None:
             device=options.device,
         )
         return
-    from metalm.conversion.chat import chat_with_folder
+    with Phase("loading transformers"):
+        from metalm.conversion.chat import chat_with_folder
 
     chat_with_folder(
         options.folder,

@@ -9,6 +9,7 @@ from typing import Any
 
 from metalm.commands.argument_types import positive
 from metalm.operations.preflight_limits import Limits
+from metalm.progress import Phase
 
 
 def add_commands(commands: Any) -> None:
@@ -69,9 +70,11 @@ def _status(options: argparse.Namespace) -> int | None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from metalm.operations.report import write_report
+    with Phase("writing the report"):
+        from metalm.operations.report import write_report
 
-    print(f"wrote {write_report(options.run_folder, options.out)}")
+        written = write_report(options.run_folder, options.out)
+    print(f"wrote {written}")
 
 
 def _stop(options: argparse.Namespace) -> int | None:
@@ -81,7 +84,8 @@ def _stop(options: argparse.Namespace) -> int | None:
 
 
 def _preflight(options: argparse.Namespace) -> int | None:
-    from metalm.operations.preflight import preflight
+    with Phase("loading torch"):
+        from metalm.operations.preflight import preflight
 
     limits = Limits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(Limits)})
     return preflight(

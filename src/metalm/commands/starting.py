@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from metalm.errors import MetaLMError
+from metalm.progress import Phase
 
 if TYPE_CHECKING:
     from metalm.data.corpus import Corpus
@@ -32,15 +33,18 @@ def join_ranks(prepare: Callable[[int], Corpus]) -> Joined:
     own: Corpus | MetaLMError | None = None
     if launch.local_rank == 0:
         try:
-            own = prepare(launch.world_size)
+            with Phase("reading the configuration, and opening what it names", told=True):
+                own = prepare(launch.world_size)
         except MetaLMError as error:
             if launch.world_size == 1:
                 raise
             own = error  # the other ranks are told
-    set_up_libraries()
-    from metalm.training.joining import join
+    with Phase("loading torch", told=True):
+        set_up_libraries()
+        from metalm.training.joining import join
 
-    return join(launch, own)
+    with Phase(f"joining {launch.world_size} rank(s)", told=True):
+        return join(launch, own)
 
 
 def set_up_libraries() -> None:

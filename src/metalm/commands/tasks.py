@@ -10,6 +10,7 @@ from typing import Any
 from metalm.commands.argument_types import counts, positive, readers, words
 from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
+from metalm.progress import Phase
 
 
 def add_commands(commands: Any) -> None:
@@ -65,9 +66,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _evaluate_tasks(options: argparse.Namespace) -> None:
-    from metalm.parallel.launch import find_launch
-    from metalm.tasks.task_file import load_task
-    from metalm.tasks.ways import TaskSettings
+    with Phase("loading what reads tasks"):
+        from metalm.parallel.launch import find_launch
+        from metalm.tasks.task_file import load_task
+        from metalm.tasks.ways import TaskSettings
 
     tasks = [load_task(name) for name in options.tasks]
     settings = TaskSettings(
@@ -84,7 +86,8 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
     if (options.model / "config.json").is_file():
         if options.overrides:
             raise ConfigError(f"{options.model} is an exported model: {options.overrides[0]} is for runs")
-        from metalm.conversion.export_answerer import evaluate_export
+        with Phase("loading transformers"):
+            from metalm.conversion.export_answerer import evaluate_export
 
         evaluate_export(
             options.model,
@@ -99,7 +102,8 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
     from metalm.training.check_start import open_run
 
     joined = join_ranks(lambda ranks: open_run(options.model, options.overrides, ranks))
-    from metalm.training.evaluate_tasks import evaluate_run
+    with Phase("loading DeepSpeed and Megatron", told=True):
+        from metalm.training.evaluate_tasks import evaluate_run
 
     evaluate_run(joined, tasks, settings, options.out, batch_size=options.batch_size)
 

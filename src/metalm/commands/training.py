@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
+from metalm.progress import Phase, say
 from metalm.project_files import project_root
 
 if TYPE_CHECKING:
@@ -48,10 +49,12 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int | None:
-    from metalm.config import load_config
-    from metalm.parallel.launch import find_launch
-    from metalm.training.check_start import check_start
-    from metalm.training.monitor.sinks import check_sinks
+    say(f"train {_named(options)}")
+    with Phase("loading the schema of configurations", told=True):
+        from metalm.config import load_config
+        from metalm.parallel.launch import find_launch
+        from metalm.training.check_start import check_start
+        from metalm.training.monitor.sinks import check_sinks
 
     def read_config() -> RunConfig:
         config = load_config(_pipeline(options), options.overrides)
@@ -64,19 +67,27 @@ def _train(options: argparse.Namespace) -> int | None:
         ranks = options.ranks or find_launch(os.environ).world_size
         return dry_run(read_config(), ranks, with_data=not options.without_data)
     joined = join_ranks(lambda ranks: check_start(read_config(), ranks))
-    from metalm.training.loop import train
+    with Phase("loading DeepSpeed and Megatron", told=True):
+        from metalm.training.loop import train
 
     return train(joined)
 
 
 def _evaluate(options: argparse.Namespace) -> int | None:
-    from metalm.config import load_config
-    from metalm.training.check_start import check_start
+    say(f"evaluate {_named(options)}")
+    with Phase("loading the schema of configurations", told=True):
+        from metalm.config import load_config
+        from metalm.training.check_start import check_start
 
     joined = join_ranks(lambda ranks: check_start(load_config(_pipeline(options), options.overrides), ranks))
-    from metalm.training.evaluate import evaluate
+    with Phase("loading DeepSpeed and Megatron", told=True):
+        from metalm.training.evaluate import evaluate
 
     return evaluate(joined, options.samples)
+
+
+def _named(options: argparse.Namespace) -> str:
+    return " ".join([str(options.pipeline or ""), *options.overrides])
 
 
 def _pipeline(options: argparse.Namespace) -> Path:

@@ -13,8 +13,9 @@ from metalm.config.training_schema import TrainableSection
 Normalization = Literal["deepnorm", "pre_ln"]
 """Where a layer normalises: after each residual sum with DeepNorm's weights, or before each branch."""
 Norm = Literal["layer_norm", "rms_norm"]
-Activation = Literal["gelu", "gelu_tanh", "swiglu"]
-"""Of the feed-forward layers; `swiglu` has a gate, so its first layer is twice as wide."""
+Activation = Literal["gelu", "gelu_tanh", "swiglu", "geglu_tanh"]
+"""Of the feed-forward layers; `swiglu` and `geglu_tanh` have a gate: their first layer is twice as wide."""
+GATED = ("swiglu", "geglu_tanh")
 Positions = Literal["sinusoidal", "learned", "rope"]
 SpanAttention = Literal["causal", "bidirectional"]
 
@@ -42,10 +43,14 @@ class DecoderConfig(TrainableSection):
     num_heads: PositiveInt
     num_kv_heads: PositiveInt | None = None
     """Grouped-query attention: heads of keys and values. Default: as many as `num_heads`."""
+    head_dim: PositiveInt | None = None
+    """Width of one attention head. Default: the hidden size divided by `num_heads`."""
     ffn_hidden_size: PositiveInt | None = None
     """Default: four times the hidden size."""
     activation: Activation = "gelu"
     normalization: Normalization = "deepnorm"
+    parallel_residual: bool = False
+    """Whether attention and feed-forward of a layer read the same input, as in GPT-NeoX; with `pre_ln`."""
     norm: Norm = "layer_norm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     biases: bool = True
@@ -56,9 +61,12 @@ class DecoderConfig(TrainableSection):
     max_positions: PositiveInt | None = None
     """Rows of the table of `learned` positions."""
     rope_base: Annotated[float, Field(gt=1)] = 10_000.0
+    rope_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much of each head rotary positions turn: its first dimensions."""
     rope_scaling: RopeScalingConfig | None = None
-    scale_embedding: bool = True
-    """Whether token embeddings are multiplied by the square root of the hidden size."""
+    scale_embedding: bool | Literal["rounded"] = True
+    """Whether token embeddings are multiplied by the square root of the hidden size. `rounded`: by that
+    number in the precision of training, as in Gemma (55.5 in bf16 for 3072)."""
     scale_docked_vectors: bool = False
     """Whether docked vectors are multiplied so, too, as in the authors' later Kosmos-1. Their connectors then
     start that much smaller: the decoder's input starts alike."""
@@ -86,7 +94,22 @@ class DecoderConfig(TrainableSection):
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_heads
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def attention_size(self) -> int:
+        """Width of all queries, and of what is attended."""
+        return self.num_heads * self.head_size
+
+    @property
+    def rotary_size(self) -> int:
+        """Width of what rotary positions turn of a head."""
+        return int(self.head_size * self.rope_share)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward has a gate."""
+        return self.activation in GATED
 
     @property
     def key_value_heads(self) -> int:
@@ -251,6 +274,11 @@ class EncoderConfig(TrainableSection):
     def key_value_heads(self) -> int:
         """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forwards have a gate."""
+        return self.activation in GATED
 
     @property
     def is_trained(self) -> bool:

@@ -189,7 +189,7 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"{where}.trained_layers = {decoder.trained_layers} is above num_layers = {decoder.num_layers}"
         )
-    if decoder.hidden_size % decoder.num_heads:
+    if decoder.head_dim is None and decoder.hidden_size % decoder.num_heads:
         yield (
             f"{where}.hidden_size = {decoder.hidden_size} is not divisible by num_heads = {decoder.num_heads}"
         )
@@ -202,6 +202,8 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         yield f"{where}.qkv_biases is for a decoder with biases: false; biases: true has them anyway"
     if decoder.scale_docked_vectors and not decoder.scale_embedding:
         yield f"{where}.scale_docked_vectors is given, but {where}.scale_embedding is false"
+    if decoder.parallel_residual and decoder.normalization != "pre_ln":
+        yield f"{where}.parallel_residual is for normalization: pre_ln, not {decoder.normalization}"
     if decoder.dropout and decoder.normalization != "deepnorm":
         yield (
             f"{where}.dropout = {decoder.dropout} is for normalization: deepnorm, not {decoder.normalization}"
@@ -218,8 +220,14 @@ def _position_problems(config: RunConfig) -> Iterator[str]:
     decoder, length, where = config.model.decoder, config.data.sequence_length, "model.decoder"
     if decoder.positions == "sinusoidal" and decoder.hidden_size % 2:
         yield f"{where}.hidden_size = {decoder.hidden_size} must be even for sinusoidal positions"
-    if decoder.positions == "rope" and decoder.head_size % 2:
-        yield (f"{where}.hidden_size / num_heads = {decoder.head_size} must be even for positions: rope")
+    if decoder.positions == "rope" and decoder.rotary_size % 2:
+        turned = "head_dim" if decoder.head_dim else "hidden_size / num_heads"
+        turned += " * rope_share" if decoder.rope_share != 1.0 else ""
+        yield f"{where}.{turned} = {decoder.rotary_size} must be even for positions: rope"
+    if decoder.positions == "rope" and not decoder.rotary_size:
+        yield f"{where}.rope_share = {decoder.rope_share} leaves nothing of a head to turn"
+    if decoder.positions != "rope" and decoder.rope_share != 1.0:
+        yield f"{where}.rope_share is for positions: rope, not {decoder.positions}"
     if decoder.positions == "learned" and (decoder.max_positions or 0) < length:
         yield (
             f"{where}.max_positions = {decoder.max_positions} is below data.sequence_length = {length}, "

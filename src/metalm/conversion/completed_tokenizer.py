@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import tokenizers
+
 from metalm.conversion.sentencepiece_model import UNLIKELY, read_sentencepiece
 from metalm.conversion.tokenizer_files import TOKENIZER_NAME
 from metalm.data.tokenizer import (
@@ -15,6 +17,7 @@ from metalm.data.tokenizer import (
     write_tokenizer_config,
 )
 from metalm.errors import ConfigError, DataError
+from metalm.progress import Phase
 from metalm.regular_files import read_regular
 
 SENTENCEPIECE_SUFFIX = ".model"
@@ -43,16 +46,8 @@ def complete_tokenizer(source: Path, out: Path) -> Tokenizer:
         ConfigError: `out` exists, or a package that SentencePiece models need is not installed.
         DataError: there is no such file, it is no tokenizer, or raw text could forge a special token.
     """
-    path = _file(source)
-    try:
-        content = read_regular(path, MAX_BYTES)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    definition = _of_sentencepiece(path, content) if path.suffix == SENTENCEPIECE_SUFFIX else content
-    try:
-        tokenizer = parse_tokenizer(_unforgeable(definition))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is not a tokenizer: {error}") from None
+    with Phase(f"reading the tokenizer of {source}"):
+        tokenizer = read_foreign_tokenizer(source)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     try:
         out.mkdir(parents=True)
@@ -61,6 +56,24 @@ def complete_tokenizer(source: Path, out: Path) -> Tokenizer:
     tokenizer.save(str(out / TOKENIZER_NAME))
     write_tokenizer_config(out)
     return load_tokenizer(out)
+
+
+def read_foreign_tokenizer(source: Path) -> tokenizers.Tokenizer:
+    """A tokenizer as it is, but that raw text can forge no special token of ours.
+
+    Raises:
+        ConfigError, DataError: as `complete_tokenizer`.
+    """
+    path = _file(source)
+    try:
+        content = read_regular(path, MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    definition = _of_sentencepiece(path, content) if path.suffix == SENTENCEPIECE_SUFFIX else content
+    try:
+        return parse_tokenizer(_unforgeable(definition))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is not a tokenizer: {error}") from None
 
 
 def changed_texts(tokenizer: Tokenizer) -> list[str]:

@@ -22,6 +22,7 @@ from metalm.conversion.proof import ProofResult, prove
 from metalm.conversion.tokenizer_files import write_tokenizer
 from metalm.conversion.weight_files import write_shards
 from metalm.errors import CheckpointError, ConfigError
+from metalm.progress import Phase
 
 PARTIAL_SUFFIX = ".partial"
 PROOF_NAME = "proof.json"
@@ -126,7 +127,8 @@ def _write(
         report(
             f"the adapter lies in {out / ADAPTER_FOLDER}, for peft; the proof is of the weights without it"
         )
-    proof = prove(source, folder, dtype) if with_proof else []
+    with Phase("proving that the export is the checkpoint's model"):
+        proof = prove(source, folder, dtype) if with_proof else []
     for result in proof:
         report(
             f"proof: {result.name}: {result.num_tokens} tokens, largest difference "

@@ -24,6 +24,7 @@ from metalm.data.storage.shard_scan import MAX_MEMBER_BYTES
 from metalm.data.tokenizer import panics_as_errors
 from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
 from metalm.modalities.image import decode_image
+from metalm.progress import Phase
 from metalm.regular_files import path_exists
 
 Hear = Callable[[str], None]
@@ -44,9 +45,10 @@ class FolderModel:
         read_foreign_config(folder)
         transformers_logging.disable_progress_bar()
         try:
-            self._model: Any = _load_model(folder)
-            with panics_as_errors():
-                self._processor = load_processor(folder)
+            with Phase(f"loading the model of {folder}"):
+                self._model: Any = _load_model(folder)
+                with panics_as_errors():
+                    self._processor = load_processor(folder)
         except MetaLMError:
             raise
         except Exception as error:  # of files that are not what their loaders expect: anything
@@ -208,9 +210,10 @@ def generate_from_folder(
     """What an exported model says to one prompt; arguments and errors as `FolderModel.generate`."""
     model = FolderModel(folder, device)
     set_seed(seed)
-    return model.generate(
-        prompt, images, clips, max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=temperature
-    )
+    with Phase("generating"):
+        return model.generate(
+            prompt, images, clips, max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=temperature
+        )
 
 
 def load_processor(folder: Path) -> Any:

@@ -81,9 +81,11 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "num_hidden_layers": decoder.num_layers,
         "num_attention_heads": decoder.num_heads,
         "num_key_value_heads": decoder.key_value_heads,
+        "head_dim": decoder.head_size,
         "intermediate_size": decoder.feed_forward_size,
         "activation": decoder.activation,
         "normalization": decoder.normalization,
+        "parallel_residual": decoder.parallel_residual,
         "norm": decoder.norm,
         "norm_eps": decoder.norm_eps,
         "biases": decoder.biases,
@@ -176,9 +178,11 @@ def write_own_tokenizers(config: RunConfig, tokenizer: Tokenizer, folder: Path) 
 def _rope_parameters(decoder: DecoderConfig) -> dict[str, Any]:
     """In transformers' terms, which every config of it has; `positions` says whether they are used."""
     scaling = decoder.rope_scaling
+    share = {} if decoder.rope_share == 1.0 else {"partial_rotary_factor": decoder.rope_share}
     if scaling is None:
-        return {"rope_type": "default", "rope_theta": decoder.rope_base}
+        return {"rope_type": "default", "rope_theta": decoder.rope_base, **share}
     return {
+        **share,
         "rope_type": "llama3",
         "rope_theta": decoder.rope_base,
         "factor": scaling.factor,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -21,12 +22,13 @@ from metalm.checkpoint.names import CHECKPOINTS_NAME, PARTIAL_SUFFIX
 from metalm.checkpoint.publishing import checkpoint_of_weights
 from metalm.checkpoint.state import RunFacts
 from metalm.config import ModelConfig
-from metalm.conversion.completed_tokenizer import complete_tokenizer
-from metalm.conversion.foreign_decoders import ForeignDecoder, read_foreign_decoder
+from metalm.conversion.completed_tokenizer import complete_tokenizer, read_foreign_tokenizer
+from metalm.conversion.families.family import ForeignDecoder
+from metalm.conversion.foreign_decoders import read_foreign_decoder
 from metalm.conversion.foreign_tokenizer import extend_embedding
 from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.conversion.restore import FolderWeights
-from metalm.data.tokenizer import Tokenizer
+from metalm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from metalm.errors import CheckpointError, ConfigError
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -50,7 +52,7 @@ class ImportedDecoder:
 
 
 def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
-    """Import a folder of GPT-2, Llama, Mistral or Qwen2.
+    """Import a folder of one of `foreign_decoders.FAMILIES`.
 
     Args:
         folder: as transformers saves models: config.json, safetensors, tokenizer.json.
@@ -75,7 +77,13 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
         model = ModelConfig(vocab_size=vocab_size, decoder=foreign.decoder)
         rules = conversion_rules(model)
         _check(weights, foreign, rules)
-        masters = _masters(rules, weights, foreign, tokenizer, vocab_size)
+        known = read_foreign_tokenizer(folder).get_vocab().keys()
+        new_ids = {
+            id_
+            for token, id_ in zip(SPECIAL_TOKENS, tokenizer.special_ids, strict=True)
+            if token not in known
+        }
+        masters = _masters(rules, weights, foreign, tokenizer, new_ids, vocab_size)
         facts = RunFacts(tokenizer=tokenizer.fingerprint, origin=str(folder))
         with checkpoint_of_weights(partial / CHECKPOINTS_NAME, ("decoder",), facts, None) as writer:
             writer.write("decoder", {rule.name: rule.shape for rule in rules}, _STATES, masters)
@@ -91,7 +99,8 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
 
 def _check(weights: FolderWeights, foreign: ForeignDecoder, rules: list[Rule]) -> None:
     """Every weight that is needed is there, and none is left over."""
-    needed = {foreign.find(target)[0] for rule in rules for target in rule.targets}
+    targets = [target for rule in rules for target in rule.targets if foreign.value_of(target) is None]
+    needed = {foreign.find(target)[0] for target in targets}
     left = sorted(name for name in weights.names - needed if not foreign.is_unused(name))
     problems = [f"lacks {name}" for name in sorted(needed - weights.names)]
     problems += [f"holds {name}, for which the decoder has no place" for name in left]
@@ -105,15 +114,19 @@ def _masters(
     weights: FolderWeights,
     foreign: ForeignDecoder,
     tokenizer: Tokenizer,
+    new_ids: Set[int],
     vocab_size: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """The decoder's parameters, flat, by the name of their piece."""
 
     def read(target: str, shape: tuple[int, ...]) -> Tensor:
+        if (value := foreign.value_of(target)) is not None:
+            return torch.full(shape, value)
         name, change = foreign.find(target)
         tensor = change(weights.read(name))
         if target in _VOCABULARY and tensor.dim() == 2:
-            tensor = extend_embedding(tensor, tokenizer, vocab_size, foreign.start_id, foreign.end_id)
+            ends = foreign.start_id, foreign.end_id
+            tensor = extend_embedding(tensor, tokenizer, new_ids, vocab_size, *ends)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{name} gives {list(tensor.shape)}, the config asks for {list(shape)}")
         return tensor

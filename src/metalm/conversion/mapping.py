@@ -76,8 +76,9 @@ def _decoder_layer(decoder: DecoderConfig, source: str, target: str) -> Iterator
     qkv = f"{source}.self_attention.linear_qkv"
     yield from _fused("decoder", qkv, attention, hidden, groups, decoder.has_qkv_biases)
     output = f"{source}.self_attention.linear_proj"
-    yield from _renamed("decoder", output, f"{target}.self_attn.o_proj", (hidden, hidden), decoder.biases)
-    parts = ("gate_proj", "up_proj") if decoder.activation == "swiglu" else ("up_proj",)
+    shape = (hidden, decoder.attention_size)
+    yield from _renamed("decoder", output, f"{target}.self_attn.o_proj", shape, decoder.biases)
+    parts = ("gate_proj", "up_proj") if decoder.is_gated else ("up_proj",)
     first = {f"{target}.mlp.{part}": wide for part in parts}
     yield from _fused("decoder", f"{source}.mlp.linear_fc1", first, hidden, 1, decoder.biases)
     second = f"{source}.mlp.linear_fc2"
@@ -133,7 +134,7 @@ def _encoder_layer(encoder: EncoderConfig, layer: int, source: str, target: str)
     yield from _fused("encoders", f"{source}.qkv", attention, hidden, 1, encoder.biases)
     output = f"{source}.attention_output"
     yield from _renamed("encoders", output, f"{target}.self_attn.o_proj", (hidden, hidden), encoder.biases)
-    parts = ("gate_proj", "up_proj") if encoder.activation == "swiglu" else ("up_proj",)
+    parts = ("gate_proj", "up_proj") if encoder.is_gated else ("up_proj",)
     for name in encoder.feed_forwards(layer):
         old, new = (
             f"{source}.feed_forwards.{name}",

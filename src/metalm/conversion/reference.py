@@ -95,9 +95,10 @@ def _decoder_layer(
         wide = _feed_forward(config, read, name, hidden)
         return _norm(config, alpha * hidden + wide, read, f"{name}.mlp_norm")
     normed = _norm(config, hidden, read, f"{name}.input_layernorm")
-    hidden = hidden + _attend(config, read, name, normed, mask, positions)
-    normed = _norm(config, hidden, read, f"{name}.pre_mlp_layernorm")
-    return hidden + _feed_forward(config, read, name, normed)
+    attended = hidden + _attend(config, read, name, normed, mask, positions)
+    seen = hidden if config.parallel_residual else attended
+    normed = _norm(config, seen, read, f"{name}.pre_mlp_layernorm")
+    return attended + _feed_forward(config, read, name, normed)
 
 
 def _attend(
@@ -108,32 +109,35 @@ def _attend(
     mask: IntervalMask,
     positions: Tensor,
 ) -> Tensor:
-    rows, length, width = hidden.shape
+    rows, length, _ = hidden.shape
     qkv = _linear(hidden, read, f"{name}.self_attention.linear_qkv", config.has_qkv_biases)
     # Megatron groups by key head: [key heads, (its queries, key, value), width of a head].
     qkv = qkv.view(rows, length, config.key_value_heads, -1, config.head_size)
     query = qkv[:, :, :, :-2].flatten(2, 3).transpose(1, 2)
     key, value = qkv[:, :, :, -2].transpose(1, 2), qkv[:, :, :, -1].transpose(1, 2)
     if config.positions == "rope":
-        angles = rotary_angles(positions, config.head_size, config.rope_base, config.rope_scaling)[:, None]
+        angles = rotary_angles(positions, config.rotary_size, config.rope_base, config.rope_scaling)[:, None]
         query, key = _turn(query, angles), _turn(key, angles)
     attended = interval_attention(query, key, value, mask)
-    joined = attended.transpose(1, 2).reshape(rows, length, width)
+    joined = attended.transpose(1, 2).reshape(rows, length, config.attention_size)
     return _linear(joined, read, f"{name}.self_attention.linear_proj", config.biases)
 
 
 def _turn(heads: Tensor, angles: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return heads * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+    turned, kept = heads.tensor_split([angles.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+    return torch.cat((turned, kept), dim=-1)
 
 
 def _feed_forward(config: DecoderConfig, read: ReadParameter, name: str, hidden: Tensor) -> Tensor:
     wide = _linear(hidden, read, f"{name}.mlp.linear_fc1", config.biases)
+    gate, *value = wide.chunk(2, dim=-1) if config.is_gated else [wide]
     if config.activation == "swiglu":
-        gate, value = wide.chunk(2, dim=-1)
-        wide = functional.silu(gate) * value
+        wide = functional.silu(gate)
     else:
-        wide = functional.gelu(wide, approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        wide = functional.gelu(gate, approximate="tanh" if config.activation.endswith("_tanh") else "none")
+    wide = wide * value[0] if value else wide
     return _linear(wide, read, f"{name}.mlp.linear_fc2", config.biases)
 
 

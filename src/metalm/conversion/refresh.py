@@ -33,6 +33,7 @@ from metalm.conversion.proof import (
 from metalm.conversion.shipped.configuration_metalm import ENCODER_DEFAULTS
 from metalm.errors import CheckpointError, ConfigError
 from metalm.modalities import Media, modality_of_encoder
+from metalm.progress import Phase
 
 BEFORE_SUFFIX = ".before"
 MARKER_NAME = ".metalm_refresh"
@@ -69,7 +70,9 @@ def refresh_export(folder: Path, report: Report = print) -> None:
         _copy(folder, partial)
         write_model_code(partial)
         _write_configs(partial, config)
-        for line in _prove(folder, partial):
+        with Phase("comparing the new code with the old"):
+            lines = _prove(folder, partial)
+        for line in lines:
             report(f"proof: {line}")
         record_proof(partial)
         folder.replace(before)

@@ -38,9 +38,11 @@ _ARCHITECTURE = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "head_dim",
     "intermediate_size",
     "activation",
     "normalization",
+    "parallel_residual",
     "norm",
     "norm_eps",
     "biases",
@@ -170,12 +172,16 @@ class FolderWeights:
 
 
 def _check_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    found = {"scale_docked_vectors": False} | read_json(folder / "config.json")
+    found = read_json(folder / "config.json")
     wanted = model_config(config, tokenizer, torch.float32)
     for content in (found, wanted):  # transformers saves every key, other versions of ours have fewer
         encoders = content.get("encoders") or {}
         if isinstance(encoders, dict) and all(isinstance(sizes, dict) for sizes in encoders.values()):
             content["encoders"] = {name: ENCODER_DEFAULTS | sizes for name, sizes in encoders.items()}
+    found = {"scale_docked_vectors": False, "parallel_residual": False} | found
+    heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
+    if isinstance(heads, int) and isinstance(hidden, int) and heads:
+        found.setdefault("head_dim", hidden // heads)
     if different := [key for key in _ARCHITECTURE if found.get(key) != wanted[key]]:
         lines = [f"  {key}: {found.get(key)} in the folder, {wanted[key]} in the run" for key in different]
         raise ConfigError("\n".join([f"{folder} is another model than the run's:", *lines]))

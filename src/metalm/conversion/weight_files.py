@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metalm.checkpoint.writer import Shape, write_stream
 from metalm.errors import CheckpointError
+from metalm.progress import Phase
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -60,9 +61,10 @@ def write_shards(
         paths = [
             folder / f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
         ]
-    stream = _stored(tensors, dtype)
-    for path, names in zip(paths, shards, strict=True):
-        write_stream(path, stream, {name: shapes[name] for name in names}, dtype)
+    with Phase("writing weights", len(shapes), "tensors") as phase:
+        stream = phase.each(_stored(tensors, dtype))
+        for path, names in zip(paths, shards, strict=True):
+            write_stream(path, stream, {name: shapes[name] for name in names}, dtype)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         weight_map = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}

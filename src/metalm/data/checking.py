@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,10 @@ from metalm.data.storage.index import ShardIndex, open_index, scan_remote
 from metalm.data.storage.shard_scan import scan_shard
 from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import BadSample, DataError
+from metalm.progress import Phase
+
+_Argument = tuple[Path, str | None, Path | None, int, int]
+"""Folder, URL, tokenizer, number of the shard, samples to decode."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,20 @@ def check_shards(
     ]
     _open(folder, url, tokenizer_path)
     checks = []
-    if processes == 1:
-        for argument in arguments:
-            checks.append(_check_shard(argument))
-            if on_shard is not None:
-                on_shard(checks[-1])
-        return checks
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for check in pool.map(_check_shard, arguments):
+    with Phase(f"checking {folder}", len(arguments), "shards") as phase:
+        for check in phase.each(_all_checks(arguments, processes)):
             checks.append(check)
             if on_shard is not None:
                 on_shard(check)
     return checks
+
+
+def _all_checks(arguments: list[_Argument], processes: int) -> Iterator[ShardCheck]:
+    if processes == 1:
+        yield from map(_check_shard, arguments)
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_check_shard, arguments)
 
 
 def _open(folder: Path, url: str | None, tokenizer_path: Path | None) -> Source:
@@ -72,7 +78,7 @@ def _open(folder: Path, url: str | None, tokenizer_path: Path | None) -> Source:
     return open_source(folder.name, folder, tokenizer, url=url)
 
 
-def _check_shard(argument: tuple[Path, str | None, Path | None, int, int]) -> ShardCheck:
+def _check_shard(argument: _Argument) -> ShardCheck:
     folder, url, tokenizer_path, number, samples_per_shard = argument
     source = _open(folder, url, tokenizer_path)
     entry = source.index.shards[number]

@@ -22,6 +22,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from metalm.errors import BadSample, ConfigError, DataError
+from metalm.progress import Phase
 from metalm.regular_files import read_regular
 
 START = "<s>"
@@ -248,7 +249,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(_pieces_for_training(texts), trainer)
+    with Phase("reading texts, and training the tokenizer"):
+        model.train_from_iterator(_pieces_for_training(texts), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer_config(folder)
     model.save(str(folder / "tokenizer.json"))

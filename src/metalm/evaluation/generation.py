@@ -22,6 +22,7 @@ from metalm.document import Document, Part
 from metalm.evaluation.beam_search import beam_search
 from metalm.objectives import Model, encode
 from metalm.parallel.topology import Topology
+from metalm.progress import Phase
 
 GENERATION_BATCH = 32
 TEXT_PROMPT_TOKENS = 32
@@ -79,10 +80,13 @@ def generate_samples(
     samples = held_out_samples(corpus, source, num_samples)
     asked = [_ask(sample, corpus.tokenizer, max_new_tokens) for sample in samples]
     generated: list[str] = []
-    for first in range(0, len(asked), GENERATION_BATCH):
-        prompts = [prompt for prompt, _, _ in asked[first : first + GENERATION_BATCH]]
-        tokens = generate_greedily(model, topology, corpus.config, corpus.tokenizer, prompts, max_new_tokens)
-        generated += [corpus.tokenizer.decode(ids) for ids in tokens]
+    parts = (model, topology, corpus.config, corpus.tokenizer)
+    with Phase(f"generating for {source.name}", len(asked), "samples") as phase:
+        for first in range(0, len(asked), GENERATION_BATCH):
+            prompts = [prompt for prompt, _, _ in asked[first : first + GENERATION_BATCH]]
+            tokens = generate_greedily(*parts, prompts, max_new_tokens)
+            generated += [corpus.tokenizer.decode(ids) for ids in tokens]
+            phase.advance(len(prompts))
     return [
         Sample(source.name, sample.modality, sample.media, reference, text, question)
         for sample, (_, question, reference), text in zip(samples, asked, generated, strict=True)

@@ -11,6 +11,7 @@ from metalm.data.sources import Source
 from metalm.evaluation.generation import EvaluatedModel, evaluating
 from metalm.objectives import Objective
 from metalm.parallel.topology import Topology
+from metalm.progress import Phase
 
 AVERAGE_SUFFIX = "/average"
 """Ends the names of losses of the moving average of the weights, where they are measured, too."""
@@ -28,10 +29,12 @@ def held_out_losses(
     """
     losses: dict[str, float] = {}
     for name, source in corpus.held_out.items():
-        losses |= _measure(model, topology, corpus, objective, source, name, wrong_media=False)
+        with Phase(f"measuring the loss on {name}"):
+            losses |= _measure(model, topology, corpus, objective, source, name, wrong_media=False)
         if source.media is not None:
             key = f"{name}/wrong_{source.media.name}"
-            losses |= _measure(model, topology, corpus, objective, source, key, wrong_media=True)
+            with Phase(f"measuring the loss on {key}"):
+                losses |= _measure(model, topology, corpus, objective, source, key, wrong_media=True)
     return losses
 
 

@@ -19,6 +19,7 @@ from metalm.document import Document
 from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
 from metalm.evaluation.answering import Answerer, Likelihood
 from metalm.evaluation.task_results import TaskResult, rows_of, table
+from metalm.progress import Phase
 from metalm.regular_files import replace_file
 from metalm.tasks.metrics import Answered, measure
 from metalm.tasks.questions import Asked, Asker, Question, drawn
@@ -79,7 +80,8 @@ def _evaluate(
     needs_alone = way.scored_by == "likelihood" and way.normalise == "answer_context"
     asked = Asked(way.template, way.num_shots, task.icl.shots_from if task.icl else None, needs_alone)
     asker = Asker(TaskData(task, settings.data), split, asked, seed=settings.seed, tally=tally)
-    records = drawn(asker.records, settings.limit, settings.seed)
+    with Phase(f"reading {task.task}"):
+        records = drawn(asker.records, settings.limit, settings.seed)
     name = f"{task.task}-{split}-{way.template.id}-{way.num_shots}shot-{way.scored_by}"
     about = _fingerprint(task, way, settings, split, model)
     answers = answerer.agreed(_read_answers(out / "answers" / f"{name}.jsonl", about))
@@ -99,14 +101,16 @@ def _evaluate(
     waiting = [record for record in records if record.key not in answers]
     # A group is asked as a whole wherever it is: an answer depends a little on what is in a batch with it.
     groups = [waiting[at : at + QUESTIONS_AT_ONCE] for at in range(0, len(waiting), QUESTIONS_AT_ONCE)]
-    for first in range(0, len(groups), answerer.num_shares):
-        own = first + answerer.share
-        for new in _of_all(answerer, partial(ask, groups[own] if own < len(groups) else [])):
-            answers |= new
-            if answerer.is_first and new:
-                _append(out / "answers" / f"{name}.jsonl", about, new)
-        if answerer.is_first and len(groups) > 1:
-            report(f"{name}: {len(answers):,} of {len(records):,} questions")
+    with Phase(name, len(waiting), "questions") as phase:
+        for first in range(0, len(groups), answerer.num_shares):
+            own = first + answerer.share
+            for new in _of_all(answerer, partial(ask, groups[own] if own < len(groups) else [])):
+                answers |= new
+                phase.advance(len(new))
+                if answerer.is_first and new:
+                    _append(out / "answers" / f"{name}.jsonl", about, new)
+            if answerer.is_first and len(groups) > 1:
+                report(f"{name}: {len(answers):,} of {len(records):,} questions")
     return _scored(task, way, split, [answers[record.key] for record in records], tally)
 
 

@@ -8,5 +8,6 @@ ACTIVATIONS: dict[str, tuple[ActivationKind, bool]] = {
     "gelu": ("gelu", False),
     "gelu_tanh": ("gelu_tanh", False),
     "swiglu": ("silu", True),
+    "geglu_tanh": ("gelu_tanh", True),
 }
 """By name: the function, and whether it acts on a gate beside the value."""

@@ -29,11 +29,13 @@ def _sizes(config: DecoderConfig | EncoderConfig) -> dict[str, tuple[int, int]]:
     if adapter is None:
         return {}
     hidden, wide = config.hidden_size, config.feed_forward_size
-    key_values = 2 * config.key_value_heads * config.head_size
+    queries, key_values = (
+        heads * config.head_size for heads in (config.num_heads, 2 * config.key_value_heads)
+    )
     maps = {
-        "query_key_value": (hidden + key_values, hidden),
-        "attention_output": (hidden, hidden),
-        "feed_forward_in": (wide * (2 if config.activation == "swiglu" else 1), hidden),
+        "query_key_value": (queries + key_values, hidden),
+        "attention_output": (hidden, queries),
+        "feed_forward_in": (wide * (2 if config.is_gated else 1), hidden),
         "feed_forward_out": (hidden, wide),
     }
     sizes = {}

@@ -120,8 +120,7 @@ class Decoder(nn.Module):
         Collective: the ranks with these rows.
         """
         if self.config.scale_docked_vectors:
-            scale = self.config.hidden_size**0.5
-            encoded = {name: vectors * scale for name, vectors in encoded.items()}
+            encoded = {name: vectors * self._scale(vectors) for name, vectors in encoded.items()}
         hidden = self._layers(self._input(batch, encoded), batch)
         logits = None
         if logits_at is not None:
@@ -156,7 +155,7 @@ class Decoder(nn.Module):
         config, embedding = self.config, self.gpt.embedding
         embedded = embedding.word_embeddings(batch.tokens.flatten()[held])
         if config.scale_embedding:
-            embedded = embedded * config.hidden_size**0.5
+            embedded = embedded * self._scale(embedded)
         hidden = dock(embedded, encoded, batch.encoders, self.topology.context_rank)
         positions = batch.positions.flatten()[held]
         if config.positions == "sinusoidal":
@@ -164,6 +163,13 @@ class Decoder(nn.Module):
         elif config.positions == "learned":
             hidden = hidden + embedding.position_embeddings(positions)
         return hidden[:, None]
+
+    def _scale(self, vectors: Tensor) -> float:
+        """What the vectors of the input are multiplied by where they are scaled."""
+        scale: float = self.config.hidden_size**0.5
+        if self.config.scale_embedding == "rounded":
+            return torch.tensor(scale).to(vectors.dtype).item()  # on the host
+        return scale
 
     def _layers(self, hidden: Tensor, batch: SemiCausalBatch) -> Tensor:
         """Output of the last layer, [B * S / C, D].
@@ -230,7 +236,7 @@ class Decoder(nn.Module):
         if config.positions != "rope":
             return None
         positions = batch.positions.flatten()[self._held(batch)]
-        angles = rotary_angles(positions, config.head_size, config.rope_base, config.rope_scaling)
+        angles = rotary_angles(positions, config.rotary_size, config.rope_base, config.rope_scaling)
         return rotation(angles)
 
 
@@ -290,8 +296,8 @@ def decoder_draw(config: DecoderConfig, name: str) -> Draw:
         return normal(PRE_LN_STD / depth**0.5)
     if leaf == "linear_qkv":
         return lambda whole, generator: _deepnorm_qkv(whole, generator, config)
-    fan_out = config.feed_forward_size if leaf in ("linear_fc1", "linear_fc2") else hidden
-    return normal(xavier_std(hidden, fan_out) / deepnorm_divisor(config.num_layers))
+    width = config.feed_forward_size if leaf in ("linear_fc1", "linear_fc2") else config.attention_size
+    return normal(xavier_std(hidden, width) / deepnorm_divisor(config.num_layers))
 
 
 def _is_mirrored(config: DecoderConfig, name: str) -> bool:
@@ -301,7 +307,7 @@ def _is_mirrored(config: DecoderConfig, name: str) -> bool:
         if config.normalization == "deepnorm"
         else "final_layernorm"
     )
-    is_open = config.start == "mirrored" and config.tied_output and config.scale_embedding
+    is_open = config.start == "mirrored" and config.tied_output and bool(config.scale_embedding)
     return is_open and name.endswith(f"{last}.weight")
 
 
@@ -310,6 +316,6 @@ def _deepnorm_qkv(whole: Tensor, generator: torch.Generator, config: DecoderConf
     hidden, groups = config.hidden_size, config.key_value_heads
     whole.normal_(generator=generator)
     parts = whole.view(groups, -1, config.head_size, hidden)
-    parts[:, :-2] *= xavier_std(hidden, hidden)
+    parts[:, :-2] *= xavier_std(hidden, config.attention_size)
     parts[:, -2:] *= xavier_std(hidden, groups * config.head_size)
     parts[:, -1] /= deepnorm_divisor(config.num_layers)

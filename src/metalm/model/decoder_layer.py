@@ -239,6 +239,21 @@ class PreNormLayer(MegatronModule, BaseTransformerLayer):
         return residual_sum(output, hidden, branch_bias=bias), None
 
 
+class ParallelLayer(PreNormLayer):
+    """Pre-LN layer whose attention and feed-forward read the same residual stream (GPT-NeoX)."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Visibility, rotary_pos_emb: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """[S, B, D] to [S, B, D], in the form of Megatron's own layer."""
+        normed, _, hidden = self.input_layernorm(hidden_states)
+        attended, bias = self.self_attention(normed, attention_mask, rotary_pos_emb)
+        normed, _, hidden = self.pre_mlp_layernorm(hidden)
+        hidden = residual_sum(attended, hidden, branch_bias=bias)
+        output, bias = self.mlp(normed)
+        return residual_sum(output, hidden, branch_bias=bias), None
+
+
 def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     """The decoder's layers for Megatron's TransformerBlock; DeepNorm is post-LN and needs no final norm."""
     spec = get_gpt_layer_local_spec()
@@ -250,5 +265,7 @@ def decoder_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     mlp.submodules.activation_func = ModuleSpec(module=DecoderActivation, params={"kind": kind})
     attention.submodules.linear_proj = mlp.submodules.linear_fc2 = DecoderRowParallelLinear
     module, norm = (PreNormLayer, DecoderNorm) if config.normalization == "pre_ln" else (DeepNormLayer, None)
+    if config.parallel_residual:
+        module = ParallelLayer
     layer = ModuleSpec(module=module, params={"attention": attention, "mlp": mlp})
     return TransformerBlockSubmodules([layer] * config.num_layers, norm)

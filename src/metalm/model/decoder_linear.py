@@ -124,7 +124,7 @@ def adapt_decoder(decoder: nn.Module, config: DecoderConfig, tensor_size: int) -
             layer.lora_scale = adapter.scale
             layer.lora_a = nn.Parameter(torch.empty(adapter.factor_rank, columns))
             layer.lora_b = nn.Parameter(torch.empty(rows, adapter.factor_rank))
-            stride = 2 if leaf == "linear_fc1" and config.activation == "swiglu" else 1
+            stride = 2 if leaf == "linear_fc1" and config.is_gated else 1
             split = (layer.lora_b, 0, stride) if is_column else (layer.lora_a, 1, 1)
             set_tensor_model_parallel_attributes(split[0], True, *split[1:])
             continue

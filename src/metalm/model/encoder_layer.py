@@ -71,7 +71,7 @@ class EncoderNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between; the first one's rows are gate and value with SwiGLU."""
+    """Two linear maps with an activation between; of a gated one the first has gate and value."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()

@@ -91,7 +91,7 @@ def _qkv_rows(encoder: EncoderConfig) -> int:
 
 
 def _feed_forward_maps(encoder: EncoderConfig) -> int:
-    return 3 if encoder.activation == "swiglu" else 2
+    return 3 if encoder.is_gated else 2
 
 
 def _norm(encoder: EncoderConfig) -> int:

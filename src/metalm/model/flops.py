@@ -1,7 +1,8 @@
 """Floating-point operations of training, counted from what a batch holds, not from its padding.
 
 A matrix product costs 2 operations per weight and position forward and 4 backward. Attention costs, per
-layer, 4 * hidden operations per visible pair forward (scores and weighted values) and twice that backward.
+layer, 4 operations per visible pair and dimension of its heads forward (scores and weighted values) and twice
+that backward.
 Frozen weights have no gradient, which saves half of the backward pass of their products; where nothing below
 is trained, either, it ends.
 """
@@ -109,11 +110,11 @@ class _DecoderParts:
 
 
 def _decoder_parts(work: Work, config: ModelConfig) -> _DecoderParts:
-    decoder, hidden = config.decoder, config.decoder.hidden_size
+    decoder = config.decoder
     return _DecoderParts(
         products=work.positions * 2 * decoder_layer_weights(decoder),
-        attention=4 * hidden * work.pairs,
-        output=work.positions * 2 * hidden * config.padded_vocab_size,
+        attention=4 * decoder.attention_size * work.pairs,
+        output=work.positions * 2 * decoder.hidden_size * config.padded_vocab_size,
         adapter=work.positions * 2 * sum(count_decoder_adapter(decoder)),
     )
 

@@ -25,9 +25,10 @@ def megatron_config(config: DecoderConfig, tensor_size: int, *, sequence_paralle
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
         num_query_groups=config.key_value_heads,
+        kv_channels=config.head_size,
         ffn_hidden_size=config.feed_forward_size,
         activation_func=functional.silu if config.activation == "swiglu" else functional.gelu,
-        gated_linear_unit=config.activation == "swiglu",
+        gated_linear_unit=config.is_gated,
         add_bias_linear=config.biases,
         add_qkv_bias=config.qkv_biases,
         normalization=NORMS[config.norm],
@@ -53,12 +54,12 @@ def megatron_config(config: DecoderConfig, tensor_size: int, *, sequence_paralle
 def mark_sharded_parameters(module: nn.Module, config: DecoderConfig) -> None:
     """Say which dimension of which parameter is split, where Megatron says it only while initialising.
 
-    SwiGLU's first layer holds gate and value, each of which is split by itself.
+    The first layer of a gated feed-forward holds gate and value, each of which is split by itself.
     """
     for name, part in module.named_modules():
         if not isinstance(part, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
             continue
         if part.weight is not None:
-            stride = 2 if config.activation == "swiglu" and name.endswith("linear_fc1") else 1
+            stride = 2 if config.is_gated and name.endswith("linear_fc1") else 1
             dimension = 1 if isinstance(part, RowParallelLinear) else 0
             set_tensor_model_parallel_attributes(part.weight, True, dimension, stride)

@@ -74,8 +74,8 @@ def count_encoders(config: ModelConfig) -> ParameterCount:
 def decoder_layer_weights(config: DecoderConfig) -> int:
     """Weights of one layer's matrix products."""
     hidden, key_value = config.hidden_size, config.key_value_heads * config.head_size
-    matrices = 3 if config.activation == "swiglu" else 2
-    return 2 * hidden * (hidden + key_value) + matrices * hidden * config.feed_forward_size
+    matrices = 3 if config.is_gated else 2
+    return 2 * hidden * (config.attention_size + key_value) + matrices * hidden * config.feed_forward_size
 
 
 def _decoder_layers(config: DecoderConfig, num_layers: int) -> tuple[int, int]:
@@ -83,9 +83,9 @@ def _decoder_layers(config: DecoderConfig, num_layers: int) -> tuple[int, int]:
     hidden, norm = config.hidden_size, config.hidden_size * (2 if config.norm == "layer_norm" else 1)
     split, repeated = decoder_layer_weights(config), 2 * norm
     if config.has_qkv_biases:
-        split += hidden + 2 * config.key_value_heads * config.head_size
+        split += config.attention_size + 2 * config.key_value_heads * config.head_size
     if config.biases:
-        split += config.feed_forward_size * (2 if config.activation == "swiglu" else 1)
+        split += config.feed_forward_size * (2 if config.is_gated else 1)
         repeated += 2 * hidden
     final_norm = norm if config.normalization == "pre_ln" else 0
     return num_layers * split, num_layers * repeated + final_norm

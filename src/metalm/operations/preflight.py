@@ -26,6 +26,7 @@ from metalm.operations.preflight_limits import Limits, draw_table, find_problems
 from metalm.parallel.bandwidth import LinkSpeeds, measure_links
 from metalm.parallel.launch import Launch, find_launch, raise_open_files
 from metalm.planning.calibration import write_links
+from metalm.progress import Phase
 
 NODES_VARIABLE = "METALM_NODES"
 """The job's nodes in the order of their ranks, separated by blanks: names those that do not report."""
@@ -154,10 +155,9 @@ Verdict = tuple[Sequence[NodeReport], dict[str, list[str]], threading.Thread | N
 
 def _judge(meeting: _Meeting, limits: Limits, mebibytes: int, calibration: Path | None) -> Verdict:
     """Rank 0: the nodes by their own account and, if that is good, by what they measure together."""
-    collected = [
-        None if text is None else NodeReport.from_json(text)
-        for text in meeting.collect("report", meeting.deadline_s)
-    ]
+    with Phase(f"waiting for the reports of {meeting.launch.world_size} rank(s)"):
+        told = meeting.collect("report", meeting.deadline_s)
+    collected = [None if text is None else NodeReport.from_json(text) for text in told]
     names = _node_names(collected)
     reports = [_of_node(name, collected, names) for name in dict.fromkeys(names)]
     problems = find_problems(reports, limits)
@@ -165,7 +165,8 @@ def _judge(meeting: _Meeting, limits: Limits, mebibytes: int, calibration: Path 
     if problems:
         return reports, problems, None
     thread = _measure(meeting, mebibytes)
-    speeds = meeting.collect("links", meeting.deadline_s)
+    with Phase("measuring the links between the ranks"):
+        speeds = meeting.collect("links", meeting.deadline_s)
     if calibration is not None:
         measured = [LinkSpeeds(**json.loads(speed)) for speed in speeds if speed]
         write_links(calibration, measured, ranks_per_node=names.count(names[0]))

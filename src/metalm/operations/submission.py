@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from metalm.config import RunConfig
+from metalm.progress import Phase
 from metalm.project_files import project_root
 from metalm.run_folder import COMMIT_NAME
 
@@ -100,9 +101,10 @@ class Submission:
         """
         (self.run_folder / "logs").mkdir(parents=True, exist_ok=True)
         library, code = Path(__file__).parents[1], self.folder / "code"
-        shutil.copytree(library, code / "src" / library.name, ignore=_LEFT_OUT)
-        for name in ("slurm", "tools", "pipelines"):
-            shutil.copytree(project_root() / name, code / name, ignore=_LEFT_OUT)
+        with Phase(f"copying the code to {code}"):
+            shutil.copytree(library, code / "src" / library.name, ignore=_LEFT_OUT)
+            for name in ("slurm", "tools", "pipelines"):
+                shutil.copytree(project_root() / name, code / name, ignore=_LEFT_OUT)
         self._template_path.write_text(self._template(self._template_path.read_text()))
         (self.folder / "code" / COMMIT_NAME).write_text(f"{commit or 'unknown'}\n")
         config = self.config.model_dump(mode="json")

@@ -67,12 +67,6 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
         return Launch(0, 1, 0, "127.0.0.1", probe.getsockname()[1], "alone")
 
 
-def rank_of(environment: Mapping[str, str]) -> int:
-    """The rank of this process, as far as its launcher's environment tells; 0 where it does not."""
-    ranks = (environment.get(name, "") for name in ("RANK", "SLURM_PROCID"))
-    return next((int(rank) for rank in ranks if rank.isdecimal()), 0)
-
-
 def first_host(node_list: str) -> str:
     """The first host of a Slurm node list such as `gpu[003-007,9],login1`.
 

@@ -20,9 +20,9 @@ MASTER_AND_MOMENTS = 12
 """Bytes per parameter: fp32 master and two moments; DeepSpeed keeps masters in fp32 training, too."""
 AVERAGE_BYTES = 4
 """Per parameter, of a moving average of the weights."""
-INNER_KEPT = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4}
+INNER_KEPT = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4, "geglu_tanh": 4}
 """Tensors of the inner width that a feed-forward keeps, by activation."""
-INNER_RECOMPUTED = {"gelu": 1, "gelu_tanh": 1, "swiglu": 2}
+INNER_RECOMPUTED = {"gelu": 1, "gelu_tanh": 1, "swiglu": 2, "geglu_tanh": 2}
 """Those of them that selective recomputation makes again: all but what the first layer gives."""
 SHARE_MULTIPLE = 16
 """What the elements of an encoder's share are padded to a multiple of."""
@@ -151,7 +151,8 @@ def decoder_activations(config: RunConfig, size: int) -> float:
     # what the feed-forward keeps of its inner width.
     inner = INNER_KEPT[decoder.activation]
     key_values = 2 * exchanged_key_heads(config) * decoder.head_size
-    split = ((2 if context == 1 else 3) * hidden + key_values + inner * decoder.feed_forward_size) / tensor
+    attention = (2 if context == 1 else 3) * decoder.attention_size + key_values
+    split = (attention + inner * decoder.feed_forward_size) / tensor
     # On every TP rank: both norms' inputs and outputs, unless sequence parallelism splits them, too.
     repeated = 4 * hidden / (tensor if config.parallel.sequence_parallel else 1)
     ends = 2 * hidden  # the docked input, and what the output layer reads

@@ -15,6 +15,7 @@ from metalm.planning.calibration import Calibration
 from metalm.planning.devices import Device
 from metalm.planning.plan import Plan, plan_run
 from metalm.planning.workload import CAPTION_TOKENS
+from metalm.progress import Phase
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def search_layouts(
     """
     plans: list[Plan] = []
     tried, too_large, smallest = 0, 0, None
-    for candidate in _candidates(config, world_size):
+    for candidate in Phase.over("planning layouts", list(_candidates(config, world_size)), "layouts"):
         try:
             plan = plan_run(candidate, world_size, device, calibration, caption_tokens=caption_tokens)
         except TopologyError:

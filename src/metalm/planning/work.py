@@ -102,12 +102,12 @@ def micro_batch_work(config: RunConfig, work: Work, rows: float, *, on_cpu: bool
 def _decoder(config: RunConfig, work: Work, rows: float) -> Executed:
     decoder, tensor, size = config.model.decoder, config.parallel.tensor, element_size(config)
     hidden, inner = decoder.hidden_size, decoder.feed_forward_size / tensor
-    gates = 2 if decoder.activation == "swiglu" else 1
+    gates, width = 2 if decoder.is_gated else 1, decoder.attention_size / tensor
     key_values = 2 * decoder.key_value_heads * decoder.head_size / tensor
     positions = rows * config.data.sequence_length / config.parallel.context
     shapes = [
-        (hidden, hidden / tensor + key_values),
-        (hidden / tensor, hidden),
+        (hidden, width + key_values),
+        (width, hidden),
         (hidden, gates * inner),
         (inner, hidden),
     ]
@@ -122,11 +122,11 @@ def _decoder(config: RunConfig, work: Work, rows: float) -> Executed:
         found.multiply(positions, outer_size, inner_size, backward)
         found.multiply(inner_size, positions, outer_size, decoder.num_layers - weightless)
     mask = "causal" if work.pairs > work.positions * config.data.sequence_length / 4 else "packed"
-    operations = 4 * hidden / tensor / config.parallel.context * work.pairs
+    operations = 4 * width / config.parallel.context * work.pairs
     found.attention.append((mask, decoder.head_size, operations, forward, backward))
     split = tensor if config.parallel.sequence_parallel else 1
     ahead, back, cheap = _elementwise(
-        decoder, hidden / split, hidden / tensor, key_values, inner, decoder.positions == "rope"
+        decoder, hidden / split, width, key_values, inner, decoder.positions == "rope"
     )
     again = cheap * backward if decoder.recompute == "selective" else 0.0
     per_position = ahead * forward + back * backward + again + 12 * hidden  # and the ends
@@ -156,7 +156,7 @@ def _encoder(config: RunConfig, name: str, work: Work) -> Executed:
     elements = float(share_elements(work, name, sharing))
     share = EncoderWork(elements, part.pairs / sharing, part.patches / sharing)
     hidden, inner = encoder.hidden_size, encoder.feed_forward_size
-    gates = 2 if encoder.activation == "swiglu" else 1
+    gates = 2 if encoder.is_gated else 1
     key_values = 2 * encoder.key_value_heads * encoder.head_size
     trained = encoder.num_layers - (0 if encoder.adapter is not None else encoder.num_frozen_layers)
     forward = encoder.num_layers + (trained if encoder.recompute else 0)
@@ -204,15 +204,21 @@ def _elementwise(
         inner: of the feed-forward on this rank.
         rotary: whether queries and keys are turned.
     """
-    swiglu = layer.activation == "swiglu"
     norms, residuals = 2 * 2 * stream, 2 * 3 * stream
-    activation = (5 if swiglu else 2) * inner
+    activation = (5 if layer.is_gated else 2) * inner
     layout = 2 * (2 * width + key_values)
     turned = 8 * (width + key_values / 2) if rotary else 0.0
-    biases = 2 * (width + key_values + 2 * stream + (2 if swiglu else 1) * inner) if layer.biases else 0.0
+    gates = 2 if layer.is_gated else 1
+    biases = 2 * (width + key_values + 2 * stream + gates * inner) if layer.biases else 0.0
     dropped = 12 * 2 * stream if layer.dropout else 0.0
     forward = norms + residuals + activation + layout + turned + biases + dropped
     backward = (
-        2.0 * norms + residuals + (10 if swiglu else 3) * inner + 2 * layout + turned + biases / 2 + dropped
+        2.0 * norms
+        + residuals
+        + (10 if layer.is_gated else 3) * inner
+        + 2 * layout
+        + turned
+        + biases / 2
+        + dropped
     )
     return forward, backward, norms + activation

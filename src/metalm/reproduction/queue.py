@@ -14,6 +14,7 @@ from pathlib import Path
 from subprocess import STDOUT, Popen
 
 from metalm.errors import ConfigError, FaultError
+from metalm.progress import Phase
 from metalm.reproduction.jobs import Job, Marks
 
 _TAIL = 1500
@@ -50,7 +51,10 @@ class Queue:
         failed: dict[str, str] = {}
         waiting = list(self._jobs)
         running: dict[Future[str | None], Job] = {}
-        with ThreadPoolExecutor(num_parallel) as pool:
+        with (
+            Phase("running jobs", len(self._jobs), "jobs") as phase,
+            ThreadPoolExecutor(num_parallel) as pool,
+        ):
             try:
                 while waiting or running:
                     for job in list(waiting):
@@ -59,6 +63,7 @@ class Queue:
                         if self.marks.is_done(job):
                             waiting.remove(job)
                             done.add(job.name)
+                            phase.advance()
                         elif len(running) < num_parallel:
                             waiting.remove(job)
                             self._say(f"start {job.name} ({len(waiting)} more)")
@@ -69,6 +74,7 @@ class Queue:
                         break  # what is left needs what failed
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
+                        phase.advance()
                         if (problem := future.result()) is None:
                             done.add(job.name)
                         else:

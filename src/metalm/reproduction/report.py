@@ -9,6 +9,7 @@ from pathlib import Path
 
 from metalm.commit import git_commit
 from metalm.errors import ConfigError
+from metalm.progress import Phase
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Series
 from metalm.reproduction.data.set_folder import SOURCE_NAME
@@ -41,7 +42,7 @@ def write_report(
     if not results:
         raise ConfigError(f"there are no scores in {setting.out} yet: run the jobs first")
     sections = [Section("Verdicts", (RULE, verdict_table(results)))]
-    for one in results:
+    for one in Phase.over("drawing the results", results, "claims"):
         picture = setting.out / f"claim_{one.claim.letter}.png"
         draw_claim(one, picture)
         sections.append(_section(one, setting, picture))

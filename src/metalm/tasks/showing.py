@@ -14,6 +14,7 @@ from metalm.data.documents.example import Example
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import MEDIA
 from metalm.modalities.image import write_png
+from metalm.progress import Phase
 from metalm.tasks.metrics import find_metric
 from metalm.tasks.readers import BadRecord, check_reader
 from metalm.tasks.records import Tally, TaskData
@@ -48,7 +49,7 @@ def check_task(name: str, root: Path) -> Iterator[str]:
         tally = Tally()
         records = data.records(split, tally)
         templates = [*task.templates, *([task.icl.template] if task.icl else [])]
-        for record in records:
+        for record in Phase.over(f"wording {split}", list(records), "records"):
             try:
                 for template in templates:
                     for answer in record.options or record.answers:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
@@ -32,6 +32,7 @@ from metalm.planning.calibration import Calibration, overlay
 from metalm.planning.devices import DEVICES, device_by_driver_name
 from metalm.planning.plan import plan_run
 from metalm.planning.shipped_calibration import shipped_calibration
+from metalm.progress import say
 from metalm.training.engines import build_engines
 from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
@@ -39,6 +40,7 @@ from metalm.training.step_benchmark import made_up_batches
 
 Clock = Callable[[], float]
 Record = dict[str, Any]
+Measured = TypeVar("Measured")
 
 _MASKS = {"causal": "causal", "packed documents": "packed", "encoder": "encoder"}
 _ELEMENTS_MOVED = 17
@@ -86,16 +88,25 @@ def calibrate(device: torch.device, clock: Clock, jsons: Path, path: Path, sourc
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else listed.name,
         "precision": "bf16" if device.type == "cuda" else "fp32",
         "source": source,
-        "products": measure_products(device, dtype, sizes, clock),
-        "attention": measure_attention(device, dtype, sizes, clock),
-        "figures": measure_memory(device, dtype, clock),
+        "products": _told("matrix products", partial(measure_products, device, dtype, sizes, clock)),
+        "attention": _told("attention", partial(measure_attention, device, dtype, sizes, clock)),
+        "figures": _told("memory", partial(measure_memory, device, dtype, clock)),
     }
     # How far a shape or a mask lies off what is between the measured ones.
     content["figures"] |= {"products": _about(1.0, 0.08), "attention": _about(1.0, 0.15)}
     path.write_text(json.dumps(content, indent=1))
-    steps = measure_steps(device, clock, jsons)
+    steps = _told("steps", partial(measure_steps, device, clock, jsons))
     content["figures"] |= solve_steps(steps, overlay(shipped_calibration(listed), path))
     path.write_text(json.dumps(content, indent=1))
+
+
+def _told(what: str, measure: Callable[[], Measured]) -> Measured:
+    """Said before and behind, and not meanwhile: nothing else is to run beside what is timed."""
+    began = time.monotonic()
+    say(f"measuring {what}, which may take minutes")
+    measured = measure()
+    say(f"measured {what} in {time.monotonic() - began:.0f} s")
+    return measured
 
 
 def interleaved(

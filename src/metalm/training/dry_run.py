@@ -10,6 +10,7 @@ from metalm.errors import EXIT_DONE
 from metalm.planning.devices import find_device
 from metalm.planning.plan import plan_run
 from metalm.planning.report import describe_batch, describe_memory
+from metalm.progress import Phase
 from metalm.run_lock import find_holder
 from metalm.training.check_start import check_start
 
@@ -35,7 +36,8 @@ def dry_run(config: RunConfig, world_size: int, *, with_data: bool) -> int:
     """
     print_plan(config, world_size)
     if with_data:
-        check_start(config, world_size)
+        with Phase("checking what is read"):
+            check_start(config, world_size)
         print("what is read: checked")
     else:
         print("what is read: not checked (--without-data)")

@@ -26,6 +26,7 @@ from metalm.model.initialization import initialize_parameters
 from metalm.parallel.agreement import together
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
 from metalm.parallel.topology import Topology
+from metalm.progress import Phase
 from metalm.training.extensions import prepare_extensions
 from metalm.training.fp32_gradients import gradient_keys, keep_fp32_gradients
 from metalm.training.frozen_engine import FrozenEngine
@@ -96,7 +97,8 @@ def build_engines(
 
     Collective: every rank of the job.
     """
-    prepare_extensions()
+    with Phase("preparing DeepSpeed's extension"):
+        prepare_extensions()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints on every rank
         deepspeed.init_distributed(verbose=False)
         decoder = _build_decoder(config, topology, given.get("decoder", ()))

@@ -8,6 +8,7 @@ from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
 from metalm.evaluation.generation import generate_samples
 from metalm.objectives import build_objective
+from metalm.progress import Phase
 from metalm.regular_files import replace_file
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
@@ -64,10 +65,12 @@ def load_newest(corpus: Corpus, session: Session) -> tuple[Engines, int]:
     """
     config, topology = corpus.config, session.topology
     store = CheckpointStore(session.run_folder, config, topology)
-    folder = store.newest_whole()
+    with Phase("looking for a checkpoint", told=True):
+        folder = store.newest_whole()
     start = Start() if folder is None else go_on_from(folder, corpus, store)
     if start.checkpoint is None:
         raise CheckpointError(f"{session.run_folder} has no checkpoint to evaluate")
-    engines = build_engines(config, topology, start.given)
+    with Phase("building the model and its engines", told=True):
+        engines = build_engines(config, topology, start.given)
     load_start(start, config, topology, engines)
     return engines, start.checkpoint.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from metalm.errors import FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
 from metalm.objectives import Objective, build_objective
 from metalm.parallel.agreement import Verdict, raise_together
+from metalm.progress import Phase
 from metalm.training.average import average_decay, update_average
 from metalm.training.best import BestCheckpoint
 from metalm.training.drift import find_drift
@@ -123,13 +125,16 @@ class _Run:
         self._announce()
         if self._step == 0 or self._was_killed_before_evaluating():
             self._evaluate()
+        is_first = True
         while self._step < self._config.training.steps:
-            upcoming, self._upcoming = self._upcoming or self._fetch(), None
-            if upcoming.verdict is Verdict.FAIL:
-                raise_together(upcoming.error)
-            if upcoming.verdict is Verdict.STOP:
-                return self._stop_early()
-            self._advance(upcoming)
+            with Phase("the first step", told=True) if is_first else nullcontext():
+                upcoming, self._upcoming = self._upcoming or self._fetch(), None
+                if upcoming.verdict is Verdict.FAIL:
+                    raise_together(upcoming.error)
+                if upcoming.verdict is Verdict.STOP:
+                    return self._stop_early()
+                self._advance(upcoming)
+            is_first = False
             if self._skipped_in_a_row > self._config.guards.max_skipped_steps:
                 self._rewind()
                 continue

@@ -29,6 +29,7 @@ from metalm.errors import CheckpointError, ConfigError
 from metalm.objectives import Objective
 from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
+from metalm.progress import Phase
 from metalm.run_lock import RunLock
 from metalm.training.average import begin_average
 from metalm.training.checkpoint import CheckpointStore
@@ -100,8 +101,10 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
             stack.callback(lock.release)
         store = CheckpointStore(folder, config, topology)
         stack.callback(store.close)
-        start = decide_start(corpus, store)
-        engines = build_engines(config, topology, start.given)
+        with Phase("looking for a checkpoint", told=True):
+            start = decide_start(corpus, store)
+        with Phase("building the model and its engines", told=True):
+            engines = build_engines(config, topology, start.given)
         watchdog = Watchdog(folder / "logs", topology.rank, config.guards.hang_minutes)
         stack.callback(watchdog.close)
         state = load_start(start, config, topology, engines)
@@ -109,7 +112,8 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
         if start.checkpoint is not None:
             with together():
                 lane_states = _own_lane_states(start.checkpoint, config, topology)
-        data = _open_data(corpus, objective, topology, lane_states)
+        with Phase("starting the data workers", told=True):
+            data = _open_data(corpus, objective, topology, lane_states)
         if data is not None:
             stack.callback(data.close)
         if lock is not None:
@@ -182,12 +186,14 @@ def load_start(start: Start, config: RunConfig, topology: Topology, engines: Eng
     Collective: all ranks.
     """
     for component, reader in start.initial.items():
-        adopt(reader, component, engines, config.initialize.new, topology)
+        with Phase(f"reading the {component} of {reader.folder}", told=True):
+            adopt(reader, component, engines, config.initialize.new, topology)
         logger.info("the %s start(s) from %s", component, reader.folder)
     if start.checkpoint is None:
         begin_average(engines)
         return None
-    restore(start.checkpoint, engines, topology)
+    with Phase(f"reading the checkpoint {start.checkpoint.folder}", told=True):
+        restore(start.checkpoint, engines, topology)
     logger.info("resumed from %s", start.checkpoint.folder)
     return start.checkpoint.state
 

@@ -38,14 +38,17 @@ class MetaLMConfig(PreTrainedConfig):
 
     Args:
         num_key_value_heads: fewer than `num_attention_heads` in grouped-query attention.
-        activation: "gelu", "gelu_tanh" or "swiglu" (with a gate).
+        head_dim: width of a head; None: `hidden_size` divided by `num_attention_heads`.
+        activation: "gelu", "gelu_tanh", "swiglu" or "geglu_tanh" (the last two with a gate).
         normalization: "deepnorm" (post-LN, residual weighted by (2 * layers) ** 0.25) or "pre_ln".
+        parallel_residual: attention and feed-forward of a layer read the same input; with "pre_ln".
         norm: "layer_norm" or "rms_norm", with `norm_eps`.
         biases: of all linear layers; `qkv_biases` of queries, keys and values where the others have none.
         positions: "sinusoidal", "learned" (a table of `max_position_embeddings`) or "rope".
         max_position_embeddings: row length in training; only learned positions end there.
         rope_parameters: as in transformers; "rope_type" is "default" or "llama3".
-        scale_embedding: multiply token embeddings by the square root of the hidden size.
+        scale_embedding: multiply token embeddings by the square root of the hidden size; with "rounded", by
+            that number as the model's dtype has it.
         scale_docked_vectors: multiply what encoders give so, too.
         spans: "causal", or "bidirectional": the decoder attends among all vectors of a span.
         encoders: by name, the keys of ENCODER_DEFAULTS; kept in alphabetical order. `image_size` and
@@ -74,9 +77,11 @@ class MetaLMConfig(PreTrainedConfig):
         num_hidden_layers: int = 2,
         num_attention_heads: int = 2,
         num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
         intermediate_size: int = 128,
         activation: str = "gelu",
         normalization: str = "deepnorm",
+        parallel_residual: bool = False,
         norm: str = "layer_norm",
         norm_eps: float = 1e-5,
         biases: bool = True,
@@ -84,7 +89,7 @@ class MetaLMConfig(PreTrainedConfig):
         positions: str = "sinusoidal",
         max_position_embeddings: int = 2048,
         rope_parameters: dict[str, Any] | None = None,
-        scale_embedding: bool = True,
+        scale_embedding: bool | str = True,
         scale_docked_vectors: bool = False,
         spans: str = "causal",
         encoders: dict[str, dict[str, Any]] | None = None,
@@ -105,9 +110,11 @@ class MetaLMConfig(PreTrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
         self.intermediate_size = intermediate_size
         self.activation = activation
         self.normalization = normalization
+        self.parallel_residual = parallel_residual
         self.norm = norm
         self.norm_eps = norm_eps
         self.biases = biases

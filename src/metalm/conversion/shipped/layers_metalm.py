@@ -26,12 +26,13 @@ def sinusoidal_positions(positions: Tensor, hidden_size: int) -> Tensor:
 
 
 def rotary_factors(positions: Tensor, head_size: int, parameters: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, K] float32.
+    """Cosines and sines that turn queries and keys (Su et al., 2021), [B, S] to [B, 1, S, turned] float32.
 
     Raises:
         ValueError: `parameters` ask for a scaling other than "llama3".
     """
-    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    turned = int(head_size * parameters.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, turned, 2, device=positions.device, dtype=torch.float32) / turned
     frequencies = 1.0 / parameters["rope_theta"] ** exponents
     if parameters["rope_type"] == "llama3":
         # Short wavelengths stay, long ones are stretched, those between blend.
@@ -90,18 +91,19 @@ class MetaLMAttention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         *,
+        head_size: int | None = None,
         qkv_biases: bool = True,
         output_bias: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
-        self.head_size = hidden_size // num_heads
+        self.head_size = head_size or hidden_size // num_heads
         self.num_key_value_groups = num_heads // num_kv_heads
-        key_value_size = num_kv_heads * self.head_size
-        self.q_proj = MetaLMLinear(hidden_size, hidden_size, bias=qkv_biases)
+        query_size, key_value_size = num_heads * self.head_size, num_kv_heads * self.head_size
+        self.q_proj = MetaLMLinear(hidden_size, query_size, bias=qkv_biases)
         self.k_proj = MetaLMLinear(hidden_size, key_value_size, bias=qkv_biases)
         self.v_proj = MetaLMLinear(hidden_size, key_value_size, bias=qkv_biases)
-        self.o_proj = MetaLMLinear(hidden_size, hidden_size, bias=output_bias)
+        self.o_proj = MetaLMLinear(query_size, hidden_size, bias=output_bias)
 
     def forward(
         self,
@@ -114,7 +116,7 @@ class MetaLMAttention(nn.Module):
         """[B, L, D] to [B, L, D], and the probabilities where the implementation has them.
 
         Args:
-            rotary: cosines and sines [B, 1, L, K] that turn queries and keys.
+            rotary: cosines and sines [B, 1, L, turned] that turn queries and keys.
         """
         split = (*hidden.shape[:2], -1, self.head_size)
         query, key, value = (
@@ -130,16 +132,18 @@ class MetaLMAttention(nn.Module):
         attended, probabilities = attend(
             self, query, key, value, attention_mask, scaling=self.head_size**-0.5, dropout=0.0, **kwargs
         )
-        return self.o_proj(attended.reshape(hidden.shape)), probabilities
+        return self.o_proj(attended.reshape(*hidden.shape[:2], -1)), probabilities
 
     def _remember(self, key: Tensor, value: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
         return key, value
 
 
 def _turn(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary positions: dimension i is paired with i + K/2."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosines + torch.cat((-second, first), dim=-1) * sines
+    """Rotary positions of a head's first dimensions: of T, dimension i is paired with i + T/2."""
+    turned, kept = heads.tensor_split([cosines.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cosines + torch.cat((-second, first), dim=-1) * sines
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
 class MetaLMCausalAttention(MetaLMAttention):
@@ -153,6 +157,7 @@ class MetaLMCausalAttention(MetaLMAttention):
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
+            head_size=config.head_dim,
             qkv_biases=config.biases or config.qkv_biases,
             output_bias=config.biases,
         )
@@ -165,14 +170,14 @@ class MetaLMCausalAttention(MetaLMAttention):
 
 
 class MetaLMFeedForward(nn.Module):
-    """Two linear maps with an activation between; SwiGLU has a third, the gate."""
+    """Two linear maps with an activation between; SwiGLU and GeGLU have a third, the gate."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, activation: str = "gelu", *, biases: bool = True
     ) -> None:
         super().__init__()
         self.activation = activation
-        if activation == "swiglu":
+        if activation in ("swiglu", "geglu_tanh"):
             self.gate_proj = MetaLMLinear(hidden_size, intermediate_size, bias=biases)
         self.up_proj = MetaLMLinear(hidden_size, intermediate_size, bias=biases)
         self.down_proj = MetaLMLinear(intermediate_size, hidden_size, bias=biases)
@@ -182,6 +187,8 @@ class MetaLMFeedForward(nn.Module):
         wide = self.up_proj(hidden)
         if self.activation == "swiglu":
             return self.down_proj(functional.silu(self.gate_proj(hidden)) * wide)
+        if self.activation == "geglu_tanh":
+            return self.down_proj(functional.gelu(self.gate_proj(hidden), approximate="tanh") * wide)
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
         return self.down_proj(functional.gelu(wide, approximate=approximate))
 
@@ -224,9 +231,11 @@ class MetaLMLayer(GradientCheckpointingLayer):
         normalization: str,
         norm: str,
         eps: float,
+        parallel_residual: bool = False,
     ) -> None:
         super().__init__()
         self.post_norm = normalization == "deepnorm"
+        self.parallel_residual = parallel_residual
         self.residual_scale = (2 * num_layers) ** 0.25 if self.post_norm else 1.0
         self.self_attn = attention
         self.attention_norm = build_norm(norm, hidden_size, eps)
@@ -254,8 +263,9 @@ class MetaLMLayer(GradientCheckpointingLayer):
             hidden = self.attention_norm(self.residual_scale * hidden + attended)
             return self.mlp_norm(self.residual_scale * hidden + self._feed_forward(hidden, routes))
         attended, _ = self.self_attn(self.attention_norm(hidden), attention_mask, cache, **kwargs)
-        hidden = hidden + attended
-        return hidden + self._feed_forward(self.mlp_norm(hidden), routes)
+        attended = hidden + attended
+        seen = hidden if self.parallel_residual else attended
+        return attended + self._feed_forward(self.mlp_norm(seen), routes)
 
     def _feed_forward(self, hidden: Tensor, routes: dict[str, Tensor] | None) -> Tensor:
         return self.mlp(hidden) if routes is None else self.mlp(hidden, routes)
@@ -275,6 +285,7 @@ class MetaLMDecoderLayer(MetaLMLayer):
             normalization=config.normalization,
             norm=config.norm,
             eps=config.norm_eps,
+            parallel_residual=config.parallel_residual,
         )
 
 

@@ -240,7 +240,7 @@ class MetaLMModel(MetaLMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         hidden = inputs_embeds
         if self.config.scale_embedding and not self.config.scale_docked_vectors:
-            hidden = hidden * self.config.hidden_size**0.5
+            hidden = hidden * self._scale(hidden)
         if spans is not None:
             hidden = self.encoders.dock(hidden, spans, pixel_values, audio_values)
 
@@ -274,14 +274,20 @@ class MetaLMModel(MetaLMPreTrainedModel):
         """The input with its positions, and what turns queries and keys where positions are rotary."""
         config = self.config
         if config.scale_docked_vectors:
-            hidden = hidden * config.hidden_size**0.5  # tokens and docked vectors alike
+            hidden = hidden * self._scale(hidden)  # tokens and docked vectors alike
         if config.positions == "learned":
             return hidden + self.embed_positions(position_ids), None
         if config.positions == "sinusoidal":
             return hidden + sinusoidal_positions(position_ids, config.hidden_size).to(hidden.dtype), None
-        head_size = config.hidden_size // config.num_attention_heads
-        cosines, sines = rotary_factors(position_ids, head_size, config.rope_parameters)
+        cosines, sines = rotary_factors(position_ids, config.head_dim, config.rope_parameters)
         return hidden, (cosines.to(hidden.dtype), sines.to(hidden.dtype))
+
+    def _scale(self, vectors: Tensor) -> float:
+        """The square root of the hidden size, rounded to the vectors' dtype if the configuration says so."""
+        scale = self.config.hidden_size**0.5
+        if self.config.scale_embedding == "rounded":
+            scale = torch.tensor(scale, device="cpu").to(vectors.dtype).item()
+        return scale
 
     def _bidirectional_blocks(self, spans: Spans | None, cache: Cache | None) -> Tensor | None:
         """The number of each column's span from the cache's beginning, -1 outside, [B, past + S]."""

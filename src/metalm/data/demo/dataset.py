@@ -23,6 +23,7 @@ from typing import Any
 from metalm.data.demo.library_text import standard_library_documents
 from metalm.data.demo.scenes import Cell, SceneObject, draw_scene, make_scene
 from metalm.modalities.boxes import box_text
+from metalm.progress import Phase
 
 IMAGES_PER_FOLDER = 1000
 _NUMBERS = ("one", "two", "three")
@@ -38,6 +39,7 @@ def write_text(folder: Path, max_bytes: int) -> dict[str, int]:
     with (
         (folder / "train.jsonl").open("w", encoding="utf-8") as train,
         (folder / "heldout.jsonl").open("w", encoding="utf-8") as heldout,
+        Phase("collecting texts"),
     ):
         for document in standard_library_documents(max_bytes):
             line = {"text": document.text, "meta": {"pile_set_name": document.pile_set_name}}
@@ -50,7 +52,7 @@ def write_scenes(folder: Path, split: str, num_scenes: int, *, seed: int, image_
     """Writes SPLIT.jsonl and images/SPLIT/*/*.png with `num_scenes` scenes, see `make_scene`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as captions:
-        for index in range(num_scenes):
+        for index in Phase.over(f"drawing scenes of {split}", range(num_scenes), "scenes"):
             scene = make_scene(seed, split, index)
             path = _image_path(split, index)
             if index % IMAGES_PER_FOLDER == 0:

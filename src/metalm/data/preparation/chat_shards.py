@@ -15,6 +15,7 @@ from metalm.data.preparation.media_files import MediaFiles, open_media_files
 from metalm.data.preparation.record_tasks import record_tasks
 from metalm.errors import BadSample, ConfigError, MetaLMError
 from metalm.modalities import Convert
+from metalm.progress import Phase
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def prepare_chats(
     if not inputs:
         raise ConfigError("no input was given")
     tasks: list[ExampleTask] = []
-    for number, path in enumerate(inputs, start=first_number):
+    for number, path in enumerate(Phase.over("listing the inputs", inputs, "inputs"), start=first_number):
         root = path.parent if media_folder is None else media_folder
         MediaFiles(root)  # what is not there shows here
         tasks += record_tasks(number, path, ChatForm(root, train))

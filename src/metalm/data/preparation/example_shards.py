@@ -12,13 +12,13 @@ from metalm.config.model_schema import TEXT
 from metalm.data.documents.example import Example
 from metalm.data.documents.example_members import members_of
 from metalm.data.preparation.folder import PreparationFolder
-from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
 from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
 from metalm.data.storage.shard_scan import EXAMPLES
 from metalm.errors import BadSample
 from metalm.modalities import MEDIA, Convert
+from metalm.progress import Phase
 
 SHARD_BYTES = 512 << 20
 EXAMPLES_PER_MESSAGE = 64
@@ -133,15 +133,14 @@ def prepare_examples(
         tasks = [task for task in tasks if not folder.is_done(task.unit)]
         if tasks:
             folder.drop_index()
-            progress = ProgressLine(len(tasks), "batches")
-            run_tasks(
-                tasks,
-                ExamplePreparation(folder, shard_bytes, converts or default_converts()),
-                processes=processes,
-                advance=progress.advance,
-                preload=__name__,
-            )
-            progress.close()
+            with Phase(f"preparing {out}", len(tasks), "batches") as phase:
+                run_tasks(
+                    tasks,
+                    ExamplePreparation(folder, shard_bytes, converts or default_converts()),
+                    processes=processes,
+                    advance=phase.advance,
+                    preload=__name__,
+                )
         return folder.finish(kind=EXAMPLES, tokenizer_fingerprint=None, processes=processes)
 
 

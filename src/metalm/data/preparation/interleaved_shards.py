@@ -19,6 +19,7 @@ from metalm.data.preparation.record_tasks import record_tasks
 from metalm.data.tokenizer import load_tokenizer
 from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
 from metalm.modalities import Convert
+from metalm.progress import Phase
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def prepare_interleaved(
         _image_paths(image_table)
     fingerprint = None if row_size is None else load_tokenizer(row_size.tokenizer).fingerprint
     tasks: list[ExampleTask] = []
-    for number, path in enumerate(inputs, start=first_number):
+    for number, path in enumerate(Phase.over("listing the inputs", inputs, "inputs"), start=first_number):
         root = path.parent if media_folder is None else media_folder
         open_media_files(root)  # what is not there shows here
         tasks += record_tasks(number, path, InterleavedForm(root, image_table, row_size))

@@ -20,13 +20,13 @@ from metalm.data.preparation.pair_sources import (
     read_record,
     read_tar,
 )
-from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
 from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
 from metalm.data.storage.index import warn_of_compressed
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import Convert, Media
+from metalm.progress import Phase
 
 PAIRS_PER_MESSAGE = 64
 
@@ -146,7 +146,7 @@ def prepare_pairs(
         raise ConfigError("no input was given")
     columns = {"path_column": path_column, "caption_column": caption_column}
     tasks: list[PairTask] = []
-    for number, source in enumerate(inputs, start=first_number):
+    for number, source in enumerate(Phase.over("listing the inputs", inputs, "inputs"), start=first_number):
         tasks += _tasks(number, source, modality, pairs_per_unit, media_folder=media_folder, **columns)
     folder = PreparationFolder(out)
     plan = {
@@ -162,15 +162,14 @@ def prepare_pairs(
         tasks = [task for task in tasks if not folder.is_done(task.unit)]
         if tasks:
             folder.drop_index()
-            progress = ProgressLine(len(tasks), "batches")
-            run_tasks(
-                tasks,
-                PairPreparation(folder, shard_bytes, convert, modality.unit),
-                processes=processes,
-                advance=progress.advance,
-                preload=__name__,
-            )
-            progress.close()
+            with Phase(f"preparing {out}", len(tasks), "batches") as phase:
+                run_tasks(
+                    tasks,
+                    PairPreparation(folder, shard_bytes, convert, modality.unit),
+                    processes=processes,
+                    advance=phase.advance,
+                    preload=__name__,
+                )
         return folder.finish(kind=modality.kind, tokenizer_fingerprint=None, processes=processes)
 
 

@@ -24,7 +24,6 @@ import numpy as np
 
 from metalm.data.preparation.fast_bpe import gigatoken_encoder, why_not_gigatoken
 from metalm.data.preparation.folder import PreparationFolder
-from metalm.data.preparation.progress import ProgressLine
 from metalm.data.preparation.shard_writer import ShardWriter
 from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
@@ -37,6 +36,7 @@ from metalm.data.preparation.text_files import (
 )
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import BadSample, ConfigError
+from metalm.progress import Phase
 
 PAPER_DROPS = ("Github", "ArXiv", "PubMed Central")
 """Subsets of the Pile that the paper leaves out."""
@@ -261,7 +261,8 @@ def prepare_text(
         plan["fields"] = asdict(fields)
     if (digest := tokenizer_digest(files)) is not None:
         plan["from_tokenizer"] = digest
-    gigatoken = tokenizer is not None and _use_gigatoken(tokenizer, files, backend)
+    with Phase("comparing tokenizers"):
+        gigatoken = tokenizer is not None and _use_gigatoken(tokenizer, files, backend)
     preparation = TextPreparation(
         folder, shard_bytes, store, meta, subsets, tokenizer_path if tokenizer else None, gigatoken
     )
@@ -269,9 +270,8 @@ def prepare_text(
         tasks = _tasks(files, folder, shard_bytes, first_number, processes)
         if tasks and not folder.is_finished():
             folder.drop_index()
-            progress = ProgressLine(sum(task.amount for task in tasks), "MB", 1e6)
-            run_tasks(tasks, preparation, processes=processes, advance=progress.advance, preload=__name__)
-            progress.close()
+            with Phase(f"preparing {out}", sum(task.amount for task in tasks), "MB", 1e6) as phase:
+                run_tasks(tasks, preparation, processes=processes, advance=phase.advance, preload=__name__)
         return folder.finish(
             kind="text",
             tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,

@@ -43,6 +43,7 @@ from metalm.data.storage.shard_scan import (
 from metalm.errors import DataError
 from metalm.modalities import Modality, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES
+from metalm.progress import Phase
 from metalm.regular_files import open_regular
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,6 @@ def build_index(
     tokenizer_fingerprint: str | None = None,
     processes: int = 1,
     max_member_bytes: int = MAX_MEMBER_BYTES,
-    on_shard: Callable[[Shard], None] | None = None,
 ) -> ShardIndex:
     """Reads every `*.tar` of `folder` once, writes the index beside them and opens it.
 
@@ -152,7 +152,6 @@ def build_index(
         tokenizer_fingerprint: of the tokenizer that wrote the token members; needed if there are any.
         processes: shards are scanned by this many at once.
         max_member_bytes: a sample with a larger member is left out.
-        on_shard: called with each shard as it is done, for showing progress.
 
     Raises:
         DataError: no folder, no shard or no usable sample in it, token members of two sizes or without
@@ -169,8 +168,9 @@ def build_index(
     partial = folder / "index.records.partial"
     try:
         with partial.open("wb") as file:
-            scanned = _scan_all(shard_names, scan, processes)
-            shards, tokens, digest = _write_records(file, folder, scanned, on_shard)
+            with Phase(f"indexing {folder}", len(shard_names), "shards") as phase:
+                scanned = phase.each(_scan_all(shard_names, scan, processes))
+                shards, tokens, digest = _write_records(file, folder, scanned)
         _check_content(folder, kind, shards, tokens, tokenizer_fingerprint)
         records_name = f"index-{digest[:16]}.records"
         partial.replace(folder / records_name)
@@ -314,7 +314,6 @@ def _write_records(
     file: BinaryIO,
     folder: Path,
     scanned: Iterable[tuple[Shard, np.ndarray]],
-    on_shard: Callable[[Shard], None] | None,
 ) -> tuple[list[Shard], Counter[str], str]:
     """Writes the records shard by shard; returns the shards, tokens by format, sha256 of the records."""
     shards: list[Shard] = []
@@ -331,8 +330,6 @@ def _write_records(
                 tokens[name] += int(sizes.sum(dtype=np.int64)) // dtype.itemsize
         for cause, count in shard.skipped.items():
             logger.warning("%s: %d left out (%s)", folder / shard.name, count, cause)
-        if on_shard is not None:
-            on_shard(shard)
     file.flush()
     os.fsync(file.fileno())
     return shards, tokens, digest.hexdigest()

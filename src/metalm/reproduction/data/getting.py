@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from metalm.data.preparation.progress import ProgressLine
 from metalm.errors import DataError, FaultError
+from metalm.progress import Phase
 from metalm.reproduction.data.packages import Package
 
 PACKAGES_FOLDER = "packages"
@@ -144,22 +144,20 @@ def _download(package: Package, folder: Path) -> Path:
 def _call(package: Package, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
     """Wait for a package manager, and show how much of the file has come."""
     log = folder / "said.log"
-    progress = ProgressLine(package.num_bytes, "MB", 1e6)
     began, seen = time.monotonic(), 0
-    with log.open("w") as said:
+    with log.open("w") as said, Phase(f"fetching {package.file}", package.num_bytes, "MB", 1e6) as phase:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
         try:
             while process.poll() is None:
                 time.sleep(_POLL_S)
                 size = _size(folder)
-                progress.advance(max(0, size - seen))
+                phase.advance(max(0, size - seen))
                 seen = max(size, seen)
                 if time.monotonic() - began > _TIMEOUT_S:
                     raise FaultError(f"{' '.join(command)} has taken {_TIMEOUT_S:,} s: is the network up?")
         finally:
             process.kill()
             process.wait()
-            progress.close()
     if process.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         shown = "\n  ".join([f"{' '.join(command)} failed:", *lines[-_SHOWN_LINES:]])

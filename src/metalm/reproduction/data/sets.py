@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from metalm.errors import ConfigError
+from metalm.progress import Phase
 from metalm.reproduction.data import (
     bigbench,
     easy_vqa,
@@ -54,7 +55,9 @@ def fetch_set(name: str, output: Path, given: Path | None = None) -> dict[str, A
         with new_set(output, name, module.PACKAGES) as folder:
             files = {package.name: get_package(package, output, given) for package in module.PACKAGES}
             print(f"writing {output / name}", flush=True)
-            module.write(files, folder)
+            with Phase(f"writing {output / name}"):
+                module.write(files, folder)
     else:
         print(f"{output / name} is there: checking it", flush=True)
-    return check_set(output / name, name, module.PACKAGES)
+    with Phase(f"checking {output / name}"):
+        return check_set(output / name, name, module.PACKAGES)

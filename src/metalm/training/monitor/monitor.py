@@ -15,6 +15,7 @@ from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.evaluation.generation import Sample
 from metalm.parallel.topology import Topology
+from metalm.progress import Phase
 from metalm.training.monitor.dashboard import mask_pictures
 from metalm.training.monitor.figures import BatchCounts, Figure, StepFigures
 from metalm.training.monitor.json_lines import RESTARTS, count_starts
@@ -23,6 +24,14 @@ from metalm.training.monitor.sink import About
 from metalm.training.monitor.sinks import AllSinks, open_sinks
 from metalm.training.step import StepResult
 from metalm.training.timing import PartTimer
+
+_APART = {
+    "evaluate": "evaluating",
+    "sample": "generating samples",
+    "tasks": "scoring tasks",
+    "save": "saving",
+}
+"""What is no part of a step, as it is told while it takes long."""
 
 
 class Monitor:
@@ -105,7 +114,8 @@ class Monitor:
         if self._topology.device.type == "cuda":
             torch.cuda.synchronize(self._topology.device)  # the step before it is not its time
         began = time.perf_counter()
-        yield
+        with Phase(f"{_APART[name]} at step {step}"):
+            yield
         seconds = time.perf_counter() - began
         self._figures.leave_out(seconds)
         self._sinks.write(step, {f"time/apart/{name}": seconds}, About.APART)

@@ -1,0 +1,1 @@
+"""Language models of other families as the decoder, a family in each file."""
