@@ -15,6 +15,7 @@ PEERS = {
     "flash": "variable-length flash",
     "sdpa per document": "SDPA per document",
     "flex": "FlexAttention",
+    "flex flash": "FlexAttention (FLASH)",
 }
 """Of attention, with the heads of their columns."""
 
