@@ -12,6 +12,8 @@ from typing import Any
 MASKS = ("causal", "packed documents", "semi-causal packed", "encoder")
 PEERS = {
     "triton": "triton",
+    "flash4": "flash4",
+    "flash4 direct": "FlashAttention 4 itself",
     "flash": "variable-length flash",
     "sdpa per document": "SDPA per document",
     "flex": "FlexAttention",
