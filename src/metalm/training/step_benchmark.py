@@ -104,6 +104,7 @@ def measure_steps(
         }
         if device.type == "cuda":
             figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            figures["reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
             figures |= _look_into(run, device)
         return figures
     finally:
