@@ -128,8 +128,8 @@ def test_on_cuda_a_step_waits_for_nothing(
         run(number)
     waits: list[str] = []
 
-    def record(message: Any = "synchronizing", *arguments: Any, **options: Any) -> None:
-        if "synchronizing" in str(message):
+    def record(message: Any = "called a synchronizing operation", *arguments: Any, **options: Any) -> None:
+        if "called a synchronizing" in str(message):
             waits.append(place(traceback.extract_stack()))
 
     torch.cuda.synchronize()
