@@ -136,13 +136,13 @@ def compile_function(
 ) -> CompileReport:
     """Compile any of our kernels; `constants` that it has no argument for are left out.
 
-    Tensors are aligned to 16 bytes and strides divide by 16, as in a model.
+    Tensors are aligned to 16 bytes, strides and widths divide by 16, as in a model.
     """
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     tensor = "*fp32" if is_wide else "*bf16"
     signature = {name: _type(name, tensor) for name in names} | dict.fromkeys(constants, "constexpr")
-    aligned = [name for name in names if name.endswith("_ptr") or "stride" in name]
+    aligned = [name for name in names if name.endswith("_ptr") or "stride" in name or name == "width"]
     source = ASTSource(
         function,
         signature,
