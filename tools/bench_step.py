@@ -2,9 +2,9 @@
 
 python tools/bench_step.py --turns 40 --dropout 0
 
-Each side is a process of its own, which steps when it is told to; the ratio is of the medians, and of the
-fastest steps, which a machine that does other work meanwhile disturbs least. `--against SRC` takes another
-tree of this library in the peer's place.
+Each side is a process of its own, which steps when it is told to. Ratios are of medians and of the fastest
+steps, by the wall's clock and by the processor's, which other work on the machine disturbs less: threads
+sleep while they wait. `--against SRC` takes another tree of this library in the peer's place.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, ROWS = 4, 256, 4, 8192, 512, 4
-WARM_UP_TURNS = 3
+WARM_UP_TURNS = 2
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,18 +42,17 @@ def main() -> None:
         return
     other = ("gpt2", ROOT / "src") if arguments.against is None else ("ours", arguments.against)
     sides = [start("ours", ROOT / "src", arguments, 0), start(*other, arguments, 1)]
-    seconds: list[list[float]] = [[], []]
+    seconds: list[list[tuple[float, float]]] = [[], []]
     for _ in range(WARM_UP_TURNS + arguments.turns):
         for side, times in zip(sides, seconds, strict=True):
             times.append(step(side))
     for side in sides:
         side.communicate()
-    for times in seconds:
-        del times[:WARM_UP_TURNS]
     found: dict[str, object] = {"peer": "GPT-2 of transformers" if other[0] == "gpt2" else str(other[1])}
-    for name, reduce in (("median", statistics.median), ("fastest", min)):
-        ours, theirs = (ROWS * LENGTH / reduce(times) for times in seconds)
-        found[name] = {"tokens_per_s": ours, "peer_tokens_per_s": theirs, "ratio": ours / theirs}
+    for clock, number in (("wall", 0), ("processor", 1)):
+        for name, reduce in (("median", statistics.median), ("fastest", min)):
+            ours, theirs = (reduce([pair[number] for pair in times[WARM_UP_TURNS:]]) for times in seconds)
+            found[f"{clock}, {name}"] = {"step_s": ours, "peer_step_s": theirs, "ratio": theirs / ours}
     print(json.dumps(found, indent=1))
 
 
@@ -64,6 +63,7 @@ def start(side: str, source: Path, arguments: argparse.Namespace, number: int) -
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     alone |= {"MASTER_PORT": str(29541 + number), "PYTHONPATH": str(source)}
     alone |= {"OMP_NUM_THREADS": str(arguments.threads), "DS_ACCELERATOR": "cpu"}
+    alone |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
     process = subprocess.Popen(
         command, env=os.environ | alone, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -74,15 +74,16 @@ def start(side: str, source: Path, arguments: argparse.Namespace, number: int) -
     raise SystemExit(f"{side} ended with {process.wait()}")
 
 
-def step(process: subprocess.Popen[str]) -> float:
-    """Seconds that a side says one step took."""
+def step(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """Seconds that a side says one step took, by the wall's clock and the processor's."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("step\n")
     process.stdin.flush()
     while line := process.stdout.readline():
         if line.startswith("took "):
-            return float(line.split()[1])
+            _, wall, processor = line.split()
+            return float(wall), float(processor)
     raise SystemExit(f"a side ended with {process.wait()}")
 
 
@@ -95,9 +96,9 @@ def serve(arguments: argparse.Namespace) -> None:
     run = sides[arguments.side](arguments)
     print("ready", flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         run()
-        print("took", time.perf_counter() - began, flush=True)
+        print("took", time.perf_counter() - began[0], time.process_time() - began[1], flush=True)
 
 
 def ours(arguments: argparse.Namespace) -> Callable[[], object]:

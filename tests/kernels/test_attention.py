@@ -15,6 +15,7 @@ from metalm.kernels import (
     IntervalMask,
     RelativeBias,
     backend_counts,
+    fused_tiles,
     interval_attention,
     reset_backend_counts,
 )
@@ -315,3 +316,24 @@ def test_deterministic_runs_and_extras_keep_to_triton() -> None:
     torch.use_deterministic_algorithms(False)
     interval_attention(inputs.q, inputs.k, inputs.v, mask, dropout=0.1)
     assert backend_counts() == {"triton": 2}
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "whole"])
+def test_runs_of_one_length_are_the_rows_of_one_operation(
+    is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[torch.Size] = []
+    forward = fused_tiles._forward
+
+    def count(q: torch.Tensor, *others: torch.Tensor, **options: object) -> tuple[torch.Tensor, ...]:
+        calls.append(q.shape)
+        return forward(q, *others, **options)
+
+    monkeypatch.setattr(fused_tiles, "_forward", count)
+    start = (torch.arange(600) // 200 * 200)[None]
+    mask = (
+        IntervalMask.packed_documents(start) if is_causal else IntervalMask.packed_spans(start, start + 200)
+    )
+    inputs = draw_inputs(1, 2, 600, 16)
+    check_against_sdpa("tiled", "cpu", inputs, mask, torch.float32)
+    assert calls == [(3, 2, 200, 16)]

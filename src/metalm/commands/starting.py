@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from metalm.data.corpus import Corpus
     from metalm.training.joining import Joined
 
-_NO_COMPILER = "TORCHDYNAMO_DISABLE"
-
 
 def join_ranks(prepare: Callable[[int], Corpus]) -> Joined:
     """Join the ranks of a job, with what the first rank of each node has read and checked.
@@ -56,18 +54,6 @@ def set_up_libraries() -> None:
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-    _import_megatron()
+    from metalm.parallel.megatron_import import import_megatron
 
-
-def _import_megatron() -> None:
-    """Import it without torch's compiler, whose own import would take a second of each rank's start.
-
-    Megatron has functions compiled as it defines them, none of which a run calls. What is compiled afterwards
-    is compiled.
-    """
-    if is_unset := _NO_COMPILER not in os.environ:
-        os.environ[_NO_COMPILER] = "1"
-    import megatron.core.models.gpt.gpt_model  # noqa: F401
-
-    if is_unset:
-        del os.environ[_NO_COMPILER]
+    import_megatron()

@@ -208,7 +208,7 @@ def compile_function(
 ) -> CompileReport:
     """Compile any of our kernels; `constants` that it has no argument for are left out.
 
-    Tensors are aligned to 16 bytes and strides divide by 16, as in a model. `pointers` are the types of
+    Tensors are aligned to 16 bytes, strides and widths divide by 16, as in a model. `pointers` are the types of
     arguments that are not those of the attention kernels of that name.
     """
     names = function.arg_names
@@ -216,7 +216,7 @@ def compile_function(
     tensor = "*fp32" if is_wide else "*bf16"
     signature = {name: pointers.get(name) or _type(name, tensor) for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
-    aligned = [name for name in names if name.endswith("_ptr") or "stride" in name]
+    aligned = [name for name in names if name.endswith("_ptr") or "stride" in name or name == "width"]
     source = ASTSource(
         function,
         signature,

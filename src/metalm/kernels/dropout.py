@@ -169,7 +169,8 @@ class HiddenPattern:
         if (backend or choose_backend(hidden)) == "triton":
             from metalm.kernels.triton_hidden_dropout import triton_hidden_dropout
 
-            return triton_hidden_dropout(hidden, *self.of_vectors(hidden), *self.scalars)
+            threshold, scale, site = self.scalars
+            return triton_hidden_dropout(hidden, *self.of_vectors(hidden), threshold, scale, site)
         return hidden * self.keep(hidden.shape[-1]) * self.scalars[1]
 
 

@@ -38,13 +38,18 @@ def measure_elementwise(
         grads = [torch.randn_like(output) for output in operation.run("torch")]
         for has_backward in (False, True):
             chosen = grads if has_backward else None
-            runs = {backend: _bind(operation, backend, chosen, device) for backend in _BACKENDS}
+            runs: dict[str, Callable[[], object]] = {
+                backend: _bind(operation, backend, chosen, device) for backend in _BACKENDS
+            }
             seconds = {
                 backend: several / _CALLS
                 for backend, several in interleaved_times(runs, repetitions, device).items()
             }
             moved = stream * (sum(operation.passes) if has_backward else operation.passes[0])
-            record = {"operation": name, "pass": "forward + backward" if has_backward else "forward"}
+            record: dict[str, Any] = {
+                "operation": name,
+                "pass": "forward + backward" if has_backward else "forward",
+            }
             for backend, label in zip(_BACKENDS, ("fused", "plain"), strict=True):
                 record[f"{label}_us"] = seconds[backend] * 1e6
             yield record | {"fused_gb_per_s": moved / seconds["triton"] / 1e9}

@@ -21,28 +21,47 @@ NUM_ROW_GROUPS = 128
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)
+_HALF_LOG2_E = tl.constexpr(-0.7213475204444817)
 _SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _normal(x):
+    """The normal distribution below x, and exp(-x^2 / 2), of which both directions are made.
+
+    By Abramowitz and Stegun's 7.1.26, off by 8e-8 at most: the libraries' error function takes twice as many
+    instructions, and a GPU more time for them than for the bytes.
+    """
+    decay = tl.exp2(x * x * _HALF_LOG2_E)
+    t = 1.0 / (tl.abs(x) * (_SQRT_HALF * 0.3275911) + 1.0)
+    series = (((t * 1.061405429 - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
+    beyond = series * t * decay * 0.5
+    return tl.where(x > 0.0, 1.0 - beyond, beyond), decay
 
 
 @triton.jit
 def _share(x, KIND: tl.constexpr):
     """The activation of x over x: of GELU the normal distribution, of SiLU and GELU by tanh a sigmoid."""
     if KIND == "gelu":
-        return 0.5 * (1.0 + tl.math.erf(x * _SQRT_HALF))
+        share, _ = _normal(x)
+        return share
     if KIND == "gelu_tanh":
         return tl.sigmoid(x * _SQRT_8_OVER_PI * (x * x * _CUBIC + 1.0))
     return tl.sigmoid(x)
 
 
 @triton.jit
-def _slope(x, share, KIND: tl.constexpr):
-    """The activation's derivative."""
+def _share_and_slope(x, KIND: tl.constexpr):
+    """The same, and the activation's derivative."""
     if KIND == "gelu":
-        return share + x * _INVERSE_SQRT_TAU * tl.exp(-0.5 * x * x)
+        share, decay = _normal(x)
+        return share, share + x * decay * _INVERSE_SQRT_TAU
+    share = _share(x, KIND)
     if KIND == "gelu_tanh":
-        return share + x * share * (1.0 - share) * _SQRT_8_OVER_PI * (x * x * _CUBIC * 3.0 + 1.0)
-    return share + x * share * (1.0 - share)
+        inner_slope = (x * x * _CUBIC * 3.0 + 1.0) * _SQRT_8_OVER_PI
+        return share, share + x * share * (1.0 - share) * inner_slope
+    return share, share + x * share * (1.0 - share)
 
 
 @triton.jit
@@ -99,9 +118,9 @@ def activation_gradient_kernel(
             first, second = 2 * row * wide + columns, (2 * row + 1) * wide + columns
             gate = _load(inner_ptr, inner_bias_ptr, first, columns, inside)
             value = _load(inner_ptr, inner_bias_ptr, second, width + columns, inside)
-            share = _share(gate, KIND)
+            share, slope = _share_and_slope(gate, KIND)
             of_value = grad * gate * share
-            of_gate = grad * value * _slope(gate, share, KIND)
+            of_gate = grad * value * slope
             tl.store(grad_inner_ptr + first, of_gate.to(element), mask=inside)
             tl.store(grad_inner_ptr + second, of_value.to(element), mask=inside)
             of_first += of_gate
@@ -109,7 +128,8 @@ def activation_gradient_kernel(
         else:
             at = row * wide + columns
             inner = _load(inner_ptr, inner_bias_ptr, at, columns, inside)
-            of_inner = grad * _slope(inner, _share(inner, KIND), KIND)
+            _, slope = _share_and_slope(inner, KIND)
+            of_inner = grad * slope
             tl.store(grad_inner_ptr + at, of_inner.to(element), mask=inside)
             of_first += of_inner
     if NEEDS_SUMS:

@@ -20,8 +20,8 @@ from torch import Tensor
 from metalm.kernels.dropout import HiddenPattern
 from metalm.kernels.triton_hidden_dropout import is_kept
 
-NUM_PROGRAMS = 256
-"""Of a backward: about two on each processor of a large GPU, and the same on all, for the same sums."""
+NUM_PROGRAMS = 512
+"""Of a backward: what a large GPU runs at once, and the same on all, for the same sums."""
 
 
 @triton.jit(do_not_specialize=["threshold", "site"])

@@ -62,7 +62,8 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _turn(grads[0], *ctx.saved_tensors, -1.0), None
+        (rotation,) = ctx.saved_tensors
+        return _turn(grads[0], rotation, -1.0), None
 
 
 def triton_turn(heads: Tensor, rotation: Tensor) -> Tensor:

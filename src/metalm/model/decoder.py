@@ -22,7 +22,13 @@ from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config import DecoderConfig, ModelConfig
 from metalm.kernels import linear_cross_entropy
 from metalm.model.adapters import adapter_draw, is_adapter
-from metalm.model.decoder_layer import DecoderActivation, DecoderNorm, Visibility, decoder_block_spec
+from metalm.model.decoder_layer import (
+    DecoderActivation,
+    DecoderNorm,
+    ResidualNorm,
+    Visibility,
+    decoder_block_spec,
+)
 from metalm.model.decoder_linear import adapt_decoder
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.graphs import LayerGraphs, Run
@@ -83,7 +89,7 @@ class Decoder(nn.Module):
         """What runs the layers in training, where they can run so."""
         self._again = Recompute() if config.decoder.recompute == "selective" else None
         for module in self.gpt.decoder.layers.modules():
-            if isinstance(module, DecoderNorm | DecoderActivation):
+            if isinstance(module, DecoderNorm | ResidualNorm | DecoderActivation):
                 module.again = self._again
         mark_sharded_parameters(self, config.decoder)
         if config.decoder.adapter is not None:

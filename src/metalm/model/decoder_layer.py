@@ -94,7 +94,7 @@ class DecoderAttention(SelfAttention):
         return found
 
 
-class DecoderNorm(nn.Module):
+class _Norm(nn.Module):
     """Layer norm or RMS norm, built as Megatron builds norms; its own has no sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -106,21 +106,28 @@ class DecoderNorm(nn.Module):
         self.split = config.sequence_parallel
         self.again: Recompute | None = None
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+    def _alone(self, hidden: Tensor) -> Tensor:
         if self.again is not None:
-            return self.again.run(self._normalise, hidden, *self._parameters_here())
-        return self._normalise(hidden, *self._parameters_here())
+            return self.again.run(self._normalise, hidden, *self._whole_parameters())
+        return self._normalise(hidden, *self._whole_parameters())
 
     def _normalise(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return residual_norm(None, hidden, weight, bias, kind=self.kind, eps=self.eps).normed
 
-    def _parameters_here(self) -> list[Tensor]:
+    def _whole_parameters(self) -> list[Tensor]:
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return [sum_gradient(parameter) for parameter in parameters] if self.split else parameters
+        return [sum_gradient(parameter) for parameter in parameters] if self.split else [*parameters]
 
 
-class ResidualNorm(DecoderNorm):
+class DecoderNorm(_Norm):
+    """The norm of the last layer's output."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self._alone(hidden)
+
+
+class ResidualNorm(_Norm):
     """The norm of the residual stream, with what a sublayer adds to the stream."""
 
     def forward(
@@ -133,13 +140,16 @@ class ResidualNorm(DecoderNorm):
         dropout: HiddenPattern | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[..., D] each: the normed sum, itself again, and the sum; see `residual_norm`."""
-        added = {"residual_scale": residual_scale, "branch_bias": branch_bias, "dropout": dropout}
+        added: dict[str, Any] = {"residual_scale": residual_scale, "branch_bias": branch_bias}
+        added |= {"dropout": dropout}
         if self.again is not None:
             total = residual_sum(branch, residual, **added)
-            normed = super().forward(total)
+            normed = self._alone(total)
             return normed, normed, total
+        weight, *bias = self._whole_parameters()
         kind, eps = self.kind, self.eps
-        return tuple(residual_norm(branch, residual, *self._parameters_here(), kind=kind, eps=eps, **added))
+        found = residual_norm(branch, residual, weight, *bias, kind=kind, eps=eps, **added)
+        return found.normed, found.again, found.total
 
 
 class DecoderActivation(nn.Module):
