@@ -24,6 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "dp2, ZeRO 2 and 2, fp32 gradients": {"zero": "2,2", "fp32_gradients": True},
     "dp2, ZeRO 3 and 1, fp32 gradients": {"zero": "3,1", "fp32_gradients": True},
+    "dp2, ZeRO 2 and 3 with offload, fp32 gradients": {"zero": "2_offload,3_offload", "fp32_gradients": True},
 }
 RESUMED = list(LAYOUTS)[:3]
 
