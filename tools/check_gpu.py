@@ -73,8 +73,8 @@ def attention(keep: Keep, arguments: argparse.Namespace) -> None:
 
 
 def flex(keep: Keep, arguments: argparse.Namespace) -> None:
-    """FlexAttention beside ours, which takes most of its time to compile."""
-    _attention(keep, ("interval", "flex"))
+    """FlexAttention with both of its kernels beside ours, which takes most of its time to compile."""
+    _attention(keep, ("interval", "flex", "flex flash"))
 
 
 def _attention(keep: Keep, peers: tuple[str, ...]) -> None:
@@ -234,8 +234,8 @@ def peer(keep: Keep, arguments: argparse.Namespace) -> None:
 def tests(keep: Keep, arguments: argparse.Namespace) -> None:
     """The tests that need a GPU."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", "12", "tests/kernels", "tests/model"]
-    command += ["-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", "12", "-p", "no:cacheprovider"]
+    command += ["tests/kernels", "tests/model", "tests/training"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(result.stdout[-20000:], result.stderr[-4000:], flush=True)
     lines = result.stdout.strip().splitlines()

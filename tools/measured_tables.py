@@ -12,9 +12,12 @@ from typing import Any
 MASKS = ("causal", "packed documents", "semi-causal packed", "encoder")
 PEERS = {
     "triton": "triton",
+    "flash4": "flash4",
+    "flash4 direct": "FlashAttention 4 itself",
     "flash": "variable-length flash",
     "sdpa per document": "SDPA per document",
     "flex": "FlexAttention",
+    "flex flash": "FlexAttention (FLASH)",
 }
 """Of attention, with the heads of their columns."""
 

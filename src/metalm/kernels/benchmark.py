@@ -28,7 +28,7 @@ MASK_KINDS = ("causal", "packed documents", "semi-causal packed", "encoder", "im
 _IMAGE = 256
 BACKENDS = ("flash4", "flash", "triton")
 """Of ours, forced by name."""
-PEERS = ("interval", *BACKENDS, "flash4 direct", "sdpa dense", "sdpa per document", "flex")
+PEERS = ("interval", *BACKENDS, "flash4 direct", "sdpa dense", "sdpa per document", "flex", "flex flash")
 # Matrix products of head_size multiply-adds per visible pair: two forward, five backward.
 _FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 4, 10
 
@@ -208,8 +208,8 @@ def _peer(
         return _flash4_direct(case, device)
     if peer == "sdpa per document":
         return _per_document(case, mask)
-    if peer == "flex":
-        return _flex(mask, device)
+    if peer in ("flex", "flex flash"):
+        return _flex(mask, {"BACKEND": "FLASH"} if peer == "flex flash" else None)
     if case.length > max_dense_length:
         raise RuntimeError(f"dense masks are measured up to length {max_dense_length}")
     dense = mask.to_dense()[:, None]
@@ -276,8 +276,8 @@ def _per_document(case: Case, mask: IntervalMask) -> Attention:
     return attention
 
 
-def _flex(mask: IntervalMask, device: torch.device) -> Attention:
-    """Compiled FlexAttention with a BlockMask built from our block ranges."""
+def _flex(mask: IntervalMask, options: dict[str, Any] | None) -> Attention:
+    """Compiled FlexAttention with a BlockMask built from our block ranges; `options` choose its kernels."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     block = 128
@@ -295,7 +295,7 @@ def _flex(mask: IntervalMask, device: torch.device) -> Attention:
     )
     torch._dynamo.reset()  # else shapes of earlier cases make it compile for any, which is slower
     compiled = torch.compile(flex_attention)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, kernel_options=options)
 
 
 def _synchronize(device: torch.device) -> None:
