@@ -49,7 +49,9 @@ def test_a_script_goes_by_the_name_of_its_command() -> None:
     wrong = run("plan")
     assert wrong.returncode == 64 and "metalm plan: error:" in wrong.stderr
     missing = run("inspect", "nowhere")
-    assert missing.returncode == 65 and missing.stderr.startswith("metalm inspect: error: nowhere")
+    assert missing.returncode == 65 and missing.stderr.splitlines()[-1].startswith(
+        "metalm inspect: error: nowhere"
+    )
 
 
 def test_commands_are_scripts_that_exist_and_are_listed() -> None:

@@ -35,7 +35,7 @@ def test_what_the_search_says_to_type_gives_that_layout() -> None:
     search = ("pipelines/demo.yaml", "--gpus", "8", "--gpu", "h100", "--search")
     code, output = run(*search)
     assert code == 0, output
-    line = output.splitlines()[3]
+    line = [line for line in output.splitlines() if not line.startswith("metalm: ")][3]
     typed = re.findall(r"\S+=\S+", line)
     code, again = run("pipelines/demo.yaml", "--gpus", "8", "--gpu", "h100", *typed)
     assert code == 0, again

@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int | None:
-    say(f"train {_named(options)}")
+    say(_named(options))
     with Phase("loading the schema of configurations", told=True):
         from metalm.config import load_config
         from metalm.parallel.launch import find_launch
@@ -74,7 +74,7 @@ def _train(options: argparse.Namespace) -> int | None:
 
 
 def _evaluate(options: argparse.Namespace) -> int | None:
-    say(f"evaluate {_named(options)}")
+    say(_named(options))
     with Phase("loading the schema of configurations", told=True):
         from metalm.config import load_config
         from metalm.training.check_start import check_start
@@ -87,7 +87,8 @@ def _evaluate(options: argparse.Namespace) -> int | None:
 
 
 def _named(options: argparse.Namespace) -> str:
-    return " ".join([str(options.pipeline or ""), *options.overrides])
+    given = [] if options.pipeline is None else [str(options.pipeline)]
+    return " ".join([options.command, *given, *options.overrides])
 
 
 def _pipeline(options: argparse.Namespace) -> Path:
