@@ -48,7 +48,10 @@ def test_each_backend_can_be_forced() -> None:
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"scale": 0.0}, "scale is 0.0, expected a positive number"),
         ({"bias": RelativeBias(torch.randn(3, 32))}, "bias table has 3 rows, q has 4 heads"),
-        ({"backend": "f"}, "unknown attention backend 'f', expected one of flash4, flash, triton, tiled, dense"),
+        (
+            {"backend": "f"},
+            "unknown attention backend 'f', expected one of flash4, flash, triton, tiled, dense",
+        ),
         ({"backend": "flash"}, "the flash backend needs CUDA and compute capability 8.0, got tensors on cpu"),
         ({"backend": "triton", "q": q.double(), "k": q.double(), "v": q.double()}, "triton backend takes"),
     ],
