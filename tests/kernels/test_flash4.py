@@ -60,7 +60,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None,
         (None, 9, OnCuda(4, 300, 64), False, "which is not installed: pip install 'metalm[flash]'"),
         ("3.9", 9, OnCuda(4, 300, 64), False, f"needs flash-attn-4 {flash4.VERSION}, found 3.9"),
         (flash4.VERSION, 8, OnCuda(4, 300, 64), False, "got tensors on cuda:0 of compute capability 8"),
-        (flash4.VERSION, 12, OnCuda(4, 300, 64), False, "rows of one length, causal or whole"),
+        (
+            flash4.VERSION,
+            12,
+            OnCuda(4, 300, 64),
+            False,
+            "takes masks whose segments are known on compute capability 12",
+        ),
         (flash4.VERSION, 9, OnCuda(4, 300, 64, torch.float32), False, "got torch.float32"),
         (flash4.VERSION, 9, OnCuda(4, 300, 256), False, "up to 128, got 256"),
         (flash4.VERSION, 9, OnCuda(4, 300, 60), False, "divide by 8"),
@@ -76,7 +82,7 @@ def test_what_it_takes(
     reason: str | None,
 ) -> None:
     installed(version, major)
-    found = flash4.why_not_flash4(q, flash4._small_mask("intervals"), has_extras=extras)
+    found = flash4.why_not_flash4(q, flash4._small_mask("intervals", None), has_extras=extras)
     assert found is None if reason is None else reason in str(found)
 
 
@@ -104,13 +110,18 @@ def test_it_knows_which_masks_are_plain() -> None:
     assert flash4._form(IntervalMask.whole(6, 6)) == "whole"
     assert flash4._form(documents.to(meta)) == "causal"
     assert flash4._form(IntervalMask.packed_spans(spans, spans + 3).to(meta)) == "whole"
-    assert flash4._form(IntervalMask.packed_spans(spans, spans * 5 // 3 + 1).to(meta)) == "intervals"
+    assert flash4._form(IntervalMask.packed_documents(spans).to(meta)) == "causal"
+    assert flash4._form(IntervalMask.packed_documents(spans[:, :5]).to(meta)) == "intervals"
+    for kind in (("causal", True), ("whole", False), ("intervals", True), ("intervals", False)):
+        small = flash4._small_mask(*kind).validate().to(meta)
+        assert small.segments is not None
+        assert (flash4._form(small), small.segments.is_causal) == kind
     assert flash4._form(IntervalMask.causal(3, 6)) == "intervals"
-    assert flash4._form(flash4._small_mask("intervals").validate()) == "intervals"
+    assert flash4._small_mask("intervals", None).validate().segments is None
 
 
 def test_values_that_differ_and_failures_are_told() -> None:
-    mask = flash4._small_mask("intervals")
+    mask = flash4._small_mask("intervals", None)
 
     def right(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
         return tiled_attention(q, k, v, mask, None, scale, None)

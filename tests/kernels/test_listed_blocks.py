@@ -80,22 +80,24 @@ def test_what_flash4_reads_holds_for_each_row_and_both_directions(query_block: i
     mask = IntervalMask.semi_causal(start[None], span_end[None], bidirectional_spans=True).validate()
     rows = IntervalMask(mask.start.repeat(3, 1), mask.end.repeat(3, 1), 540)
     for source in (mask, rows):
-        (starts, ends), forward, backward = blocks_of(source, 3, query_block)
-        check(forward, *blocks_seen(rows, query_block, 128))
-        check(backward, *blocks_seen(rows.transpose(), 128, query_block))
-        # Read beyond the last query, where a block has some, and seeing nothing there.
-        assert starts.shape == ends.shape == (3, 768)
-        assert torch.equal(starts[:, :540], rows.start)
-        assert torch.equal(ends[:, :540], rows.end)
-        assert not ends[:, 540:].any()
-        assert starts.is_contiguous() and ends.is_contiguous()
-        assert all(x.is_contiguous() for x in (*forward, *backward))
+        forward, backward = blocks_of(source, 3, query_block)
+        check(forward.listed, *blocks_seen(rows, query_block, 128))
+        check(backward.listed, *blocks_seen(rows.transpose(), 128, query_block))
+        for (firsts, lengths), owners in ((forward.intervals, rows), (backward.intervals, rows.transpose())):
+            place = torch.arange(540)
+            inside = (place >= firsts[..., None]) & (place < (firsts + lengths)[..., None])
+            assert torch.equal(inside[:, :540], owners.to_dense())
+            # Read for whole blocks, and seeing nothing beyond the last one.
+            assert firsts.shape == lengths.shape == (3, 768 if owners is rows and query_block > 128 else 640)
+            assert not inside[:, 540:].any()
 
 
 def test_lists_have_one_layout_whatever_the_mask() -> None:
     """Kernels are compiled for the layout of arguments: of one row that holds for all, or of a row each."""
     shared = blocks_of(IntervalMask.causal(300), 2, 128)
     own = blocks_of(IntervalMask.causal(300, batch_size=2), 2, 128)
-    for one, other in zip(shared.forward + shared.backward, own.forward + own.backward, strict=True):
-        assert torch.equal(one, other)
-        assert one.stride() == other.stride()
+    for one, other in zip(shared, own, strict=True):
+        for left, right in zip((*one.intervals, *one.listed), (*other.intervals, *other.listed), strict=True):
+            assert torch.equal(left, right)
+            assert left.stride() == right.stride()
+            assert left.is_contiguous()

@@ -79,15 +79,10 @@ def is_faster(q: Tensor, mask: IntervalMask) -> bool:
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
     """Attention `[B, H, Sq, D]` under a mask whose segments are known; see `why_not_flash`."""
-    num_rows, length = q.shape[0], q.shape[2]
-    segments = mask.segments
+    segments = mask.segments_of_batch(q.shape[0])
     assert segments is not None
-    if segments.is_uniform(mask.batch_size * length):
+    if segments.is_uniform(q.shape[0] * q.shape[2]):
         return _of_one_length(q, k, v, segments, scale)
-    if mask.batch_size < num_rows:
-        segments = mask.derived(
-            f"segments of {num_rows} rows", lambda mask: _repeated(mask.segments, num_rows, length)
-        )
     out = _of_any_length(q, k, v, segments, scale)
     if segments.has_padding:
         out = torch.where((mask.end > mask.start)[:, None, :, None], out, 0.0)
@@ -137,11 +132,6 @@ def is_triton_tuned(head_size: int, dtype: torch.dtype, device: torch.device) ->
     from metalm.kernels.triton_configs import has_measured
 
     return has_measured(head_size, dtype, device)
-
-
-def _repeated(segments: Segments | None, num_rows: int, length: int) -> Segments:
-    assert segments is not None
-    return segments.repeated(num_rows, length)
 
 
 @cache

@@ -1,9 +1,10 @@
 """The flash4 backend: FlashAttention 4, a package of its own (`metalm[flash]`), under any interval mask.
 
-Rows and documents of one length are its own causal or unmasked attention. Every other mask is a test per
-pair, compiled into its kernels, of the blocks that our block ranges leave to test. It takes no bias and no
-dropout. Its kernels are compiled at their first use, some seconds each, and their values are compared then
-with the dense reference. The package is a beta that changes weekly, so one version is taken and no other.
+Segments (rows, documents, spans) are its own causal or unmasked attention, over a batch where they have one
+length. Every other mask is a test per pair, compiled into its kernels, of the blocks that our block ranges
+leave to test. It takes no bias and no dropout. Its kernels are compiled at their first use, some seconds
+each, and their values are compared then with the dense reference. The package is a beta that changes weekly,
+so one version is taken and no other.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ _MAX_HEAD_SIZE = 128
 _KEY_BLOCK = 128
 # On Blackwell a program takes two tiles of 128 queries.
 _QUERY_BLOCKS = {9: 128, 10: 256}
-# Bounds are read for whole blocks of queries.
-_LARGEST_QUERY_BLOCK = max(_QUERY_BLOCKS.values())
 
 Form = Literal["causal", "whole", "intervals"]
+"""The first two: segments of one length. Other known segments are intervals, too."""
 
 _logger = logging.getLogger(__name__)
 
@@ -45,15 +45,15 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
     head_size: int
     form: Form
+    is_causal: bool | None
     is_grouped: bool
 
 
 class _Blocks(NamedTuple):
-    """What the kernels read of a mask; the backward walks the queries of each block of keys."""
+    """What a kernel reads of a mask: firsts and lengths of intervals, int32 `[B, S]`, and blocks to visit."""
 
-    bounds: tuple[Tensor, Tensor]
-    forward: ListedBlocks
-    backward: ListedBlocks
+    intervals: tuple[Tensor, Tensor]
+    listed: ListedBlocks
 
 
 def why_not_flash4(q: Tensor, mask: IntervalMask, *, has_extras: bool) -> str | None:
@@ -74,8 +74,8 @@ def why_not_flash4(q: Tensor, mask: IntervalMask, *, has_extras: bool) -> str | 
         return f"takes head sizes that divide by 8, up to {_MAX_HEAD_SIZE}, got {q.shape[-1]}"
     if has_extras:
         return "takes no bias and no dropout"
-    if major not in _QUERY_BLOCKS and _form(mask) == "intervals":
-        return f"takes rows of one length, causal or whole, on compute capability {major}"
+    if major not in _QUERY_BLOCKS and mask.segments is None:
+        return f"takes masks whose segments are known on compute capability {major}"
     if torch.are_deterministic_algorithms_enabled():
         return "does not add gradients up in one order"
     return None
@@ -83,7 +83,8 @@ def why_not_flash4(q: Tensor, mask: IntervalMask, *, has_extras: bool) -> str | 
 
 def is_trusted(q: Tensor, k: Tensor, mask: IntervalMask) -> bool:
     """Whether calls like this gave the reference's values; the first of a kind waits for the device."""
-    return _is_right(_Kind(q.device, q.dtype, q.shape[-1], _form(mask), q.shape[1] != k.shape[1]))
+    is_causal = None if mask.segments is None else mask.segments.is_causal
+    return _is_right(_Kind(q.device, q.dtype, q.shape[-1], _form(mask), is_causal, q.shape[1] != k.shape[1]))
 
 
 def is_faster(q: Tensor, mask: IntervalMask) -> bool:
@@ -99,20 +100,86 @@ def is_faster(q: Tensor, mask: IntervalMask) -> bool:
 
 def flash4_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
     """Attention `[B, H, Sq, D]` under any interval mask; see `why_not_flash4`."""
-    from flash_attn.cute.interface import flash_attn_func
+    from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
 
+    num_rows, length = q.shape[0], q.shape[2]
+    segments = mask.segments_of_batch(num_rows)
+    if segments is None:
+        out = _Intervals.apply(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale)
+        return out.transpose(1, 2)
     # With the log-sum-exp asked for, evaluation runs the training's kernel instead of compiling another.
-    options: dict[str, Any] = {"softmax_scale": scale, "return_lse": True}
-    form = _form(mask)
-    if form == "intervals":
-        inputs = [x.transpose(1, 2) for x in (q, k, v)]
-        options |= _mask_options(mask, q.shape[0], q.device)
+    options = {"softmax_scale": scale, "causal": segments.is_causal, "return_lse": True}
+    if segments.is_uniform(num_rows * length):
+        out = flash_attn_func(*(segments.cut(x) for x in (q, k, v)), **options)[0]
     else:
-        assert mask.segments is not None
-        inputs = [mask.segments.cut(x) for x in (q, k, v)]
-        options["causal"] = form == "causal"
-    out: Tensor = flash_attn_func(*inputs, **options)[0]
-    return out.reshape(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        bounds, longest = segments.bounds, segments.longest
+        out = flash_attn_varlen_func(
+            *(x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v)),
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            **options,
+        )[0]
+    out = out.reshape(num_rows, length, q.shape[1], q.shape[3]).transpose(1, 2)
+    if segments.has_padding:
+        out = torch.where((mask.end > mask.start)[:, None, :, None], out, 0.0)
+    return out
+
+
+class _Intervals(torch.autograd.Function):
+    """The package's forward and backward of `[B, S, H, D]` under one mask, in the form that is fast for each.
+
+    The package's own function gives both the same test of pairs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        from metalm.kernels.flash4_mask import query_sees
+
+        query_block = _QUERY_BLOCKS[torch.cuda.get_device_capability(q.device)[0]]
+        forward, ctx.blocks = mask.derived(
+            f"flash4 blocks of {query_block} queries, {q.shape[0]} rows",
+            lambda mask: blocks_of(mask, q.shape[0], query_block),
+        )
+        ctx.block_size, ctx.scale = (query_block, _KEY_BLOCK), scale
+        out: Tensor
+        out, log_sum, *_ = _flash_attn_fwd(
+            q,
+            k,
+            v,
+            softmax_scale=scale,
+            return_lse=True,
+            # Heads that share keys in one tile would need blocks of another size.
+            pack_gqa=False,
+            **_mask_options(forward, query_sees, ctx.block_size),
+        )
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        from metalm.kernels.flash4_mask import key_is_seen
+
+        q, k, v, out, log_sum = ctx.saved_tensors
+        options = _mask_options(ctx.blocks, key_is_seen, ctx.block_size)
+        grads = _flash_attn_bwd(q, k, v, out, grad, log_sum, ctx.scale, **options)
+        return *grads, None, None
+
+
+def _mask_options(blocks: _Blocks, mask_mod: Any, block_size: tuple[int, int]) -> dict[str, Any]:
+    """A mask in the package's arguments."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    return {
+        "mask_mod": mask_mod,
+        "aux_tensors": list(blocks.intervals),
+        "block_sparse_tensors": BlockSparseTensorsTorch(*blocks.listed, block_size=block_size),
+    }
 
 
 def _form(mask: IntervalMask) -> Form:
@@ -122,44 +189,27 @@ def _form(mask: IntervalMask) -> Form:
     return "causal" if segments.is_causal else "whole"
 
 
-def _mask_options(mask: IntervalMask, num_rows: int, device: torch.device) -> dict[str, Any]:
-    """The mask in the package's arguments."""
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+def blocks_of(mask: IntervalMask, num_rows: int, query_block: int) -> tuple[_Blocks, _Blocks]:
+    """What forward and backward read for each of `num_rows` rows, made on the mask's device without waiting.
 
-    from metalm.kernels.flash4_mask import is_visible
-
-    query_block = _QUERY_BLOCKS[torch.cuda.get_device_capability(device)[0]]
-    blocks = mask.derived(
-        f"flash4 blocks of {query_block} queries, {num_rows} rows",
-        lambda mask: blocks_of(mask, num_rows, query_block),
-    )
-    size = (query_block, _KEY_BLOCK)
-    return {
-        "mask_mod": is_visible,
-        "aux_tensors": list(blocks.bounds),
-        "block_sparse_tensors": BlockSparseTensorsTorch(*blocks.forward, block_size=size),
-        "block_sparse_tensors_bwd": BlockSparseTensorsTorch(*blocks.backward, block_size=size),
-        # Heads that share keys in one tile would need blocks of another size.
-        "pack_gqa": False,
-    }
-
-
-def blocks_of(mask: IntervalMask, num_rows: int, query_block: int) -> _Blocks:
-    """Bounds and listed blocks for each of `num_rows` rows, on the mask's device, without waiting.
-
-    Rows that share a mask get copies of it, since kernels are compiled for how their arguments are laid out.
+    The forward takes the queries' intervals of keys, the backward the keys' intervals of queries. Rows that
+    share a mask get copies of it, since kernels are compiled for how their arguments are laid out.
     """
-    transposed = mask.transpose()
-    num_key_blocks = -(-mask.num_keys // _KEY_BLOCK)
-    num_query_blocks = -(-mask.num_queries // query_block)
-    forward = list_blocks(mask.block_ranges(query_block, _KEY_BLOCK), num_key_blocks)
-    backward = list_blocks(transposed.block_ranges(_KEY_BLOCK, query_block), num_query_blocks)
-    padding = (0, -mask.num_queries % _LARGEST_QUERY_BLOCK)
-    start, end = (functional.pad(bound, padding) for bound in (mask.start, mask.end))
-    if mask.batch_size < num_rows:
-        forward, backward = forward.repeated(num_rows), backward.repeated(num_rows)
-        start, end = start.repeat(num_rows, 1), end.repeat(num_rows, 1)
-    return _Blocks((start.contiguous(), end.contiguous()), forward, backward)
+
+    def blocks(mask: IntervalMask, block: int, other_block: int) -> _Blocks:
+        listed = list_blocks(mask.block_ranges(block, other_block), -(-mask.num_keys // other_block))
+        # Read for whole blocks.
+        padding = (0, -mask.num_queries % block)
+        first, length = (
+            functional.pad(x, padding) for x in (mask.start, (mask.end - mask.start).clamp(min=0))
+        )
+        if mask.batch_size < num_rows:
+            listed = listed.repeated(num_rows)
+            first, length = first.repeat(num_rows, 1), length.repeat(num_rows, 1)
+        return _Blocks((first.contiguous(), length.contiguous()), listed)
+
+    forward = blocks(mask, query_block, _KEY_BLOCK)
+    return forward, blocks(mask.transpose(), _KEY_BLOCK, query_block)
 
 
 @cache
@@ -181,7 +231,7 @@ def _is_right(kind: _Kind) -> bool:
     )
     problem = problem_of(
         flash4_attention,
-        _small_mask(kind.form).to(kind.device),
+        _small_mask(kind.form, kind.is_causal).to(kind.device),
         dtype=kind.dtype,
         head_size=kind.head_size,
         is_grouped=kind.is_grouped,
@@ -192,9 +242,9 @@ def _is_right(kind: _Kind) -> bool:
     return False
 
 
-def _small_mask(form: Form) -> IntervalMask:
-    """Of a length that no block divides. Intervals: documents of one element, of full blocks and of less,
-    spans seen whole, and padding."""
+def _small_mask(form: Form, is_causal: bool | None) -> IntervalMask:
+    """Of a length that no block divides. Intervals: documents of one element, of full blocks and of less, and
+    padding; with spans seen whole, unless all or none are."""
     lengths, padding = torch.tensor([1, 330, 37, 150]), 22
     length = int(lengths.sum()) + padding
     if form == "causal":
@@ -202,9 +252,12 @@ def _small_mask(form: Form) -> IntervalMask:
     if form == "whole":
         return IntervalMask.whole(length, length)
     edges = functional.pad(lengths.cumsum(0), (1, 0))
-    start = functional.pad(edges[:-1].repeat_interleave(lengths), (0, padding), value=-1)[None]
+    starts, ends = (x.repeat_interleave(lengths) for x in (edges[:-1], edges[1:]))
+    if is_causal is False:
+        return IntervalMask.packed_spans(*(functional.pad(x, (0, padding))[None] for x in (starts, ends)))
+    document_start = functional.pad(starts, (0, padding), value=-1)[None]
     position = torch.arange(length)[None]
     # A span over the second document's first block and more, and one inside the last document.
     span_end = torch.where((position >= 1) & (position < 201), 201, 0)
     span_end = torch.where((position >= 380) & (position < 400), 400, span_end)
-    return IntervalMask.semi_causal(start, span_end, bidirectional_spans=True)
+    return IntervalMask.semi_causal(document_start, span_end, bidirectional_spans=is_causal is None)

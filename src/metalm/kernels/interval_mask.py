@@ -240,6 +240,15 @@ class IntervalMask:
                 )
         return self
 
+    def segments_of_batch(self, num_rows: int) -> Segments | None:
+        """The segments of `num_rows` rows that have this mask, or share its one row, end to end; cached."""
+        if self.segments is None or self.batch_size == num_rows:
+            return self.segments
+        segments = self.segments
+        return self.derived(
+            f"segments of {num_rows} rows", lambda mask: segments.repeated(num_rows, mask.num_queries)
+        )
+
     def transpose(self) -> IntervalMask:
         """The keys' view, `[B, Sk]` over Sq queries: the interval of queries that see each key; cached."""
         return self.derived("transpose", IntervalMask._transposed)
