@@ -208,8 +208,8 @@ def compile_function(
 ) -> CompileReport:
     """Compile any of our kernels; `constants` that it has no argument for are left out.
 
-    Tensors are aligned to 16 bytes, strides and widths divide by 16, as in a model. `pointers` are the types of
-    arguments that are not those of the attention kernels of that name.
+    Tensors are aligned to 16 bytes, strides and widths divide by 16, as in a model. `pointers` are the types
+    of arguments that are not those of the attention kernels of that name.
     """
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
