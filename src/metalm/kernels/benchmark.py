@@ -276,7 +276,7 @@ def _per_document(case: Case, mask: IntervalMask) -> Attention:
     return attention
 
 
-def _flex(mask: IntervalMask, options: dict[str, Any] | None) -> Attention:
+def _flex(mask: IntervalMask, options: Any) -> Attention:
     """Compiled FlexAttention with a BlockMask built from our block ranges; `options` choose its kernels."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
