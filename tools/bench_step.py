@@ -145,6 +145,9 @@ def gpt2(arguments: argparse.Namespace) -> Callable[[], object]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from metalm.training.extensions import prepare_extensions
+
+    prepare_extensions()
     dropped = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), arguments.dropout)
     sizes = {
         "vocab_size": VOCABULARY,
