@@ -64,7 +64,7 @@ def _query_block(
     v = load_rows(v_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_BIAS:
-        raw = add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys)
+        raw = add_bias(raw, bias_ptr, queries[:, None], keys[None, :], num_queries, num_keys)
     weights = tl.exp2(raw * scale_log2 - log_sum[:, None])
     if PARTIAL:
         visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
@@ -243,10 +243,7 @@ def _key_block(
     # Everything is [keys, queries] here, so that both gradients accumulate without a transposed copy.
     raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if HAS_BIAS:
-        bias = add_bias(
-            tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), bias_ptr, queries, keys, num_queries, num_keys
-        )
-        raw += tl.trans(bias)
+        raw = add_bias(raw, bias_ptr, queries[None, :], keys[:, None], num_queries, num_keys)
     weights = tl.exp2(raw * scale_log2 - log_sum[None, :])
     if PARTIAL:
         visible = (queries[None, :] >= query_start[:, None]) & (queries[None, :] < query_end[:, None])

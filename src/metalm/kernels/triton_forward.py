@@ -53,7 +53,7 @@ def _attend_block(
     k = load_rows(k_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_BIAS:
-        raw = add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys)
+        raw = add_bias(raw, bias_ptr, queries[:, None], keys[None, :], num_queries, num_keys)
     if PARTIAL:
         visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
         raw = tl.where(visible, raw, float("-inf"))

@@ -66,9 +66,9 @@ def block_range(first, last, inside, num_others, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys):
-    """Adds the bias of each pair's distance to raw scores `[queries, keys]`."""
-    inside = (queries < num_queries)[:, None] & (keys < num_keys)[None, :]
-    distance = keys[None, :] - queries[:, None] + num_queries - 1
+    """Adds the bias of each pair's distance to raw scores; `queries` and `keys` broadcast to their shape."""
+    inside = (queries < num_queries) & (keys < num_keys)
+    distance = keys - queries + num_queries - 1
     return raw + tl.load(bias_ptr + distance, mask=inside, other=0.0)
 
 
