@@ -10,6 +10,7 @@ sleep while they wait. `--against SRC` takes another tree of this library in the
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def main() -> None:
         serve(arguments)
         return
     other = ("gpt2", ROOT / "src") if arguments.against is None else ("ours", arguments.against)
-    sides = [start("ours", ROOT / "src", arguments, 0), start(*other, arguments, 1)]
+    sides = [start("ours", ROOT / "src", arguments), start(*other, arguments)]
     seconds: list[list[tuple[float, float]]] = [[], []]
     for _ in range(WARM_UP_TURNS + arguments.turns):
         for side, times in zip(sides, seconds, strict=True):
@@ -56,12 +57,14 @@ def main() -> None:
     print(json.dumps(found, indent=1))
 
 
-def start(side: str, source: Path, arguments: argparse.Namespace, number: int) -> subprocess.Popen[str]:
+def start(side: str, source: Path, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     """A side's process, ready to step."""
     command = [sys.executable, __file__, "--side", side, "--threads", str(arguments.threads)]
     command += ["--dropout", str(arguments.dropout), "--overrides", *arguments.overrides]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    alone |= {"MASTER_PORT": str(29541 + number), "PYTHONPATH": str(source)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alone |= {"MASTER_PORT": str(free.getsockname()[1]), "PYTHONPATH": str(source)}
     alone |= {"OMP_NUM_THREADS": str(arguments.threads), "DS_ACCELERATOR": "cpu"}
     alone |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
     process = subprocess.Popen(
