@@ -186,7 +186,7 @@ def _build_engine(config: RunConfig, module: nn.Module, json_path: Path, mpu: Mp
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=content, mpu=mpu)
     keep_fp32_gradients(engine.optimizer, config.training, content)
     # In each backward pass it would look up, parameter by parameter, how many take part, to know when the
-    # last one is done; it is called by autograd at the end anyway.
+    # last one is done; autograd calls it at the end anyway.
     engine.optimizer.should_refresh_expected_hook_count = lambda: False
     create_optimizer_state(engine, with_average=config.training.average is not None)
     return engine
