@@ -26,7 +26,7 @@ from metalm.model.decoder_layer import DecoderActivation, DecoderNorm, Visibilit
 from metalm.model.decoder_linear import adapt_decoder
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.graph_inputs import decoder_inputs
-from metalm.model.graphs import LayerGraphs
+from metalm.model.graphs import LayerGraphs, Run
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, mirrored, normal, xavier_std
 from metalm.model.megatron_config import mark_sharded_parameters, megatron_config
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
             output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]
             return output
 
-        run = launch
+        run: Run = launch
         if self.graphs is not None and self.training and torch.is_grad_enabled():
             run = self.graphs.start(launch, hidden, decoder_inputs(seen, rotary))
         if self.sequence_parallel:

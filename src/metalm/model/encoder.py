@@ -21,7 +21,7 @@ from metalm.model.connector import build_connector, build_detection_head
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.encoder_layer import EncoderLayer, EncoderNorm, Where
 from metalm.model.graph_inputs import encoder_inputs
-from metalm.model.graphs import LayerGraphs
+from metalm.model.graphs import LayerGraphs, Run
 from metalm.model.hidden_dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.initialization import Draw, constant, normal, xavier_std
 from metalm.model.positions import rotary_angles, rotation
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
             output: Tensor = layer(hidden, mask, where, share.routes, dropout)
             return output
 
-        run = launch
+        run: Run = launch
         if self.graphs is not None and self.training and torch.is_grad_enabled():
             run = self.graphs.start(launch, hidden, encoder_inputs(mask, where, share.routes, dropout))
         for layer in self.layers:

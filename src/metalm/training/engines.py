@@ -159,7 +159,7 @@ def _build_encoders(config: RunConfig, topology: Topology, given: Collection[str
             logger.info("the layers of encoder %s run without CUDA graphs: %s", name, reason)
         elif isinstance(encoder, Encoder):
             encoder.graphs = LayerGraphs(
-                encoder.layers,
+                list(encoder.layers),
                 CudaRecorder(topology.device),
                 what=f"shares of encoder {name}",
                 max_forms=MAX_ENCODER_FORMS,
