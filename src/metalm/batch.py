@@ -40,8 +40,9 @@ class EncoderShare:
     dropout_positions: Tensor  # [L] int32; index in the span
     routes: dict[str, dict[str, Tensor]]
     """For an encoder with `joint_layers`, int64 slots of the elements of each of its feed-forwards, all L of
-    them in each of two partitions: `separate` into `vision` (patches) and `language` (text, padding); `joint`
-    into the same two, of spans of one modality alone, and `joint`, spans of an image with text."""
+    them in each of two partitions: `separate` into `vision` (patches) and `language` (text); `joint` into the
+    same two, of spans of one modality alone, and `joint`, spans of an image with text. Padding brings each to
+    one of few lengths."""
     segment_bounds: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     """[N + 1] int32; where spans and padding begin, and L. Empty where nobody has looked for them."""
     longest_segment: int = 0

@@ -5,9 +5,8 @@ On the CPU a recorder runs the recorded work again, between the same tensors, as
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,42 +24,17 @@ from metalm.data.row import Row
 from metalm.kernels import IntervalMask, backend_counts, reset_backend_counts
 from metalm.model.cuda_recorder import CudaRecorder, Launch, Work
 from metalm.model.decoder_layer import Visibility
+from metalm.model.graph_inputs import decoder_inputs
 from metalm.model.graphs import LayerGraphs, why_not_graphs
 from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines, build_engines
 from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
+from reference.rerun import Rerun
 from reference.rows import loss_weights
 
 WIDTH = 16
-
-
-class Rerun:
-    """Runs recorded work again, and copies its results to where the first ones lie."""
-
-    def __init__(self) -> None:
-        self.recorded = self.launched = 0
-
-    @contextlib.contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        yield
-
-    def record(self, work: Work) -> tuple[Sequence[Tensor | None], Launch]:
-        self.recorded += 1
-        places = [None if result is None else result.clone() for result in work()]
-
-        def launch() -> None:
-            self.launched += 1
-            for place, result in zip(places, work(), strict=True):
-                if place is not None:
-                    assert result is not None
-                    place.copy_(result)
-
-        return places, launch
-
-    def lend(self, tensor: Tensor) -> Tensor:
-        return tensor
 
 
 class Layer(nn.Module):
@@ -95,7 +69,7 @@ def inputs_of(step: int, device: torch.device, length: int = 8) -> tuple[Tensor,
 
 def run(graphs: LayerGraphs, layers: nn.ModuleList, hidden: Tensor, *seen: Any) -> Tensor:
     """A forward as the decoder runs it."""
-    run_layer = graphs.start(lambda layer, hidden: layer(hidden, *seen)[0], hidden, *seen)
+    run_layer = graphs.start(lambda layer, hidden: layer(hidden, *seen)[0], hidden, decoder_inputs(*seen))
     for layer in layers:
         hidden = run_layer(layer, hidden)
     return hidden

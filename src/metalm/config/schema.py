@@ -230,9 +230,9 @@ class TrainingConfig(Section):
     deterministic: bool = False
     """Bit for bit the same on the same ranks and devices, at some cost in speed."""
     cuda_graphs: bool = True
-    """Launch the decoder's layers whole, whose kernels would keep the host longer than the GPU: on CUDA,
-    below ZeRO 3, without `recompute`, where rows are on one rank. The values are the same; the log says for
-    which micro-batches. A micro-batch's activations stay reserved between steps."""
+    """Launch the layers of decoder and encoders whole, whose kernels would keep the host longer than the GPU:
+    on CUDA, below ZeRO 3, without `recompute`, the decoder's where rows are on one rank. The values are the
+    same; the log says for which micro-batches. A micro-batch's activations stay reserved between steps."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and end with exit code 75 when the process is this old."""
     replaced_tokens: ReplacedTokensConfig | None = None

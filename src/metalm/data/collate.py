@@ -23,6 +23,8 @@ from metalm.modalities import modality_of_encoder
 
 SHARE_MULTIPLE = 16
 """Shares are padded to a multiple of this many elements."""
+SHARE_STEPS, ROUTE_STEPS = 8, 16
+"""Lengths of shares, and of routes, from one power of two to the next: see `padded_length`."""
 DROPOUT_MULTIPLE = 4
 """Spans begin at a multiple of this many elements where the encoder has dropout."""
 
@@ -167,8 +169,12 @@ def _encoder_batch(
     members = [np.flatnonzero(owners == rank) for rank in range(num_shares)]
     multiple = DROPOUT_MULTIPLE if config.dropout else 1
     taken = -(-spans.lengths // multiple) * multiple
+    routed = config.joint_layers is not None
     totals = [int(taken[chosen].sum()) for chosen in members]
-    length = max(SHARE_MULTIPLE, -(-max(totals) // SHARE_MULTIPLE) * SHARE_MULTIPLE)
+    if routed:
+        routes = [_RouteLengths(spans.lengths[chosen], spans.num_patches[chosen]) for chosen in members]
+        totals = [total + route.padding for total, route in zip(totals, routes, strict=True)]
+    length = padded_length(max(SHARE_MULTIPLE, *totals), SHARE_STEPS, SHARE_MULTIPLE)
     modality = modality_of_encoder(config)
     media = np.concatenate(spans.media) if spans.media else modality.no_media(config)
     rows_of_media = modality.rows_of_media(spans.num_patches)
@@ -185,7 +191,6 @@ def _encoder_batch(
             span_tokens = spans.ids[_ranges(first_elements[chosen], spans.lengths[chosen])]
         vectors.append(rank * length + layout.elements)
         positions.append(docked)
-        routed = config.joint_layers is not None
         own_media = media[_ranges(first_rows[chosen], rows_of_media[chosen])]
         shares.append(_share(spans, chosen, layout, span_tokens, own_media, pad_id, routed))
     dock_vectors, dock_positions = np.concatenate(vectors), np.concatenate(positions)
@@ -206,6 +211,7 @@ class _ShareLayout:
         self.length = length
         self.lengths, self.num_patches = spans.lengths[chosen], spans.num_patches[chosen]
         self.starts = np.cumsum(taken) - taken
+        self.end = int(taken.sum())
         self.elements = _ranges(self.starts, self.lengths)
         self.patches = _ranges(self.starts, self.num_patches)
 
@@ -255,15 +261,57 @@ def _share(
     )
 
 
+def padded_length(length: int, num_steps: int, multiple: int = 1) -> int:
+    """The next of few lengths, for each of which CUDA graphs are recorded.
+
+    Args:
+        length: that is needed.
+        num_steps: lengths from one power of two to the next, itself a power of two.
+        multiple: a power of two that divides all lengths.
+    """
+    step = max(multiple, (1 << max(0, (length - 1).bit_length() - 1)) // num_steps, 1)
+    return -(-length // step) * step
+
+
+class _RouteLengths:
+    """How long the routes of a share's chosen spans [k] are, and padded."""
+
+    def __init__(self, lengths: np.ndarray, num_patches: np.ndarray) -> None:
+        mixed = (num_patches > 0) & (num_patches < lengths)
+        self.patches, self.lone_patches = int(num_patches.sum()), int(num_patches[~mixed].sum())
+        self.joint = int(lengths[mixed].sum())
+
+    @property
+    def padding(self) -> int:
+        """Elements of padding that they take together, in the partition that takes more."""
+        return max(
+            _route_padding(self.patches), _route_padding(self.lone_patches) + _route_padding(self.joint)
+        )
+
+
+def _route_padding(length: int) -> int:
+    return padded_length(length, ROUTE_STEPS) - length
+
+
 def _routes(layout: _ShareLayout) -> dict[str, dict[str, Tensor]]:
-    """Which elements go through which feed-forward: see `EncoderShare.routes`."""
+    """Which elements go through which feed-forward: see `EncoderShare.routes`.
+
+    What pads a route is taken from the padding at the share's end; the rest of that is language.
+    """
+    lengths = _RouteLengths(layout.lengths, layout.num_patches)
     is_patch = np.zeros(layout.length, bool)
     is_patch[layout.patches] = True
     mixed = (layout.num_patches > 0) & (layout.num_patches < layout.lengths)
     is_joint = layout.spread(mixed, bool)
+    lone_end = layout.end + _route_padding(lengths.lone_patches)
+    joint_end = lone_end + _route_padding(lengths.joint)
+    lone = is_patch & ~is_joint
+    lone[layout.end : lone_end] = True
+    is_joint[lone_end:joint_end] = True
+    is_patch[layout.end : layout.end + _route_padding(lengths.patches)] = True
     chosen = {
         "separate": {"vision": is_patch, "language": ~is_patch},
-        "joint": {"vision": is_patch & ~is_joint, "language": ~is_patch & ~is_joint, "joint": is_joint},
+        "joint": {"vision": lone, "language": ~lone & ~is_joint, "joint": is_joint},
     }
     return {
         kind: {name: _tensor(np.flatnonzero(which)) for name, which in routes.items()}

@@ -62,6 +62,12 @@ class RelativeBias:
             self._derived[num_queries, num_keys] = self._by_distance(num_queries, num_keys)
         return self._derived[num_queries, num_keys]
 
+    def with_values(self, by_distance: Tensor, num_queries: int, num_keys: int) -> RelativeBias:
+        """A bias that gives `by_distance`, in its own memory, for these lengths; the table learns nothing."""
+        other = RelativeBias(self.table.detach(), self.max_distance, self.bidirectional)
+        other._derived[num_queries, num_keys] = by_distance
+        return other
+
     def _by_distance(self, num_queries: int, num_keys: int) -> Tensor:
         distance = torch.arange(1 - num_queries, num_keys, device=self.table.device)
         num_buckets = self.table.shape[1]

@@ -31,6 +31,7 @@ from metalm.model.decoder_layer import (
 )
 from metalm.model.decoder_linear import adapt_decoder
 from metalm.model.deepnorm import deepnorm_divisor
+from metalm.model.graph_inputs import decoder_inputs
 from metalm.model.graphs import LayerGraphs, Run
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
 from metalm.model.initialization import Draw, constant, mirrored, normal, xavier_std
@@ -195,7 +196,7 @@ class Decoder(nn.Module):
 
         run: Run = launch
         if self.graphs is not None and self.training and torch.is_grad_enabled():
-            run = self.graphs.start(launch, hidden, seen, rotary)
+            run = self.graphs.start(launch, hidden, decoder_inputs(seen, rotary))
         if self.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
         if dropout is not None:

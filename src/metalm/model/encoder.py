@@ -20,6 +20,8 @@ from metalm.model.adapters import adapt_encoder, adapter_draw, is_adapter
 from metalm.model.connector import build_connector, build_detection_head
 from metalm.model.deepnorm import deepnorm_divisor
 from metalm.model.encoder_layer import EncoderLayer, EncoderNorm, Where
+from metalm.model.graph_inputs import encoder_inputs
+from metalm.model.graphs import LayerGraphs, Run
 from metalm.model.hidden_dropout import SITES_PER_LAYER, SpanDropout
 from metalm.model.initialization import Draw, constant, normal, xavier_std
 from metalm.model.positions import rotary_angles, rotation
@@ -59,6 +61,8 @@ class Encoder(nn.Module):
             buckets, distance = config.relative_bias.num_buckets, config.relative_bias.max_distance
             self.relative_bias = SharedRelativeBias(buckets, distance, config.num_heads)
         self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(config.num_layers))
+        self.graphs: LayerGraphs | None = None
+        """What runs the layers in training, where they can run so."""
         self.final_norm = EncoderNorm(config) if config.normalization == "pre_ln" else None
         if config.connector == "detection":
             self.detection_head = build_detection_head(hidden)
@@ -85,11 +89,19 @@ class Encoder(nn.Module):
             hidden = dropout.at(SITES_PER_LAYER * len(self.layers)).drop(hidden)
         mask = share_mask(share)
         where = self._where(share)
+
+        def launch(layer: nn.Module, hidden: Tensor) -> Tensor:
+            output: Tensor = layer(hidden, mask, where, share.routes, dropout)
+            return output
+
+        run: Run = launch
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            run = self.graphs.start(launch, hidden, encoder_inputs(mask, where, share.routes, dropout))
         for layer in self.layers:
             if self.config.recompute:
-                hidden = checkpoint(layer, hidden, mask, where, share.routes, dropout, use_reentrant=False)
+                hidden = checkpoint(run, layer, hidden, use_reentrant=False)
             else:
-                hidden = layer(hidden, mask, where, share.routes, dropout)
+                hidden = run(layer, hidden)
         if self.final_norm is not None:
             hidden, _ = self.final_norm(hidden)
         return self.detection_head(hidden) if self.config.connector == "detection" else self.connector(hidden)

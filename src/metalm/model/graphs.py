@@ -1,10 +1,11 @@
-"""The decoder's layers from CUDA graphs: each layer's two passes are recorded once, and launched whole.
+"""Layers from CUDA graphs: the two passes of each are recorded once, and launched whole.
 
 Launching a layer's kernels one by one, through Python and autograd, takes a host longer than a fast GPU takes
 to run them. A graph repeats addresses, not calls, and all that varies from one micro-batch to the next must
-lie where it lay: the hidden vectors, the mask's intervals, dropout's seeds and positions are copied there.
-What decides which kernels run is the form: shapes, what needs a gradient, and runs of one length, which
-attention treats apart. The first micro-batch of a form runs as without graphs, the second is recorded.
+lie where it lay: the hidden vectors, the mask's intervals, dropout's seeds and positions, an encoder's routes
+and bias are copied there. What decides which kernels run is the form: shapes, what needs a gradient, and runs
+of one length, which attention treats apart. The first micro-batch of a form runs as without graphs, the
+second is recorded.
 
 What makes it the same computation, to the bit:
 - A layer's forward and backward are the same kernels in the same order. Between the layers' graphs, autograd
@@ -21,7 +22,10 @@ What makes it the same computation, to the bit:
 - Parameters stay at their addresses: in the flat buffers of ZeRO 1 and 2. Where one has moved, all is
   recorded anew.
 
-The cost: the activations of a micro-batch stay reserved from the second micro-batch on.
+Decoder and encoders each have graphs and a pool of their own: their passes interleave, each other's memory
+stays alone. The forms of one stack share its pool, since one micro-batch at a time is under way.
+
+The cost: the activations of the largest recorded micro-batch stay reserved from the second micro-batch on.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,18 +44,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from metalm.config import RunConfig
-from metalm.kernels import IntervalMask, backend_counts
+from metalm.config import EncoderConfig, RunConfig
+from metalm.kernels import backend_counts
 from metalm.kernels.attention import count_repeated
 from metalm.model.cuda_recorder import Launch, Work
-from metalm.model.decoder_layer import Visibility
+from metalm.model.graph_inputs import Arguments, LayerInputs
 from metalm.parallel.topology import Topology
 
-MAX_FORMS = 2
-"""That are recorded; micro-batches of further ones run without graphs."""
+MAX_FORMS, MAX_ENCODER_FORMS = 2, 12
+"""That are recorded; micro-batches of further ones run without graphs. Encoders' shares vary in length."""
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a layer on hidden vectors [S, 1, D]; the layers of a forward in order."""
+"""Runs a layer on hidden vectors; the layers of a forward in order."""
 
 _logger = logging.getLogger(__name__)
 
@@ -72,16 +76,37 @@ class GraphRecorder(Recorder, Protocol):
 
 def why_not_graphs(config: RunConfig, topology: Topology, zero_stage: int) -> str | None:
     """Why the decoder's layers cannot run from graphs in training, or None."""
+    if reason := _why_no_graphs(config, topology, zero_stage):
+        return reason
+    if config.model.decoder.recompute:
+        return "model.decoder.recompute computes layers again in the backward"
+    if topology.rows_size > 1:
+        return "layers of tensor-parallel and context-parallel ranks exchange what graphs do not hold here"
+    return None
+
+
+def why_no_encoder_graphs(
+    config: RunConfig, encoder: EncoderConfig, topology: Topology, zero_stage: int
+) -> str | None:
+    """Why an encoder's layers cannot run from graphs in training, or None."""
+    if reason := _why_no_graphs(config, topology, zero_stage):
+        return reason
+    if encoder.pretrained is not None:
+        return "its layers are transformers' own"
+    if encoder.recompute:
+        return "recompute computes layers again in the backward"
+    if encoder.relative_bias and encoder.trained_layers == "all":
+        return "all layers add to the gradient of its relative bias"
+    return None
+
+
+def _why_no_graphs(config: RunConfig, topology: Topology, zero_stage: int) -> str | None:
     if not config.training.cuda_graphs:
         return "training.cuda_graphs is false"
     if topology.device.type != "cuda":
         return f"there are none on {topology.device.type}"
     if zero_stage == 3:
         return "ZeRO 3 gathers each layer's weights anew"
-    if config.model.decoder.recompute:
-        return "model.decoder.recompute computes layers again in the backward"
-    if topology.rows_size > 1:
-        return "layers of tensor-parallel and context-parallel ranks exchange what graphs do not hold here"
     return None
 
 
@@ -94,12 +119,30 @@ class _Form(NamedTuple):
     """Of the input."""
     run_length: int | None
     """Where the mask is made of runs of one length."""
+    shapes: tuple[torch.Size, ...]
+    """Of what varies beside the mask."""
 
 
 class LayerGraphs:
     """Runs a stack of layers in training: from graphs, where a form has been recorded."""
 
-    def __init__(self, layers: Sequence[nn.Module], recorder: GraphRecorder) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        recorder: GraphRecorder,
+        *,
+        what: str = "micro-batches",
+        max_forms: int = MAX_FORMS,
+    ) -> None:
+        """Run some layers.
+
+        Args:
+            layers: in the order of the forward.
+            recorder: of these layers alone.
+            what: runs from graphs, in messages.
+            max_forms: that are recorded.
+        """
+        self._what, self._max_forms = what, max_forms
         self._layers = list(layers)
         self._recorder = recorder
         self._parameters = [parameter for layer in layers for parameter in layer.parameters()]
@@ -116,29 +159,29 @@ class LayerGraphs:
         """That run from graphs."""
         return sum(stack is not None for stack in self._stacks.values())
 
-    def start(self, launch: Run, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> Run:
+    def start(self, launch: Run, hidden: Tensor, inputs: LayerInputs) -> Run:
         """What runs the layers of one forward; its outputs are to be used before the backward reaches them.
 
         Args:
             launch: runs a layer without graphs.
             hidden: of the form of the first layer's input.
-            seen: of the micro-batch.
-            rotary: by what positions are turned.
+            inputs: of the micro-batch, beside the hidden vectors.
         """
         addresses = tuple(parameter.data_ptr() for parameter in self._parameters)
         if addresses != self._addresses:
             self._backends, self._stacks, self._addresses = {}, {}, addresses
-        form = _Form(hidden.shape, hidden.dtype, hidden.requires_grad, _run_length(seen.mask))
-        if form not in self._stacks and len(self._stacks) == MAX_FORMS and not self._is_full:
-            _logger.info("micro-batches of further forms than %d run without CUDA graphs", MAX_FORMS)
+        shapes = tuple(tensor.shape for tensor in inputs.varying)
+        form = _Form(hidden.shape, hidden.dtype, hidden.requires_grad, inputs.run_length, shapes)
+        if form not in self._stacks and len(self._stacks) == self._max_forms and not self._is_full:
+            _logger.info("%s of further forms than %d run without CUDA graphs", self._what, self._max_forms)
             self._is_full = True
         if not self._is_under_way():
-            if form in self._backends and form not in self._stacks and len(self._stacks) < MAX_FORMS:
-                self._stacks[form] = self._record(form, hidden, seen, rotary)
+            if form in self._backends and form not in self._stacks and len(self._stacks) < self._max_forms:
+                self._stacks[form] = self._record(form, hidden, inputs)
             if (stack := self._stacks.get(form)) is not None:
                 turn = _Turn(sum(layer.backward is not None for layer in stack.layers))
                 self._turn = weakref.ref(turn)
-                return stack.start(_inputs(seen, rotary), turn)
+                return stack.start(inputs.tensors, turn)
         return self._watched(launch, form)
 
     def _is_under_way(self) -> bool:
@@ -148,7 +191,7 @@ class LayerGraphs:
 
     def _watched(self, launch: Run, form: _Form) -> Run:
         """The launch itself, and attention's backends are remembered while forms are yet to be recorded."""
-        if form in self._stacks or len(self._stacks) == MAX_FORMS:
+        if form in self._stacks or len(self._stacks) == self._max_forms:
             return launch
         backends = self._backends.setdefault(form, set())
 
@@ -160,23 +203,23 @@ class LayerGraphs:
 
         return run
 
-    def _record(self, form: _Form, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> _Stack | None:
+    def _record(self, form: _Form, hidden: Tensor, inputs: LayerInputs) -> _Stack | None:
         began = time.perf_counter()
-        inputs = [value.detach().clone() for value in _inputs(seen, rotary)]
+        tensors = [value.detach().clone() for value in inputs.tensors]
         place = torch.zeros_like(hidden)
-        what = f"micro-batches of {form.shape[0]} positions"
+        what = f"{self._what} of {form.shape[0]} positions"
         if form.run_length is not None:
             what += f" in runs of {form.run_length}"
         try:
             before = Counter(backend_counts())
             with self._recorder.rehearsing():
-                _build(self._layers, form, place, inputs, seen, _Rehearsal())
+                _build(self._layers, form, place, tensors, inputs, _Rehearsal())
             found = Counter(backend_counts()) - before
             if (expected := self._backends[form]) != set(found):
                 # The backend goes by where documents lie, which graphs know on the device alone.
                 raise RuntimeError(f"attention would run on {', '.join(found)}, not on {', '.join(expected)}")
             reserved = _reserved_gib(place.device)
-            stack = _build(self._layers, form, place, inputs, seen, self._recorder)
+            stack = _build(self._layers, form, place, tensors, inputs, self._recorder)
         except Exception as error:  # whatever it is: without graphs the same layers have just run
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             _logger.warning("%s run without CUDA graphs, and so slower: %s", what, reason)
@@ -234,6 +277,8 @@ class _Stack:
         def run(layer: nn.Module, hidden: Tensor) -> Tensor:
             graphs = next(layers)
             output: Tensor = _Replay.apply(graphs, turn, hidden, *graphs.parameters)
+            if graphs is self.layers[-1] and graphs.backward is None:
+                return output.clone()  # no turn tells a further forward how long this one is needed
             return output
 
         return run
@@ -277,8 +322,8 @@ class _Pass:
     recording's stream.
     """
 
-    def __init__(self, layer: nn.Module, hidden: Tensor, seen: Visibility, rotary: Tensor | None) -> None:
-        self._layer, self.hidden, self._seen, self._rotary = layer, hidden, seen, rotary
+    def __init__(self, layer: nn.Module, hidden: Tensor, arguments: Arguments) -> None:
+        self._layer, self.hidden, self._arguments = layer, hidden, arguments
         self._parameters = {
             name: parameter.detach().requires_grad_(parameter.requires_grad)
             for name, parameter in layer.named_parameters()
@@ -287,9 +332,11 @@ class _Pass:
         self.output_gradient: Tensor | None = None
 
     def forward(self) -> list[Tensor]:
-        options = {"attention_mask": self._seen, "rotary_pos_emb": self._rotary}
+        others, options = self._arguments
         with torch.enable_grad():
-            self.output = functional_call(self._layer, self._parameters, (self.hidden,), options)[0]
+            found = functional_call(self._layer, self._parameters, (self.hidden, *others), options)
+        # Megatron's layers return a pair.
+        self.output = found if isinstance(found, Tensor) else found[0]
         return [self.output.detach()]
 
     def backward(self) -> list[Tensor | None]:
@@ -315,17 +362,17 @@ def _build(
     layers: Sequence[nn.Module],
     form: _Form,
     place: Tensor,
-    inputs: list[Tensor],
-    seen: Visibility,
+    tensors: list[Tensor],
+    inputs: LayerInputs,
     recorder: Recorder,
 ) -> _Stack:
-    """Record the layers forward, then backward, on inputs that lie where they will always lie."""
-    still, rotary = _take_apart(inputs, form, seen)
+    """Record the layers forward, then backward, on tensors that lie where they will always lie."""
+    arguments = inputs.placed(tensors)
     hidden, needs_gradient = place, form.needs_gradient
     passes: list[_Pass] = []
     built: list[_Layer] = []
     for layer in layers:
-        passes.append(_Pass(layer, hidden.detach().requires_grad_(needs_gradient), still, rotary))
+        passes.append(_Pass(layer, hidden.detach().requires_grad_(needs_gradient), arguments))
         built.append(_record_forward(passes[-1], layer, recorder))
         hidden, needs_gradient = built[-1].output, passes[-1].output.requires_grad
     kept = (place, torch.zeros_like(hidden))
@@ -334,7 +381,7 @@ def _build(
     gradient: Tensor | None = kept[1]
     for graphs in reversed(built):
         gradient = _record_backward(passes.pop(), graphs, gradient, recorder)
-    return _Stack(inputs, kept, built)
+    return _Stack(tensors, kept, built)
 
 
 def _record_forward(both: _Pass, layer: nn.Module, recorder: Recorder) -> _Layer:
@@ -359,34 +406,5 @@ def _record_backward(
     return of_input
 
 
-def _inputs(seen: Visibility, rotary: Tensor | None) -> list[Tensor]:
-    """What varies between micro-batches of one form, beside the hidden vectors."""
-    found = [seen.mask.start, seen.mask.end]
-    if rotary is not None:
-        found.append(rotary)
-    if seen.dropout is not None:
-        found += [seen.dropout.seeds, seen.dropout.positions]
-    return found
-
-
-def _take_apart(inputs: list[Tensor], form: _Form, seen: Visibility) -> tuple[Visibility, Tensor | None]:
-    """What `_inputs` has put together, with a new mask: what is derived of it is recorded, too."""
-    start, end, *more = inputs
-    dropout = seen.dropout
-    if dropout is not None:
-        positions, seeds = more.pop(), more.pop()
-        dropout = replace(dropout, seeds=seeds, positions=positions)
-    segments = seen.mask.segments if form.run_length is not None else None
-    mask = IntervalMask(start, end, seen.mask.num_keys, segments)
-    return replace(seen, mask=mask, dropout=dropout), more[0] if more else None
-
-
 def _reserved_gib(device: torch.device) -> float:
     return torch.cuda.memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
-
-
-def _run_length(mask: IntervalMask) -> int | None:
-    segments = mask.segments
-    if segments is None or not segments.is_uniform(mask.batch_size * mask.num_queries):
-        return None
-    return segments.longest

@@ -20,8 +20,8 @@ from metalm.config import OptimizerConfig, RunConfig
 from metalm.config.load import load_deepspeed_json
 from metalm.model.cuda_recorder import CudaRecorder
 from metalm.model.decoder import Decoder, decoder_draw
-from metalm.model.encoder import EncoderBank, encoder_draw, load_pretrained_weights
-from metalm.model.graphs import LayerGraphs, why_not_graphs
+from metalm.model.encoder import Encoder, EncoderBank, encoder_draw, load_pretrained_weights
+from metalm.model.graphs import MAX_ENCODER_FORMS, LayerGraphs, why_no_encoder_graphs, why_not_graphs
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.agreement import together
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
@@ -152,7 +152,19 @@ def _build_encoders(config: RunConfig, topology: Topology, given: Collection[str
             dtype=_DTYPES[config.training.precision],
             device=topology.device,
         )
-    return _build_engine(config, module, config.deepspeed.encoders, encoders_mpu(topology), topology)
+    engine = _build_engine(config, module, config.deepspeed.encoders, encoders_mpu(topology), topology)
+    for name, encoder in module.encoders.items():
+        shape = config.model.encoders[name]
+        if reason := why_no_encoder_graphs(config, shape, topology, engine.zero_optimization_stage()):
+            logger.info("the layers of encoder %s run without CUDA graphs: %s", name, reason)
+        elif isinstance(encoder, Encoder):
+            encoder.graphs = LayerGraphs(
+                list(encoder.layers),
+                CudaRecorder(topology.device),
+                what=f"shares of encoder {name}",
+                max_forms=MAX_ENCODER_FORMS,
+            )
+    return engine
 
 
 def _names(module: nn.Module) -> set[str]:

@@ -90,7 +90,8 @@ def measure_steps(
             run()
         seconds = _timed_in_flow(run, num_steps, device)
         median = statistics.median(seconds)
-        graphs = engines.decoder.module.graphs
+        banks = [] if engines.encoders is None else engines.encoders.module.encoders.values()
+        graphs = [getattr(part, "graphs", None) for part in (engines.decoder.module, *banks)]
         figures = {
             "positions_per_step": positions,
             "first_step_s": first_step_s,
@@ -100,7 +101,7 @@ def measure_steps(
             "tflops": flops / median / 1e12,
             "utilisation_of_matmul": flops / median / 1e12 / matmul_tflops,
             "attention_backends": backend_counts(),
-            "forms_from_graphs": graphs.num_forms if graphs else 0,
+            "forms_from_graphs": sum(stacks.num_forms for stacks in graphs if stacks is not None),
         }
         if device.type == "cuda":
             figures["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
