@@ -21,6 +21,9 @@ PEERS = {
 }
 """Of attention, with the heads of their columns."""
 
+_TOLD = ("deepspeed.", "training.fp32_gradients")
+"""Overrides by which settings of one name differ."""
+
 Record = dict[str, Any]
 
 
@@ -66,6 +69,7 @@ def attention_table(records: list[Record]) -> str:
         for heads, size in shapes
         for mask in MASKS
         for name in ("forward", "forward + backward")
+        if any((heads, size, mask, name, peer) in found for peer in peers)
     ]
     return table(["mask", "heads x size", "pass", *(PEERS.get(peer, peer) for peer in peers)], rows)
 
@@ -75,7 +79,7 @@ def step_table(records: list[Record]) -> str:
     rows = [
         [
             r.get("setting", "peer: transformers' GPT-2"),
-            ", ".join(word for word in r.get("overrides", []) if word.startswith("deepspeed.")) or "-",
+            ", ".join(word for word in r.get("overrides", []) if word.startswith(_TOLD)) or "-",
             f"{r['tokens_per_s']:,.0f}",
             f"{r.get('tflops', r.get('tflops_by_6n', 0)):.0f}",
             f"{r['utilisation_of_matmul']:.0%}" if "utilisation_of_matmul" in r else "-",
@@ -84,7 +88,7 @@ def step_table(records: list[Record]) -> str:
         ]
         for r in records
     ]
-    heads = ["setting", "DeepSpeed", "tokens/s", "TFLOP/s", "share of a large product", "idle", "peak GiB"]
+    heads = ["setting", "with", "tokens/s", "TFLOP/s", "share of a large product", "idle", "peak GiB"]
     return table(heads, rows)
 
 
