@@ -15,13 +15,14 @@ from distributed.tiny import tiny_config
 from metalm.batch import EncoderShare, SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.config.model_schema import ModelConfig
-from metalm.data.collate import collate, padded_length
+from metalm.data.collate import collate
 from metalm.data.row import Row, RowSpans
 from metalm.kernels import IntervalMask
 from metalm.model.encoder import Encoder
 from metalm.model.graphs import LayerGraphs, why_no_encoder_graphs
 from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.topology import Topology
+from metalm.share_lengths import padded_length
 from metalm.training.engines import build_engines
 from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep

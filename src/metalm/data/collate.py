@@ -20,11 +20,10 @@ from metalm.data.balance import assign_spans, span_costs
 from metalm.data.row import NO_TOKEN, Row, RowSpans
 from metalm.kernels import IntervalMask, Segments, find_segments
 from metalm.modalities import modality_of_encoder
+from metalm.share_lengths import padded_length, share_length
 
-SHARE_MULTIPLE = 16
-"""Shares are padded to a multiple of this many elements."""
-SHARE_STEPS, ROUTE_STEPS = 8, 16
-"""Lengths of shares, and of routes, from one power of two to the next: see `padded_length`."""
+ROUTE_STEPS = 16
+"""Lengths of routes from one power of two to the next: see `padded_length`."""
 DROPOUT_MULTIPLE = 4
 """Spans begin at a multiple of this many elements where the encoder has dropout."""
 
@@ -174,7 +173,7 @@ def _encoder_batch(
     if routed:
         routes = [_RouteLengths(spans.lengths[chosen], spans.num_patches[chosen]) for chosen in members]
         totals = [total + route.padding for total, route in zip(totals, routes, strict=True)]
-    length = padded_length(max(SHARE_MULTIPLE, *totals), SHARE_STEPS, SHARE_MULTIPLE)
+    length = share_length(max(totals))
     modality = modality_of_encoder(config)
     media = np.concatenate(spans.media) if spans.media else modality.no_media(config)
     rows_of_media = modality.rows_of_media(spans.num_patches)
@@ -259,18 +258,6 @@ def _share(
         mask_views=IntervalMask(start, end, layout.length).views(),
         **_segment_fields(segments),
     )
-
-
-def padded_length(length: int, num_steps: int, multiple: int = 1) -> int:
-    """The next of few lengths, for each of which CUDA graphs are recorded.
-
-    Args:
-        length: that is needed.
-        num_steps: lengths from one power of two to the next, itself a power of two.
-        multiple: a power of two that divides all lengths.
-    """
-    step = max(multiple, (1 << max(0, (length - 1).bit_length() - 1)) // num_steps, 1)
-    return -(-length // step) * step
 
 
 class _RouteLengths:

@@ -15,6 +15,7 @@ from metalm.loss_chunks import chunk_positions
 from metalm.model.flops import Work, trains_output
 from metalm.model.parameters import ParameterCount, count_decoder, count_encoders
 from metalm.planning.zero import ZeroSettings, zero_settings
+from metalm.share_lengths import share_length
 
 MASTER_AND_MOMENTS = 12
 """Bytes per parameter: fp32 master and two moments; DeepSpeed keeps masters in fp32 training, too."""
@@ -24,8 +25,6 @@ INNER_KEPT = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4, "geglu_tanh": 4}
 """Tensors of the inner width that a feed-forward keeps, by activation."""
 INNER_RECOMPUTED = {"gelu": 1, "gelu_tanh": 1, "swiglu": 2, "geglu_tanh": 2}
 """Those of them that selective recomputation makes again: all but what the first layer gives."""
-SHARE_MULTIPLE = 16
-"""What the elements of an encoder's share are padded to a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
 
 def share_elements(micro_batch: Work, encoder: str, num_shares: int) -> int:
     """Elements of one rank's share of a micro-batch, with padding."""
-    elements = micro_batch.encoders[encoder].elements / num_shares
-    return max(SHARE_MULTIPLE, math.ceil(elements / SHARE_MULTIPLE) * SHARE_MULTIPLE)
+    return share_length(math.ceil(micro_batch.encoders[encoder].elements / num_shares))
 
 
 def shard_bytes(
