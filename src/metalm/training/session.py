@@ -120,4 +120,7 @@ def _make_deterministic() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
+    # Nothing reads memory that nothing has written, and DeepSpeed's buckets of gigabytes would be filled at
+    # every step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
