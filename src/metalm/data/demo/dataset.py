@@ -7,8 +7,6 @@ OUT/chats/{train,heldout}.jsonl         messages about the scenes, whose images 
 OUT/chats/text.jsonl                    alpaca's records, about the captions alone
 OUT/pointing/{train,heldout}.jsonl      messages: where things stand in the scenes, what stands in a box, and
                                         what there is
-OUT/pointing/places_{train,heldout}.jsonl
-                                        those of them that ask where things stand
 OUT/pointing/text.jsonl                 what is said there, in Pile format, to train a tokenizer on
 OUT/scenes/pointing_{train,heldout}.jsonl
                                         {"path": ..., "name": "red circle", "box": [0.1, 0.2, 0.5, 0.6]}
@@ -103,12 +101,11 @@ def write_instructions(folder: Path, num_records: int, *, seed: int) -> None:
 
 
 def write_pointing(out: Path, split: str, num_scenes: int, *, seed: int) -> None:
-    """Writes four chats about each scene, see `_pointing_turns`, the first of them once more in a file of its
-    own, and a record of the first thing asked for and its place. What is there twice is not asked for."""
+    """Writes four chats about each scene, see `_pointing_turns`, and a record of where the first thing that
+    is asked for stands. What is there twice is not asked for."""
     (out / "pointing").mkdir(parents=True, exist_ok=True)
     with (
         (out / "pointing" / f"{split}.jsonl").open("w", encoding="utf-8") as chats,
-        (out / "pointing" / f"places_{split}.jsonl").open("w", encoding="utf-8") as places,
         (out / "scenes" / f"pointing_{split}.jsonl").open("w", encoding="utf-8") as records,
     ):
         for index in range(num_scenes):
@@ -120,9 +117,12 @@ def write_pointing(out: Path, split: str, num_scenes: int, *, seed: int) -> None
             stream.shuffle(items)
             path, first = _image_path(split, index).as_posix(), items[0]
             records.write(json.dumps({"path": path, "name": _named(first), "box": first.box}) + "\n")
-            lines = [_chat(path, turns) for turns in _pointing_turns(items, objects)]
-            chats.writelines(lines)
-            places.write(lines[0])
+            for turns in _pointing_turns(items, objects):
+                messages: list[dict[str, Any]] = []
+                for asked, answer in turns:
+                    _say(messages, asked, answer)
+                messages[0]["content"].insert(0, {"type": "image", "image": path})
+                chats.write(json.dumps({"messages": messages}) + "\n")
 
 
 def write_pointing_text(folder: Path, num_scenes: int, *, seed: int) -> None:
@@ -149,15 +149,6 @@ def _pointing_turns(asked_for: Sequence[SceneObject], objects: Sequence[SceneObj
         [(["what is here?"], listed)],
         [(["name them"], [" and ".join(map(_named, objects))])],
     ]
-
-
-def _chat(path: str, turns: Sequence[Turn]) -> str:
-    """A line of a file of chats about an image."""
-    messages: list[dict[str, Any]] = []
-    for asked, answer in turns:
-        _say(messages, asked, answer)
-    messages[0]["content"].insert(0, {"type": "image", "image": path})
-    return json.dumps({"messages": messages}) + "\n"
 
 
 def _say(messages: list[dict[str, Any]], asked: Sequence[Said], answer: Sequence[Said]) -> None:
