@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,6 +22,10 @@ TOOLS = Path(__file__).parents[3] / "tools"
 
 def run(tool: str, *arguments: object) -> None:
     subprocess.run([sys.executable, str(TOOLS / tool), *map(str, arguments)], check=True, timeout=120)
+
+
+def pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(items[::2], items[1::2], strict=True)
 
 
 def test_written_scenes_are_the_drawn_ones(tmp_path: Path) -> None:
@@ -57,17 +63,24 @@ def test_chats_about_boxes_and_their_records_tell_what_is_drawn(tmp_path: Path) 
     write_pointing(tmp_path, "heldout", 20, seed=4)
     lines = (tmp_path / "pointing/heldout.jsonl").read_text().splitlines()
     records = (tmp_path / "scenes/pointing_heldout.jsonl").read_text().splitlines()
-    assert len(lines) == len(records) > 15
-    for line, record in zip(map(json.loads, lines), map(json.loads, records), strict=True):
-        (image, asked), (answer,) = (message["content"] for message in line["messages"][:2])
+    assert len(lines) == 4 * len(records) > 60
+    for number, record in enumerate(map(json.loads, records)):
+        where, what, listed, named = (
+            [message["content"] for message in json.loads(line)["messages"]]
+            for line in lines[4 * number : 4 * number + 4]
+        )
+        (image, asked), (answer,) = where[:2]
         assert asked["text"] == f"where is the {record['name']}?"
         assert (image["image"], answer["box"]) == (record["path"], record["box"])
-        *_, (_, place, _), (named,) = (message["content"] for message in line["messages"])
+        told = [(name["text"].strip(), box["box"]) for box, name in pairs(listed[1])]
+        assert (record["name"], record["box"]) in told
+        assert [(name["text"], place[-2]["box"]) for place, (name,) in pairs(what)] == [
+            (asked[-1]["text"].removeprefix("where is the ").removesuffix("?"), answer["box"])
+            for asked, (answer,) in pairs(where)
+        ]
+        assert [part["text"] for part in named[1]] == [" and ".join(name for name, _ in told)]
         pixels = Image.open(tmp_path / "scenes" / image["image"])
-        for name, (left, top, right, bottom) in (
-            (record["name"], record["box"]),
-            (named["text"], place["box"]),
-        ):
+        for name, (left, top, right, bottom) in told:
             middle = pixels.getpixel((int(32 * (left + right)), int(32 * (top + bottom))))
             rgb = COLOURS[name.split()[0]]
             assert max(abs(one - other) for one, other in zip(middle, rgb, strict=True)) < 30

@@ -5,7 +5,8 @@ OUT/scenes/{train,heldout,unseen}.jsonl {"path": "images/train/00/000000.png", "
 OUT/scenes/images/...
 OUT/chats/{train,heldout}.jsonl         messages about the scenes, whose images they name
 OUT/chats/text.jsonl                    alpaca's records, about the captions alone
-OUT/pointing/{train,heldout}.jsonl      messages: where things stand in the scenes, and what stands in a box
+OUT/pointing/{train,heldout}.jsonl      messages: where things stand in the scenes, what stands in a box, and
+                                        what there is
 OUT/pointing/text.jsonl                 what is said there, in Pile format, to train a tokenizer on
 OUT/scenes/pointing_{train,heldout}.jsonl
                                         {"path": ..., "name": "red circle", "box": [0.1, 0.2, 0.5, 0.6]}
@@ -13,6 +14,7 @@ OUT/scenes/pointing_{train,heldout}.jsonl
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -30,6 +32,8 @@ _NUMBERS = ("one", "two", "three")
 
 Said = str | Cell
 """A text, or a box."""
+Turn = tuple[list[Said], list[Said]]
+"""A question and its answer."""
 
 
 def write_text(folder: Path, max_bytes: int) -> dict[str, int]:
@@ -97,8 +101,8 @@ def write_instructions(folder: Path, num_records: int, *, seed: int) -> None:
 
 
 def write_pointing(out: Path, split: str, num_scenes: int, *, seed: int) -> None:
-    """Writes chats that ask where things of a scene stand, in any order, and what stands in one box; and a
-    record of what each asks first. What is there twice is not asked for."""
+    """Writes four chats about each scene, see `_pointing_turns`, and a record of where the first thing that
+    is asked for stands. What is there twice is not asked for."""
     (out / "pointing").mkdir(parents=True, exist_ok=True)
     with (
         (out / "pointing" / f"{split}.jsonl").open("w", encoding="utf-8") as chats,
@@ -106,19 +110,19 @@ def write_pointing(out: Path, split: str, num_scenes: int, *, seed: int) -> None
     ):
         for index in range(num_scenes):
             stream = random.Random(f"{seed}:pointing:{split}:{index}")
-            items = _alone_of_their_kind(make_scene(seed, split, index).objects)
+            objects = make_scene(seed, split, index).objects
+            items = _alone_of_their_kind(objects)
             if not items:
                 continue
             stream.shuffle(items)
             path, first = _image_path(split, index).as_posix(), items[0]
             records.write(json.dumps({"path": path, "name": _named(first), "box": first.box}) + "\n")
-            messages: list[dict[str, Any]] = []
-            for item in items:
-                _say(messages, [f"where is the {_named(item)}?"], item.box)
-            shown = stream.choice(items)
-            _say(messages, ["what is in ", shown.box, "?"], _named(shown))
-            messages[0]["content"].insert(0, {"type": "image", "image": path})
-            chats.write(json.dumps({"messages": messages}) + "\n")
+            for turns in _pointing_turns(items, objects):
+                messages: list[dict[str, Any]] = []
+                for asked, answer in turns:
+                    _say(messages, asked, answer)
+                messages[0]["content"].insert(0, {"type": "image", "image": path})
+                chats.write(json.dumps({"messages": messages}) + "\n")
 
 
 def write_pointing_text(folder: Path, num_scenes: int, *, seed: int) -> None:
@@ -126,15 +130,30 @@ def write_pointing_text(folder: Path, num_scenes: int, *, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "text.jsonl").open("w", encoding="utf-8") as lines:
         for index in range(num_scenes):
-            for item in make_scene(seed, "train", index).objects:
-                name, box = _named(item), box_text(item.box)
-                said = (f"where is the {name}?", box, f"what is in {box}?", name)
-                lines.write(json.dumps({"text": "\n\n".join(said)}) + "\n")
+            objects = make_scene(seed, "train", index).objects
+            for turns in _pointing_turns(objects, objects):
+                for said in itertools.chain.from_iterable(turns):
+                    text = "".join(one if isinstance(one, str) else box_text(one) for one in said)
+                    lines.write(json.dumps({"text": text}) + "\n")
 
 
-def _say(messages: list[dict[str, Any]], asked: Sequence[Said], answer: Said) -> None:
+def _pointing_turns(asked_for: Sequence[SceneObject], objects: Sequence[SceneObject]) -> list[list[Turn]]:
+    """Questions and answers of four chats: where things stand, what stands in boxes, what stands where, and
+    what there is. They are apart, as what was said before gives later answers away."""
+    listed: list[Said] = []
+    for item in objects:
+        listed += [item.box, f" {_named(item)}" + "\n" * (item is not objects[-1])]
+    return [
+        [([f"where is the {_named(item)}?"], [item.box]) for item in asked_for],
+        [(["what is in ", item.box, "?"], [_named(item)]) for item in asked_for],
+        [(["what is here?"], listed)],
+        [(["name them"], [" and ".join(map(_named, objects))])],
+    ]
+
+
+def _say(messages: list[dict[str, Any]], asked: Sequence[Said], answer: Sequence[Said]) -> None:
     """Adds a question and its answer."""
-    for role, said in (("user", asked), ("assistant", [answer])):
+    for role, said in (("user", asked), ("assistant", answer)):
         content = [
             {"type": "text", "text": one} if isinstance(one, str) else {"type": "box", "box": one}
             for one in said
