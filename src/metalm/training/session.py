@@ -122,5 +122,5 @@ def _make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Nothing reads memory that nothing has written, and DeepSpeed's buckets of gigabytes would be filled at
     # every step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
