@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from metalm.data.tokenizer import Tokenizer
-from metalm.errors import MetaLMError
+from metalm.errors import ConfigError, MetaLMError
 from metalm.tasks.readers import check_reader
 from metalm.tasks.records import Tally, TaskData
 from metalm.tasks.rendering import render
@@ -60,3 +61,16 @@ def test_damaged_data_is_refused_or_left_out(name: str, tmp_path: Path, tokenize
                             if isinstance(part.content, str):
                                 tokenizer.encode([part.content])
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "message"),
+    [
+        ("winograd", {"first": "a"}, "data.settings.first: got 'a', expected int"),
+        ("trec", {"encoding": "latin-17"}, "data.settings.encoding: got 'latin-17', expected the name of"),
+    ],
+)
+def test_a_readers_settings_are_of_its_types(task: str, setting: dict[str, str], message: str) -> None:
+    data = load_task(find_tasks()[task]).data
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_reader(data.model_copy(update={"settings": {**data.settings, **setting}}))

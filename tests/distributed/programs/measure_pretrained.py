@@ -19,6 +19,7 @@ def main() -> None:
     topology = build_topology(1, open_process_group(launch, timeout_minutes=3))
     content = tiny_config("unused").model_dump(mode="json")
     content["model"]["encoders"]["image"] = {"pretrained": {"path": sys.argv[1]}, "trained_layers": 1}
+    content["deepspeed"]["encoders"] = "deepspeed_configs/encoders_zero3.json"
     fill_in_pretrained(content)
     engines = build_engines(RunConfig.model_validate(content), topology)
     parameters = engines.encoders.module.encoders["image"].model.named_parameters()

@@ -6,8 +6,12 @@ arguments, and yields records, and `BadRecord` for what cannot be used.
 
 from __future__ import annotations
 
+import codecs
 import inspect
+import typing
 from collections.abc import Iterator
+
+from pydantic import TypeAdapter, ValidationError
 
 from metalm.errors import ConfigError
 from metalm.tasks.data_files import DataFiles
@@ -63,6 +67,15 @@ def check_reader(data: DataSection) -> None:
     needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     if missing := set(needed) - data.settings.keys():
         raise ConfigError(f"data.settings: the reader {data.reader} needs {', '.join(sorted(missing))}")
+    hints = typing.get_type_hints(READERS[data.reader])
+    for name, value in data.settings.items():
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+            if name == "encoding":
+                codecs.lookup(value)
+        except (ValidationError, LookupError, ValueError) as error:
+            expected = "the name of an encoding" if name == "encoding" else str(hints[name])
+            raise ConfigError(f"data.settings.{name}: got {value!r}, expected {expected}") from error
 
 
 def read_records(data: DataSection, files: DataFiles, split: str) -> Iterator[Record | BadRecord]:
