@@ -1,6 +1,6 @@
 """Two ranks on one GPU over NCCL, or on CPU over gloo, against one rank: `metalm train` on every layout.
 
-python tools/check_ranks.py --out ranks_check --nccl /tmp/libnccl.so.2      two ranks on one GPU
+python tools/check_ranks.py --out ranks_check --nccl libnccl.so.2      two ranks on one GPU
 python tools/check_ranks.py --out ranks_check --device cpu                  two ranks on CPU
 
 NCCL lets several ranks share a GPU from 2.30 on: where torch brings an older one, give a library. Starting a

@@ -7,17 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from metalm.config import DecoderConfig
 from metalm.conversion.families.family import (
     Change,
     ForeignDecoder,
     first_of,
     refuse,
     rope_problems,
-    rope_scaling,
-    unusual_head_dim,
 )
-from metalm.conversion.families.llama import llama_source
+from metalm.conversion.families.llama import llama_like, llama_source
 
 
 def read_gemma(folder: Path, config: Any, names: set[str]) -> ForeignDecoder:
@@ -25,7 +22,6 @@ def read_gemma(folder: Path, config: Any, names: set[str]) -> ForeignDecoder:
 
     `hidden_act: gelu` of the first release means the tanh form, as transformers has it since 5.18.
     """
-    rope = config.rope_parameters
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     refuse(
         folder,
@@ -33,26 +29,16 @@ def read_gemma(folder: Path, config: Any, names: set[str]) -> ForeignDecoder:
             f"hidden_act = {activation}": activation not in ("gelu", "gelu_pytorch_tanh"),
             f"attention_bias = {config.attention_bias} beside a feed-forward without": config.attention_bias,
             "use_bidirectional_attention": bool(config.use_bidirectional_attention),
-            **rope_problems(rope),
+            **rope_problems(config.rope_parameters),
         },
     )
-    decoder = DecoderConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=unusual_head_dim(config),
-        ffn_hidden_size=config.intermediate_size,
+    decoder = llama_like(
+        config,
         activation="geglu_tanh",
-        normalization="pre_ln",
         norm="rms_norm",
         norm_eps=config.rms_norm_eps,
         biases=False,
-        positions="rope",
-        rope_base=rope["rope_theta"],
-        rope_scaling=rope_scaling(rope),
         scale_embedding="rounded",
-        tied_output=config.tie_word_embeddings,
     )
     return ForeignDecoder(
         decoder,
