@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import stats
 from metalm.errors import ConfigError
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import jobs_of
-from metalm.reproduction.jobs import Marks
+from metalm.reproduction.jobs import Job, Marks
 from metalm.reproduction.report import BEGIN, END, write_report, written_into
 from metalm.reproduction.results import results_of
 from reproduction.made_up import GPT, METALM, SHUFFLED, claim, write_scores
@@ -103,3 +104,19 @@ def test_a_readme_gets_the_table_between_its_markers(setting: Setting) -> None:
     assert written_into(once, found, setting, "x.png") == once
     with pytest.raises(ConfigError, match="expected the lines"):
         written_into("no markers", found, setting, "x.png")
+
+
+def test_a_readme_says_by_which_commit_claims_were_done(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(METALM.arm, name="other", needs=("shared/other",))
+    claims = [claim(), replace(claim(), letter="y", shared=(Job("shared/other", list),), arms=(other,))]
+    for one, commit in zip(claims, ("a" * 40, "b" * 40), strict=True):
+        monkeypatch.setattr("metalm.reproduction.jobs.git_commit", lambda found=commit: found)
+        (setting.out / "jobs").mkdir(exist_ok=True)
+        Marks(setting.out).write(one.shared[0], seconds=1.0)
+    found = [results_of(one, setting) for one in claims]
+    told = written_into(f"{BEGIN}\n{END}\n", found, setting, "x.png")
+    assert f"commit {'a' * 12} (x), {'b' * 12} (y)." in told
+    told = written_into(f"{BEGIN}\n{END}\n", found[:1], setting, "x.png")
+    assert f"commit {'a' * 12}." in told

@@ -116,6 +116,16 @@ def check_data(claims: Sequence[Claim], setting: Setting) -> None:
         )
 
 
+def jobs_for(names: Sequence[str], claims: Sequence[Claim], setting: Setting) -> tuple[Job, ...]:
+    """Jobs of other claims, by name, with all that they need, each behind what it needs."""
+    known = {job.name: job for claim in claims for job in claim.jobs(setting)}
+    waiting, needed = list(names), set[str]()
+    while waiting:
+        needed.add(name := waiting.pop())
+        waiting += known[name].needs
+    return tuple(job for name, job in known.items() if name in needed)
+
+
 def jobs_of(claims: Sequence[Claim], setting: Setting) -> list[Job]:
     """Of several claims; what they share is there once."""
     found: dict[str, Job] = {}

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from metalm.commit import git_commit
 from metalm.errors import ConfigError
 from metalm.progress import Phase
 from metalm.reproduction.arms import Setting
@@ -91,7 +90,8 @@ def written_into(readme: str, results: Sequence[ClaimResults], setting: Setting,
         "",
         *markdown_table(verdict_table(results)),
         "",
-        f"{setting.seeds} seeds at scale `{setting.scale}`; commit {_commit(results, setting)}; {machine()}.",
+        f"{setting.seeds} seeds at scale `{setting.scale}`; {machine()}; "
+        f"commit {_commits(results, setting)}.",
         "",
         f"![scores with their intervals]({picture})",
         "",
@@ -188,8 +188,14 @@ def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
     )
 
 
-def _commit(results: Sequence[ClaimResults], setting: Setting) -> str:
+def _commits(results: Sequence[ClaimResults], setting: Setting) -> str:
+    """The commits that a report's jobs were done by, and of which claims, where they differ."""
     marks = Marks(setting.out)
-    jobs = [job for one in results for job in one.claim.jobs(setting)]
-    found = {done.commit or "unknown" for job in jobs if (done := marks.read(job)) is not None}
-    return ", ".join(sorted(commit[:12] for commit in found)) or str(git_commit())
+    claims_at: dict[str, list[str]] = {}
+    for one in results:
+        found = {done.commit for job in one.claim.jobs(setting) if (done := marks.read(job)) is not None}
+        for commit in sorted(commit[:12] if commit else "unknown" for commit in found):
+            claims_at.setdefault(commit, []).append(one.claim.letter)
+    if len(claims_at) > 1:
+        return ", ".join(f"{commit} ({', '.join(letters)})" for commit, letters in claims_at.items())
+    return next(iter(claims_at), "unknown")

@@ -13,6 +13,7 @@ from metalm.reproduction.claims.in_context import in_context
 from metalm.reproduction.claims.instruction_tuning import instruction_tuning
 from metalm.reproduction.claims.pair_comparison import pair_comparison
 from metalm.reproduction.claims.questions_about_images import questions_about_images
+from metalm.reproduction.claims.questions_about_photographs import questions_about_photographs
 
 CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {
     "a": pair_comparison,
@@ -22,4 +23,5 @@ CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {
     "e": captions,
     "f": questions_about_images,
     "g": added_encoder,
+    "h": questions_about_photographs,
 }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from metalm.reproduction.arms import Arm, Scoring, Setting
-from metalm.reproduction.claim import Claim, Comparison, Series
+from metalm.reproduction.claim import Claim, Comparison, Series, jobs_for
 from metalm.reproduction.claims.frozen_decoder import frozen_decoder
 from metalm.reproduction.claims.questions_about_images import questions_about_images
-from metalm.reproduction.jobs import Job
 
 START = "b_metalm/seed_1"
 """The job whose model the encoder is added to."""
@@ -24,6 +21,7 @@ def added_encoder(setting: Setting) -> Claim:
     asked = Scoring("images", (images,), limit=500, readers="image=pairs,text=pairs")
     chosen_on = Scoring("validation", (images,), "validation", limit=200, readers="image=pairs,text=pairs")
     start = setting.out / START
+    needs = (START, *(f"shared/{name}" for name in EXAMPLES))
 
     def arm(name: str, about: str, *more: str) -> Arm:
         return Arm(
@@ -41,7 +39,7 @@ def added_encoder(setting: Setting) -> Claim:
                 *(GPU if setting.scale == "gpu" else ()),
             ),
             (text, asked),
-            (START, *(f"shared/{name}" for name in EXAMPLES)),
+            needs,
             rates=(1e-3, 3e-3),
             chosen_on=chosen_on,
             minutes=5.0,
@@ -62,23 +60,10 @@ def added_encoder(setting: Setting) -> Claim:
         ),
         paper=(("none: the authors' outlook", ""),),
         sets=("vader", "minilm", "easy-vqa"),
-        shared=tuple(_needed(setting)),
+        shared=jobs_for(needs, (frozen_decoder(setting), questions_about_images(setting)), setting),
         arms=(added, tuned),
         comparisons=(
             Comparison("text kept by adding, lost by tuning", Series(added, "films"), Series(tuned, "films")),
         ),
         reported=(Series(added, "images"), Series(tuned, "images")),
     )
-
-
-def _needed(setting: Setting) -> Iterator[Job]:
-    """The jobs of other claims that this one begins with."""
-    claims = (frozen_decoder(setting), questions_about_images(setting))
-    known = {job.name: job for claim in claims for job in claim.jobs(setting)}
-    waiting = [START, *(f"shared/{name}" for name in EXAMPLES)]
-    needed: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        needed.add(name)
-        waiting += known[name].needs
-    return (job for name, job in known.items() if name in needed)
