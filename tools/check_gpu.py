@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINES = {"decoder": "pretrain_language", "language": "pretrain_language"}
 PIPELINES |= {"vision_language": "pretrain_vision_language"}
+ROWS_AT_ONCE = "training.micro_batch_size=16"
+"""Of the vision-language setting, whose rows are short: the share of one of 16 GPUs, in one micro-batch."""
 ENCODERS_AT_1 = "deepspeed.encoders=deepspeed_configs/encoders_zero1.json"
 LENGTH, BATCH_SIZE, DOCUMENTS = 8192, 4, 8
 HEADS = ((32, 64), (16, 128))
@@ -262,9 +264,9 @@ SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
     "decoder": (step_section("decoder"), 75),
     "peer": (peer, 60),
     "language": (step_section("language"), 90),
-    "vision_language": (step_section("vision_language"), 90),
+    "vision_language": (step_section("vision_language", ROWS_AT_ONCE), 90),
     "language_zero1": (step_section("language", ENCODERS_AT_1), 90),
-    "vision_language_zero1": (step_section("vision_language", ENCODERS_AT_1), 90),
+    "vision_language_zero1": (step_section("vision_language", ROWS_AT_ONCE, ENCODERS_AT_1), 90),
     "language_fp32_gradients": (step_section("language", "training.fp32_gradients=true"), 90),
     "loss": (loss, 30),
     "ranks": (ranks, 110),
