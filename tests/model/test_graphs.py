@@ -25,7 +25,8 @@ from metalm.kernels import IntervalMask, backend_counts, reset_backend_counts
 from metalm.model.cuda_recorder import CudaRecorder, Launch, Work
 from metalm.model.decoder_layer import Visibility
 from metalm.model.graph_inputs import decoder_inputs
-from metalm.model.graphs import LayerGraphs, why_not_graphs
+from metalm.model.graph_rules import why_not_graphs
+from metalm.model.graphs import LayerGraphs
 from metalm.objectives.semi_causal import SemiCausal
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines, build_engines
@@ -201,6 +202,7 @@ def test_work_that_cannot_be_recorded_runs_without_graphs(caplog: pytest.LogCapt
         ({"model": {"decoder": {"recompute": True}}}, 1, "recompute"),
         ({"model": {"decoder": {"recompute": "selective"}}}, 1, "recompute"),
         ({"training": {"cuda_graphs": False}}, 1, "training.cuda_graphs is false"),
+        ({"parallel": {"tensor": 2}}, 1, "tensor-parallel"),
     ],
 )
 def test_the_reason_is_named(changes: dict[str, Any], stage: int, reason: str | None, tmp_path: Path) -> None:
@@ -210,16 +212,10 @@ def test_the_reason_is_named(changes: dict[str, Any], stage: int, reason: str | 
             content[section][name] = content[section][name] | value if isinstance(value, dict) else value
     config = RunConfig.model_validate(content)
 
-    def asked(device: str, rows_size: int = 1) -> str | None:
-        class Place:
-            def __init__(self) -> None:
-                self.device, self.rows_size = torch.device(device), rows_size
-
-        return why_not_graphs(config, Place(), stage)  # type: ignore[arg-type]
-
-    assert (asked("cuda") is None) is (reason is None)
-    assert (reason or "") in (asked("cuda") or "")
-    assert asked("cpu") is not None and asked("cuda", rows_size=2) is not None
+    found = why_not_graphs(config, "cuda", stage)
+    assert (found is None) is (reason is None)
+    assert (reason or "") in (found or "")
+    assert why_not_graphs(config, "cpu", stage) is not None
 
 
 def packed(config: RunConfig, step: int, lengths: list[int]) -> list[SemiCausalBatch]:

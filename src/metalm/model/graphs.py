@@ -44,12 +44,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from metalm.config import EncoderConfig, RunConfig
 from metalm.kernels import backend_counts
 from metalm.kernels.attention import count_repeated
 from metalm.model.cuda_recorder import Launch, Work
 from metalm.model.graph_inputs import Arguments, LayerInputs
-from metalm.parallel.topology import Topology
 
 MAX_FORMS, MAX_ENCODER_FORMS = 2, 12
 """That are recorded; micro-batches of further ones run without graphs. Encoders' shares vary in length."""
@@ -72,42 +70,6 @@ class GraphRecorder(Recorder, Protocol):
     """A recorder whose work is rehearsed before."""
 
     def rehearsing(self) -> AbstractContextManager[None]: ...
-
-
-def why_not_graphs(config: RunConfig, topology: Topology, zero_stage: int) -> str | None:
-    """Why the decoder's layers cannot run from graphs in training, or None."""
-    if reason := _why_no_graphs(config, topology, zero_stage):
-        return reason
-    if config.model.decoder.recompute:
-        return "model.decoder.recompute computes layers again in the backward"
-    if topology.rows_size > 1:
-        return "layers of tensor-parallel and context-parallel ranks exchange what graphs do not hold here"
-    return None
-
-
-def why_no_encoder_graphs(
-    config: RunConfig, encoder: EncoderConfig, topology: Topology, zero_stage: int
-) -> str | None:
-    """Why an encoder's layers cannot run from graphs in training, or None."""
-    if reason := _why_no_graphs(config, topology, zero_stage):
-        return reason
-    if encoder.pretrained is not None:
-        return "its layers are transformers' own"
-    if encoder.recompute:
-        return "recompute computes layers again in the backward"
-    if encoder.relative_bias and encoder.trained_layers == "all":
-        return "all layers add to the gradient of its relative bias"
-    return None
-
-
-def _why_no_graphs(config: RunConfig, topology: Topology, zero_stage: int) -> str | None:
-    if not config.training.cuda_graphs:
-        return "training.cuda_graphs is false"
-    if topology.device.type != "cuda":
-        return f"there are none on {topology.device.type}"
-    if zero_stage == 3:
-        return "ZeRO 3 gathers each layer's weights anew"
-    return None
 
 
 class _Form(NamedTuple):

@@ -56,6 +56,8 @@ class AttentionRate:
     """Of 4 operations a pair and element of the head."""
     both_tflops: float
     """Forward and backward: of 14, for the kernels' backward makes 5 products."""
+    keys: float | None = None
+    """That a query sees on average, where it was measured; None: the rate holds for any number."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Link:
 FIGURES = {
     "products": "factor on the rates of matrix products",
     "attention": "factor on the rates of attention",
+    "attention, more keys": "keys by which a query costs more than it sees: tiles in part, starts and ends",
+    "attention, dropout": "factor on the time of attention that drops weights",
     "links inside nodes": "factor on the bandwidth inside nodes",
     "links between nodes": "factor on the bandwidth between nodes",
     "memory": "bytes per second of elementwise work",
@@ -79,8 +83,9 @@ FIGURES = {
     "update": "seconds of the optimizer per parameter of a rank's shard",
     "update in host memory": "the same where masters and moments lie there, with the way there and back",
     "gradients": "seconds per trained parameter of a rank to add or move its gradient once",
-    "host, decoder layer": "seconds of the host for a layer's forward and backward",
-    "host, encoder layer": "seconds of the host for a layer's forward and backward",
+    "host, decoder layer": "seconds of the host for a layer's forward and backward, kernel by kernel",
+    "host, encoder layer": "seconds of the host for a layer's forward and backward, kernel by kernel",
+    "host, layer from a graph": "seconds of the host for a layer whose two passes are CUDA graphs",
     "host, ZeRO 3 gather": "seconds of the host for a layer that is gathered once",
     "host, micro-step": "seconds of the host per micro-batch besides the layers",
     "host, step": "seconds of the host per step besides the micro-batches",
@@ -98,7 +103,10 @@ _SLOWER_WHEN_HIGH = {
         "gradients",
         "host, decoder layer",
         "host, encoder layer",
+        "host, layer from a graph",
         "host, ZeRO 3 gather",
+        "attention, more keys",
+        "attention, dropout",
     ),
     *("host, micro-step", "host, step", "host not hidden", "imbalance"),
 }
@@ -142,13 +150,25 @@ class Calibration:
         )
         return rate * 1e12 * self["products"]
 
-    def attention_rates(self, mask: str, head_size: int) -> tuple[float, float]:
-        """Operations per second of the forward pass, and of forward and backward together."""
+    def attention_rates(self, mask: str, head_size: int, keys: float) -> tuple[float, float]:
+        """Operations per second of the forward pass, and of forward and backward together.
+
+        Args:
+            mask: as in `AttentionRate`.
+            head_size: of the heads.
+            keys: that a query sees on average.
+        """
         of_mask = [rate for rate in self.attention if rate.mask == mask]
-        distance = _attention_distance(head_size)
-        forward = _between(of_mask, distance, lambda rate: rate.forward_tflops)
-        both = _between(of_mask, distance, lambda rate: rate.both_tflops)
-        return forward * 1e12 * self["attention"], both * 1e12 * self["attention"]
+        distance, more = _attention_distance(head_size), self["attention, more keys"]
+
+        def between(measured: Callable[[AttentionRate], float]) -> float:
+            def here(rate: AttentionRate) -> float:
+                alike = 1.0 if rate.keys is None else (1 + more / rate.keys) / (1 + more / keys)
+                return measured(rate) * alike
+
+            return _between(of_mask, distance, here) * 1e12 * self["attention"]
+
+        return between(lambda rate: rate.forward_tflops), between(lambda rate: rate.both_tflops)
 
     def link(self, ranks: int, *, spans_nodes: bool) -> Link:
         """What a group reaches: of the measured group that is nearest in size."""

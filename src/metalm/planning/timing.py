@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 from metalm.config import RunConfig
@@ -71,14 +72,15 @@ def build_setting(
     """
     data_ranks = world_size // config.parallel.rows_size
     size = config.training.micro_batch_size
-    on_cpu = device is DEVICES["cpu"]
+    stages = {name: engine.zero.stage for name, engine in engines.items()}
+    count = partial(micro_batch_work, config, stages=stages, on_cpu=device is DEVICES["cpu"])
     return Setting(
         config,
         device,
         config.training.global_batch_size // (data_ranks * size),
         data_ranks,
-        micro_batch_work(config, scaled(mean, size), size, on_cpu=on_cpu),
-        [(share, micro_batch_work(config, work, 1, on_cpu=on_cpu)) for share, work in rows],
+        count(scaled(mean, size), size),
+        [(share, count(work, 1)) for share, work in rows],
         engines,
         traffic,
     )
@@ -171,11 +173,12 @@ def _products(setting: Setting, part: Executed, calibration: Calibration) -> flo
 
 def _attention(setting: Setting, part: Executed, calibration: Calibration) -> float:
     slower, total = _slower(setting, calibration), 0.0
-    for mask, head_size, operations, forwards, backwards in part.attention:
-        forward, both = calibration.attention_rates(mask, head_size)
-        once = operations / forward
-        backward = max(operations * 14 / 4 / both - once, once)
-        total += slower * (forwards * once + backwards * backward)
+    for one in part.attention:
+        forward, both = calibration.attention_rates(one.mask, one.head_size, one.keys)
+        once = one.operations / forward
+        backward = max(one.operations * 14 / 4 / both - once, once)
+        dropping = calibration["attention, dropout"] if one.is_dropped else 1.0
+        total += slower * dropping * (one.forwards * once + one.backwards * backward)
     return total
 
 
@@ -196,10 +199,11 @@ def _send(part: Traffic, calibration: Calibration) -> float:
 def _host(setting: Setting, calibration: Calibration) -> float:
     """Seconds of the host per micro-batch."""
     total = calibration["host, micro-step"]
-    for engine, name in (("decoder", "host, decoder layer"), ("encoders", "host, encoder layer")):
-        total += setting.work.host_layers[engine] * calibration[name]
-        if engine in setting.engines and setting.engines[engine].zero.stage == 3:
-            total += setting.work.gathers[engine] * calibration["host, ZeRO 3 gather"]
+    for name, layers in setting.work.host_layers.items():
+        total += layers * calibration[name]
+    for name, engine in setting.engines.items():
+        if engine.zero.stage == 3:
+            total += setting.work.gathers[name] * calibration["host, ZeRO 3 gather"]
     return total
 
 

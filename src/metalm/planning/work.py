@@ -7,13 +7,15 @@ bytes read and written, operation by operation as PyTorch runs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from metalm.config import DecoderConfig, EncoderConfig, RunConfig
 from metalm.loss_chunks import chunk_positions
 from metalm.modalities import modality_of_encoder
 from metalm.model.flops import EncoderWork, Work, trains_output
+from metalm.model.graph_rules import why_no_encoder_graphs, why_not_graphs
 from metalm.planning.memory import element_size, share_elements
 
 SCORES_AGAIN = 3
@@ -23,6 +25,25 @@ _LOSS_PASSES = 6
 """Times that a chunk of logits is read or written besides its products."""
 _HOST_FORWARD_SHARE = 0.4
 """Of a layer's host time, forward and backward."""
+DECODER_LAYER, ENCODER_LAYER = "host, decoder layer", "host, encoder layer"
+GRAPH_LAYER = "host, layer from a graph"
+
+
+class Attention(NamedTuple):
+    """Of all layers of a part."""
+
+    mask: str
+    """As in `AttentionRate`."""
+    head_size: int
+    keys: float
+    """That a query sees, on average."""
+    is_dropped: bool
+    """Whether weights are dropped."""
+    operations: float
+    """Of one layer's forward pass."""
+    forwards: float
+    """How often that runs."""
+    backwards: float
 
 
 @dataclass
@@ -31,8 +52,7 @@ class Executed:
 
     products: dict[tuple[float, float, float], float] = field(default_factory=dict)
     """How often each shape [rows, inner] x [inner, columns] is multiplied."""
-    attention: list[tuple[str, int, float, float, float]] = field(default_factory=list)
-    """Mask, head size, operations of one forward pass, how often that runs, how often the backward."""
+    attention: list[Attention] = field(default_factory=list)
     num_bytes: float = 0.0
     """Of elementwise work."""
 
@@ -45,8 +65,8 @@ class Executed:
     def flops(self) -> float:
         """Operations of all."""
         total = sum(2 * m * k * n * times for (m, k, n), times in self.products.items())
-        for _, _, forward, forwards, backwards in self.attention:
-            total += forward * (forwards + backwards * (2 + SCORES_AGAIN / 2))
+        for one in self.attention:
+            total += one.operations * (one.forwards + one.backwards * (2 + SCORES_AGAIN / 2))
         return total
 
 
@@ -58,7 +78,7 @@ class MicroBatch:
     output: Executed
     encoders: dict[str, Executed]
     host_layers: dict[str, float]
-    """By engine: layers that the host goes through, a forward and backward each."""
+    """Layers that the host goes through, a forward and backward each, by the figure of their time."""
     gathers: dict[str, float]
     """By engine: layers times passes, each gathered under ZeRO 3."""
 
@@ -69,37 +89,46 @@ class MicroBatch:
         yield from self.encoders.items()
 
 
-def micro_batch_work(config: RunConfig, work: Work, rows: float, *, on_cpu: bool) -> MicroBatch:
+def micro_batch_work(
+    config: RunConfig, work: Work, rows: float, stages: Mapping[str, int], *, on_cpu: bool
+) -> MicroBatch:
     """What one rank does.
 
     Args:
         config: of the run.
         work: the mean content of the rows.
         rows: of the micro-batch.
-        on_cpu: decides how many logits are kept.
+        stages: of ZeRO, by engine.
+        on_cpu: decides how many logits are kept, and whether layers may run from CUDA graphs.
     """
     decoder = config.model.decoder
     encoders = {
         name: _encoder(config, name, work) for name in config.model.encoders if work.encoders[name].elements
     }
-    encoder_layers = gathered = 0.0
+    device_type = "cpu" if on_cpu else "cuda"
+    host_layers = dict.fromkeys((DECODER_LAYER, ENCODER_LAYER, GRAPH_LAYER), 0.0)
+    gathered = 0.0
     for one in config.model.encoders.values():
         trained = one.num_layers - (0 if one.adapter is not None else one.num_frozen_layers)
         passes = 1 if one.recompute and trained else 0
-        encoder_layers += one.num_layers * _HOST_FORWARD_SHARE
-        encoder_layers += trained * (1 - _HOST_FORWARD_SHARE + passes * _HOST_FORWARD_SHARE)
+        layers = one.num_layers * _HOST_FORWARD_SHARE
+        layers += trained * (1 - _HOST_FORWARD_SHARE + passes * _HOST_FORWARD_SHARE)
+        is_launched = why_no_encoder_graphs(config, one, device_type, stages["encoders"])
+        host_layers[ENCODER_LAYER if is_launched else GRAPH_LAYER] += layers
         gathered += one.num_layers + trained
     again = _HOST_FORWARD_SHARE if decoder.recompute is True else 0.0
+    is_launched = why_not_graphs(config, device_type, stages["decoder"])
+    host_layers[DECODER_LAYER if is_launched else GRAPH_LAYER] += decoder.num_layers * (1 + again)
     return MicroBatch(
-        decoder=_decoder(config, work, rows),
+        decoder=_decoder(config, work, rows, on_cpu=on_cpu),
         output=_output(config, rows, on_cpu=on_cpu),
         encoders=encoders,
-        host_layers={"decoder": decoder.num_layers * (1 + again), "encoders": encoder_layers},
+        host_layers=host_layers,
         gathers={"decoder": 2.0 * decoder.num_layers, "encoders": gathered},
     )
 
 
-def _decoder(config: RunConfig, work: Work, rows: float) -> Executed:
+def _decoder(config: RunConfig, work: Work, rows: float, *, on_cpu: bool) -> Executed:
     decoder, tensor, size = config.model.decoder, config.parallel.tensor, element_size(config)
     hidden, inner = decoder.hidden_size, decoder.feed_forward_size / tensor
     gates, width = 2 if decoder.is_gated else 1, decoder.attention_size / tensor
@@ -121,9 +150,14 @@ def _decoder(config: RunConfig, work: Work, rows: float) -> Executed:
         found.multiply(positions, inner_size, outer_size, forward)
         found.multiply(positions, outer_size, inner_size, backward)
         found.multiply(inner_size, positions, outer_size, decoder.num_layers - weightless)
-    mask = "causal" if work.pairs > work.positions * config.data.sequence_length / 4 else "packed"
+    is_long = work.pairs > work.positions * config.data.sequence_length / 4
+    # On GPUs rows with spans are for other kernels than those of causal documents alone.
+    mask = "causal" if is_long and (on_cpu or not config.model.encoders) else "packed"
+    keys, is_dropped = work.pairs / work.positions, decoder.dropout > 0
     operations = 4 * width / config.parallel.context * work.pairs
-    found.attention.append((mask, decoder.head_size, operations, forward, backward))
+    found.attention.append(
+        Attention(mask, decoder.head_size, keys, is_dropped, operations, forward, backward)
+    )
     split = tensor if config.parallel.sequence_parallel else 1
     ahead, back, cheap = _elementwise(
         decoder, hidden / split, width, key_values, inner, decoder.positions == "rope"
@@ -171,7 +205,11 @@ def _encoder(config: RunConfig, name: str, work: Work) -> Executed:
         found.multiply(elements, inner_size, outer_size, forward)
         found.multiply(elements, outer_size, inner_size, trained)
         found.multiply(inner_size, elements, outer_size, weights)
-    found.attention.append(("encoder", encoder.head_size, 4 * hidden * share.pairs, forward, trained))
+    keys, is_dropped = share.pairs / share.elements, encoder.dropout > 0
+    operations = 4 * hidden * share.pairs
+    found.attention.append(
+        Attention("encoder", encoder.head_size, keys, is_dropped, operations, forward, trained)
+    )
     ahead, back, _ = _elementwise(encoder, hidden, hidden, key_values, inner, encoder.positions == "rope")
     found.num_bytes = element_size(config) * elements * (ahead * forward + back * trained)
     if share.patches:

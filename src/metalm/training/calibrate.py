@@ -220,6 +220,11 @@ _CASES: dict[str, dict[str, Any]] = {
     "gathered encoder": {"layers": 2, "encoder_layers": 6, "stage": 3},
     "many weights": {"layers": 2, "width": _WIDE},
 }
+_GRAPH_CASES: dict[str, dict[str, Any]] = {
+    "few layers from graphs": {"layers": 2, "from_graphs": True},
+    "more layers from graphs": {"layers": 6, "from_graphs": True},
+}
+"""Where there are graphs."""
 
 
 def measure_steps(device: torch.device, clock: Clock, jsons: Path) -> Steps:
@@ -232,7 +237,7 @@ def measure_steps(device: torch.device, clock: Clock, jsons: Path) -> Steps:
     try:
         runs: dict[str, Callable[[], object]] = {}
         configs: dict[str, RunConfig] = {}
-        for name, case in _CASES.items():
+        for name, case in (_CASES | (_GRAPH_CASES if device.type == "cuda" else {})).items():
             for count in (1, Steps.COUNT):
                 configs[name] = config = _config(jsons, count, device, **case)
                 runs[f"{name}/{count}"] = _step(config, topology)
@@ -258,7 +263,11 @@ def solve_steps(steps: Steps, calibration: Calibration) -> Record:
     ) / trained
     update = (steps.per_step("many weights") - step) / trained - gradients
     floor = 1e-12
-    return {
+    of_graphs: Record = {}
+    if _GRAPH_CASES.keys() <= steps.configs.keys():
+        few, more = map(steps.per_micro_batch, _GRAPH_CASES)
+        of_graphs["host, layer from a graph"] = _about(max((more - few) / 4, floor), 0.3)
+    return of_graphs | {
         "host, decoder layer": _about(max(layers, floor), 0.15),
         "host, encoder layer": _about(max(encoder, floor), 0.15),
         "host, ZeRO 3 gather": _about(max(gathered / 12, floor), 0.2),
@@ -287,6 +296,7 @@ def _config(
     width: int = _TINY,
     encoder_layers: int = 0,
     stage: int = 1,
+    from_graphs: bool = False,
 ) -> RunConfig:
     readers = {"text": "text"} if encoder_layers else {}
     encoders = {
@@ -316,6 +326,7 @@ def _config(
                 "global_batch_size": micro_batches,
                 "micro_batch_size": 1,
                 "precision": "bf16" if device.type == "cuda" else "fp32",
+                "cuda_graphs": from_graphs,
                 "schedule": {"warmup_steps": 1},
             },
         }

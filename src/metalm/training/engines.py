@@ -21,7 +21,8 @@ from metalm.config.load import load_deepspeed_json
 from metalm.model.cuda_recorder import CudaRecorder
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import Encoder, EncoderBank, encoder_draw, load_pretrained_weights
-from metalm.model.graphs import MAX_ENCODER_FORMS, LayerGraphs, why_no_encoder_graphs, why_not_graphs
+from metalm.model.graph_rules import why_no_encoder_graphs, why_not_graphs
+from metalm.model.graphs import MAX_ENCODER_FORMS, LayerGraphs
 from metalm.model.initialization import initialize_parameters
 from metalm.parallel.agreement import together
 from metalm.parallel.mpu import Mpu, decoder_mpu, encoders_mpu
@@ -126,7 +127,7 @@ def _build_decoder(config: RunConfig, topology: Topology, given: Collection[str]
             device=topology.device,
         )
     engine = _build_engine(config, module, config.deepspeed.decoder, decoder_mpu(topology), topology)
-    if reason := why_not_graphs(config, topology, engine.zero_optimization_stage()):
+    if reason := why_not_graphs(config, topology.device.type, engine.zero_optimization_stage()):
         logger.info("the decoder's layers run without CUDA graphs: %s", reason)
     else:
         module.graphs = LayerGraphs(module.gpt.decoder.layers, CudaRecorder(topology.device))
@@ -153,9 +154,10 @@ def _build_encoders(config: RunConfig, topology: Topology, given: Collection[str
             device=topology.device,
         )
     engine = _build_engine(config, module, config.deepspeed.encoders, encoders_mpu(topology), topology)
+    stage = engine.zero_optimization_stage()
     for name, encoder in module.encoders.items():
         shape = config.model.encoders[name]
-        if reason := why_no_encoder_graphs(config, shape, topology, engine.zero_optimization_stage()):
+        if reason := why_no_encoder_graphs(config, shape, topology.device.type, stage):
             logger.info("the layers of encoder %s run without CUDA graphs: %s", name, reason)
         elif isinstance(encoder, Encoder):
             encoder.graphs = LayerGraphs(
