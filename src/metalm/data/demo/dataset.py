@@ -5,8 +5,9 @@ OUT/scenes/{train,heldout,unseen}.jsonl {"path": "images/train/00/000000.png", "
 OUT/scenes/images/...
 OUT/chats/{train,heldout}.jsonl         messages about the scenes, whose images they name
 OUT/chats/text.jsonl                    alpaca's records, about the captions alone
-OUT/pointing/{train,heldout}.jsonl      messages: where things stand in the scenes, what stands in a box, and
-                                        what there is
+OUT/pointing/{places,names}_{train,heldout}.jsonl
+                                        messages, a question each: where a thing stands in a scene; what
+                                        stands in a box, and whether something is there
 OUT/pointing/text.jsonl                 what is said there, in Pile format, to train a tokenizer on
 OUT/scenes/pointing_{train,heldout}.jsonl
                                         {"path": ..., "name": "red circle", "box": [0.1, 0.2, 0.5, 0.6]}
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from metalm.data.demo.library_text import standard_library_documents
-from metalm.data.demo.scenes import Cell, SceneObject, draw_scene, make_scene
+from metalm.data.demo.scenes import COLOURS, SHAPES, Cell, SceneObject, draw_scene, make_scene
 from metalm.modalities.boxes import box_text
 from metalm.progress import Phase
 
@@ -101,28 +102,26 @@ def write_instructions(folder: Path, num_records: int, *, seed: int) -> None:
 
 
 def write_pointing(out: Path, split: str, num_scenes: int, *, seed: int) -> None:
-    """Writes four chats about each scene, see `_pointing_turns`, and a record of where the first thing that
-    is asked for stands. What is there twice is not asked for."""
+    """Writes chats of one question each about every thing of the scenes, see `_asked_about`, and a record of
+    where one thing of each scene stands. What is there twice is not asked for."""
     (out / "pointing").mkdir(parents=True, exist_ok=True)
     with (
-        (out / "pointing" / f"{split}.jsonl").open("w", encoding="utf-8") as chats,
+        (out / "pointing" / f"places_{split}.jsonl").open("w", encoding="utf-8") as places,
+        (out / "pointing" / f"names_{split}.jsonl").open("w", encoding="utf-8") as names,
         (out / "scenes" / f"pointing_{split}.jsonl").open("w", encoding="utf-8") as records,
     ):
         for index in range(num_scenes):
             stream = random.Random(f"{seed}:pointing:{split}:{index}")
             objects = make_scene(seed, split, index).objects
             items = _alone_of_their_kind(objects)
-            if not items:
-                continue
             stream.shuffle(items)
-            path, first = _image_path(split, index).as_posix(), items[0]
-            records.write(json.dumps({"path": path, "name": _named(first), "box": first.box}) + "\n")
-            for turns in _pointing_turns(items, objects):
-                messages: list[dict[str, Any]] = []
-                for asked, answer in turns:
-                    _say(messages, asked, answer)
-                messages[0]["content"].insert(0, {"type": "image", "image": path})
-                chats.write(json.dumps({"messages": messages}) + "\n")
+            path = _image_path(split, index).as_posix()
+            for item in items[:1]:
+                records.write(json.dumps({"path": path, "name": _named(item), "box": item.box}) + "\n")
+            for item in items:
+                place, *others = _asked_about(item, objects, stream)
+                places.write(_chat(path, place))
+                names.writelines(_chat(path, other) for other in others)
 
 
 def write_pointing_text(folder: Path, num_scenes: int, *, seed: int) -> None:
@@ -130,35 +129,47 @@ def write_pointing_text(folder: Path, num_scenes: int, *, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "text.jsonl").open("w", encoding="utf-8") as lines:
         for index in range(num_scenes):
+            stream = random.Random(f"{seed}:pointing:text:{index}")
             objects = make_scene(seed, "train", index).objects
-            for turns in _pointing_turns(objects, objects):
-                for said in itertools.chain.from_iterable(turns):
-                    text = "".join(one if isinstance(one, str) else box_text(one) for one in said)
-                    lines.write(json.dumps({"text": text}) + "\n")
+            turns = [turn for item in objects for turn in _asked_about(item, objects, stream)]
+            for said in itertools.chain.from_iterable(turns):
+                text = "".join(one if isinstance(one, str) else box_text(one) for one in said)
+                lines.write(json.dumps({"text": text}) + "\n")
 
 
-def _pointing_turns(asked_for: Sequence[SceneObject], objects: Sequence[SceneObject]) -> list[list[Turn]]:
-    """Questions and answers of four chats: where things stand, what stands in boxes, what stands where, and
-    what there is. They are apart, as what was said before gives later answers away."""
-    listed: list[Said] = []
-    for item in objects:
-        listed += [item.box, f" {_named(item)}" + "\n" * (item is not objects[-1])]
+def _asked_about(item: SceneObject, objects: Sequence[SceneObject], stream: random.Random) -> list[Turn]:
+    """Where a thing stands, what stands there, whether it is there, and whether something alike is that is
+    not."""
+    name = _named(item)
     return [
-        [([f"where is the {_named(item)}?"], [item.box]) for item in asked_for],
-        [(["what is in ", item.box, "?"], [_named(item)]) for item in asked_for],
-        [(["what is here?"], listed)],
-        [(["name them"], [" and ".join(map(_named, objects))])],
+        ([f"where is the {name}?"], [item.box]),
+        (["what is in ", item.box, "?"], [name]),
+        ([f"is there a {name}?"], ["yes"]),
+        ([f"is there a {_absent(item, objects, stream)}?"], ["no"]),
     ]
 
 
-def _say(messages: list[dict[str, Any]], asked: Sequence[Said], answer: Sequence[Said]) -> None:
-    """Adds a question and its answer."""
-    for role, said in (("user", asked), ("assistant", answer)):
-        content = [
-            {"type": "text", "text": one} if isinstance(one, str) else {"type": "box", "box": one}
-            for one in said
-        ]
-        messages.append({"role": role, "content": content})
+def _absent(item: SceneObject, objects: Sequence[SceneObject], stream: random.Random) -> str:
+    """What is not in a scene, but has the colour or the shape of a thing that is, or both of two."""
+    alike = [(other.colour, shape) for other in objects for shape in SHAPES]
+    alike += [(colour, item.shape) for colour in COLOURS]
+    there = {(other.colour, other.shape) for other in objects}
+    colour, shape = stream.choice(sorted(set(alike) - there))
+    return f"{colour} {shape}"
+
+
+def _chat(image: str, turn: Turn) -> str:
+    """A line of a question about an image, and its answer."""
+    asked, answer = ([_part(one) for one in said] for said in turn)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": image}, *asked]},
+        {"role": "assistant", "content": answer},
+    ]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+def _part(said: Said) -> dict[str, Any]:
+    return {"type": "text", "text": said} if isinstance(said, str) else {"type": "box", "box": said}
 
 
 def _alone_of_their_kind(objects: Sequence[SceneObject]) -> list[SceneObject]:
