@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,6 @@ TOOLS = Path(__file__).parents[3] / "tools"
 
 def run(tool: str, *arguments: object) -> None:
     subprocess.run([sys.executable, str(TOOLS / tool), *map(str, arguments)], check=True, timeout=120)
-
-
-def pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(items[::2], items[1::2], strict=True)
 
 
 def test_written_scenes_are_the_drawn_ones(tmp_path: Path) -> None:
@@ -58,29 +53,32 @@ def test_demo_data_become_shards(tmp_path: Path) -> None:
     assert lengths == [len(caption.split()) for caption in captions]
 
 
-def test_chats_about_boxes_and_their_records_tell_what_is_drawn(tmp_path: Path) -> None:
+def test_questions_about_boxes_and_their_records_tell_what_is_drawn(tmp_path: Path) -> None:
     write_scenes(tmp_path / "scenes", "heldout", 20, seed=4, image_size=64)
     write_pointing(tmp_path, "heldout", 20, seed=4)
-    lines = (tmp_path / "pointing/heldout.jsonl").read_text().splitlines()
-    records = (tmp_path / "scenes/pointing_heldout.jsonl").read_text().splitlines()
-    assert len(lines) == 4 * len(records) > 60
-    for number, record in enumerate(map(json.loads, records)):
-        where, what, listed, named = (
-            [message["content"] for message in json.loads(line)["messages"]]
-            for line in lines[4 * number : 4 * number + 4]
-        )
-        (image, asked), (answer,) = where[:2]
-        assert asked["text"] == f"where is the {record['name']}?"
-        assert (image["image"], answer["box"]) == (record["path"], record["box"])
-        told = [(name["text"].strip(), box["box"]) for box, name in pairs(listed[1])]
-        assert (record["name"], record["box"]) in told
-        assert [(name["text"], place[-2]["box"]) for place, (name,) in pairs(what)] == [
-            (asked[-1]["text"].removeprefix("where is the ").removesuffix("?"), answer["box"])
-            for asked, (answer,) in pairs(where)
-        ]
-        assert [part["text"] for part in named[1]] == [" and ".join(name for name, _ in told)]
+    asked: dict[str, list[Any]] = {
+        kind: [json.loads(line)["messages"] for line in (tmp_path / f"pointing/{kind}_heldout.jsonl").open()]
+        for kind in ("places", "names")
+    }
+    assert len(asked["names"]) == 3 * len(asked["places"]) > 60
+    told: dict[str, dict[str, Any]] = {}
+    for number, (question, answer) in enumerate(asked["places"]):
+        image, where = question["content"]
+        (place,) = answer["content"]
+        name = where["text"].removeprefix("where is the ").removesuffix("?")
+        told.setdefault(image["image"], {})[name] = place["box"]
+        what, is_there, is_absent = asked["names"][3 * number : 3 * number + 3]
+        assert what[0]["content"][2] == place
+        assert what[1]["content"] == [{"type": "text", "text": name}]
+        assert is_there[0]["content"][1]["text"] == f"is there a {name}?"
+        assert [answer["content"][0]["text"] for _, answer in (is_there, is_absent)] == ["yes", "no"]
+        assert {turn[0]["content"][0]["image"] for turn in (what, is_there, is_absent)} == {image["image"]}
+        colour, shape = is_absent[0]["content"][1]["text"].removeprefix("is there a ").rstrip("?").split()
+        assert f"{colour} {shape}" not in make_scene(4, "heldout", int(image["image"][-10:-4])).caption
         pixels = Image.open(tmp_path / "scenes" / image["image"])
-        for name, (left, top, right, bottom) in told:
-            middle = pixels.getpixel((int(32 * (left + right)), int(32 * (top + bottom))))
-            rgb = COLOURS[name.split()[0]]
-            assert max(abs(one - other) for one, other in zip(middle, rgb, strict=True)) < 30
+        left, top, right, bottom = place["box"]
+        middle = pixels.getpixel((int(32 * (left + right)), int(32 * (top + bottom))))
+        assert max(abs(one - other) for one, other in zip(middle, COLOURS[name.split()[0]], strict=True)) < 30
+    records = [json.loads(line) for line in (tmp_path / "scenes/pointing_heldout.jsonl").open()]
+    assert [record["path"] for record in records] == list(told)
+    assert all(told[record["path"]][record["name"]] == record["box"] for record in records)
