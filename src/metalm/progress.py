@@ -27,6 +27,8 @@ LONG_LOG_EVERY_S = 60.0
 """In a log, after the first minute."""
 TERMINAL_EVERY_S = 0.25
 
+_SLOW = 0.2
+"""Units a second below which they are counted by the minute."""
 _BAR_WIDTH = 20
 _SPINNER = "|/-\\"
 _open: list[Phase] = []
@@ -132,10 +134,11 @@ class Phase:
             return f"metalm: {self.what}: {self._amount()}{elapsed_s:.0f} s so far"
         rate = self._done / max(elapsed_s, 1e-9)
         left = _duration((self._total - self._done) / rate) if rate else "unknown"
+        rate /= self._scale
+        speed = f"{60 * rate:,.1f} {self._unit}/min" if rate < _SLOW else f"{rate:,.1f} {self._unit}/s"
         return (
-            f"metalm: {self.what}: {self._done / self._scale:,.1f} of {self._total / self._scale:,.1f} "
-            f"{self._unit} ({self._done / self._total:.0%}), {rate / self._scale:,.1f} {self._unit}/s, "
-            f"{left} left"
+            f"metalm: {self.what}: {self._shown(self._done)} of {self._shown(self._total)} {self._unit} "
+            f"({self._done / self._total:.0%}), {speed}, {left} left"
         )
 
     def _bar(self, elapsed_s: float) -> str:
@@ -145,7 +148,11 @@ class Phase:
         return f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._line(elapsed_s)}"
 
     def _amount(self) -> str:
-        return f"{self._done / self._scale:,.1f} {self._unit}, " if self._done else ""
+        return f"{self._shown(self._done)} {self._unit}, " if self._done else ""
+
+    def _shown(self, work: float) -> str:
+        """In units, of which parts are told where one is made of more than one piece of work."""
+        return f"{work / self._scale:,.{0 if self._scale == 1 else 1}f}"
 
 
 def _speaks() -> bool:
