@@ -39,12 +39,36 @@ def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
         return file.read()
 
 
-def replace_file(path: Path, content: str) -> None:
-    """Write a text file, and its folder where there is none; readers find the old content or the new one."""
+def replace_file(path: Path, content: str, *, forced: bool = False) -> None:
+    """Write a text file, and its folder where there is none; readers find the old content or the new one.
+
+    Args:
+        forced: to disk, so that a crash of the machine leaves one of them, too.
+
+    Raises:
+        OSError: it could not be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(content)
+    if forced:
+        force(partial)
     partial.replace(path)
+    if forced:
+        force(path.parent)
+
+
+def force(path: Path) -> None:
+    """Have what was written to a file or folder reach the disk.
+
+    Raises:
+        OSError: it could not be.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def path_exists(path: Path) -> bool:

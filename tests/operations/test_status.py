@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from metalm.checkpoint.best import Best, write_best
 from metalm.errors import ConfigError
 from metalm.operations.history import newest_metrics, read_attempts
 from metalm.operations.status import describe, describe_run
@@ -76,7 +77,13 @@ def test_a_running_run(run: Path) -> None:
     assert found["speed"] == "12,346 tokens/s, 0.50 s per step, data wait 2%"
     assert found["time left"] == "15 min 00 s"  # 900 steps at the second per step that the clock shows
     assert found["checkpoint"] == "step 80, 30 s old"
+    assert "best" not in found
     assert found["skipped"] == "3 samples, scenes undecodable 3; 1 steps"
+
+
+def test_the_best_checkpoint_is_named_with_its_figure(run: Path) -> None:
+    write_best(run / "checkpoints", Best("step_00000060", "held_out/text", 2.125))
+    assert described(run)["best"] == "step 60, held_out/text 2.1250"
 
 
 def test_a_run_without_a_sign_of_life(run: Path) -> None:

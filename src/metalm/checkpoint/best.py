@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from metalm.checkpoint.manifest import read_regular_file, replace_text
 from metalm.checkpoint.names import BEST_NAME, STEP_NAME, step_of
-from metalm.errors import CheckpointError
+from metalm.regular_files import read_regular, replace_file
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,15 @@ def write_best(checkpoints: Path, best: Best) -> None:
     Raises:
         OSError: it could not be written.
     """
-    replace_text(checkpoints / BEST_NAME, f"{best.folder}\n{best.figure}\n{best.value!r}\n")
+    content = f"{best.folder}\n{best.figure}\n{best.value!r}\n"
+    replace_file(checkpoints / BEST_NAME, content, forced=True)
 
 
 def read_best(checkpoints: Path) -> Best | None:
     """What is named the best of a folder of checkpoints; None if nothing is, or the file is damaged."""
     try:
-        folder, figure, value = read_regular_file(checkpoints / BEST_NAME).decode().splitlines()
+        folder, figure, value = read_regular(checkpoints / BEST_NAME).decode().splitlines()
         best = Best(folder, figure, float(value))
-    except (CheckpointError, ValueError):
+    except (OSError, ValueError):
         return None
     return best if STEP_NAME.fullmatch(folder) and math.isfinite(best.value) else None

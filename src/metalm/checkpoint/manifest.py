@@ -22,7 +22,7 @@ from metalm.checkpoint.names import PARTIAL_SUFFIX
 from metalm.checkpoint.state import first_mistake
 from metalm.errors import CheckpointError
 from metalm.progress import Phase
-from metalm.regular_files import read_regular
+from metalm.regular_files import force, read_regular, replace_file
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
@@ -63,8 +63,8 @@ def write_manifest(folder: Path, files: dict[str, FileRecord]) -> None:
     path.write_text(
         json.dumps({"version": 1, "files": {name: asdict(record) for name, record in files.items()}})
     )
-    _sync(path)
-    _sync(folder)
+    force(path)
+    force(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
@@ -144,22 +144,9 @@ def publish(partial: Path) -> Path:
         remove(replaced)
         folder.replace(replaced)
     partial.replace(folder)
-    _sync(folder.parent)
-    replace_text(folder.parent / LATEST_NAME, folder.name + "\n")
+    force(folder.parent)
+    replace_file(folder.parent / LATEST_NAME, folder.name + "\n", forced=True)
     return folder
-
-
-def replace_text(path: Path, content: str) -> None:
-    """Replace a small file at once, and force it to disk.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial.write_text(content)
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -172,11 +159,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from metalm.checkpoint.names import list_checkpoints
+from metalm.checkpoint.best import read_best
+from metalm.checkpoint.names import list_checkpoints, step_of
 from metalm.errors import ConfigError
 from metalm.operations.history import ATTEMPTS_NAME, Attempt, newest_metrics, read_attempts
 from metalm.operations.run_state import Pace, RunState, pace_of, span, state_of
@@ -51,7 +52,7 @@ class Run:
     @property
     def saved_step(self) -> int | None:
         """Of the newest checkpoint."""
-        return _step_of(self.checkpoint)
+        return None if self.checkpoint is None else step_of(self.checkpoint)
 
 
 def status(folder: Path, watch_s: float | None = None) -> int:
@@ -105,7 +106,8 @@ def read_run(folder: Path, now: float) -> Run:
     attempts, lines = read_attempts(folder), newest_metrics(folder)
     total, pace = _total_steps(folder / CONFIG_NAME), pace_of(lines, attempts)
     checkpoint = next(reversed(list_checkpoints(folder / "checkpoints")), None)
-    state = state_of(folder, attempts, pace, total, _step_of(checkpoint), now)
+    saved = None if checkpoint is None else step_of(checkpoint)
+    state = state_of(folder, attempts, pace, total, saved, now)
     return Run(folder, attempts, total, lines, checkpoint, pace, state)
 
 
@@ -136,6 +138,8 @@ def fields_of(run_folder: Path, now: float) -> dict[str, str]:
     if run.checkpoint is not None:
         age = span(now - run.checkpoint.stat().st_mtime)
         shown["checkpoint"] = f"step {run.saved_step:,}, {age} old"
+    if best := read_best(run_folder / "checkpoints"):
+        shown["best"] = f"step {best.step:,}, {best.figure} {best.value:.4f}"
     counted = next((int(line["run/restarts"]) for line in run.lines if "run/restarts" in line), 0)
     shown["restarts"] = _restarts(run.attempts, counted)
     if run.trained:
@@ -170,10 +174,6 @@ def _coloured(state: str, coloured: bool) -> str:
     word = state.split()[0].rstrip(",:;")
     colour = _COLOURS.get(word)
     return f"\033[{colour}m{word}\033[0m{state[len(word) :]}" if coloured and colour else state
-
-
-def _step_of(checkpoint: Path | None) -> int | None:
-    return None if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
 
 
 def _total_steps(config_path: Path) -> int | None:
