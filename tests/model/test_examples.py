@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from metalm.config.model_schema import EncoderConfig
 from metalm.config.schema import RunConfig
+from metalm.conversion.export_answerer import ExportAnswerer
+from metalm.conversion.hf_config import processor_config
 from metalm.data.collate import collate
 from metalm.data.corpus import Corpus
 from metalm.data.documents.example import Example, ExamplePart
@@ -91,3 +94,32 @@ def test_packed_examples_have_the_losses_of_each_alone(model: Model, jpeg: Calla
     packed = model.run(documents)[2]
     assert (packed > 0).sum() == (alone > 0).sum() == 2 * 3 + 2
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sources", "usual"),
+    [
+        ({"pairs": {"image": "vision"}}, {"image": "vision", "text": "text"}),
+        ({"pairs": {"image": "vision", "text": "vision"}}, {"image": "vision", "text": "vision"}),
+        ({"chats": {"image": "vision"}}, {"image": "vision"}),
+        ({"chats": {}}, {"image": "vision"}),
+        ({"chats": {"text": "text"}}, {"image": "vision", "text": "text"}),
+    ],
+)
+def test_who_usually_reads_what_follows_training(
+    sources: dict[str, dict[str, str]], usual: dict[str, str], make_config: Callable[..., RunConfig]
+) -> None:
+    """The decoder itself reads the texts of examples where their source names nobody for them. An export
+    of such a run does the same."""
+    found = {
+        name: {"path": "unused", "readers": readers, **({"overflow": "split"} if name == "chats" else {})}
+        for name, readers in sources.items()
+    }
+    config = make_config(found)
+    assert Corpus(config).usual_readers() == usual
+    if config.data.example_source is None:
+        return
+    export = object.__new__(ExportAnswerer)
+    export.processor = SimpleNamespace(**processor_config(config))
+    export._encoders = config.model.encoders
+    assert export._usual_readers() == usual

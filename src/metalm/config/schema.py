@@ -142,6 +142,11 @@ class DataConfig(Section):
     evaluation: dict[Name, SourceConfig] = Field(default_factory=dict)
     """Held-out sources; weights are ignored."""
 
+    @property
+    def example_source(self) -> SourceConfig | None:
+        """The first source of examples, such as chats and tasks: it says who reads what is asked."""
+        return next((one for one in self.sources.values() if one.overflow is not None), None)
+
 
 class LearningRatesConfig(Section):
     """Peaks of components that do not have the common learning rate; all follow one schedule."""

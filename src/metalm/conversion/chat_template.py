@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from metalm.config import RunConfig
 from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
-from metalm.config.schema import SourceConfig
 from metalm.data.documents.chats import ANSWERING_ROLES, BLANKS
 from metalm.modalities.boxes import GRID
 
@@ -94,14 +93,9 @@ class ChatReaders(NamedTuple):
     """Modalities whose encoder reads the text behind an image or a clip together with it."""
 
 
-def chat_source(config: RunConfig) -> SourceConfig | None:
-    """The first of the run's sources of examples."""
-    return next((one for one in config.data.sources.values() if one.overflow is not None), None)
-
-
 def chat_readers(config: RunConfig) -> ChatReaders:
     """Who reads what in chats with the model of a run."""
-    encoders, source = config.model.encoders, chat_source(config)
+    encoders, source = config.model.encoders, config.data.example_source
     if source is not None:
         readers = {modality: name for modality, name in source.readers.items() if name in encoders}
         text = readers.pop(TEXT, None)

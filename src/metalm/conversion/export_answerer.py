@@ -228,7 +228,8 @@ class ExportAnswerer:
             if found := [name for name in (usual[modality], *fitting) if name in fitting]:
                 readers[modality] = found[0]
         reading = [name for name, one in self._encoders.items() if one.max_text_positions]
-        if reading:
+        was_trained_on_examples = self.processor.overflow is not None
+        if reading and not (was_trained_on_examples and self.processor.text_encoder is None):
             readers[TEXT] = min(reading, key=lambda name: self._encoders[name].media is not None)
         return readers
 

@@ -14,7 +14,7 @@ import transformers
 from metalm.config import DecoderConfig, EncoderConfig, PretrainedConfig, RunConfig
 from metalm.config.model_schema import AudioConfig, ImageConfig
 from metalm.config.pretrained_folder import positions_before_text
-from metalm.conversion.chat_template import chat_readers, chat_source, chat_template
+from metalm.conversion.chat_template import chat_readers, chat_template
 from metalm.data.documents.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import ConfigError
@@ -51,7 +51,7 @@ def write_configs(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype, f
     _write(folder / "processor_config.json", processor)
     write_image_processor(folder, processor["image_size"])
     write_own_tokenizers(config, tokenizer, folder)
-    if config.model.encoders or chat_source(config) is not None:
+    if config.model.encoders or config.data.example_source is not None:
         (folder / CHAT_TEMPLATE_NAME).write_text(chat_template(config))
 
 
@@ -118,7 +118,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
     """The content of processor_config.json."""
     encoders = config.model.encoders
     settings = {name: modality_of_encoder(one).exported_settings(one) for name, one in encoders.items()}
-    chats = chat_source(config)
+    chats = config.data.example_source
     sizes = {one["image_size"] for one in settings.values() if "image_size" in one}
     if len(sizes) > 1:
         raise ConfigError(f"encoders of images of different sizes ({sorted(sizes)}) cannot be exported")

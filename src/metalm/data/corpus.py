@@ -108,7 +108,7 @@ class Corpus:
         """Who reads each modality of an example, where nothing else is said.
 
         The encoder that the run's sources name for it, else the first that fits; of those that read text, one
-        of text alone comes first.
+        of text alone comes first. After training on examples whose texts the decoder read, it reads them.
         """
         encoders = self.config.model.encoders
         fitting = {
@@ -122,6 +122,9 @@ class Corpus:
             named = [source.readers.get(modality) for source in self.config.data.sources.values()]
             if found := [name for name in (*named, *names) if name in names]:
                 readers[modality] = found[0]
+        examples = self.config.data.example_source
+        if examples is not None and TEXT not in examples.readers:
+            readers.pop(TEXT, None)
         return readers
 
     def example_maker(self, readers: Mapping[str, str], *, overflow: Overflow) -> ExampleMaker:
