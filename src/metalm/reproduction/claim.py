@@ -31,6 +31,8 @@ class Comparison:
     about: str
     better: Series
     worse: Series
+    paper: str = ""
+    """The paper's own figures, where they are not those of the whole claim."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def verdict_table(results: Sequence[ClaimResults]) -> Table:
             rows.append(
                 (
                     f"{one.claim.letter}: {comparison.about}",
-                    paper,
+                    comparison.paper or paper,
                     _score(one, comparison.better),
                     _score(one, comparison.worse),
                     judged.get(comparison, "not done"),

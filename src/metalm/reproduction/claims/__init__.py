@@ -11,6 +11,7 @@ from metalm.reproduction.claims.captions import captions
 from metalm.reproduction.claims.frozen_decoder import frozen_decoder
 from metalm.reproduction.claims.in_context import in_context
 from metalm.reproduction.claims.instruction_tuning import instruction_tuning
+from metalm.reproduction.claims.multitask import multitask
 from metalm.reproduction.claims.pair_comparison import pair_comparison
 from metalm.reproduction.claims.questions_about_images import questions_about_images
 from metalm.reproduction.claims.questions_about_photographs import questions_about_photographs
@@ -24,4 +25,5 @@ CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {
     "f": questions_about_images,
     "g": added_encoder,
     "h": questions_about_photographs,
+    "i": multitask,
 }
