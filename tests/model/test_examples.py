@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +10,12 @@ import torch
 
 from metalm.config.model_schema import EncoderConfig
 from metalm.config.schema import RunConfig
-from metalm.conversion.export_answerer import ExportAnswerer
 from metalm.conversion.hf_config import processor_config
 from metalm.data.collate import collate
 from metalm.data.corpus import Corpus
 from metalm.data.documents.example import Example, ExamplePart
 from metalm.data.row import lay_out
+from metalm.data.usual_readers import usual_readers
 from metalm.document import Document
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.encoder import EncoderBank, encoder_draw
@@ -110,16 +109,11 @@ def test_who_usually_reads_what_follows_training(
     sources: dict[str, dict[str, str]], usual: dict[str, str], make_config: Callable[..., RunConfig]
 ) -> None:
     """The decoder itself reads the texts of examples where their source names nobody for them. An export
-    of such a run does the same."""
+    is asked as its run."""
     found = {
         name: {"path": "unused", "readers": readers, **({"overflow": "split"} if name == "chats" else {})}
         for name, readers in sources.items()
     }
     config = make_config(found)
-    assert Corpus(config).usual_readers() == usual
-    if config.data.example_source is None:
-        return
-    export = object.__new__(ExportAnswerer)
-    export.processor = SimpleNamespace(**processor_config(config))
-    export._encoders = config.model.encoders
-    assert export._usual_readers() == usual
+    assert usual_readers(config) == usual
+    assert processor_config(config)["readers"] == usual

@@ -12,7 +12,6 @@ import tokenizers
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from metalm.config.model_schema import TEXT
 from metalm.config.schema import Overflow
 from metalm.conversion.generate import FolderModel
 from metalm.conversion.hf_config import exported_encoder
@@ -28,7 +27,7 @@ from metalm.document import Document, ReadPart
 from metalm.errors import BadSample
 from metalm.evaluation.answering import Likelihood, check_readers
 from metalm.evaluation.task_scores import evaluate_tasks
-from metalm.modalities import MEDIA, Media, modality_of_encoder
+from metalm.modalities import Media, modality_of_encoder
 from metalm.parallel.launch import Launch
 from metalm.tasks.task_file import Decode, TaskFile
 from metalm.tasks.ways import TaskSettings
@@ -111,7 +110,7 @@ class ExportAnswerer:
             sequence_length: positions that a document may have; None: as many as the model has.
         """
         if readers is None:
-            readers = self._usual_readers()
+            readers = self.processor.readers or {}
         check_readers(readers, self._encoders)
         media_readers = {}
         for name, encoder in self._encoders.items():
@@ -218,20 +217,6 @@ class ExportAnswerer:
     def _inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         inputs = model_inputs(rows, self._model.config, self._encoders)
         return {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
-
-    def _usual_readers(self) -> dict[str, str]:
-        """As `Corpus.usual_readers`, of which the export keeps the encoders of images and clips."""
-        usual = {"image": self.processor.image_encoder, "audio": self.processor.audio_encoder}
-        readers = {}
-        for modality in MEDIA:
-            fitting = [name for name, one in self._encoders.items() if one.section(modality) is not None]
-            if found := [name for name in (usual[modality], *fitting) if name in fitting]:
-                readers[modality] = found[0]
-        reading = [name for name, one in self._encoders.items() if one.max_text_positions]
-        was_trained_on_examples = self.processor.overflow is not None
-        if reading and not (was_trained_on_examples and self.processor.text_encoder is None):
-            readers[TEXT] = min(reading, key=lambda name: self._encoders[name].media is not None)
-        return readers
 
     @functools.cache  # noqa: B019 - as long-lived as the model
     def _retokenizer(self, name: str) -> SpanRetokenizer | None:

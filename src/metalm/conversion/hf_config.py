@@ -17,6 +17,7 @@ from metalm.config.pretrained_folder import positions_before_text
 from metalm.conversion.chat_template import chat_readers, chat_template
 from metalm.data.documents.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer
+from metalm.data.usual_readers import usual_readers
 from metalm.errors import ConfigError
 from metalm.modalities import modality_of_encoder
 
@@ -137,6 +138,7 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
         "image_encoder": media_encoder(config, "image"),
         "audio_encoder": media_encoder(config, "audio"),
         "text_encoder": text_encoder(config),
+        "readers": usual_readers(config),
         "image_size": next(iter(sizes), None),
         "overflow": None if chats is None else chats.overflow,
     }

@@ -17,7 +17,7 @@ from metalm.data.documents.retokenize import SpanRetokenizer, load_retokenizer
 from metalm.data.sources import Source, open_sources
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import ConfigError
-from metalm.modalities import MEDIA, Media, MediaReader, modality_of_encoder
+from metalm.modalities import Media, MediaReader, modality_of_encoder
 
 
 class Corpus:
@@ -103,29 +103,6 @@ class Corpus:
         """
         config = self.config
         return PairMaker(source, self._media_readers, config.model.encoders, config.data.sequence_length)
-
-    def usual_readers(self) -> dict[str, str]:
-        """Who reads each modality of an example, where nothing else is said.
-
-        The encoder that the run's sources name for it, else the first that fits; of those that read text, one
-        of text alone comes first. After training on examples whose texts the decoder read, it reads them.
-        """
-        encoders = self.config.model.encoders
-        fitting = {
-            modality: [name for name, encoder in encoders.items() if encoder.section(modality) is not None]
-            for modality in MEDIA
-        }
-        reads_text = [name for name, encoder in encoders.items() if encoder.max_text_positions]
-        fitting[TEXT] = sorted(reads_text, key=lambda name: encoders[name].media is not None)
-        readers = {}
-        for modality, names in fitting.items():
-            named = [source.readers.get(modality) for source in self.config.data.sources.values()]
-            if found := [name for name in (*named, *names) if name in names]:
-                readers[modality] = found[0]
-        examples = self.config.data.example_source
-        if examples is not None and TEXT not in examples.readers:
-            readers.pop(TEXT, None)
-        return readers
 
     def example_maker(self, readers: Mapping[str, str], *, overflow: Overflow) -> ExampleMaker:
         """What makes documents of examples.

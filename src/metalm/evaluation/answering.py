@@ -17,6 +17,7 @@ from metalm.data.collate import collate
 from metalm.data.corpus import Corpus
 from metalm.data.documents.examples import ExampleMaker
 from metalm.data.row import Row, lay_out
+from metalm.data.usual_readers import usual_readers
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample, ConfigError
 from metalm.evaluation.generation import EvaluatedModel, evaluating, generate_by_beams, generate_greedily
@@ -104,7 +105,7 @@ class EngineAnswerer:
     def maker(self, readers: Mapping[str, str] | None, overflow: Overflow) -> ExampleMaker:
         """See `Answerer`."""
         if readers is None:
-            readers = self._corpus.usual_readers()
+            readers = usual_readers(self._corpus.config)
         check_readers(readers, self._corpus.config.model.encoders)
         return self._corpus.example_maker(readers, overflow=overflow)
 

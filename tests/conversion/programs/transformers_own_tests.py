@@ -140,5 +140,5 @@ class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     @staticmethod
     def prepare_processor_dict() -> dict[str, Any]:
         processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
-        names = ("chat_template", "encoders", "image_encoder", "text_encoder", "image_size")
+        names = ("chat_template", "encoders", "image_encoder", "text_encoder", "image_size", "readers")
         return {name: getattr(processor, name) for name in names}

@@ -77,6 +77,7 @@ class MetaLMProcessor(ProcessorMixin):
         image_size: int | None = None,
         overflow: str | None = None,
         audio_encoder: str | None = None,
+        readers: dict[str, str] | None = None,
     ) -> None:
         """Made by `AutoProcessor.from_pretrained`.
 
@@ -90,12 +91,15 @@ class MetaLMProcessor(ProcessorMixin):
             overflow: what becomes of a text that is longer than its encoder reads, as in training: `split`
                 (spans one after another), `cut_left` or `cut_right`; None: it is refused.
             audio_encoder: reads clips whose span names none.
+            readers: the encoder of each modality of a task's questions, by name, as the run itself is asked;
+                what none reads is the decoder's.
         """
         super().__init__(tokenizer, chat_template=chat_template)
         self.encoders = dict(sorted((encoders or {}).items()))
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.audio_encoder = audio_encoder
+        self.readers = readers
         self.image_size = image_size
         self.overflow = overflow
         self.image_token = IMAGE_MARKER
