@@ -24,7 +24,12 @@ ARMS = {
     "question": ("f_question", "a decoder with as many layers that is not shown the image", "f_blind"),
 }
 """By name: pipeline, what it is, and its examples."""
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = {
+    "joint": (5e-4, 1e-3, 2e-3),
+    "patches": (5e-4, 1e-3, 2e-3, 4e-3),
+    "question": (5e-4, 1e-3, 2e-3, 4e-3),
+}
+"""Of each arm: such that its best is none of the ends, unless what is beyond makes no difference."""
 
 
 def questions_about_images(setting: Setting) -> Claim:
@@ -85,7 +90,7 @@ def _by_share(setting: Setting, name: str) -> dict[str, Arm]:
             _overrides(setting, f"{examples}_train_{share}", f"{examples}_validation", share),
             (_test(setting, name),),
             (f"shared/{examples}_train_{share}", f"shared/{examples}_validation"),
-            rates=RATES if is_searcher else (),
+            rates=RATES[name] if is_searcher else (),
             chosen_on=_test(setting, name, "validation") if is_searcher else None,
             rate_of=None if is_searcher else found[SEARCHED_AT],
             minutes={"1": 1.0, "10": 2.0, "100": 5.0}[share],
