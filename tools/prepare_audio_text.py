@@ -20,7 +20,8 @@ def main() -> None:
         "inputs",
         type=Path,
         nargs="+",
-        help="folder of tars, or of .wav, .flac, .ogg, .mp3, .m4a files and .txt; .csv, .tsv or .jsonl",
+        help="folder of tars, or of .wav, .flac, .ogg, .mp3, .m4a files and .txt; .csv, .tsv, .jsonl, "
+        ".parquet",
     )
     parser.add_argument(
         "--audio-folder", type=Path, help="paths are relative to it (default: the folder of the table)"

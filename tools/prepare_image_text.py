@@ -1,4 +1,4 @@
-"""Prepare images with captions: img2dataset folders, COCO captions or tables to shards with an index.
+"""Prepare images with captions: img2dataset folders, COCO captions, tables, parquet to shards with an index.
 
 If it is interrupted, start the same command again: it goes on where it was.
 
@@ -20,7 +20,8 @@ def main() -> None:
         "inputs",
         type=Path,
         nargs="+",
-        help="folder of tars or of images with .txt beside them; COCO captions .json; .csv, .tsv or .jsonl",
+        help="folder of tars or of images with .txt beside them; COCO captions .json; .csv, .tsv, .jsonl or "
+        ".parquet",
     )
     parser.add_argument(
         "--image-folder", type=Path, help="image paths are relative to it (default: the folder of the file)"

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
 import webdataset
 from PIL import Image
+from pyarrow import parquet
 
 from metalm.data.preparation.pair_shards import prepare_pairs
 from metalm.data.storage.index import open_index
@@ -112,8 +115,34 @@ def write_jsonl(folder: Path, images: Path) -> Path:
     return path
 
 
+def write_parquet(kind: str) -> Callable[[Path, Path], Path]:
+    """Images as bytes, as paths, or as the package `datasets` writes them."""
+
+    def write(folder: Path, images: Path) -> Path:
+        path, names = folder / "table.parquet", ["one.jpg", "two.png"]
+        captions = [["a red thing"], ["a blue thing", " it is\nblue ", " "]]
+        if kind == "datasets":
+            features = datasets.Features(
+                {"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}
+            )
+            files = [{"bytes": (images / name).read_bytes(), "path": None} for name in names]
+            datasets.Dataset.from_dict({"image": files, "captions": captions}, features).to_parquet(path)
+        else:
+            column = names if kind == "paths" else [(images / name).read_bytes() for name in names]
+            name = {"paths": "path", "bytes": "image"}[kind]
+            table = pyarrow.table({name: column, "captions": captions, "more": [1, 2]})
+            parquet.write_table(table, path, row_group_size=1)
+        return path
+
+    return write
+
+
 @pytest.mark.parametrize(
-    "write", [write_tars, write_files, write_coco, write_table(","), write_table("\t"), write_jsonl]
+    "write",
+    [
+        *(write_tars, write_files, write_coco, write_table(","), write_table("\t"), write_jsonl),
+        *map(write_parquet, ("bytes", "paths", "datasets")),
+    ],
 )
 def test_every_form_of_input_gives_the_same_pairs(
     write: Callable[[Path, Path], Path], images: Path, read_samples: ReadSamples, tmp_path: Path
@@ -168,6 +197,65 @@ def test_bad_images_are_skipped_and_counted(
         "missing_image": 1,
         "undecodable_image": 3,
     }
+
+
+def test_bad_rows_of_parquet_are_counted_with_their_places(images: Path, tmp_path: Path) -> None:
+    good = (images / "one.jpg").read_bytes()
+    rows: list[dict[str, Any]] = [
+        {"image": {"bytes": good, "path": "x.jpg"}, "caption": "x"},
+        {"image": {"bytes": None, "path": str(images / "two.png")}, "caption": "x"},
+        {"image": {"bytes": None, "path": "absent.png"}, "caption": "x"},
+        {"image": {"bytes": None, "path": None}, "caption": "x"},
+        {"image": None, "caption": "x"},
+        {"image": {"bytes": good[:-50], "path": None}, "caption": "x"},
+        {"image": {"bytes": good, "path": None}, "caption": None},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "table.parquet", row_group_size=3)
+    report = prepare_image_text([tmp_path / "table.parquet"], tmp_path / "out")
+    assert report["images"] == 2
+    assert report["dropped"] == {"missing_caption": 1, "missing_image": 3, "undecodable_image": 1}
+    found = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [(row["cause"], row["row_group"], row["row"]) for row in found] == [
+        ("missing_image", 0, 2),
+        ("missing_image", 1, 0),
+        ("missing_image", 1, 1),
+        ("undecodable_image", 1, 2),
+        ("missing_caption", 2, 0),
+    ]
+
+
+def test_parquet_is_split_by_row_groups_and_whatever_works_on_it_writes_the_same(
+    images: Path, read_samples: ReadSamples, tmp_path: Path
+) -> None:
+    rows = [{"image": (images / "one.jpg").read_bytes(), "caption": f"{number}"} for number in range(6)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "table.parquet", row_group_size=2)
+    size = 2 * len(rows[0]["image"])
+    for processes in (1, 2):
+        prepare_image_text(
+            [tmp_path / "table.parquet"], tmp_path / str(processes), shard_bytes=size, processes=processes
+        )
+    one, two = (read_samples(tmp_path / str(processes)) for processes in (1, 2))
+    assert one == two
+    assert [captions_of(sample) for sample in one.values()] == [[f"{number}"] for number in range(6)]
+    assert len({key.rpartition("-")[0] for key in one}) > 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"picture": [b"x"], "caption": ["x"]},
+            "no column path or image; it has picture, caption",
+        ),
+        ({"image": [b"x"], "words": ["x"]}, "no column captions or caption; it has image, words"),
+    ],
+)
+def test_columns_of_parquet_that_are_not_there_are_named(
+    columns: dict[str, list[Any]], message: str, tmp_path: Path
+) -> None:
+    parquet.write_table(pyarrow.table(columns), tmp_path / "table.parquet")
+    with pytest.raises(DataError, match=message):
+        prepare_image_text([tmp_path / "table.parquet"], tmp_path / "out")
 
 
 def test_dropped_pairs_are_named_by_file_and_line(images: Path, tmp_path: Path) -> None:

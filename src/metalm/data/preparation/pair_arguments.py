@@ -17,7 +17,11 @@ def add_pair_arguments(parser: argparse.ArgumentParser, modality: Media) -> None
     """Where pairs are listed, and into how many shards they go."""
     units = modality.unit
     modality.add_preparation_options(parser)
-    parser.add_argument("--path-column", default="path", help="of a table (default: path)")
+    parser.add_argument(
+        "--path-column",
+        default="path",
+        help="of a table; of parquet, with the files or their paths (default: path)",
+    )
     parser.add_argument("--caption-column", default="caption", help="of a table (default: caption)")
     parser.add_argument(
         f"--shard-{units}",

@@ -1,4 +1,4 @@
-"""Pairs to shards. The unit of work is some thousand files with captions, or one tar of the input."""
+"""Pairs to shards. The unit of work is some thousand files with captions, a tar, or row groups of parquet."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from metalm.data.preparation.pair_sources import (
     read_record,
     read_tar,
 )
+from metalm.data.preparation.parquet_pairs import ParquetPairs, parquet_tasks
+from metalm.data.preparation.parquet_rows import PARQUET_SUFFIX
 from metalm.data.preparation.shard_writer import ShardWriter
 from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
@@ -64,7 +66,7 @@ class TarredPairs:
             yield share, pair, {"file": str(self.tar)}
 
 
-PairTask = ListedPairs | TarredPairs
+PairTask = ListedPairs | TarredPairs | ParquetPairs
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,13 @@ def prepare_pairs(
     """Writes shards of pairs, their index and a report.
 
     Args:
-        inputs: see `pair_sources`.
+        inputs: see `pair_sources` and `parquet_pairs`.
         out: folder of the shards. If an earlier call was interrupted, the same call goes on.
         convert: checks a file, and makes its member of it.
         settings: those of `convert`; with others, an interrupted call does not go on.
         media_folder: what paths of COCO files and tables are relative to; default: their folder.
         path_column, caption_column: of tables.
-        pairs_per_unit: most files per shard, except that a tar of the input is kept together.
+        pairs_per_unit: most files per shard, except that tars and row groups of the input are kept together.
         shard_bytes: largest size of a shard.
         first_number: of the first input, in names of shards and keys of samples, as in `prepare_text`.
         processes: how many work at once; the output does not depend on it.
@@ -147,7 +149,9 @@ def prepare_pairs(
     columns = {"path_column": path_column, "caption_column": caption_column}
     tasks: list[PairTask] = []
     for number, source in enumerate(Phase.over("listing the inputs", inputs, "inputs"), start=first_number):
-        tasks += _tasks(number, source, modality, pairs_per_unit, media_folder=media_folder, **columns)
+        tasks += _tasks(
+            number, source, modality, pairs_per_unit, shard_bytes, media_folder=media_folder, **columns
+        )
     folder = PreparationFolder(out)
     plan = {
         "kind": modality.kind,
@@ -174,11 +178,15 @@ def prepare_pairs(
 
 
 def _tasks(
-    number: int, source: Path, modality: Media, pairs_per_unit: int, **listing: Any
+    number: int, source: Path, modality: Media, pairs_per_unit: int, shard_bytes: int, **listing: Any
 ) -> Iterator[PairTask]:
+    if source.suffix == PARQUET_SUFFIX and not source.is_dir():
+        yield from parquet_tasks(number, source, modality, run_bytes=shard_bytes, **listing)
+        return
     if not source.is_dir() and source.suffix not in (COCO_SUFFIX, *TABLE_SUFFIXES):
         raise DataError(
-            f"{source}: expected a folder, a COCO {COCO_SUFFIX}, or one of {', '.join(TABLE_SUFFIXES)}"
+            f"{source}: expected a folder, a COCO {COCO_SUFFIX}, or one of "
+            f"{', '.join((*TABLE_SUFFIXES, PARQUET_SUFFIX))}"
         )
     if source.is_dir():
         warn_of_compressed(source)
@@ -199,6 +207,9 @@ def _digest(tasks: Sequence[PairTask]) -> str:
     for task in tasks:
         if isinstance(task, TarredPairs):
             digest.update(f"{task.tar.name} {task.tar.stat().st_size}\n".encode())
+        elif isinstance(task, ParquetPairs):
+            read = (task.path.name, task.path.stat().st_size, task.groups)
+            digest.update(f"{read} {task.media_column} {task.caption_column}\n".encode())
         else:
             for record in task.records:
                 digest.update(f"{record.media}\0{record.captions}\n".encode())

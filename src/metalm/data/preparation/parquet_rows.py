@@ -122,13 +122,17 @@ class ParquetFile:
                 return
             yield batch
 
-    def rows(self, group: RowGroup) -> Iterator[dict[str, Any] | None]:
+    def rows(self, group: RowGroup, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any] | None]:
         """The rows of a group as plain values; None for one with a text that is not UTF-8.
+
+        Args:
+            group: of the file.
+            columns: as of `batches`.
 
         Raises:
             DataError: it is damaged.
         """
-        for batch in self.batches(group):
+        for batch in self.batches(group, columns):
             try:
                 found = batch.to_pylist()
             except UnicodeDecodeError:
