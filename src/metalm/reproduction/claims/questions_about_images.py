@@ -11,7 +11,7 @@ from metalm.reproduction.jobs import Job, shared_job, tool
 
 TRAINED_ON = {"1": 366, "10": 3657, "100": 36566}
 """Percent of the questions, and how many that is."""
-STEPS = {"cpu": {"1": 100, "10": 300, "100": 600}, "gpu": {"1": 200, "10": 800, "100": 3000}}
+STEPS = {"cpu": {"1": 100, "10": 300, "100": 3300}, "gpu": {"1": 200, "10": 800, "100": 3000}}
 QUESTIONS = {"cpu": 2000, "gpu": 9673}
 GPU = ("training.precision=bf16",)
 SHARE_OF_YES = 3611 / 9673
@@ -93,7 +93,7 @@ def _by_share(setting: Setting, name: str) -> dict[str, Arm]:
             rates=RATES[name] if is_searcher else (),
             chosen_on=_test(setting, name, "validation") if is_searcher else None,
             rate_of=None if is_searcher else found[SEARCHED_AT],
-            minutes={"1": 1.0, "10": 2.0, "100": 5.0}[share],
+            minutes={"1": 1.0, "10": 2.0, "100": 24.0}[share],
         )
     return found
 
