@@ -6,7 +6,7 @@ from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series
-from metalm.reproduction.claims.pair_comparison import GPU, RATES, pretraining
+from metalm.reproduction.claims.pair_comparison import RATES, finetuning, pretraining
 from metalm.reproduction.jobs import shared_job
 
 TRAINED_ON = ("bb_social_iqa", "bb_wikihow_goals", "bb_winowhy", "bb_cosmos_qa", "bb_timedial", "bb_multiemo")
@@ -32,12 +32,7 @@ def instruction_tuning(setting: Setting) -> Claim:
             about,
             pipeline,
             (
-                f"initialize.decoder={setting.shared(start)}",
-                f"data.tokenizer={setting.shared('a_tokenizer')}",
-                f"data.sources.tasks.path={setting.shared('c_train')}",
-                f"data.evaluation.tasks.path={setting.shared('c_validation')}",
-                f"training.steps={STEPS[setting.scale]}",
-                *(GPU if setting.scale == "gpu" else ()),
+                *finetuning(setting, start, "c", STEPS),
                 *more,
             ),
             (asked,),

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series
-from metalm.reproduction.claims.pair_comparison import AS_MANY_LAYERS, GPU, RATES, pretraining
+from metalm.reproduction.claims.pair_comparison import AS_MANY_LAYERS, RATES, finetuning, pretraining
 from metalm.reproduction.jobs import Job, shared_job, tool
 
 
@@ -71,13 +71,8 @@ def multitask(setting: Setting) -> Claim:
             about,
             pipeline,
             (
-                f"initialize.decoder={setting.shared(start)}",
-                f"data.tokenizer={setting.shared('a_tokenizer')}",
-                f"data.sources.tasks.path={setting.shared('i_train')}",
-                f"data.evaluation.tasks.path={setting.shared('i_validation')}",
-                f"training.steps={STEPS[setting.scale]}",
+                *finetuning(setting, start, "i", STEPS),
                 f"training.schedule.warmup_steps={STEPS[setting.scale] // 10}",
-                *(GPU if setting.scale == "gpu" else ()),
                 *more,
             ),
             asked,

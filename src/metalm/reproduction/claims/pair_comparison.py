@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
@@ -32,7 +32,7 @@ def pair_comparison(setting: Setting) -> Claim:
             name,
             about,
             pipeline,
-            (*_paths(setting, start, "a_train"), *more),
+            (*finetuning(setting, start, "a", STEPS), *more),
             (tested,),
             (f"shared/{start}", "shared/a_train", "shared/a_validation"),
             rates=RATES,
@@ -48,7 +48,7 @@ def pair_comparison(setting: Setting) -> Claim:
         "a_shuffled",
         "MetaLM, trained on shuffled answers",
         "a_metalm",
-        (*_paths(setting, "a_pretrained", "a_shuffled_train"), encoders),
+        (*finetuning(setting, "a_pretrained", "a", STEPS, train="a_shuffled_train"), encoders),
         (tested,),
         ("shared/a_pretrained", "shared/a_shuffled_train", "shared/a_validation"),
         rate_of=metalm,
@@ -85,13 +85,24 @@ def _worded(setting: Setting) -> Path:
     return setting.shared("a_tasks") / _task(setting).name
 
 
-def _paths(setting: Setting, start: str, train: str) -> tuple[str, ...]:
+def finetuning(
+    setting: Setting, start: str, claim: str, steps: Mapping[str, int], *, train: str | None = None
+) -> tuple[str, ...]:
+    """Overrides of a run that goes on from a pretrained model of this claim, which other claims share.
+
+    Args:
+        setting: of the reproduction.
+        start: the pretrained model.
+        claim: whose examples are trained on and evaluated.
+        steps: by scale.
+        train: other examples to train on.
+    """
     return (
         f"initialize.decoder={setting.shared(start)}",
         f"data.tokenizer={setting.shared('a_tokenizer')}",
-        f"data.sources.tasks.path={setting.shared(train)}",
-        f"data.evaluation.tasks.path={setting.shared('a_validation')}",
-        f"training.steps={STEPS[setting.scale]}",
+        f"data.sources.tasks.path={setting.shared(train or f'{claim}_train')}",
+        f"data.evaluation.tasks.path={setting.shared(f'{claim}_validation')}",
+        f"training.steps={steps[setting.scale]}",
         *(GPU if setting.scale == "gpu" else ()),
     )
 
