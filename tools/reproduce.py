@@ -22,7 +22,8 @@ from metalm.reproduction.report import ALL_NAME, write_report, written_into
 from metalm.reproduction.results import results_of
 from metalm.reproduction.slurm import write_arrays
 
-PICTURE = "tools/measured/reproduction.png"
+PICTURE = "tools/measured/reproduction_{scale}.png"
+"""The one of all claims, as a README names it."""
 
 
 def main() -> None:
@@ -30,7 +31,9 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CLAIMS), help="letters of claims (default: %(default)s)")
     parser.add_argument("--scale", choices=get_args(Scale), default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, help="at once; default: one for each core on CPU, one on a GPU")
+    parser.add_argument(
+        "--jobs", type=int, help="at once; default: one for each core on CPU, two for three cores on a GPU"
+    )
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
     parser.add_argument(
@@ -65,7 +68,7 @@ def main() -> None:
         return
     if options.slurm:
         words = ["--only", options.only, "--scale", options.scale, "--seeds", options.seeds]
-        print(write_arrays(jobs, options.out, [*words, "--data", options.data, "--out", options.out]))
+        print(write_arrays(jobs, setting, [*words, "--data", options.data, "--out", options.out]))
         return
     if not options.report and options.readme is None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -76,9 +79,9 @@ def main() -> None:
         _say(f"{one.claim.letter}: {one.claim.title}: {one.verdict}")
     if options.readme is not None:
         results = [one for one in results if one.measured]
-        picture = options.readme.parent / PICTURE
-        shutil.copy(options.out / ALL_NAME, picture)
-        content = written_into(options.readme.read_text(), results, setting, PICTURE)
+        picture = PICTURE.format(scale=options.scale)
+        shutil.copy(options.out / ALL_NAME, options.readme.parent / picture)
+        content = written_into(options.readme.read_text(), results, setting, picture)
         options.readme.write_text(content)
 
 

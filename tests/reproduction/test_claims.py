@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,17 @@ def test_data_that_are_not_there_are_named(setting: Setting) -> None:
 
 def test_arrays_run_the_jobs_of_a_stage_behind_the_one_before(setting: Setting) -> None:
     jobs = jobs_of([CLAIMS["b"](setting)], setting)
-    typed = write_arrays(jobs, setting.out, ["--only", "b"])
+    typed = write_arrays(jobs, setting, ["--only", "b"])
     stages = in_order(jobs)
     assert typed.count("sbatch") - typed.count(".sbatch") == len(stages)
     assert typed.count("--dependency=afterok") == len(stages) - 1
     script = (setting.out / "slurm/stage_0.sbatch").read_text()
     assert f"--array=0-{len(stages[0]) - 1}\n" in script
     assert all(job.name in script for job in stages[0])
+    assert "--gpus" not in script
+
+
+def test_arrays_ask_for_a_gpu_where_the_scale_is_its(setting: Setting) -> None:
+    at_gpu = replace(setting, scale="gpu")
+    write_arrays(jobs_of([CLAIMS["b"](at_gpu)], at_gpu), at_gpu, ["--only", "b", "--scale", "gpu"])
+    assert "#SBATCH --gpus=1\n#SBATCH --time=" in (setting.out / "slurm/stage_0.sbatch").read_text()

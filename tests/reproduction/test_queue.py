@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from metalm.errors import ConfigError, FaultError
-from metalm.reproduction.jobs import Job, Marks, in_order
+from metalm.reproduction.jobs import Job, Marks, by_longest_path, in_order
 from metalm.reproduction.queue import Queue, run_alone
 
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
@@ -42,6 +43,14 @@ def test_jobs_run_behind_what_they_need_and_once(tmp_path: Path) -> None:
     done = Marks(tmp_path).read(jobs[0])
     assert done is not None
     assert done.commands == [tuple(jobs[0].commands()[0])]
+
+
+def test_what_all_wait_for_in_the_end_begins_first(tmp_path: Path) -> None:
+    short, first, long = job("short", tmp_path), job("first", tmp_path), job("long", tmp_path, "first")
+    long = replace(long, minutes=9.0)
+    assert by_longest_path([short, first, long]) == [first, long, short]
+    run([short, first, long], tmp_path, num_parallel=1)
+    assert said(tmp_path) == "firstlongshort"
 
 
 def test_a_job_that_fails_stops_what_needs_it_and_no_more(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from metalm.errors import ConfigError
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import jobs_of
 from metalm.reproduction.jobs import Job, Marks
-from metalm.reproduction.report import BEGIN, END, write_report, written_into
+from metalm.reproduction.report import markers, write_report, written_into
 from metalm.reproduction.results import results_of
 from reproduction.made_up import GPT, METALM, SHUFFLED, claim, write_scores
 
@@ -95,15 +95,16 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_readme_gets_the_table_between_its_markers(setting: Setting) -> None:
+    begin, end = markers("cpu")
     found = [results_of(claim(), setting)]
-    once = written_into(f"before\n{BEGIN}\nold\n{END}\nafter\n", found, setting, "x.png")
-    assert once.startswith(f"before\n{BEGIN}\n| claim |")
-    assert once.endswith(f"{END}\nafter\n")
+    once = written_into(f"before\n{begin}\nold\n{end}\nafter\n", found, setting, "x.png")
+    assert once.startswith(f"before\n{begin}\n| claim |")
+    assert once.endswith(f"{end}\nafter\n")
     assert "![scores with their intervals](x.png)" in once
     assert "old" not in once
     assert written_into(once, found, setting, "x.png") == once
     with pytest.raises(ConfigError, match="expected the lines"):
-        written_into("no markers", found, setting, "x.png")
+        written_into("\n".join(markers("gpu")), found, setting, "x.png")
 
 
 def test_a_readme_says_by_which_commit_claims_were_done(
@@ -116,7 +117,7 @@ def test_a_readme_says_by_which_commit_claims_were_done(
         (setting.out / "jobs").mkdir(exist_ok=True)
         Marks(setting.out).write(one.shared[0], seconds=1.0)
     found = [results_of(one, setting) for one in claims]
-    told = written_into(f"{BEGIN}\n{END}\n", found, setting, "x.png")
+    told = written_into("\n".join((*markers("cpu"), "")), found, setting, "x.png")
     assert f"commit {'a' * 12} (x), {'b' * 12} (y)." in told
-    told = written_into(f"{BEGIN}\n{END}\n", found[:1], setting, "x.png")
+    told = written_into("\n".join((*markers("cpu"), "")), found[:1], setting, "x.png")
     assert f"commit {'a' * 12}." in told

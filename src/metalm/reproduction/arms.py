@@ -17,6 +17,13 @@ from metalm.reproduction.jobs import Command, Job, metalm, pipeline, tool
 
 Scale = Literal["cpu", "gpu"]
 SEARCH_SEED = 0
+ON_GPU = (
+    "training.precision=bf16",
+    "data.workers=1",
+    "checkpoint.every_steps=1000",
+    "monitor.evaluate_every_steps=200",
+)
+"""Of every run at that scale: a step takes less time there than its rows, and saving often more than both."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,11 @@ class Setting:
             name: of the pipeline, without `.yaml`.
         """
         own = (f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}")
-        return metalm("train", pipeline(name), *own, *overrides)
+        return metalm("train", pipeline(name), *own, *(ON_GPU if self.scale == "gpu" else ()), *overrides)
+
+    def steps_on_gpu(self, steps: int) -> tuple[str, ...]:
+        """Overrides for another number of steps than the pipeline's, which is that of the CPU."""
+        return (f"training.steps={steps}",) if self.scale == "gpu" else ()
 
     def examples(
         self,

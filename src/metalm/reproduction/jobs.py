@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from metalm.commit import git_commit
@@ -116,9 +117,24 @@ def in_order(jobs: Sequence[Job]) -> list[list[Job]]:
     return stages
 
 
+def by_longest_path(jobs: Sequence[Job]) -> list[Job]:
+    """First the jobs that take longest together with what comes behind them.
+
+    Args:
+        jobs: each behind all that it needs.
+    """
+    following: dict[str, float] = {}
+    for job in reversed(jobs):  # those that need a job stand behind it
+        path = job.minutes + following.get(job.name, 0.0)
+        for name in job.needs:
+            following[name] = max(following.get(name, 0.0), path)
+    return sorted(jobs, key=lambda job: -job.minutes - following.get(job.name, 0.0))
+
+
 def machine() -> str:
     """This machine, for people: no name of a host."""
-    return f"{platform.machine()}, {_processor()}, Python {platform.python_version()}"
+    gpu = (torch.cuda.get_device_name(),) if torch.cuda.is_available() else ()
+    return ", ".join((*gpu, platform.machine(), _processor(), f"Python {platform.python_version()}"))
 
 
 def tool(name: str, *words: object) -> Command:

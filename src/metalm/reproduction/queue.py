@@ -15,7 +15,7 @@ from subprocess import STDOUT, Popen
 
 from metalm.errors import ConfigError, FaultError
 from metalm.progress import Phase
-from metalm.reproduction.jobs import Job, Marks
+from metalm.reproduction.jobs import Job, Marks, by_longest_path
 
 _TAIL = 1500
 """Characters of a failed job's output that are shown."""
@@ -49,7 +49,7 @@ class Queue:
         self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
         done: set[str] = set()
         failed: dict[str, str] = {}
-        waiting = list(self._jobs)
+        waiting = by_longest_path(self._jobs)
         running: dict[Future[str | None], Job] = {}
         with (
             Phase("running jobs", len(self._jobs), "jobs") as phase,
@@ -140,5 +140,9 @@ def run_alone(jobs: Sequence[Job], name: str, out: Path, say: Callable[[str], No
 
 
 def usual_parallel(scale: str) -> int:
-    """Jobs at once: one on a GPU; on CPU, where models are small, one for each core, of four at most."""
-    return 1 if scale == "gpu" else min(4, os.cpu_count() or 1)
+    """Jobs at once: on CPU one for each core, of four at most.
+
+    One job is far from filling a GPU: there two for three cores, since each has a process for data, too.
+    """
+    cores = os.cpu_count() or 1
+    return max(1, 2 * cores // 3) if scale == "gpu" else min(4, cores)

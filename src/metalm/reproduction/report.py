@@ -9,17 +9,16 @@ from pathlib import Path
 
 from metalm.errors import ConfigError
 from metalm.progress import Phase
-from metalm.reproduction.arms import Setting
+from metalm.reproduction.arms import Scale, Setting
 from metalm.reproduction.claim import Series
 from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.intervals import Interval
-from metalm.reproduction.jobs import Job, Marks, machine
+from metalm.reproduction.jobs import Done, Job, Marks
 from metalm.reproduction.pictures import draw_all, draw_claim
 from metalm.reproduction.results import ClaimResults
 from metalm.reproduction.sections import Block, Picture, Section, Table, as_markdown, as_page, markdown_table
 
 TITLE = "The paper's claims in small"
-BEGIN, END = "<!-- reproduction: begin -->", "<!-- reproduction: end -->"
 RULE = (
     "The rule, written before the runs: a comparison is shown if the 95% intervals (t distribution) do "
     "not touch and lie as claimed, contradicted if they lie the other way round, and not shown else. A claim "
@@ -71,8 +70,13 @@ def verdict_table(results: Sequence[ClaimResults]) -> Table:
     return Table(("claim", "the paper's figures", "ours", "against", "verdict"), tuple(rows))
 
 
+def markers(scale: Scale) -> tuple[str, str]:
+    """The lines that a README's table of a scale stands between."""
+    return f"<!-- reproduction, {scale}: begin -->", f"<!-- reproduction, {scale}: end -->"
+
+
 def written_into(readme: str, results: Sequence[ClaimResults], setting: Setting, picture: str) -> str:
-    """A README whose part between the markers is the table of a run.
+    """A README whose part between the markers of a scale is the table of a run.
 
     Args:
         picture: where the picture of all claims is, as seen from the README.
@@ -80,23 +84,24 @@ def written_into(readme: str, results: Sequence[ClaimResults], setting: Setting,
     Raises:
         ConfigError: the markers are not there.
     """
-    before, found, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not found or not end:
+    begin, end = markers(setting.scale)
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
         raise ConfigError(
-            f"expected the lines {BEGIN} and {END} in the README: put them where the table goes"
+            f"expected the lines {begin} and {end} in the README: put them where the table goes"
         )
     lines = [
         "",
         *markdown_table(verdict_table(results)),
         "",
-        f"{setting.seeds} seeds at scale `{setting.scale}`; {machine()}; "
+        f"{setting.seeds} seeds at scale `{setting.scale}`; {_machines(results, setting)}; "
         f"commit {_commits(results, setting)}.",
         "",
         f"![scores with their intervals]({picture})",
         "",
     ]
-    return before + BEGIN + "\n".join(lines) + END + after
+    return before + begin + "\n".join(lines) + end + after
 
 
 def shown(scores: Interval) -> str:
@@ -190,12 +195,22 @@ def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
 
 def _commits(results: Sequence[ClaimResults], setting: Setting) -> str:
     """The commits that a report's jobs were done by, and of which claims, where they differ."""
-    marks = Marks(setting.out)
     claims_at: dict[str, list[str]] = {}
     for one in results:
-        found = {done.commit for job in one.claim.jobs(setting) if (done := marks.read(job)) is not None}
+        found = {done.commit for done in _done(one, setting)}
         for commit in sorted(commit[:12] if commit else "unknown" for commit in found):
             claims_at.setdefault(commit, []).append(one.claim.letter)
     if len(claims_at) > 1:
         return ", ".join(f"{commit} ({', '.join(letters)})" for commit, letters in claims_at.items())
     return next(iter(claims_at), "unknown")
+
+
+def _machines(results: Sequence[ClaimResults], setting: Setting) -> str:
+    return "; ".join(sorted({done.machine for one in results for done in _done(one, setting)}))
+
+
+def _done(results: ClaimResults, setting: Setting) -> Iterator[Done]:
+    marks = Marks(setting.out)
+    for job in results.claim.jobs(setting):
+        if (found := marks.read(job)) is not None:
+            yield found

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from metalm.project_files import project_root
+from metalm.reproduction.arms import Setting
 from metalm.reproduction.jobs import Job, in_order
 
 _ARRAY = """\
@@ -16,7 +16,7 @@ _ARRAY = """\
 #SBATCH --array=0-{last}
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task={cpus}
-#SBATCH --time={hours:02d}:00:00
+{gpu}#SBATCH --time={hours:02d}:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={folder}/%x-%A-%a.log
@@ -29,13 +29,13 @@ HOURS_MORE = 2
 """Than is expected of one core of a good CPU."""
 
 
-def write_arrays(jobs: Sequence[Job], out: Path, words: Sequence[object]) -> str:
+def write_arrays(jobs: Sequence[Job], setting: Setting, words: Sequence[object]) -> str:
     """Write `OUT/slurm/stage_N.sbatch`; what to type to submit them.
 
     Args:
         words: options of tools/reproduce.py that the jobs were made with.
     """
-    folder = (out / "slurm").absolute()
+    folder = (setting.out / "slurm").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     command = shlex.join([sys.executable, str(project_root() / "tools/reproduce.py"), *map(str, words)])
     lines, before = [], ""
@@ -46,6 +46,7 @@ def write_arrays(jobs: Sequence[Job], out: Path, words: Sequence[object]) -> str
             _ARRAY.format(
                 last=len(stage) - 1,
                 cpus=CPUS,
+                gpu="#SBATCH --gpus=1\n" if setting.scale == "gpu" else "",
                 hours=HOURS_MORE + int(minutes // 60),
                 folder=shlex.quote(str(folder)),
                 names=" ".join(shlex.quote(job.name) for job in stage),

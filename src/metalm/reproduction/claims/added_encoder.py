@@ -10,7 +10,7 @@ from metalm.reproduction.claims.questions_about_images import questions_about_im
 START = "b_metalm/seed_1"
 """The job whose model the encoder is added to."""
 EXAMPLES = ("f_train_10", "f_validation")
-GPU = ("training.precision=bf16", "training.steps=2000")
+STEPS_ON_GPU = 2000
 
 
 def added_encoder(setting: Setting) -> Claim:
@@ -36,7 +36,7 @@ def added_encoder(setting: Setting) -> Claim:
                 f"data.sources.tasks.path={setting.shared(EXAMPLES[0])}",
                 f"data.evaluation.tasks.path={setting.shared(EXAMPLES[1])}",
                 *more,
-                *(GPU if setting.scale == "gpu" else ()),
+                *setting.steps_on_gpu(STEPS_ON_GPU),
             ),
             (text, asked),
             needs,

@@ -13,8 +13,8 @@ from metalm.reproduction.jobs import Job, shared_job, tool
 DOMAINS = ("films", "products", "tweets", "news")
 OTHERS = DOMAINS[1:]
 QUESTIONS = {"cpu": 1000, "gpu": 2019}
-GPU = ("training.precision=bf16", "training.steps=600")
-"""Four epochs instead of one."""
+STEPS_ON_GPU = 600
+"""About four epochs, instead of one."""
 WITHOUT_ENCODER = ("model.encoders=null", "initialize.new=[]", "training.optimizer.learning_rates=null")
 TRAINED_AS_A_WHOLE = (
     "model.encoders.text.trained_layers=all",
@@ -152,7 +152,7 @@ def _paths(setting: Setting, pretrained: str, trained_on: str) -> tuple[str, ...
         f"data.tokenizer={setting.shared('text_tokenizer')}",
         f"data.sources.tasks.path={setting.shared(f'{trained_on}_train')}",
         f"data.evaluation.tasks.path={setting.shared(f'{held_out}_validation')}",
-        *(GPU if setting.scale == "gpu" else ()),
+        *setting.steps_on_gpu(STEPS_ON_GPU),
     )
 
 

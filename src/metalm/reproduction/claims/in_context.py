@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series
-from metalm.reproduction.claims.pair_comparison import GPU, pretraining
+from metalm.reproduction.claims.pair_comparison import pretraining
 
 TASKS = ("bb_social_iqa", "bb_wikihow_goals", "bb_winowhy", "bb_cosmos_qa")
 SHOTS = (0, 1, 4)
@@ -30,7 +30,7 @@ def in_context(setting: Setting) -> Claim:
             name,
             about,
             pipeline,
-            (*data, *(GPU if setting.scale == "gpu" else ())),
+            data,
             scorings,
             ("shared/a_shards",),
             rates=(RATE,),

@@ -13,7 +13,6 @@ TRAINED_ON = {"cpu": 10_000, "gpu": 20_000}
 STEPS = {"cpu": 300, "gpu": 3000}
 """Of eight rows of 512 positions: about one epoch, and five."""
 QUESTIONS = {"cpu": 2000, "gpu": 5000}
-GPU = ("training.precision=bf16",)
 AS_MANY_LAYERS = "model.decoder.num_layers=8"
 """Of GPT as MetaLM has in decoder and encoder together."""
 RATES = (3e-4, 1e-3)
@@ -103,7 +102,6 @@ def finetuning(
         f"data.sources.tasks.path={setting.shared(train or f'{claim}_train')}",
         f"data.evaluation.tasks.path={setting.shared(f'{claim}_validation')}",
         f"training.steps={steps[setting.scale]}",
-        *(GPU if setting.scale == "gpu" else ()),
     )
 
 

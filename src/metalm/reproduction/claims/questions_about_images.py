@@ -13,7 +13,6 @@ TRAINED_ON = {"1": 366, "10": 3657, "100": 36566}
 """Percent of the questions, and how many that is."""
 STEPS = {"cpu": {"1": 100, "10": 300, "100": 3300}, "gpu": {"1": 200, "10": 800, "100": 3000}}
 QUESTIONS = {"cpu": 2000, "gpu": 9673}
-GPU = ("training.precision=bf16",)
 SHARE_OF_YES = 3611 / 9673
 """The most frequent answer among the questions that are tested on."""
 SEARCHED_AT = "10"
@@ -117,7 +116,6 @@ def _overrides(setting: Setting, train: str, validation: str, share: str) -> tup
         f"data.evaluation.tasks.path={setting.shared(validation)}",
         f"training.steps={STEPS[setting.scale][share]}",
         f"training.schedule.warmup_steps={STEPS[setting.scale][share] // 10}",
-        *(GPU if setting.scale == "gpu" else ()),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series, jobs_for
-from metalm.reproduction.claims.questions_about_images import ARMS, GPU, SEARCHED_AT, questions_about_images
+from metalm.reproduction.claims.questions_about_images import ARMS, SEARCHED_AT, questions_about_images
 from metalm.reproduction.jobs import Job, shared_job, tool
 
 TASKS = {
@@ -45,7 +45,6 @@ def questions_about_photographs(setting: Setting) -> Claim:
                 f"data.evaluation.tasks.path={setting.shared(f'{examples}_validation')}",
                 f"training.steps={STEPS[setting.scale]}",
                 f"training.schedule.warmup_steps={STEPS[setting.scale] // 10}",
-                *(GPU if setting.scale == "gpu" else ()),
             ),
             tuple(asked),
             (f"shared/{train}", f"shared/{examples}_validation"),
