@@ -56,6 +56,7 @@ def test_torchrun_inside_a_slurm_job_wins() -> None:
 def test_one_process_is_alone(environment: dict[str, str]) -> None:
     launch = find_launch(environment)
     assert (launch.rank, launch.world_size, launch.launcher) == (0, 1, "alone")
+    assert launch.master_port == 0, "a port that was free a moment ago may be another run's by now"
 
 
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ class Launch:
     local_rank: int
     master_address: str
     master_port: int
+    """0: one that is free, which only a process alone may leave open."""
     launcher: str
 
     def environment(self) -> dict[str, str]:
@@ -62,9 +62,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
             port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 12000
             environment = {**environment, "MASTER_ADDR": first, "MASTER_PORT": str(port)}
         return _from(environment, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return Launch(0, 1, 0, "127.0.0.1", probe.getsockname()[1], "alone")
+    return Launch(0, 1, 0, "127.0.0.1", 0, "alone")  # port 0: torch listens on one that is free
 
 
 def first_host(node_list: str) -> str:
