@@ -104,7 +104,8 @@ class Tokenizer:
         first_pieces = np.cumsum(num_pieces) - num_pieces
         ends_paragraph = np.ones(len(lengths), dtype=bool)
         ends_paragraph[first_pieces + num_pieces - 1] = False
-        ids = np.insert(ids, np.cumsum(lengths)[ends_paragraph], self.paragraph_id)
+        if ends_paragraph.any():
+            ids = np.insert(ids, np.cumsum(lengths)[ends_paragraph], self.paragraph_id)
         text_ends = np.cumsum(np.add.reduceat(lengths, first_pieces) + num_pieces - 1)
         return [ids[start:end] for start, end in zip(chain([0], text_ends), text_ends, strict=False)]
 

@@ -29,6 +29,8 @@ class _Waiting(NamedTuple):
     place: Place
     location: SampleLocation
     made: Made
+    length: int
+    """Of the document, in positions."""
     num_media: int
 
     @property
@@ -92,7 +94,7 @@ class WholePacker:
             documents.append(document)
             self.counters.truncated_captions += waiting.made.truncated_captions
             self.counters.overflowed_tokens += waiting.made.overflowed_tokens
-            room -= len(document)
+            room -= waiting.length
             room_for_media -= waiting.num_media
         self.counters.samples += len(documents)
         row = lay_out(documents, self._source.tokenizer, self._source.source_id)
@@ -114,15 +116,17 @@ class WholePacker:
         fitting = [
             n
             for n, waiting in enumerate(self._waiting)
-            if len(waiting.document) <= room and waiting.num_media <= room_for_media
+            if waiting.length <= room and waiting.num_media <= room_for_media
         ]
         if not fitting:
             return None
-        return self._waiting.pop(max(fitting, key=lambda n: len(self._waiting[n].document)))
+        return self._waiting.pop(max(fitting, key=lambda n: self._waiting[n].length))
 
     def _look(self, location: SampleLocation) -> Any:
         return self._maker.look(self._source, location)
 
     def _wait(self, place: Place, location: SampleLocation, seen: Any) -> _Waiting:
         made = self._maker.finish(seen, self._draws.uniforms(place.ordinal, NUM_DRAWS).tolist())
-        return _Waiting(place, location, made, sum(part.is_media for part in made.document.parts))
+        document = made.document
+        num_media = sum(part.is_media for part in document.parts)
+        return _Waiting(place, location, made, len(document), num_media)
