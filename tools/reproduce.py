@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=get_args(Scale), default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm (default: %(default)s)")
     parser.add_argument(
-        "--jobs", type=int, help="at once; default: one for each core on CPU, two for three cores on a GPU"
+        "--jobs", type=int, help="at once; default: one for each core on CPU, three for four cores on a GPU"
     )
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
@@ -60,7 +60,8 @@ def main() -> None:
         marks = Marks(options.out)
         for job in jobs:
             print(f"{job.name:<36}{job.minutes:6.1f} min{'  done' if marks.read(job) else ''}")
-        print(f"{len(jobs)} jobs, {sum(job.minutes for job in jobs):.0f} minutes of one core")
+        total = sum(job.minutes for job in jobs)
+        print(f"{len(jobs)} jobs, {total:.0f} minutes of one core of a CPU at its scale")
         return
     check_data(claims, setting)
     if options.job is not None:

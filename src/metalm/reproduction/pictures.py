@@ -9,7 +9,13 @@ from typing import Any
 from metalm.errors import ConfigError
 from metalm.reproduction.results import ClaimResults
 
-_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d", "#72b7b2", "#b0b0b0")
+_COLOURS = (
+    *("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d"),
+    *("#72b7b2", "#b0b0b0", "#eeca3b", "#17324f", "#ff9da6", "#5a7d2a"),
+)
+"""Of arms, the same in all parts of a picture."""
+_ACROSS = 3
+"""Claims beside each other."""
 
 
 def draw_claim(results: ClaimResults, path: Path) -> None:
@@ -29,15 +35,20 @@ def draw_claim(results: ClaimResults, path: Path) -> None:
 
 
 def draw_all(results: Sequence[ClaimResults], path: Path) -> None:
-    """The scores of all claims, beside each other.
+    """The scores of all claims.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    figure = _figure(5.2 * len(results), 3.8)
-    for axes, one in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+    across = min(_ACROSS, len(results))
+    down = -(-len(results) // across)
+    figure = _figure(5.2 * across, 3.8 * down)
+    places = figure.subplots(down, across, squeeze=False).flat
+    for axes, one in zip(places, results, strict=False):
         _draw_scores(axes, one)
         axes.set_title(f"{one.claim.letter}: {one.claim.title} - {one.verdict}", fontsize=9)
+    for axes in places[len(results) :]:
+        axes.set_axis_off()
     figure.savefig(path, dpi=90)
 
 
@@ -49,8 +60,13 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _colours(results: ClaimResults) -> dict[str, str]:
+    return {arm.name: _COLOURS[n % len(_COLOURS)] for n, arm in enumerate(results.claim.arms)}
+
+
 def _draw_scores(axes: Any, results: ClaimResults) -> None:
     series = [one for one in results.claim.series() if one in results.measured]
+    colours = _colours(results)
     for place, one in enumerate(series):
         scores = results.measured[one].scores
         reach = 100 * scores.half_width if scores.count > 1 else 0.0
@@ -59,7 +75,7 @@ def _draw_scores(axes: Any, results: ClaimResults) -> None:
             [place],
             xerr=[reach],
             fmt="o",
-            color=_COLOURS[place % len(_COLOURS)],
+            color=colours[one.arm.name],
             capsize=3,
         )
     axes.set_yticks(range(len(series)), [one.key for one in series], fontsize=7)
@@ -70,7 +86,8 @@ def _draw_scores(axes: Any, results: ClaimResults) -> None:
 
 
 def _draw_examples(axes: Any, results: ClaimResults) -> None:
-    for place, curve in enumerate(results.claim.curves):
+    colours = _colours(results)
+    for curve in results.claim.curves:
         points = [
             (count, results.measured[one].scores) for count, one in curve.points if one in results.measured
         ]
@@ -82,7 +99,7 @@ def _draw_examples(axes: Any, results: ClaimResults) -> None:
             marker="o",
             capsize=3,
             label=curve.about,
-            color=_COLOURS[place % len(_COLOURS)],
+            color=colours[curve.points[-1][1].arm.name],
         )
     axes.set_xscale("log")
     axes.set_xlabel("examples of training", fontsize=8)
@@ -91,8 +108,10 @@ def _draw_examples(axes: Any, results: ClaimResults) -> None:
 
 
 def _draw_losses(axes: Any, results: ClaimResults) -> None:
-    for place, curve in enumerate(results.curves):
-        axes.plot(curve.steps, curve.losses, label=curve.about[:60], color=_COLOURS[place % len(_COLOURS)])
+    colours = _colours(results)
+    for curve in results.curves:
+        axes.plot(curve.steps, curve.losses, label=curve.arm, color=colours[curve.arm])
+    axes.set_yscale("log")
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("held-out loss of the answers", fontsize=8)
     axes.legend(fontsize=6)

@@ -142,7 +142,7 @@ def run_alone(jobs: Sequence[Job], name: str, out: Path, say: Callable[[str], No
 def usual_parallel(scale: str) -> int:
     """Jobs at once: on CPU one for each core, of four at most.
 
-    One job is far from filling a GPU: there two for three cores, since each has a process for data, too.
+    One job is far from filling a GPU: there three for four cores, since each has a process for data, too.
     """
     cores = os.cpu_count() or 1
-    return max(1, 2 * cores // 3) if scale == "gpu" else min(4, cores)
+    return max(1, 3 * cores // 4) if scale == "gpu" else min(4, cores)

@@ -37,7 +37,8 @@ class Judged:
 class LossCurve:
     """Of an arm: at each step, the mean over seeds."""
 
-    about: str
+    arm: str
+    """Its name."""
     steps: tuple[int, ...]
     losses: tuple[float, ...]
 
@@ -115,7 +116,7 @@ def loss_curve(arm: Arm, setting: Setting) -> LossCurve | None:
         return None
     steps = sorted(set.intersection(*map(set, runs)))
     losses = tuple(sum(run[step] for run in runs) / len(runs) for step in steps)
-    return LossCurve(arm.about, tuple(steps), losses) if steps else None
+    return LossCurve(arm.name, tuple(steps), losses) if steps else None
 
 
 def _facts(arm: Arm, setting: Setting) -> ArmFacts | None:
