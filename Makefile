@@ -60,9 +60,10 @@ $(DEMO)/ready: | setup
 
 # The paper's claims in small, on public data: hours on a laptop. `make reproduce CLAIMS=b` takes one of them.
 CLAIMS ?= a,b,c,d,e,f,g,h,i
+SCALE ?= cpu
 reproduce: setup
-	$(BIN)/python tools/fetch_data.py vader minilm easy-vqa bigbench openmoji
-	$(BIN)/python tools/reproduce.py --only $(CLAIMS)
+	$(BIN)/python tools/fetch_data.py $$($(BIN)/python tools/reproduce.py --only $(CLAIMS) --sets)
+	$(BIN)/python tools/reproduce.py --only $(CLAIMS) --scale $(SCALE)
 
 # All tests but the soak; those on a Slurm cluster after the others, since their jobs time out on a busy machine.
 test: setup

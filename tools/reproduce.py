@@ -14,7 +14,7 @@ from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
 from metalm.reproduction.arms import Scale, Setting
-from metalm.reproduction.claim import check_data, jobs_of
+from metalm.reproduction.claim import check_data, jobs_of, sets_of
 from metalm.reproduction.claims import CLAIMS
 from metalm.reproduction.jobs import Marks
 from metalm.reproduction.queue import Queue, run_alone, usual_parallel
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--list", action="store_true", help="show the jobs, and what they are expected to take"
     )
+    parser.add_argument("--sets", action="store_true", help="print which data sets are needed")
     parser.add_argument(
         "--slurm", action="store_true", help="write job arrays to OUT/slurm, and start nothing"
     )
@@ -55,6 +56,9 @@ def main() -> None:
         parser.error("--seeds and --jobs must be positive")
     setting = Setting(options.data, options.out, options.scale, options.seeds)
     claims = [CLAIMS[letter](setting) for letter in letters]
+    if options.sets:
+        print(" ".join(sets_of(claims)))
+        return
     jobs = jobs_of(claims, setting)
     if options.list:
         marks = Marks(options.out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import pytest
 
 from metalm.config import RunConfig, load_config
 from metalm.errors import DataError
-from metalm.reproduction.arms import Arm, Setting
-from metalm.reproduction.claim import check_data, jobs_of
+from metalm.reproduction.arms import Arm, Scale, Setting
+from metalm.reproduction.claim import Claim, check_data, jobs_of
 from metalm.reproduction.claims import CLAIMS
 from metalm.reproduction.data.set_folder import SOURCE_NAME
-from metalm.reproduction.jobs import PIPELINES, in_order
+from metalm.reproduction.data.sets import SETS
+from metalm.reproduction.jobs import PIPELINES, Command, in_order
 from metalm.reproduction.slurm import write_arrays
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,19 +51,41 @@ def config_of(arm: Arm) -> RunConfig:
     return load_config(REPOSITORY / PIPELINES / f"{arm.pipeline}.yaml", arm.overrides)
 
 
+@pytest.fixture
+def any_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates need not have been tried to be chosen."""
+    monkeypatch.setattr(Arm, "chosen_rate", lambda arm, setting: 1e-3)
+
+
+def commands_of(claim: Claim, setting: Setting) -> Iterator[Command]:
+    for job in claim.jobs(setting):
+        if not job.name.endswith(("seed_2", "seed_3")):
+            yield from job.commands()
+
+
+@pytest.mark.usefixtures("any_rate")
 @pytest.mark.parametrize("letter", CLAIMS)
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
-def test_every_arm_is_a_valid_run(letter: str, scale: str, setting: Setting) -> None:
-    for arm in CLAIMS[letter](Setting(setting.data, setting.out, scale, 3)).arms:  # type: ignore[arg-type]
-        config_of(arm)
+def test_every_training_is_a_valid_run(letter: str, scale: Scale, setting: Setting) -> None:
+    setting = replace(setting, scale=scale)
+    trainings = [
+        command
+        for command in commands_of(CLAIMS[letter](setting), setting)
+        if command[1:4] == ("-m", "metalm", "train")
+    ]
+    for words in trainings:
+        precision = load_config(Path(words[4]), words[5:]).training.precision
+        assert precision == {"cpu": "fp32", "gpu": "bf16"}[scale]
+    assert trainings
 
 
+@pytest.mark.usefixtures("any_rate")
 @pytest.mark.parametrize("letter", CLAIMS)
-def test_pretraining_is_a_valid_run(letter: str, setting: Setting) -> None:
-    shared = [job for job in CLAIMS[letter](setting).shared if job.name.startswith("shared/")]
-    commands = [command for job in shared for command in job.commands()]
-    for words in (command[2:] for command in commands if command[1:4] == ("-m", "metalm", "train")):
-        load_config(Path(words[2]), words[3:])
+def test_a_claim_names_the_data_sets_that_its_jobs_read(letter: str, setting: Setting) -> None:
+    claim = CLAIMS[letter](setting)
+    words = " ".join(word for command in commands_of(claim, setting) for word in command)
+    assert set(re.findall(rf"{setting.data}/([\w-]+)", words)) == set(claim.sets)
+    assert set(claim.sets) <= set(SETS)
 
 
 @pytest.mark.parametrize("letter", CLAIMS)

@@ -105,13 +105,17 @@ class Claim:
         assert not waiting, f"no arm needs {', '.join(waiting)}"
 
 
+def sets_of(claims: Sequence[Claim]) -> list[str]:
+    """The data sets that claims need, each once."""
+    return list(dict.fromkeys(name for claim in claims for name in claim.sets))
+
+
 def check_data(claims: Sequence[Claim], setting: Setting) -> None:
     """
     Raises:
         DataError: a claim's data sets are not there.
     """
-    names = dict.fromkeys(name for claim in claims for name in claim.sets)
-    if missing := [name for name in names if not (setting.data / name / SOURCE_NAME).is_file()]:
+    if missing := [name for name in sets_of(claims) if not (setting.data / name / SOURCE_NAME).is_file()]:
         raise DataError(
             f"there is no {', '.join(missing)} in {setting.data}: get it by "
             f"`python tools/fetch_data.py {' '.join(missing)} --output {setting.data}`, or give --data"
