@@ -16,6 +16,7 @@ QUESTIONS = {"cpu": 2000, "gpu": 5000}
 AS_MANY_LAYERS = "model.decoder.num_layers=8"
 """Of GPT as MetaLM has in decoder and encoder together."""
 RATES = (3e-4, 1e-3)
+DETECTED = "a_pretrained_detected"
 SHARE_OF_TRUE = 2498 / 5000
 """The most frequent answer among the questions that are tested on."""
 
@@ -53,6 +54,16 @@ def pair_comparison(setting: Setting) -> Claim:
         rate_of=metalm,
         minutes=9.0,
     )
+    detecting = Arm(
+        "a_metalm_detected",
+        "MetaLM, whose encoder was first pretrained by replaced-token detection",
+        "a_metalm",
+        (*finetuning(setting, DETECTED, "a", STEPS), f"initialize.encoders={setting.shared(DETECTED)}"),
+        (tested,),
+        (f"shared/{DETECTED}", "shared/a_train", "shared/a_validation"),
+        rate_of=metalm,
+        minutes=9.0,
+    )
     ours, equal, larger = Series(metalm, "test"), Series(gpt, "test"), Series(large, "test")
     return Claim(
         letter="a",
@@ -65,13 +76,14 @@ def pair_comparison(setting: Setting) -> Claim:
         ),
         paper=(("NLI, GPT", "65.0"), ("MetaLM", "79.1")),
         sets=("bigbench",),
-        shared=(*pretraining(setting)[0], *_examples_of_all_arms(setting)),
-        arms=(metalm, gpt, large, shuffled),
+        shared=(*pretraining(setting)[0], *_pretraining_detected(setting), *_examples_of_all_arms(setting)),
+        arms=(metalm, gpt, large, shuffled, detecting),
         comparisons=(
             Comparison("MetaLM above GPT with the equal decoder", ours, equal),
             Comparison("MetaLM above GPT with as many layers", ours, larger),
         ),
         chance=(ChanceCheck(Series(shuffled, "test"), SHARE_OF_TRUE),),
+        reported=(Series(detecting, "test"),),
     )
 
 
@@ -128,6 +140,19 @@ def pretraining(setting: Setting) -> tuple[tuple[Job, ...], tuple[str, ...]]:
         command = setting.train(pipeline, setting.shared(name), 1, *data, *more)
         jobs.append(shared_job(name, [command], "a_shards", minutes=minutes))
     return tuple(jobs), data
+
+
+def _pretraining_detected(setting: Setting) -> Iterator[Job]:
+    """The pretraining of MetaLM that goes on from an encoder which has judged tokens."""
+    data = pretraining(setting)[1]
+    encoder = setting.train("a_encoder", setting.shared("a_encoder"), 1, *data)
+    yield shared_job("a_encoder", [encoder], "a_shards", minutes=10.0)
+    start = (
+        f"initialize.encoders={setting.shared('a_encoder')}",
+        'initialize.new=["encoders.text.connector.*"]',
+    )
+    command = setting.train("a_pretrain", setting.shared(DETECTED), 1, *data, *start)
+    yield shared_job(DETECTED, [command], "a_encoder", minutes=14.0)
 
 
 def _examples_of_all_arms(setting: Setting) -> Iterator[Job]:
