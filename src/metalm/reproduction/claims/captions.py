@@ -28,7 +28,6 @@ def captions(setting: Setting) -> Claim:
             f"data.sources.tasks.path={setting.shared('e_train')}",
             f"data.evaluation.tasks.path={setting.shared('e_validation')}",
             f"training.steps={STEPS[setting.scale]}",
-            *(("training.precision=bf16",) if setting.scale == "gpu" else ()),
         ),
         (right, wrong),
         ("shared/e_tokenizer", "shared/e_train", "shared/e_validation"),
