@@ -41,9 +41,9 @@ def pair_comparison(setting: Setting) -> Claim:
         )
 
     encoders = f"initialize.encoders={setting.shared('a_pretrained')}"
-    metalm = arm("a_metalm", "MetaLM", "a_metalm", "a_pretrained", 9.0, encoders)
-    gpt = arm("a_gpt", "GPT with the equal decoder", "a_gpt", "a_text", 6.0)
-    large = arm("a_gpt_large", "GPT with as many layers in all", "a_gpt", "a_text_large", 9.0, AS_MANY_LAYERS)
+    metalm = arm("a_metalm", "MetaLM", "a_metalm", "a_pretrained", 8.0, encoders)
+    gpt = arm("a_gpt", "GPT with the equal decoder", "a_gpt", "a_text", 5.5)
+    large = arm("a_gpt_large", "GPT with as many layers in all", "a_gpt", "a_text_large", 8.0, AS_MANY_LAYERS)
     shuffled = Arm(
         "a_shuffled",
         "MetaLM, trained on shuffled answers",
@@ -52,7 +52,7 @@ def pair_comparison(setting: Setting) -> Claim:
         (tested,),
         ("shared/a_pretrained", "shared/a_shuffled_train", "shared/a_validation"),
         rate_of=metalm,
-        minutes=9.0,
+        minutes=8.0,
     )
     detecting = Arm(
         "a_metalm_detected",
@@ -62,7 +62,7 @@ def pair_comparison(setting: Setting) -> Claim:
         (tested,),
         (f"shared/{DETECTED}", "shared/a_train", "shared/a_validation"),
         rate_of=metalm,
-        minutes=9.0,
+        minutes=8.0,
     )
     ours, equal, larger = Series(metalm, "test"), Series(gpt, "test"), Series(large, "test")
     return Claim(
@@ -133,9 +133,9 @@ def pretraining(setting: Setting) -> tuple[tuple[Job, ...], tuple[str, ...]]:
     data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
     jobs = [shared_job("a_shards", prepared)]
     for name, pipeline, more, minutes in (
-        ("a_text", "a_text", (), 10.0),
-        ("a_text_large", "a_text", (AS_MANY_LAYERS,), 18.0),
-        ("a_pretrained", "a_pretrain", (), 14.0),
+        ("a_text", "a_text", (), 7.5),
+        ("a_text_large", "a_text", (AS_MANY_LAYERS,), 15.0),
+        ("a_pretrained", "a_pretrain", (), 9.5),
     ):
         command = setting.train(pipeline, setting.shared(name), 1, *data, *more)
         jobs.append(shared_job(name, [command], "a_shards", minutes=minutes))
@@ -146,13 +146,13 @@ def _pretraining_detected(setting: Setting) -> Iterator[Job]:
     """The pretraining of MetaLM that goes on from an encoder which has judged tokens."""
     data = pretraining(setting)[1]
     encoder = setting.train("a_encoder", setting.shared("a_encoder"), 1, *data)
-    yield shared_job("a_encoder", [encoder], "a_shards", minutes=10.0)
+    yield shared_job("a_encoder", [encoder], "a_shards", minutes=7.0)
     start = (
         f"initialize.encoders={setting.shared('a_encoder')}",
         'initialize.new=["encoders.text.connector.*"]',
     )
     command = setting.train("a_pretrain", setting.shared(DETECTED), 1, *data, *start)
-    yield shared_job(DETECTED, [command], "a_encoder", minutes=14.0)
+    yield shared_job(DETECTED, [command], "a_encoder", minutes=9.5)
 
 
 def _examples_of_all_arms(setting: Setting) -> Iterator[Job]:

@@ -13,6 +13,11 @@ TRAINED_ON = {"1": 366, "10": 3657, "100": 36566}
 """Percent of the questions, and how many that is."""
 STEPS = {"cpu": {"1": 100, "10": 300, "100": 3300}, "gpu": {"1": 200, "10": 800, "100": 3000}}
 QUESTIONS = {"cpu": 2000, "gpu": 9673}
+MINUTES = {
+    "joint": {"1": 1.0, "10": 2.0, "100": 24.0},
+    "patches": {"1": 1.0, "10": 2.0, "100": 24.0},
+    "question": {"1": 0.7, "10": 1.5, "100": 13.0},
+}
 SHARE_OF_YES = 3611 / 9673
 """The most frequent answer among the questions that are tested on."""
 SEARCHED_AT = "10"
@@ -92,7 +97,7 @@ def _by_share(setting: Setting, name: str) -> dict[str, Arm]:
             rates=RATES[name] if is_searcher else (),
             chosen_on=_test(setting, name, "validation") if is_searcher else None,
             rate_of=None if is_searcher else found[SEARCHED_AT],
-            minutes={"1": 1.0, "10": 2.0, "100": 24.0}[share],
+            minutes=MINUTES[name][share],
         )
     return found
 
