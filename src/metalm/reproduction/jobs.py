@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from metalm.commit import git_commit
@@ -133,6 +132,8 @@ def by_longest_path(jobs: Sequence[Job]) -> list[Job]:
 
 def machine() -> str:
     """This machine, for people: no name of a host."""
+    import torch  # which takes seconds that lists and reports need not wait for
+
     gpu = (torch.cuda.get_device_name(),) if torch.cuda.is_available() else ()
     return ", ".join((*gpu, platform.machine(), _processor(), f"Python {platform.python_version()}"))
 
