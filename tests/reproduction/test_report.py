@@ -88,6 +88,15 @@ def test_half_of_a_comparison_has_no_verdict(tmp_path: Path) -> None:
     assert not found.judged
 
 
+def test_a_comparison_without_all_its_seeds_has_no_verdict(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, tmp_path, "cpu", 3)
+    write_scores(setting, METALM, [0.8, 0.81, 0.8])
+    write_scores(setting, GPT, [0.6, 0.61])
+    found = results_of(claim(), setting)
+    assert found.verdict == "not done"
+    assert not found.judged
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     setting = Setting(tmp_path, tmp_path, "cpu", 3)
     with pytest.raises(ConfigError, match="there are no scores"):

@@ -71,7 +71,7 @@ class ClaimResults:
 def results_of(claim: Claim, setting: Setting) -> ClaimResults:
     """Read a claim's runs."""
     measured = {series: found for series in claim.series() if (found := measure(series, setting)) is not None}
-    judged = judgements(claim, measured)
+    judged = judgements(claim, measured, setting.seeds)
     whole = len(judged) == len(claim.comparisons)
     return ClaimResults(
         claim,
@@ -88,12 +88,13 @@ def results_of(claim: Claim, setting: Setting) -> ClaimResults:
     )
 
 
-def judgements(claim: Claim, measured: Mapping[Series, Measured]) -> list[Judged]:
-    """The comparisons of which both sides are there."""
+def judgements(claim: Claim, measured: Mapping[Series, Measured], seeds: int) -> list[Judged]:
+    """The comparisons of which both sides are there, with all seeds."""
+    whole = {series for series, found in measured.items() if len(found.by_seed) == seeds}
     return [
         Judged(one, judge(measured[one.better].scores, measured[one.worse].scores))
         for one in claim.comparisons
-        if one.better in measured and one.worse in measured
+        if one.better in whole and one.worse in whole
     ]
 
 
