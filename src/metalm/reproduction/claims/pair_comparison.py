@@ -16,7 +16,7 @@ QUESTIONS = {"cpu": 2000, "gpu": 5000}
 AS_MANY_LAYERS = "model.decoder.num_layers=8"
 """Of GPT as MetaLM has in decoder and encoder together."""
 RATES = (3e-4, 1e-3)
-DETECTED = "a_pretrained_detected"
+DETECTED, DOCKED = "a_pretrained_detected", "a_docked"
 SHARE_OF_TRUE = 2498 / 5000
 """The most frequent answer among the questions that are tested on."""
 
@@ -27,44 +27,54 @@ def pair_comparison(setting: Setting) -> Claim:
     tested = Scoring("test", (task,), limit=QUESTIONS[setting.scale])
     chosen_on = Scoring("validation", (task,), "validation", limit=500)
 
-    def arm(name: str, about: str, pipeline: str, start: str, minutes: float, *more: str) -> Arm:
+    def arm(
+        name: str,
+        about: str,
+        pipeline: str,
+        start: str,
+        minutes: float,
+        *more: str,
+        train: str = "a_train",
+        rate_of: Arm | None = None,
+    ) -> Arm:
         return Arm(
             name,
             about,
             pipeline,
-            (*finetuning(setting, start, "a", STEPS), *more),
+            (*finetuning(setting, start, "a", STEPS, train=train), *more),
             (tested,),
-            (f"shared/{start}", "shared/a_train", "shared/a_validation"),
-            rates=RATES,
-            chosen_on=chosen_on,
+            (f"shared/{start}", f"shared/{train}", "shared/a_validation"),
+            rates=() if rate_of else RATES,
+            chosen_on=None if rate_of else chosen_on,
+            rate_of=rate_of,
             minutes=minutes,
         )
 
-    encoders = f"initialize.encoders={setting.shared('a_pretrained')}"
-    metalm = arm("a_metalm", "MetaLM", "a_metalm", "a_pretrained", 8.0, encoders)
+    def encoder(start: str) -> str:
+        return f"initialize.encoders={setting.shared(start)}"
+
     gpt = arm("a_gpt", "GPT with the equal decoder", "a_gpt", "a_text", 5.5)
     large = arm("a_gpt_large", "GPT with as many layers in all", "a_gpt", "a_text_large", 8.0, AS_MANY_LAYERS)
-    shuffled = Arm(
-        "a_shuffled",
-        "MetaLM, trained on shuffled answers",
-        "a_metalm",
-        (*finetuning(setting, "a_pretrained", "a", STEPS, train="a_shuffled_train"), encoders),
-        (tested,),
-        ("shared/a_pretrained", "shared/a_shuffled_train", "shared/a_validation"),
-        rate_of=metalm,
-        minutes=8.0,
-    )
-    detecting = Arm(
+    metalm = arm("a_metalm", "MetaLM", "a_metalm", "a_pretrained", 8.0, encoder("a_pretrained"))
+    detecting = arm(
         "a_metalm_detected",
         "MetaLM, whose encoder was first pretrained by replaced-token detection",
         "a_metalm",
-        (*finetuning(setting, DETECTED, "a", STEPS), f"initialize.encoders={setting.shared(DETECTED)}"),
-        (tested,),
-        (f"shared/{DETECTED}", "shared/a_train", "shared/a_validation"),
+        DETECTED,
+        8.0,
+        encoder(DETECTED),
         rate_of=metalm,
-        minutes=8.0,
     )
-    ours, equal, larger = Series(metalm, "test"), Series(gpt, "test"), Series(large, "test")
+    of_minilm = ("a_minilm", DOCKED, 17.0, encoder(DOCKED), _minilm(setting))
+    docked = arm("a_minilm", "MetaLM with a real encoder: MiniLM, docked onto GPT's decoder", *of_minilm)
+    shuffled = arm(
+        "a_shuffled",
+        "the same, trained on shuffled answers",
+        *of_minilm,
+        train="a_shuffled_train",
+        rate_of=docked,
+    )
+    ours, real, larger = Series(metalm, "test"), Series(docked, "test"), Series(large, "test")
     return Claim(
         letter="a",
         title="Two texts compared",
@@ -72,15 +82,16 @@ def pair_comparison(setting: Setting) -> Claim:
         how=(
             "VitaminC: does a passage of Wikipedia bear a claim out? Nearly all claims have two answers, by "
             "the passage. Decoder and encoder of four layers are pretrained from the start on the training "
-            "side's texts, then all is trained on the pairs."
+            "side's texts; or a real encoder is docked onto such a decoder. Then all is trained on the pairs."
         ),
         paper=(("NLI, GPT", "65.0"), ("MetaLM", "79.1")),
-        sets=("bigbench",),
-        shared=(*pretraining(setting)[0], *_pretraining_detected(setting), *_examples_of_all_arms(setting)),
-        arms=(metalm, gpt, large, shuffled, detecting),
+        sets=("bigbench", "minilm"),
+        shared=(*pretraining(setting)[0], *_other_encoders(setting), *_examples_of_all_arms(setting)),
+        arms=(metalm, gpt, large, docked, shuffled, detecting),
         comparisons=(
-            Comparison("MetaLM above GPT with the equal decoder", ours, equal),
+            Comparison("MetaLM above GPT with the equal decoder", ours, Series(gpt, "test")),
             Comparison("MetaLM above GPT with as many layers", ours, larger),
+            Comparison("MetaLM with a real encoder above GPT with as many layers", real, larger),
         ),
         chance=(ChanceCheck(Series(shuffled, "test"), SHARE_OF_TRUE),),
         reported=(Series(detecting, "test"),),
@@ -89,6 +100,10 @@ def pair_comparison(setting: Setting) -> Claim:
 
 def _task(setting: Setting) -> Path:
     return setting.data / "bigbench/tasks/bb_vitaminc.yaml"
+
+
+def _minilm(setting: Setting) -> str:
+    return f"model.encoders.text.pretrained.path={setting.data / 'minilm/encoder'}"
 
 
 def _worded(setting: Setting) -> Path:
@@ -142,8 +157,8 @@ def pretraining(setting: Setting) -> tuple[tuple[Job, ...], tuple[str, ...]]:
     return tuple(jobs), data
 
 
-def _pretraining_detected(setting: Setting) -> Iterator[Job]:
-    """The pretraining of MetaLM that goes on from an encoder which has judged tokens."""
+def _other_encoders(setting: Setting) -> Iterator[Job]:
+    """MetaLM that goes on from an encoder which has judged tokens, and GPT's decoder with MiniLM docked."""
     data = pretraining(setting)[1]
     encoder = setting.train("a_encoder", setting.shared("a_encoder"), 1, *data)
     yield shared_job("a_encoder", [encoder], "a_shards", minutes=7.0)
@@ -151,8 +166,11 @@ def _pretraining_detected(setting: Setting) -> Iterator[Job]:
         f"initialize.encoders={setting.shared('a_encoder')}",
         'initialize.new=["encoders.text.connector.*"]',
     )
-    command = setting.train("a_pretrain", setting.shared(DETECTED), 1, *data, *start)
-    yield shared_job(DETECTED, [command], "a_encoder", minutes=9.5)
+    detected = setting.train("a_pretrain", setting.shared(DETECTED), 1, *data, *start)
+    yield shared_job(DETECTED, [detected], "a_encoder", minutes=9.5)
+    onto = f"initialize.decoder={setting.shared('a_text')}"
+    docked = setting.train("a_dock", setting.shared(DOCKED), 1, *data, onto, _minilm(setting))
+    yield shared_job(DOCKED, [docked], "a_text", minutes=1.5)
 
 
 def _examples_of_all_arms(setting: Setting) -> Iterator[Job]:
