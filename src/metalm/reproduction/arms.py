@@ -76,6 +76,20 @@ class Setting:
         words += ["--wordings", wordings] if wordings is not None else []
         return tool("prepare_tasks", *words, "--processes", 1, "--out", self.shared(name))
 
+    def shuffled_examples(
+        self, name: str, folder: str, tasks: Sequence[Path], *, most: int | None = None
+    ) -> tuple[Command, Command]:
+        """Make tasks whose training answers are shuffled, and write their examples as shards that arms share.
+
+        Args:
+            name, folder: of examples and tasks, among what is shared.
+            most: of each task.
+        """
+        made = self.shared(folder)
+        drawn = tool("vary_task", "shuffled", *tasks, "--data", self.data, "--out", made)
+        files = [made / task.name for task in tasks]
+        return drawn, self.examples(name, files, "train", most=most, data=made)
+
 
 @dataclass(frozen=True)
 class Scoring:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from metalm.errors import ConfigError
+from metalm.reproduction.claim import Series
 from metalm.reproduction.results import ClaimResults
 
 _COLOURS = (
@@ -14,8 +16,10 @@ _COLOURS = (
     *("#72b7b2", "#b0b0b0", "#eeca3b", "#17324f", "#ff9da6", "#5a7d2a"),
 )
 """Of arms, the same in all parts of a picture."""
-_ACROSS = 3
+_ACROSS = 2
 """Claims beside each other."""
+_LETTERS = 46
+"""Of a line that says what an arm is."""
 
 
 def draw_claim(results: ClaimResults, path: Path) -> None:
@@ -27,7 +31,7 @@ def draw_claim(results: ClaimResults, path: Path) -> None:
     parts = [_draw_scores]
     parts += [_draw_examples] if results.claim.curves else []
     parts += [_draw_losses] if results.curves else []
-    figure = _figure(5.2 * len(parts), 3.8)
+    figure = _figure(6.4 * len(parts), 4.4)
     for axes, draw in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         draw(axes, results)
     figure.suptitle(f"{results.claim.letter}: {results.claim.title} - {results.verdict}", fontsize=10)
@@ -42,7 +46,7 @@ def draw_all(results: Sequence[ClaimResults], path: Path) -> None:
     """
     across = min(_ACROSS, len(results))
     down = -(-len(results) // across)
-    figure = _figure(5.2 * across, 3.8 * down)
+    figure = _figure(7.2 * across, 4.2 * down)
     places = figure.subplots(down, across, squeeze=False).flat
     for axes, one in zip(places, results, strict=False):
         _draw_scores(axes, one)
@@ -78,11 +82,17 @@ def _draw_scores(axes: Any, results: ClaimResults) -> None:
             color=colours[one.arm.name],
             capsize=3,
         )
-    axes.set_yticks(range(len(series)), [one.key for one in series], fontsize=7)
+    axes.set_yticks(range(len(series)), [_label(one) for one in series], fontsize=7)
     axes.set_ylim(len(series) - 0.5, -0.5)
     for check in results.claim.chance:
         axes.axvline(100 * check.chance, color="black", linestyle="--", linewidth=1)
     axes.set_xlabel(f"{results.claim.metric}, %: mean and 95% interval over seeds", fontsize=8)
+
+
+def _label(series: Series) -> str:
+    arm = series.arm
+    asked = f" ({series.scoring})" if len(arm.scorings) > 1 else ""
+    return textwrap.fill(arm.about + asked, _LETTERS)
 
 
 def _draw_examples(axes: Any, results: ClaimResults) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
@@ -15,6 +14,8 @@ OTHERS = DOMAINS[1:]
 QUESTIONS = {"cpu": 1000, "gpu": 2019}
 STEPS_ON_GPU = 600
 """About four epochs, instead of one."""
+PIPELINES = {"b_without": "b_gpt", "b_docked": "b_metalm", "b_docked_random": "b_random"}
+"""What finetunes each pretrained model."""
 WITHOUT_ENCODER = ("model.encoders=null", "initialize.new=[]", "training.optimizer.learning_rates=null")
 TRAINED_AS_A_WHOLE = (
     "model.encoders.text.trained_layers=all",
@@ -30,68 +31,69 @@ def frozen_decoder(setting: Setting) -> Claim:
     films = _worded(setting, "films")
     tested = Scoring("films", (films,), limit=QUESTIONS[setting.scale])
     chosen_on = Scoring("validation", (films,), "validation", limit=500)
-    gpt = Arm(
-        "b_gpt",
-        "GPT: the same decoder, all of it trained",
-        "b_gpt",
-        _paths(setting, "b_without", "films"),
-        (tested,),
-        _needs("b_without", "films"),
-        rates=(3e-4, 1e-3, 3e-3),
-        chosen_on=chosen_on,
-        minutes=1.2,
-    )
-    metalm = Arm(
+
+    def arm(
+        name: str,
+        about: str,
+        pretrained: str,
+        minutes: float,
+        *,
+        trained_on: str = "films",
+        rates: tuple[float, ...] = (),
+        rate_of: Arm | None = None,
+    ) -> Arm:
+        held_out = "others" if trained_on == "others" else "films"
+        return Arm(
+            name,
+            about,
+            PIPELINES[pretrained],
+            _overrides(setting, pretrained, trained_on, held_out),
+            (tested,),
+            (f"shared/{pretrained}", f"shared/{trained_on}_train", f"shared/{held_out}_validation"),
+            rates=rates,
+            chosen_on=chosen_on if rates else None,
+            rate_of=rate_of,
+            minutes=minutes,
+        )
+
+    gpt = arm("b_gpt", "GPT: the same decoder, all of it trained", "b_without", 1.2, rates=(3e-4, 1e-3, 3e-3))
+    metalm = arm(
         "b_metalm",
         "MetaLM: decoder frozen, MiniLM docked, its last two layers and the connector trained",
-        "b_metalm",
-        _paths(setting, "b_docked", "films"),
-        (tested,),
-        _needs("b_docked", "films"),
+        "b_docked",
+        3.0,
         rates=(1e-4, 3e-4, 1e-3),
-        chosen_on=chosen_on,
-        minutes=3.0,
     )
-    random = Arm(
+    random = arm(
         "b_random",
-        "the same, but the encoder began with random weights, and all of it is trained",
-        "b_random",
-        _paths(setting, "b_docked_random", "films"),
-        (tested,),
-        _needs("b_docked_random", "films"),
+        "MetaLM, but its encoder began with random weights, and all of it is trained",
+        "b_docked_random",
+        5.0,
         rates=(3e-4, 1e-3, 3e-3),
-        chosen_on=chosen_on,
-        minutes=5.0,
     )
-    gpt_others = Arm(
+    gpt_others = arm(
         "b_gpt_others",
         "GPT, trained on products, tweets and news",
-        "b_gpt",
-        _paths(setting, "b_without", "others"),
-        (tested,),
-        _needs("b_without", "others"),
+        "b_without",
+        1.2,
+        trained_on="others",
         rate_of=gpt,
-        minutes=1.2,
     )
-    metalm_others = Arm(
+    metalm_others = arm(
         "b_metalm_others",
         "MetaLM, trained on products, tweets and news",
-        "b_metalm",
-        _paths(setting, "b_docked", "others"),
-        (tested,),
-        _needs("b_docked", "others"),
+        "b_docked",
+        3.0,
+        trained_on="others",
         rate_of=metalm,
-        minutes=3.0,
     )
-    shuffled = Arm(
+    shuffled = arm(
         "b_shuffled",
         "MetaLM, trained on shuffled labels",
-        "b_metalm",
-        _paths(setting, "b_docked", "shuffled"),
-        (tested,),
-        _needs("b_docked", "shuffled"),
+        "b_docked",
+        3.0,
+        trained_on="shuffled",
         rate_of=metalm,
-        minutes=3.0,
     )
     return Claim(
         letter="b",
@@ -140,9 +142,8 @@ def _encoder(setting: Setting, pretrained: str) -> str:
     return f"model.encoders.text.pretrained.path={folder}"
 
 
-def _paths(setting: Setting, pretrained: str, trained_on: str) -> tuple[str, ...]:
+def _overrides(setting: Setting, pretrained: str, trained_on: str, held_out: str) -> tuple[str, ...]:
     start = setting.shared(pretrained)
-    held_out = "others" if trained_on == "others" else "films"
     docked = (
         (f"initialize.encoders={start}", _encoder(setting, pretrained)) if pretrained != "b_without" else ()
     )
@@ -154,11 +155,6 @@ def _paths(setting: Setting, pretrained: str, trained_on: str) -> tuple[str, ...
         f"data.evaluation.tasks.path={setting.shared(f'{held_out}_validation')}",
         *setting.steps_on_gpu(STEPS_ON_GPU),
     )
-
-
-def _needs(pretrained: str, trained_on: str) -> tuple[str, ...]:
-    held_out = "others" if trained_on == "others" else "films"
-    return (f"shared/{pretrained}", f"shared/{trained_on}_train", f"shared/{held_out}_validation")
 
 
 def _shared(setting: Setting) -> Iterator[Job]:
@@ -178,11 +174,8 @@ def _shared(setting: Setting) -> Iterator[Job]:
     drawn = tool("randomise_encoder", minilm, "--out", setting.shared("random_encoder"))
     yield shared_job("text_shards", prepared, minutes=0.5)
     yield shared_job("random_encoder", [drawn], minutes=0.2)
-    guessed = setting.shared("guessed_tasks")
-    answers_drawn = [
-        tool("vary_task", "shuffled", *map(partial(_worded, setting), DOMAINS), *where, "--out", guessed),
-        setting.examples("guessed_train", [guessed / task.name for task in tasks], "train", data=guessed),
-    ]
+    encoded = [_worded(setting, domain) for domain in DOMAINS]
+    answers_drawn = setting.shuffled_examples("guessed_train", "guessed_tasks", encoded)
     yield shared_job("guessed_train", answers_drawn, "text_shards")
     data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
     trained = setting.train("text", setting.shared("text"), 1, *data)
@@ -206,9 +199,5 @@ def _shared(setting: Setting) -> Iterator[Job]:
         yield shared_job(
             f"others_{split}", [setting.examples(f"others_{split}", others, split)], "text_shards"
         )
-    mixed = setting.shared("shuffled_task")
-    shuffled = [
-        tool("vary_task", "shuffled", *films, *where, "--out", mixed),
-        setting.examples("shuffled_train", [mixed / films[0].name], "train", data=mixed),
-    ]
+    shuffled = setting.shuffled_examples("shuffled_train", "shuffled_task", films)
     yield shared_job("shuffled_train", shuffled, "text_shards")

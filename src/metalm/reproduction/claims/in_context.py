@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series
-from metalm.reproduction.claims.pair_comparison import pretraining
+from metalm.reproduction.claims.pretrained import pretraining, where_texts_are
 
 TASKS = ("bb_social_iqa", "bb_wikihow_goals", "bb_winowhy", "bb_cosmos_qa")
 SHOTS = (0, 1, 4)
@@ -23,14 +23,13 @@ def in_context(setting: Setting) -> Claim:
         Scoring(f"{shots} shots", tasks, limit=QUESTIONS[setting.scale], shots=shots, overrides=LONG)
         for shots in SHOTS
     )
-    shared, data = pretraining(setting)
 
     def arm(name: str, about: str, pipeline: str, minutes: float) -> Arm:
         return Arm(
             name,
             about,
             pipeline,
-            data,
+            where_texts_are(setting),
             scorings,
             ("shared/a_shards",),
             rates=(RATE,),
@@ -50,7 +49,7 @@ def in_context(setting: Setting) -> Claim:
         ),
         paper=(("GPT, k = 0, 1, 4", "59.9, 59.4, 60.2"), ("MetaLM", "60.4, 59.8, 60.9")),
         sets=("bigbench",),
-        shared=tuple(job for job in shared if job.name == "shared/a_shards"),
+        shared=pretraining(setting),
         arms=(gpt, metalm),
         comparisons=tuple(
             Comparison(f"MetaLM above GPT, k = {shots}", series[metalm, shots], series[gpt, shots])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metalm.reproduction.arms import Arm, Scoring, Setting
+from metalm.reproduction.arms import Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series
-from metalm.reproduction.claims.pair_comparison import RATES, finetuning, pretraining
+from metalm.reproduction.claims.pretrained import GPT, METALM, Finetuning, pretraining
 from metalm.reproduction.jobs import shared_job
 
 TRAINED_ON = ("bb_social_iqa", "bb_wikihow_goals", "bb_winowhy", "bb_cosmos_qa", "bb_timedial", "bb_multiemo")
@@ -21,30 +21,12 @@ STEPS = {"cpu": 200, "gpu": 2000}
 
 def instruction_tuning(setting: Setting) -> Claim:
     """The claim with its arms."""
-    shared, _ = pretraining(setting)
     trained_on, held_out = (_files(setting, names) for names in (TRAINED_ON, HELD_OUT))
     asked = Scoring("held out", held_out, limit=QUESTIONS[setting.scale], templates=WORDINGS)
     chosen_on = Scoring("validation", trained_on, "validation", limit=100)
-
-    def arm(name: str, about: str, pipeline: str, start: str, minutes: float, *more: str) -> Arm:
-        return Arm(
-            name,
-            about,
-            pipeline,
-            (
-                *finetuning(setting, start, "c", STEPS),
-                *more,
-            ),
-            (asked,),
-            (f"shared/{start}", "shared/c_train", "shared/c_validation"),
-            rates=RATES,
-            chosen_on=chosen_on,
-            minutes=minutes,
-        )
-
-    encoders = f"initialize.encoders={setting.shared('a_pretrained')}"
-    metalm = arm("c_metalm", "MetaLM", "a_metalm", "a_pretrained", 8.0, encoders)
-    gpt = arm("c_gpt", "GPT with the equal decoder", "a_gpt", "a_text", 6.0)
+    finetuning = Finetuning(setting, "c", STEPS[setting.scale], (asked,), chosen_on)
+    metalm = finetuning.arm("c_metalm", METALM, 8.0)
+    gpt = finetuning.arm("c_gpt", GPT, 6.0)
     examples = [
         shared_job(
             f"c_{split}",
@@ -53,7 +35,6 @@ def instruction_tuning(setting: Setting) -> Claim:
         )
         for split in ("train", "validation")
     ]
-    used = [job for job in shared if job.name != "shared/a_text_large"]
     return Claim(
         letter="c",
         title="Instruction tuning, a cluster held out",
@@ -64,7 +45,7 @@ def instruction_tuning(setting: Setting) -> Claim:
         ),
         paper=(("NLI, GPT", "46.9"), ("MetaLM", "54.5")),
         sets=("bigbench",),
-        shared=(*used, *examples),
+        shared=(*pretraining(setting, METALM, GPT), *examples),
         arms=(metalm, gpt),
         comparisons=(
             Comparison(

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from metalm.reproduction.arms import Arm, Scoring, Setting
+from metalm.reproduction.arms import Scoring, Setting
 from metalm.reproduction.claim import Claim, Comparison, Series
-from metalm.reproduction.claims.pair_comparison import AS_MANY_LAYERS, RATES, finetuning, pretraining
+from metalm.reproduction.claims.pretrained import GPT, LARGE_GPT, METALM, Finetuning, pretraining
 from metalm.reproduction.jobs import Job, shared_job, tool
 
 
@@ -65,29 +65,12 @@ def multitask(setting: Setting) -> Claim:
     chosen = tuple(path for one in CLUSTERS if one.about in CHOSEN_ON for path in _tasks(setting, one))
     chosen_on = Scoring("validation", chosen, "validation", limit=60)
 
-    def arm(name: str, about: str, pipeline: str, start: str, minutes: float, *more: str) -> Arm:
-        return Arm(
-            name,
-            about,
-            pipeline,
-            (
-                *finetuning(setting, start, "i", STEPS),
-                f"training.schedule.warmup_steps={STEPS[setting.scale] // 10}",
-                *more,
-            ),
-            asked,
-            (f"shared/{start}", "shared/i_train", "shared/i_validation"),
-            rates=RATES,
-            chosen_on=chosen_on,
-            minutes=minutes,
-        )
-
-    encoders = f"initialize.encoders={setting.shared('a_pretrained')}"
-    metalm = arm("i_metalm", "MetaLM", "a_metalm", "a_pretrained", 13.0, encoders)
-    gpt = arm("i_gpt", "GPT with the equal decoder", "a_gpt", "a_text", 9.0)
-    large = arm(
-        "i_gpt_large", "GPT with as many layers in all", "a_gpt", "a_text_large", 13.0, AS_MANY_LAYERS
-    )
+    steps = STEPS[setting.scale]
+    warmup = f"training.schedule.warmup_steps={steps // 10}"
+    finetuning = Finetuning(setting, "i", steps, asked, chosen_on, (warmup,))
+    metalm = finetuning.arm("i_metalm", METALM, 13.0)
+    gpt = finetuning.arm("i_gpt", GPT, 9.0)
+    large = finetuning.arm("i_gpt_large", LARGE_GPT, 13.0)
     return Claim(
         letter="i",
         title="Multitask finetuning, by cluster",
@@ -99,7 +82,7 @@ def multitask(setting: Setting) -> Claim:
         ),
         paper=tuple((f"{one.about}: GPT, MetaLM", f"{one.paper[0]}, {one.paper[1]}") for one in CLUSTERS),
         sets=("bigbench",),
-        shared=(*pretraining(setting)[0], *_examples(setting)),
+        shared=(*pretraining(setting, METALM, GPT, LARGE_GPT), *_examples(setting)),
         arms=(metalm, gpt, large),
         comparisons=tuple(
             Comparison(

@@ -140,9 +140,6 @@ def _shared(setting: Setting) -> Iterator[Job]:
             yield shared_job(f"{name}_train_{share}", [command], "f_tokenizer")
         command = setting.examples(f"{name}_validation", [file], "validation", most=1000)
         yield shared_job(f"{name}_validation", [command], "f_tokenizer")
-    mixed, most = setting.shared("f_shuffled_task"), TRAINED_ON[SEARCHED_AT]
-    shuffled = [
-        tool("vary_task", "shuffled", task, *where, "--out", mixed),
-        setting.examples("f_shuffled_train", [mixed / task.name], "train", most=most, data=mixed),
-    ]
+    most = TRAINED_ON[SEARCHED_AT]
+    shuffled = setting.shuffled_examples("f_shuffled_train", "f_shuffled_task", [task], most=most)
     yield shared_job("f_shuffled_train", shuffled, "f_tokenizer")

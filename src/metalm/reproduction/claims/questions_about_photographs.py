@@ -130,9 +130,6 @@ def _shared(setting: Setting) -> Iterator[Job]:
             for split, most in (("train", MOST), ("validation", 1000)):
                 command = setting.examples(f"{examples}_{split}", [file], split, most=most)
                 yield shared_job(f"{examples}_{split}", [command], "h_tokenizer")
-    mixed, file = setting.shared("h_shuffled_task"), tasks["photographs"]
-    shuffled = [
-        tool("vary_task", "shuffled", file, *where, "--out", mixed),
-        setting.examples("h_photographs_shuffled_train", [mixed / file.name], "train", most=MOST, data=mixed),
-    ]
-    yield shared_job("h_photographs_shuffled_train", shuffled, "h_tokenizer")
+    name = "h_photographs_shuffled_train"
+    shuffled = setting.shuffled_examples(name, "h_shuffled_task", [tasks["photographs"]], most=MOST)
+    yield shared_job(name, shuffled, "h_tokenizer")
