@@ -1,4 +1,4 @@
-"""Beam search over prompts that are continued together, without a cache.
+"""Beam search over prompts that are continued together.
 
 Sums and ends are those of transformers' beam search, so that a checkpoint and its export say the same.
 """

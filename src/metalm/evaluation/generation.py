@@ -1,4 +1,4 @@
-"""Greedy generation by the engines themselves, to watch a run: no cache, the whole prefix each time."""
+"""Generation by the engines themselves, on the ranks of a run: samples to watch, and answers to tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
 from metalm.data.collate import collate
 from metalm.data.corpus import Corpus
@@ -20,6 +21,7 @@ from metalm.data.sources import Source
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, Part
 from metalm.evaluation.beam_search import beam_search
+from metalm.model.decoder_cache import DecoderCache
 from metalm.objectives import Model, encode
 from metalm.parallel.topology import Topology
 from metalm.progress import Phase
@@ -170,7 +172,7 @@ def generate_by_beams(
 
 
 class _Started:
-    """Prompts in a batch with room behind them, encoded once."""
+    """Prompts with room behind them, read once and then continued."""
 
     def __init__(
         self,
@@ -182,33 +184,71 @@ class _Started:
         copies: int,
         max_new_tokens: int,
     ) -> None:
-        self._model, self._topology = model, topology
-        multiple = config.parallel.length_multiple
-        wanted = -(-(max(len(p.tokens) for p in prompts) + max_new_tokens) // multiple) * multiple
+        self._model, self._topology, self._copies = model, topology, copies
+        self._multiple = config.parallel.length_multiple
+        wanted = self._whole(max(len(p.tokens) for p in prompts) + max_new_tokens)
         self._longest = min(wanted, config.data.sequence_length)
         self.rooms = [min(max_new_tokens, self._longest - len(p.tokens)) for p in prompts]
         """New tokens for which each prompt has room."""
-        self._starts = [len(p.tokens) for p in prompts for _ in range(copies)]
+        self._lengths = [len(p.tokens) for p in prompts]
         self._batch = collate(
-            [_with_room(p, self._longest, tokenizer.pad_id) for p in prompts for _ in range(copies)],
+            [_with_room(p, self._longest, tokenizer.pad_id) for p in prompts],
             model_config=config.model,
             sequence_length=self._longest,
             tp_size=topology.tensor_size,
             pad_id=tokenizer.pad_id,
             cp_size=topology.context_size,
         ).to(topology.device)
-        self._encoded = encode(model, self._batch, topology)
+        self._cache = DecoderCache(self._longest)
+        self._last: Sequence[Sequence[int]] | None = None
 
     def next_logits(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits [prompts * copies, vocabulary] of what follows each prompt and these tokens of it."""
-        places = []
-        for row, (start, following) in enumerate(zip(self._starts, tokens, strict=True)):
-            end = start + len(following)
-            self._batch.tokens[row, start:end] = torch.tensor(following, dtype=self._batch.tokens.dtype)
-            places.append(row * self._longest + end - 1)
+        """Logits [prompts * copies, vocabulary] of what follows each prompt and these tokens of it.
+
+        Args:
+            tokens: of each copy; none at first, then those that a copy of the prompt had at the last call,
+                and one more. What is said of a copy that has no more is not to be used.
+        """
+        last, self._last = self._last, [tuple(ids) for ids in tokens]
+        return self._read() if last is None else self._go_on(last, self._last)
+
+    def _read(self) -> torch.Tensor:
+        places = [row * self._longest + length - 1 for row, length in enumerate(self._lengths)]
+        encoded = encode(self._model, self._batch, self._topology)
+        logits = self._logits(self._batch, encoded, places)
+        self._cache.keep(
+            self._padded([row for row in range(len(self._lengths)) for _ in range(self._copies)])
+        )
+        return logits.repeat_interleave(self._copies, dim=0)
+
+    def _go_on(self, last: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        rows, read, places = [], [], []
+        for copy, ids in enumerate(tokens):
+            prompt = copy // self._copies
+            copies = range(prompt * self._copies, (prompt + 1) * self._copies)
+            goes_on = [one for one in copies if len(ids) > len(last[one]) and last[one] == ids[:-1]]
+            rows.append(copy if not goes_on or copy in goes_on else goes_on[0])
+            read.append(ids[-1] if ids else 0)
+            places.append(self._lengths[prompt] + len(ids) - 1)
+        self._cache.keep(self._padded(rows))
+        device = self._topology.device
+        batch = self._cache.next_batch(self._padded(read), self._padded(places), device)
+        return self._logits(batch, {}, range(len(rows)))
+
+    def _logits(
+        self, batch: SemiCausalBatch, encoded: dict[str, torch.Tensor], places: Sequence[int]
+    ) -> torch.Tensor:
         at = torch.tensor(places, device=self._topology.device)
-        logits: torch.Tensor = self._model.decoder(self._batch, self._encoded, logits_at=at)
+        logits: torch.Tensor = self._model.decoder(batch, encoded, logits_at=at, cache=self._cache)
         return logits
+
+    def _whole(self, count: int) -> int:
+        """So many positions that each rank has as many of them."""
+        return -(-count // self._multiple) * self._multiple
+
+    def _padded(self, of_rows: list[int]) -> list[int]:
+        """With those of a first row again, so that each rank has as many rows."""
+        return of_rows + of_rows[:1] * (self._whole(len(of_rows)) - len(of_rows))
 
     def any_goes_on(self, own: bool) -> bool:
         """Whether any data-parallel rank is not done: they gather sharded weights together."""

@@ -22,6 +22,7 @@ from metalm.batch import EncoderBatch, SemiCausalBatch
 from metalm.config import DecoderConfig, ModelConfig
 from metalm.kernels import linear_cross_entropy
 from metalm.model.adapters import adapter_draw, is_adapter
+from metalm.model.decoder_cache import DecoderCache
 from metalm.model.decoder_layer import (
     DecoderActivation,
     DecoderNorm,
@@ -111,6 +112,7 @@ class Decoder(nn.Module):
         logits_at: Tensor | None = None,
         *,
         with_losses: bool = False,
+        cache: DecoderCache | None = None,
     ) -> Any:
         """Losses of all positions, or the logits of some, or both.
 
@@ -119,6 +121,7 @@ class Decoder(nn.Module):
             encoded: by encoder name, the vectors [R * L, D] of all ranks with these rows.
             logits_at: [M] int64, indices into the flattened [B * S] positions.
             with_losses: both, as a pair.
+            cache: of rows that are continued; the batch is the rows, or made by `DecoderCache.next_batch`.
 
         Returns:
             Losses [B, S] float32, of every position, trained or not, but 0 where another context rank has the
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
         """
         if self.config.scale_docked_vectors:
             encoded = {name: vectors * self._scale(vectors) for name, vectors in encoded.items()}
-        hidden = self._layers(self._input(batch, encoded), batch)
+        hidden = self._layers(self._input(batch, encoded), batch, cache)
         logits = None
         if logits_at is not None:
             chosen = gather_positions(hidden, logits_at, self.topology)
@@ -178,7 +181,7 @@ class Decoder(nn.Module):
             return torch.tensor(scale).to(vectors.dtype).item()  # on the host
         return scale
 
-    def _layers(self, hidden: Tensor, batch: SemiCausalBatch) -> Tensor:
+    def _layers(self, hidden: Tensor, batch: SemiCausalBatch, cache: DecoderCache | None) -> Tensor:
         """Output of the last layer, [B * S / C, D].
 
         Megatron's layers are called here, to recompute them if asked: its own recomputation, and its block's
@@ -188,7 +191,8 @@ class Decoder(nn.Module):
         dropout = self._dropout(batch)
         topology = self.topology
         context_group = topology.context_group if topology.context_size > 1 else None
-        seen = Visibility(batch_mask(batch), dropout, context_group)
+        mask = cache.mask(batch) if cache is not None else None
+        seen = Visibility(mask or batch_mask(batch), dropout, context_group, cache)
 
         def launch(layer: nn.Module, hidden: Tensor) -> Tensor:
             output: Tensor = layer(hidden, attention_mask=seen, rotary_pos_emb=rotary)[0]

@@ -36,6 +36,7 @@ from metalm.kernels import (
     turn,
 )
 from metalm.model.activations import ACTIVATIONS
+from metalm.model.decoder_cache import DecoderCache
 from metalm.model.decoder_linear import DecoderColumnParallelLinear, DecoderRowParallelLinear, sum_gradient
 from metalm.model.deepnorm import deepnorm_alpha
 from metalm.model.hidden_dropout import SITES_PER_LAYER, RowDropout
@@ -52,6 +53,8 @@ class Visibility:
     dropout: RowDropout | None
     context_group: dist.ProcessGroup | None
     """Of the ranks that hold the other positions; None: this rank holds all."""
+    cache: DecoderCache | None = None
+    """Of rows that are continued; the mask is then that of what `DecoderCache.extend` gives."""
 
 
 class IntervalCoreAttention(nn.Module):
@@ -59,7 +62,8 @@ class IntervalCoreAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any) -> None:
         super().__init__()
-        self.site = SITES_PER_LAYER * (layer_number - 1)
+        self.layer = layer_number - 1
+        self.site = SITES_PER_LAYER * self.layer
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Visibility, **unused: Any
@@ -72,9 +76,12 @@ class IntervalCoreAttention(nn.Module):
         if group is not None:
             query, key, value = to_heads(query, key, value, group)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        dropout = attention_mask.dropout
+        dropout, cache = attention_mask.dropout, attention_mask.cache
         dropped = {} if dropout is None else dropout.of_attention(self.site)
-        attended = interval_attention(query, key, value, attention_mask.mask, **dropped).permute(2, 0, 1, 3)
+        if cache is not None:
+            query, key, value = cache.extend(self.layer, query, key, value)
+        attended = interval_attention(query, key, value, attention_mask.mask, **dropped)
+        attended = attended.transpose(1, 2).flatten(0, 1)[:, None]
         return (attended if group is None else to_positions(attended, group)).flatten(2)
 
 
