@@ -1,4 +1,4 @@
-"""What engines generate, with what they hold of each row, is what the plain model says of whole rows."""
+"""What engines say of rows that they hold the beginnings of is what the plain model says of whole rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from distributed.continuations import BEAMS, NEW_TOKENS, SpecialTokens, by_beams, documents, greedily, prompts
+from distributed.continuations import (
+    BEAMS,
+    ENDINGS,
+    NEW_TOKENS,
+    SpecialTokens,
+    by_beams,
+    documents,
+    greedily,
+    how_likely,
+    prompts,
+)
 from distributed.ranks import run_ranks
 from distributed.test_options import start_weights
 from distributed.tiny import LENGTH, OPTIONS, tiny_config
@@ -88,13 +98,28 @@ class Plain:
             end=DOCUMENT,
         )
 
+    def how_likely(self) -> list[list[float]]:
+        """All that the model says of `ENDINGS`, and how many tokens count, end to end."""
+        found = []
+        for document, endings in zip(self._documents, ENDINGS, strict=True):
+            said = []
+            for ending in endings:
+                each = [
+                    self._next(document, ending.tokens[:n]).log_softmax(-1)[token].item()
+                    for n, token in enumerate(ending.tokens)
+                ]
+                total = sum(weight * one for weight, one in zip(ending.weights, each, strict=True))
+                said += [total, sum(weight > 0 for weight in ending.weights)]
+            found.append(said)
+        return found
+
     def _next(self, document: Document, tokens: Sequence[int]) -> torch.Tensor:
         whole = Document([*document.tokens, *tokens], document.spans)
         return document_logits(whole, self._weights, self._config)[-1]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_one_rank_generates_what_the_plain_model_does(options: str, topology: Topology) -> None:
+def test_one_rank_says_what_the_plain_model_does(options: str, topology: Topology) -> None:
     weights = start_weights(topology, options)
     config: Any = tiny_config("unused", options=options)
     plain = Plain(options, weights)
@@ -103,10 +128,12 @@ def test_one_rank_generates_what_the_plain_model_does(options: str, topology: To
     found = by_beams(*asked)
     assert found == plain.by_beams()
     assert [len(one) for one in found][4:] == [0, 4]
+    for said, wanted in zip(how_likely(*asked), plain.how_likely(), strict=True):
+        assert [value for one in said for value in one] == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize("num_ranks", LAYOUTS)
-def test_ranks_generate_what_the_plain_model_does(num_ranks: int, topology: Topology) -> None:
+def test_ranks_say_what_the_plain_model_does(num_ranks: int, topology: Topology) -> None:
     layouts = LAYOUTS[num_ranks]
     words = [json.dumps({"name": name, **layout}) for name, layout in layouts.items()]
     results = run_ranks("continue_prompts", num_ranks, *words)
@@ -116,3 +143,5 @@ def test_ranks_generate_what_the_plain_model_does(num_ranks: int, topology: Topo
         plain = Plain(options, start_weights(topology, options))
         assert result["greedy"] == plain.greedily(), result["name"]
         assert result["beams"] == plain.by_beams(), result["name"]
+        for said, wanted in zip(result["likelihoods"], plain.how_likely(), strict=True):
+            assert [value for one in said for value in one] == pytest.approx(wanted, abs=1e-4)

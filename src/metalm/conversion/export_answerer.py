@@ -25,7 +25,8 @@ from metalm.data.row import Row, lay_out
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample
-from metalm.evaluation.answering import Likelihood, check_readers
+from metalm.evaluation.answering import check_readers
+from metalm.evaluation.likelihoods import Likelihood
 from metalm.evaluation.task_scores import evaluate_tasks
 from metalm.modalities import Media, modality_of_encoder
 from metalm.parallel.launch import Launch

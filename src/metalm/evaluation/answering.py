@@ -8,32 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple, Protocol, TypeVar
+from itertools import zip_longest
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 
 from metalm.config.schema import Overflow
-from metalm.data.collate import collate
 from metalm.data.corpus import Corpus
 from metalm.data.documents.examples import ExampleMaker
 from metalm.data.row import Row, lay_out
 from metalm.data.usual_readers import usual_readers
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample, ConfigError
+from metalm.evaluation.continued_rows import ContinuedRows
 from metalm.evaluation.generation import EvaluatedModel, evaluating, generate_by_beams, generate_greedily
-from metalm.objectives import encode
+from metalm.evaluation.likelihoods import Likelihood, by_beginning, likelihoods
 from metalm.parallel.topology import Topology
 from metalm.tasks.task_file import Decode
 
 Answer = TypeVar("Answer")
-
-
-class Likelihood(NamedTuple):
-    """Of the trained tokens of a document."""
-
-    total: float
-    """Sum of their log-likelihoods, natural."""
-    num_tokens: int
 
 
 class Answerer(Protocol):
@@ -121,19 +114,37 @@ class EngineAnswerer:
 
     def likelihoods(self, documents: Sequence[Document], read: ReadPart) -> list[Likelihood | None]:
         """See `Answerer`."""
-        return self._shared(documents, read, self._likelihoods)
+        begun = by_beginning(documents, self._corpus.tokenizer.document_id)
+        lengths = [[len(one.tokens) for one in each.endings] for each in begun]
+        longest = [max(turn) for turn in zip_longest(*lengths, fillvalue=0)]
+
+        def answer(rows: Sequence[Row], numbers: Sequence[int]) -> list[list[Likelihood]]:
+            endings = [begun[number].endings for number in numbers] or [[]]
+            with evaluating(self._model):
+                return likelihoods(self._continued(rows), endings, longest)
+
+        found: list[Likelihood | None] = [None] * len(documents)
+        shared = self._shared([one.beginning for one in begun], read, answer)
+        for one, answers in zip(begun, shared, strict=True):
+            for number, said in zip(one.documents, answers or [], strict=answers is not None):
+                found[number] = said
+        return found
 
     def continuations(self, prompts: Sequence[Document], read: ReadPart, decode: Decode) -> list[str | None]:
         """See `Answerer`."""
-        return self._shared(prompts, read, lambda rows: self._continuations(rows, decode))
+        return self._shared(prompts, read, lambda rows, _: self._continuations(rows, decode))
 
     def _shared(
         self,
         documents: Sequence[Document],
         read: ReadPart,
-        answer: Callable[[Sequence[Row]], list[Answer]],
+        answer: Callable[[Sequence[Row], Sequence[int]], list[Answer]],
     ) -> list[Answer | None]:
-        """The answers to all documents, shared out over the data-parallel ranks by their lengths."""
+        """The answers to all documents, shared out over the data-parallel ranks by their lengths.
+
+        Args:
+            answer: gives those to rows, which are of these documents by number; of none there is one row.
+        """
         topology = self._topology
         order = sorted(range(len(documents)), key=lambda number: (-len(documents[number]), number))
         own = order[topology.data_rank :: topology.data_size]
@@ -145,7 +156,8 @@ class EngineAnswerer:
                 with suppress(BadSample):
                     rows[number] = lay_out([documents[number].decoded(read)], self._corpus.tokenizer)
             # Every rank has as many batches, and a row at least: sharded weights are gathered together.
-            answers = answer(list(rows.values()) or [lay_out([_NOTHING], self._corpus.tokenizer)])
+            nothing = [lay_out([_NOTHING], self._corpus.tokenizer)]
+            answers = answer(list(rows.values()) or nothing, list(rows))
             mine |= dict(zip(rows, answers, strict=False))
         gathered: list[dict[int, Answer]] = [{} for _ in range(topology.replica_size)]
         dist.all_gather_object(gathered, mine, group=topology.replica_host_group)
@@ -163,25 +175,9 @@ class EngineAnswerer:
             )
         return [tokenizer.decode(ids) for ids in tokens]
 
-    def _likelihoods(self, rows: Sequence[Row]) -> list[Likelihood]:
-        config, topology = self._corpus.config, self._topology
-        multiple = config.parallel.length_multiple
-        longest = max(len(row.tokens) for row in rows)
-        batch = collate(
-            rows,
-            model_config=config.model,
-            sequence_length=-(-longest // multiple) * multiple,
-            tp_size=topology.tensor_size,
-            pad_id=self._corpus.tokenizer.pad_id,
-            cp_size=topology.context_size,
-        ).to(topology.device)
-        with evaluating(self._model):
-            losses = self._model.decoder(batch, encode(self._model, batch, topology))
-        totals = -(losses.double() * batch.loss_weights).sum(dim=1)
-        if topology.context_size > 1:
-            dist.all_reduce(totals, group=topology.context_group)
-        counts = (batch.loss_weights > 0).sum(dim=1)
-        return [Likelihood(*one) for one in zip(totals.tolist(), counts.tolist(), strict=True)]
+    def _continued(self, rows: Sequence[Row]) -> ContinuedRows:
+        config, tokenizer = self._corpus.config, self._corpus.tokenizer
+        return ContinuedRows(self._model, self._topology, config, tokenizer, rows)
 
 
 _NOTHING = Document((), ends=False)

@@ -7,13 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from metalm.batch import SemiCausalBatch
 from metalm.config import RunConfig
-from metalm.data.collate import collate
 from metalm.data.corpus import Corpus
 from metalm.data.held_out import HeldOutSample, held_out_samples
 from metalm.data.row import Row, lay_out
@@ -21,8 +18,8 @@ from metalm.data.sources import Source
 from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, Part
 from metalm.evaluation.beam_search import beam_search
-from metalm.model.decoder_cache import DecoderCache
-from metalm.objectives import Model, encode
+from metalm.evaluation.continued_rows import ContinuedRows
+from metalm.objectives import Model
 from metalm.parallel.topology import Topology
 from metalm.progress import Phase
 
@@ -172,7 +169,7 @@ def generate_by_beams(
 
 
 class _Started:
-    """Prompts with room behind them, read once and then continued."""
+    """Prompts that are continued, each in one copy or several."""
 
     def __init__(
         self,
@@ -184,23 +181,13 @@ class _Started:
         copies: int,
         max_new_tokens: int,
     ) -> None:
-        self._model, self._topology, self._copies = model, topology, copies
-        self._multiple = config.parallel.length_multiple
-        wanted = self._whole(max(len(p.tokens) for p in prompts) + max_new_tokens)
-        self._longest = min(wanted, config.data.sequence_length)
-        self.rooms = [min(max_new_tokens, self._longest - len(p.tokens)) for p in prompts]
+        self._topology, self._copies = topology, copies
+        self._rows = ContinuedRows(model, topology, config, tokenizer, prompts)
+        wanted = self._rows.whole_length(max(self._rows.lengths) + max_new_tokens)
+        self._length = min(wanted, config.data.sequence_length)
+        self.rooms = [min(max_new_tokens, self._length - length) for length in self._rows.lengths]
         """New tokens for which each prompt has room."""
-        self._lengths = [len(p.tokens) for p in prompts]
-        self._batch = collate(
-            [_with_room(p, self._longest, tokenizer.pad_id) for p in prompts],
-            model_config=config.model,
-            sequence_length=self._longest,
-            tp_size=topology.tensor_size,
-            pad_id=tokenizer.pad_id,
-            cp_size=topology.context_size,
-        ).to(topology.device)
-        self._cache = DecoderCache(self._longest)
-        self._last: Sequence[Sequence[int]] | None = None
+        self._last: list[tuple[int, ...]] | None = None
 
     def next_logits(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits [prompts * copies, vocabulary] of what follows each prompt and these tokens of it.
@@ -210,59 +197,22 @@ class _Started:
                 and one more. What is said of a copy that has no more is not to be used.
         """
         last, self._last = self._last, [tuple(ids) for ids in tokens]
-        return self._read() if last is None else self._go_on(last, self._last)
-
-    def _read(self) -> torch.Tensor:
-        places = [row * self._longest + length - 1 for row, length in enumerate(self._lengths)]
-        encoded = encode(self._model, self._batch, self._topology)
-        logits = self._logits(self._batch, encoded, places)
-        self._cache.keep(
-            self._padded([row for row in range(len(self._lengths)) for _ in range(self._copies)])
-        )
-        return logits.repeat_interleave(self._copies, dim=0)
-
-    def _go_on(self, last: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        rows, read, places = [], [], []
-        for copy, ids in enumerate(tokens):
+        if last is None:
+            logits = self._rows.read(self._length).repeat_interleave(self._copies, dim=0)
+            self._rows.keep([copy // self._copies for copy in range(len(tokens))])
+            return logits
+        rows, places = [], []
+        for copy, ids in enumerate(self._last):
             prompt = copy // self._copies
             copies = range(prompt * self._copies, (prompt + 1) * self._copies)
             goes_on = [one for one in copies if len(ids) > len(last[one]) and last[one] == ids[:-1]]
             rows.append(copy if not goes_on or copy in goes_on else goes_on[0])
-            read.append(ids[-1] if ids else 0)
-            places.append(self._lengths[prompt] + len(ids) - 1)
-        self._cache.keep(self._padded(rows))
-        device = self._topology.device
-        batch = self._cache.next_batch(self._padded(read), self._padded(places), device)
-        return self._logits(batch, {}, range(len(rows)))
-
-    def _logits(
-        self, batch: SemiCausalBatch, encoded: dict[str, torch.Tensor], places: Sequence[int]
-    ) -> torch.Tensor:
-        at = torch.tensor(places, device=self._topology.device)
-        logits: torch.Tensor = self._model.decoder(batch, encoded, logits_at=at, cache=self._cache)
-        return logits
-
-    def _whole(self, count: int) -> int:
-        """So many positions that each rank has as many of them."""
-        return -(-count // self._multiple) * self._multiple
-
-    def _padded(self, of_rows: list[int]) -> list[int]:
-        """With those of a first row again, so that each rank has as many rows."""
-        return of_rows + of_rows[:1] * (self._whole(len(of_rows)) - len(of_rows))
+            places.append([self._rows.lengths[prompt] + len(ids) - 1])
+        self._rows.keep(rows)
+        return self._rows.next_logits([ids[-1:] or (0,) for ids in self._last], places)
 
     def any_goes_on(self, own: bool) -> bool:
         """Whether any data-parallel rank is not done: they gather sharded weights together."""
         going = torch.tensor([int(own)], device=self._topology.device)
         dist.all_reduce(going, op=dist.ReduceOp.MAX, group=self._topology.data_group)
         return bool(going)
-
-
-def _with_room(prompt: Row, length: int, pad_id: int) -> Row:
-    """The prompt with padding inside its document, to be written over."""
-    missing = length - len(prompt.tokens)
-    return replace(
-        prompt,
-        tokens=np.concatenate((prompt.tokens, np.full(missing, pad_id, prompt.tokens.dtype))),
-        loss_weights=np.concatenate((prompt.loss_weights, np.zeros(missing, np.float32))),
-        document_ends=[length],
-    )

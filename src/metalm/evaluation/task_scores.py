@@ -17,7 +17,8 @@ from typing import Any
 from metalm.data.documents.example import Example
 from metalm.document import Document
 from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
-from metalm.evaluation.answering import Answerer, Likelihood
+from metalm.evaluation.answering import Answerer
+from metalm.evaluation.likelihoods import Likelihood
 from metalm.evaluation.task_results import TaskResult, rows_of, table
 from metalm.progress import Phase
 from metalm.regular_files import replace_file

@@ -35,14 +35,25 @@ class DecoderCache:
             self._held[layer] = keys[chosen], values[chosen]
 
     def next_batch(
-        self, tokens: Sequence[int], places: Sequence[int], device: torch.device
+        self,
+        tokens: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]],
+        device: torch.device,
     ) -> SemiCausalBatch:
-        """The next token of each row, and where in the row it stands, as a micro-batch [B, 1]."""
-        at = torch.tensor(places, device=device)[:, None]
+        """What is read next of each row, as a micro-batch [B, T].
+
+        Args:
+            tokens: of each row as many; one may be repeated with its place.
+            places: where in their row they stand, each behind those before.
+            labels: what they are to predict, where losses are asked for.
+            device: of the decoder.
+        """
+        at = torch.tensor(places, device=device)
         unused = torch.zeros_like(at)
         return SemiCausalBatch(
-            tokens=torch.tensor(tokens, device=device)[:, None],
-            labels=unused,
+            tokens=torch.tensor(tokens, device=device),
+            labels=torch.tensor(labels, device=device),
             loss_weights=unused.float(),
             positions=at,
             attention_start=unused.int(),
@@ -56,7 +67,7 @@ class DecoderCache:
         """What the next tokens see of their rows; None: nothing is held yet."""
         if not self._held:
             return None
-        self._places = batch.attention_end[:, 0].long() - 1
+        self._places = batch.attention_end.long() - 1
         return IntervalMask(batch.attention_start, batch.attention_end, self._length)
 
     def extend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,19 +75,24 @@ class DecoderCache:
 
         Args:
             layer: its number.
-            query: [1, H, N, K] of whole rows laid end to end, N = B * S, or of one next token of each, N = B.
+            query: [1, H, N, K] of whole rows laid end to end, N = B * S, or of what is read next, N = B * T.
             key, value: [1, Hkv, N, K].
 
         Returns:
-            The same of whole rows; of next tokens [B, H, 1, K], and keys and values [B, Hkv, S, K].
+            The same of whole rows; of what is read next [B, H, T, K], and keys and values [B, Hkv, S, K].
         """
         if self._places is None:
-            rows = (part[0].unflatten(1, (-1, self._length)).transpose(0, 1) for part in (key, value))
-            keys, values = (part.contiguous() for part in rows)
+            keys, values = (_by_rows(part, self._length).contiguous() for part in (key, value))
             self._held[layer] = keys, values
             return query, key, value
         keys, values = self._held[layer]
-        every = torch.arange(len(self._places), device=keys.device)
-        keys[every, :, self._places] = key[0].transpose(0, 1)
-        values[every, :, self._places] = value[0].transpose(0, 1)
-        return query[0].transpose(0, 1)[:, :, None], keys, values
+        rows, count = self._places.shape
+        every = torch.arange(rows, device=keys.device)[:, None]
+        keys[every, :, self._places] = _by_rows(key, count).transpose(1, 2)
+        values[every, :, self._places] = _by_rows(value, count).transpose(1, 2)
+        return _by_rows(query, count), keys, values
+
+
+def _by_rows(part: Tensor, length: int) -> Tensor:
+    """[1, H, B * length, K] to [B, H, length, K]."""
+    return part[0].unflatten(1, (-1, length)).transpose(0, 1)

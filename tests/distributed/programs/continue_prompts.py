@@ -1,4 +1,4 @@
-"""Continue prompts by the tiny model as it starts, on one layout of the ranks after another.
+"""Continue prompts and judge endings by the tiny model as it starts, on one layout of ranks after another.
 
 Arguments: for each layout JSON of `tiny_config`'s arguments with `name` and `zero` (stages of decoder and
 encoders).
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from distributed.continuations import SpecialTokens, by_beams, greedily, prompts
+from distributed.continuations import SpecialTokens, by_beams, greedily, how_likely, prompts
 from distributed.tiny import tiny_config
 from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import build_topology, close_topology
@@ -41,14 +41,15 @@ def answer(device: torch.device, *, name: str, zero: str, **shape: Any) -> None:
     topology = build_topology(config.parallel.tensor, device, context_size=config.parallel.context)
     engines = build_engines(config, topology)
     asked = (engines, topology, config, SpecialTokens(), prompts()[topology.data_rank :: topology.data_size])
-    answers = [greedily(*asked), by_beams(*asked)]
+    answers = [greedily(*asked), by_beams(*asked), how_likely(*asked)]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, answers)
     if topology.rank == 0:
         shares = gathered[:: dist.get_world_size() // topology.data_size]
-        found = [[share[kind] for share in shares] for kind in (0, 1)]
+        found = [[share[kind] for share in shares] for kind in range(3)]
         whole = [[one for some in zip(*kind, strict=True) for one in some] for kind in found]
-        print("RESULT " + json.dumps({"name": name, "greedy": whole[0], "beams": whole[1]}), flush=True)
+        kinds = dict(zip(("greedy", "beams", "likelihoods"), whole, strict=True))
+        print("RESULT " + json.dumps({"name": name, **kinds}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""Documents that begin alike are read once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from metalm.document import Document, Part
+from metalm.evaluation.likelihoods import Ending, by_beginning
+
+END = 2
+
+
+def text(*tokens: int, weight: float = 0.0, reader: str | None = None) -> Part:
+    return Part("text", np.array(tokens), reader, weight)
+
+
+def question(*options: tuple[int, ...], image: bytes = b"jpeg", ends: bool = False) -> list[Document]:
+    picture = Part("image", np.array([1, 1]), "vision", 0.0, image)
+    asked = (picture, text(5, 6, reader="text"), text(7))
+    return [Document((*asked, text(*option, weight=1.0)), ends=ends) for option in options]
+
+
+def test_options_of_a_question_share_its_beginning() -> None:
+    documents = [*question((8,), (9, 10)), *question((8,), image=b"other"), *question((11,))]
+    found = by_beginning(documents, END)
+    assert [one.documents for one in found] == [[0, 1, 3], [2]]
+    assert [one.tokens for one in found[0].endings] == [[8], [9, 10], [11]]
+    assert found[0].beginning == documents[0].prompt(3)
+
+
+def test_an_end_is_trained_on_like_what_stands_before_it() -> None:
+    (found,) = by_beginning(question((8, 9), ends=True), END)
+    assert found.endings == [Ending([8, 9, END], [1.0, 1.0, 1.0])]
+
+
+def test_who_reads_a_part_tells_beginnings_apart() -> None:
+    parts = [text(5, reader="text"), text(5), text(5, reader="vision")]
+    documents = [Document((part, text(6, weight=1.0)), ends=False) for part in parts]
+    assert [one.documents for one in by_beginning(documents, END)] == [[0], [1], [2]]
+
+
+def test_what_is_not_trained_on_behind_an_answer_belongs_to_the_ending() -> None:
+    document = Document((text(4), text(5, weight=1.0), text(6), text(7, weight=0.5)), ends=False)
+    (found,) = by_beginning([document], END)
+    assert found.endings == [Ending([5, 6, 7], [1.0, 0.0, 0.5])]
