@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from metalm.document import Document, Part
-from metalm.evaluation.likelihoods import Ending, by_beginning
+from metalm.evaluation.likelihoods import MOST_ENDINGS, Ending, by_beginning
 
 END = 2
 
@@ -43,3 +43,16 @@ def test_what_is_not_trained_on_behind_an_answer_belongs_to_the_ending() -> None
     document = Document((text(4), text(5, weight=1.0), text(6), text(7, weight=0.5)), ends=False)
     (found,) = by_beginning([document], END)
     assert found.endings == [Ending([5, 6, 7], [1.0, 0.0, 0.5])]
+
+
+def test_many_endings_of_a_beginning_are_read_in_several_rows() -> None:
+    documents = question(*((8 + number,) for number in range(MOST_ENDINGS + 3)))
+    first, second = by_beginning(documents, END)
+    assert first.documents == list(range(MOST_ENDINGS))
+    assert second.documents == list(range(MOST_ENDINGS, MOST_ENDINGS + 3))
+    assert second.beginning == first.beginning
+
+
+def test_what_begins_shorter_than_it_ends_is_read_by_itself() -> None:
+    documents = [Document((text(3), text(*range(4, 4 + n), weight=1.0)), ends=False) for n in (1, 1, 2, 2)]
+    assert [one.documents for one in by_beginning(documents, END)] == [[0, 1], [2], [3]]

@@ -31,6 +31,8 @@ from metalm.tasks.task_file import Decode
 Answer = TypeVar("Answer")
 _log = logging.getLogger("lm_eval.metalm")  # below the harness's, or nothing would be seen
 
+BATCHES_AT_ONCE = 4
+"""Of requests: several may have one context, which is then read once."""
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """The first that is given counts, as in the harness."""
 _USUAL_NEW_TOKENS = 256
@@ -271,13 +273,14 @@ class HarnessModel(LM):
         answer: Callable[[Sequence[Instance]], list[Answer]],
         disable_tqdm: bool,
     ) -> list[Answer]:
-        """All answers, the longest requests first; each batch is told to the harness's cache."""
-        lengths = [sum(len(text) for text in one.args[:2] if isinstance(text, str)) for one in requests]
-        order = sorted(range(len(requests)), key=lambda number: -lengths[number])
+        """All answers, the longest contexts first; each group of requests is told to the harness's cache."""
+        contexts = [str(one.args[0]) for one in requests]
+        order = sorted(range(len(requests)), key=lambda number: (-len(contexts[number]), contexts[number]))
+        at_once = BATCHES_AT_ONCE * self._batch_size
         found: dict[int, Answer] = {}
         with tqdm(total=len(requests), desc=f"Running {kind} requests", disable=disable_tqdm) as bar:
-            for first in range(0, len(order), self._batch_size):
-                numbers = order[first : first + self._batch_size]
+            for first in range(0, len(order), at_once):
+                numbers = order[first : first + at_once]
                 for number, one in zip(numbers, answer([requests[n] for n in numbers]), strict=True):
                     found[number] = one
                     self.cache_hook.add_partial(kind, requests[number].args, one)

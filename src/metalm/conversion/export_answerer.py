@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import tokenizers
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from metalm.config.schema import Overflow
 from metalm.conversion.generate import FolderModel
@@ -26,7 +27,7 @@ from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample
 from metalm.evaluation.answering import check_readers
-from metalm.evaluation.likelihoods import Likelihood
+from metalm.evaluation.likelihoods import Ending, Likelihood, by_beginning
 from metalm.evaluation.task_scores import evaluate_tasks
 from metalm.modalities import Media, modality_of_encoder
 from metalm.parallel.launch import Launch
@@ -142,7 +143,17 @@ class ExportAnswerer:
 
     def scored(self, documents: Sequence[Document], read: ReadPart) -> list[Scored | None]:
         """As `likelihoods`, and whether the model would have chosen the tokens itself."""
-        return self._in_batches(documents, read, self._scored)
+        begun = by_beginning(documents, self.tokenizer.document_id)
+
+        def answer(rows: Sequence[Row], numbers: Sequence[int]) -> list[list[Scored]]:
+            return self._scored(rows, [begun[number].endings for number in numbers])
+
+        found: list[Scored | None] = [None] * len(documents)
+        shared: list[list[Scored] | None] = self._in_batches([one.beginning for one in begun], read, answer)
+        for one, answers in zip(begun, shared, strict=True):
+            for number, said in zip(one.documents, answers or [], strict=answers is not None):
+                found[number] = said
+        return found
 
     def continuations(
         self,
@@ -160,13 +171,16 @@ class ExportAnswerer:
             sampling: draw tokens instead of taking the most likely ones.
         """
 
-        def answer(rows: Sequence[Row]) -> list[str]:
+        def answer(rows: Sequence[Row], numbers: Sequence[int]) -> list[str]:
             return self._continuations(rows, decode, until, sampling)
 
         return self._in_batches(prompts, read, answer)
 
     def _in_batches(
-        self, documents: Sequence[Document], read: ReadPart, answer: Callable[[Sequence[Row]], list[Answer]]
+        self,
+        documents: Sequence[Document],
+        read: ReadPart,
+        answer: Callable[[Sequence[Row], Sequence[int]], list[Answer]],
     ) -> list[Answer | None]:
         order = sorted(range(len(documents)), key=lambda number: (-len(documents[number]), number))
         found: dict[int, Answer] = {}
@@ -176,23 +190,50 @@ class ExportAnswerer:
                 with suppress(BadSample):
                     rows[number] = lay_out([documents[number].decoded(read)], self.tokenizer)
             if rows:
-                found |= dict(zip(rows, answer(list(rows.values())), strict=True))
+                found |= dict(zip(rows, answer(list(rows.values()), list(rows)), strict=True))
         return [found.get(number) for number in range(len(documents))]
 
     @torch.no_grad()
-    def _scored(self, rows: Sequence[Row]) -> list[Scored]:
-        inputs = self._inputs(rows)
-        logits = self._model(**inputs).logits.float()
-        answers = []
-        for row, of_row in zip(rows, logits, strict=True):
-            log_probabilities = of_row[-len(row.tokens) : -1].log_softmax(dim=-1)
-            tokens = torch.from_numpy(row.tokens[1:].astype("int64")).to(logits.device)
-            taken = log_probabilities.gather(1, tokens[:, None])[:, 0].double()
-            weights = torch.from_numpy(row.loss_weights[:-1]).to(logits.device)
-            likelihood = Likelihood(float((taken * weights).sum()), int((weights > 0).sum()))
-            is_greedy = (log_probabilities.argmax(dim=-1) == tokens) | (weights == 0)
-            answers.append(Scored(likelihood, bool(is_greedy.all())))
-        return answers
+    def _scored(self, rows: Sequence[Row], endings: Sequence[Sequence[Ending]]) -> list[list[Scored]]:
+        """Of each row's endings: the rows are read once, and each ending behind them."""
+        inputs, cache = self._inputs(rows), DynamicCache(config=self._model.config)
+        first = self._model(**inputs, past_key_values=cache, logits_to_keep=1).logits
+        found: list[list[Scored]] = [[] for _ in rows]
+        for of_rows in zip_longest(*endings):
+            count = max(len(one.tokens) for one in of_rows if one is not None) - 1
+            logits = first
+            if count > 0:
+                logits = torch.cat((first, self._behind(rows, of_rows, count, inputs, cache)), dim=1)
+                cache.crop(-count)
+            for row, one in enumerate(of_rows):
+                if one is not None:
+                    found[row].append(_score(one, logits[row].float()))
+        return found
+
+    def _behind(
+        self,
+        rows: Sequence[Row],
+        endings: Sequence[Ending | None],
+        count: int,
+        inputs: Mapping[str, torch.Tensor],
+        cache: DynamicCache,
+    ) -> torch.Tensor:
+        """Logits [rows, count, vocabulary] behind each ending's tokens but its last; then nothing of use."""
+        read = torch.zeros((len(rows), count), dtype=torch.int64)
+        for row, one in enumerate(endings):
+            if one is not None and len(one.tokens) > 1:
+                read[row, : len(one.tokens) - 1] = torch.tensor(one.tokens[:-1])
+        own = torch.tensor([[len(row.tokens)] for row in rows])
+        last = torch.tensor([[max(len(one.tokens), 1) - 2 if one else -1] for one in endings])
+        mask = inputs["attention_mask"]
+        device = mask.device
+        logits: torch.Tensor = self._model(
+            input_ids=read.to(device),
+            attention_mask=torch.cat((mask, mask.new_ones(read.shape)), dim=1),
+            position_ids=(own + torch.arange(count).minimum(last)).to(device),
+            past_key_values=cache,
+        ).logits
+        return logits
 
     @torch.no_grad()
     def _continuations(
@@ -228,6 +269,17 @@ class ExportAnswerer:
         own.no_padding()
         own.no_truncation()
         return SpanRetokenizer(own, self.tokenizer, self._encoders[name].max_text_positions)
+
+
+def _score(ending: Ending, logits: torch.Tensor) -> Scored:
+    """Of logits [at least its tokens, vocabulary]."""
+    log_probabilities = logits[: len(ending.tokens)].log_softmax(dim=-1)
+    tokens = torch.tensor(ending.tokens, dtype=torch.int64, device=logits.device)
+    weights = torch.tensor(ending.weights, dtype=torch.float64, device=logits.device)
+    taken = log_probabilities.gather(1, tokens[:, None])[:, 0].double()
+    likelihood = Likelihood(float((taken * weights).sum()), int((weights > 0).sum()))
+    is_greedy = (log_probabilities.argmax(dim=-1) == tokens) | (weights == 0)
+    return Scored(likelihood, bool(is_greedy.all()))
 
 
 class _Until(StoppingCriteria):
