@@ -68,6 +68,7 @@ def main() -> None:
         print(f"{len(jobs)} jobs, {total:.0f} minutes of one core of a CPU at its scale")
         return
     check_data(claims, setting)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.job is not None:
         run_alone(jobs, options.job, options.out, print)
         return
@@ -76,7 +77,6 @@ def main() -> None:
         print(write_arrays(jobs, setting, [*words, "--data", options.data, "--out", options.out]))
         return
     if not options.report and options.readme is None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         Queue(jobs, options.out, _say).run(options.jobs or usual_parallel(options.scale))
     results = [results_of(claim, setting) for claim in claims]
     write_report(results, jobs, setting, _say)

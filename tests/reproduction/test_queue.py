@@ -142,3 +142,44 @@ def test_a_queue_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> Non
         "done counted",
     ]
     assert (tmp_path / "count").read_text() == "3"
+
+
+SAVING = """
+import signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+def save(*_):
+    time.sleep(0.3)
+    (folder / "saved").touch()
+    raise SystemExit(75)
+signal.signal(signal.SIGTERM, save)
+(folder / "begun").touch()
+time.sleep(60)
+"""
+
+STOPPED = """
+import signal, sys
+from pathlib import Path
+from metalm.reproduction.jobs import Job
+from metalm.reproduction.queue import Queue, run_alone
+folder, way, saving = Path(sys.argv[1]), *sys.argv[2:]
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+jobs = [Job("saving", lambda: [(sys.executable, "-c", saving, str(folder))])]
+if way == "queue":
+    Queue(jobs, folder, print).run(1)
+else:
+    run_alone(jobs, "saving", folder, print)
+"""
+
+
+@pytest.mark.parametrize("way", ["queue", "alone"])
+def test_a_queue_or_job_that_is_stopped_ends_when_its_command_has_saved(way: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", STOPPED, str(tmp_path), way, SAVING]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) != 0
+    assert (tmp_path / "saved").exists()

@@ -112,11 +112,14 @@ class Queue:
         return None
 
     def stop(self) -> None:
-        """Ask what runs to save and end."""
+        """Ask what runs to save and end, and wait for it."""
         with self._lock:
             self._is_stopped = True
-            for process in self._running:
-                process.terminate()
+            running = list(self._running)
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
 
 
 def run_alone(jobs: Sequence[Job], name: str, out: Path, say: Callable[[str], None]) -> None:
@@ -135,7 +138,13 @@ def run_alone(jobs: Sequence[Job], name: str, out: Path, say: Callable[[str], No
         raise FaultError(f"{name} needs {missing[0]}, which is not done: see {out / 'jobs'}")
     if queue.marks.is_done(job):
         say(f"{name} is done already")
-    elif (problem := queue.run_job(job)) is not None:
+        return
+    try:
+        problem = queue.run_job(job)
+    except BaseException:
+        queue.stop()
+        raise
+    if problem is not None:
         raise FaultError(f"{name}: {problem}")
 
 
