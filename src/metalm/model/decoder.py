@@ -181,7 +181,7 @@ class Decoder(nn.Module):
             return torch.tensor(scale).to(vectors.dtype).item()  # on the host
         return scale
 
-    def _layers(self, hidden: Tensor, batch: SemiCausalBatch, cache: DecoderCache | None) -> Tensor:
+    def _layers(self, hidden: Tensor, batch: SemiCausalBatch, cache: DecoderCache | None = None) -> Tensor:
         """Output of the last layer, [B * S / C, D].
 
         Megatron's layers are called here, to recompute them if asked: its own recomputation, and its block's
