@@ -62,6 +62,7 @@ class Answerer(Protocol):
         """Of the trained tokens of each document; None: one of its images or clips cannot be decoded.
 
         Args:
+            documents: from the first trained part on, their parts are text that the decoder reads.
             read: see `Document.decoded`.
         """
         ...
@@ -115,11 +116,13 @@ class EngineAnswerer:
     def likelihoods(self, documents: Sequence[Document], read: ReadPart) -> list[Likelihood | None]:
         """See `Answerer`."""
         begun = by_beginning(documents, self._corpus.tokenizer.document_id)
-        lengths = [[len(one.tokens) for one in each.endings] for each in begun]
-        longest = [max(turn) for turn in zip_longest(*lengths, fillvalue=0)]
 
-        def answer(rows: Sequence[Row], numbers: Sequence[int]) -> list[list[Likelihood]]:
+        def answer(
+            rows: Sequence[Row], numbers: Sequence[int], together: Sequence[int]
+        ) -> list[list[Likelihood]]:
             endings = [begun[number].endings for number in numbers] or [[]]
+            lengths = ([len(one.tokens) for one in begun[number].endings] for number in together)
+            longest = [max(turn) for turn in zip_longest(*lengths, fillvalue=0)]
             with evaluating(self._model):
                 return likelihoods(self._continued(rows), endings, longest)
 
@@ -132,32 +135,33 @@ class EngineAnswerer:
 
     def continuations(self, prompts: Sequence[Document], read: ReadPart, decode: Decode) -> list[str | None]:
         """See `Answerer`."""
-        return self._shared(prompts, read, lambda rows, _: self._continuations(rows, decode))
+        return self._shared(prompts, read, lambda rows, *_: self._continuations(rows, decode))
 
     def _shared(
         self,
         documents: Sequence[Document],
         read: ReadPart,
-        answer: Callable[[Sequence[Row], Sequence[int]], list[Answer]],
+        answer: Callable[[Sequence[Row], Sequence[int], Sequence[int]], list[Answer]],
     ) -> list[Answer | None]:
         """The answers to all documents, shared out over the data-parallel ranks by their lengths.
 
         Args:
             answer: gives those to rows, which are of these documents by number; of none there is one row.
+                Last come the numbers of all ranks' documents that are answered in the same batch.
         """
         topology = self._topology
         order = sorted(range(len(documents)), key=lambda number: (-len(documents[number]), number))
-        own = order[topology.data_rank :: topology.data_size]
-        num_batches = -(-len(documents) // (topology.data_size * self._batch_size))
+        at_once = topology.data_size * self._batch_size
         mine: dict[int, Answer] = {}
-        for batch in range(num_batches):
+        for first in range(0, len(order), at_once):
+            together = order[first : first + at_once]
             rows: dict[int, Row] = {}
-            for number in own[batch * self._batch_size : (batch + 1) * self._batch_size]:
+            for number in together[topology.data_rank :: topology.data_size]:
                 with suppress(BadSample):
                     rows[number] = lay_out([documents[number].decoded(read)], self._corpus.tokenizer)
             # Every rank has as many batches, and a row at least: sharded weights are gathered together.
             nothing = [lay_out([_NOTHING], self._corpus.tokenizer)]
-            answers = answer(list(rows.values()) or nothing, list(rows))
+            answers = answer(list(rows.values()) or nothing, list(rows), together)
             mine |= dict(zip(rows, answers, strict=False))
         gathered: list[dict[int, Answer]] = [{} for _ in range(topology.replica_size)]
         dist.all_gather_object(gathered, mine, group=topology.replica_host_group)

@@ -92,7 +92,7 @@ def likelihoods(
     Args:
         rows: the beginnings.
         endings: of each row, first to last; may be none.
-        longest_of_turn: tokens of the longest first, second, ... ending of any row on any rank.
+        longest_of_turn: tokens of the longest first, second, ... ending of the rows of all ranks.
 
     Collective: all ranks.
     """
