@@ -27,7 +27,7 @@ from metalm.data.tokenizer import Tokenizer
 from metalm.document import Document, ReadPart
 from metalm.errors import BadSample
 from metalm.evaluation.answering import check_readers
-from metalm.evaluation.likelihoods import Ending, Likelihood, by_beginning
+from metalm.evaluation.likelihoods import Ending, Likelihood, by_beginning, of_documents
 from metalm.evaluation.task_scores import evaluate_tasks
 from metalm.modalities import Media, modality_of_encoder
 from metalm.parallel.launch import Launch
@@ -148,12 +148,8 @@ class ExportAnswerer:
         def answer(rows: Sequence[Row], numbers: Sequence[int]) -> list[list[Scored]]:
             return self._scored(rows, [begun[number].endings for number in numbers])
 
-        found: list[Scored | None] = [None] * len(documents)
-        shared: list[list[Scored] | None] = self._in_batches([one.beginning for one in begun], read, answer)
-        for one, answers in zip(begun, shared, strict=True):
-            for number, said in zip(one.documents, answers or [], strict=answers is not None):
-                found[number] = said
-        return found
+        said = self._in_batches([one.beginning for one in begun], read, answer)
+        return of_documents(begun, said)
 
     def continuations(
         self,

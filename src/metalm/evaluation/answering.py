@@ -22,7 +22,7 @@ from metalm.document import Document, ReadPart
 from metalm.errors import BadSample, ConfigError
 from metalm.evaluation.continued_rows import ContinuedRows
 from metalm.evaluation.generation import EvaluatedModel, evaluating, generate_by_beams, generate_greedily
-from metalm.evaluation.likelihoods import Likelihood, by_beginning, likelihoods
+from metalm.evaluation.likelihoods import Likelihood, by_beginning, likelihoods, of_documents
 from metalm.parallel.topology import Topology
 from metalm.tasks.task_file import Decode
 
@@ -126,12 +126,8 @@ class EngineAnswerer:
             with evaluating(self._model):
                 return likelihoods(self._continued(rows), endings, longest)
 
-        found: list[Likelihood | None] = [None] * len(documents)
-        shared = self._shared([one.beginning for one in begun], read, answer)
-        for one, answers in zip(begun, shared, strict=True):
-            for number, said in zip(one.documents, answers or [], strict=answers is not None):
-                found[number] = said
-        return found
+        said = self._shared([one.beginning for one in begun], read, answer)
+        return of_documents(begun, said)
 
     def continuations(self, prompts: Sequence[Document], read: ReadPart, decode: Decode) -> list[str | None]:
         """See `Answerer`."""

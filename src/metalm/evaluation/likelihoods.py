@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from metalm.document import Document, Part
 from metalm.evaluation.continued_rows import ContinuedRows
 
+Answer = TypeVar("Answer")
 MOST_ENDINGS = 16
 
 
@@ -64,6 +65,15 @@ def by_beginning(documents: Sequence[Document], end_id: int) -> list[Begun]:
         begun.endings.append(ending)
         begun.documents.append(number)
     return found
+
+
+def of_documents(begun: Sequence[Begun], answers: Sequence[Sequence[Answer] | None]) -> list[Answer | None]:
+    """What is said of each document, from what is said of the endings of each beginning, if anything."""
+    found: dict[int, Answer] = {}
+    for one, said in zip(begun, answers, strict=True):
+        if said is not None:
+            found |= dict(zip(one.documents, said, strict=True))
+    return [found.get(number) for number in range(sum(len(one.documents) for one in begun))]
 
 
 def _key(part: Part) -> Hashable:

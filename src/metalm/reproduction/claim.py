@@ -9,7 +9,7 @@ from typing import NamedTuple
 from metalm.errors import DataError
 from metalm.reproduction.arms import Arm, Setting
 from metalm.reproduction.data.set_folder import SOURCE_NAME
-from metalm.reproduction.jobs import Job
+from metalm.reproduction.jobs import Job, with_needs
 
 
 class Series(NamedTuple):
@@ -124,12 +124,7 @@ def check_data(claims: Sequence[Claim], setting: Setting) -> None:
 
 def jobs_for(names: Sequence[str], claims: Sequence[Claim], setting: Setting) -> tuple[Job, ...]:
     """Jobs of other claims, by name, with all that they need, each behind what it needs."""
-    known = {job.name: job for claim in claims for job in claim.jobs(setting)}
-    waiting, needed = list(names), set[str]()
-    while waiting:
-        needed.add(name := waiting.pop())
-        waiting += known[name].needs
-    return tuple(job for name, job in known.items() if name in needed)
+    return with_needs(names, (job for claim in claims for job in claim.jobs(setting)))
 
 
 def jobs_of(claims: Sequence[Claim], setting: Setting) -> list[Job]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,16 @@ class Marks:
 
     def _path(self, job: Job, suffix: str) -> Path:
         return self._folder / (job.name.replace("/", "--") + suffix)
+
+
+def with_needs(names: Sequence[str], jobs: Iterable[Job]) -> tuple[Job, ...]:
+    """Those of the jobs that have these names, and all that they need, in the order that is given."""
+    known = {job.name: job for job in jobs}
+    waiting, needed = list(names), set[str]()
+    while waiting:
+        needed.add(name := waiting.pop())
+        waiting += known[name].needs
+    return tuple(job for name, job in known.items() if name in needed)
 
 
 def in_order(jobs: Sequence[Job]) -> list[list[Job]]:

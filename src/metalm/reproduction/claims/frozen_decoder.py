@@ -14,7 +14,7 @@ OTHERS = DOMAINS[1:]
 QUESTIONS = {"cpu": 1000, "gpu": 2019}
 STEPS_ON_GPU = 600
 """About four epochs, instead of one."""
-PIPELINES = {"b_without": "b_gpt", "b_docked": "b_metalm", "b_docked_random": "b_random"}
+FINETUNED_BY = {"b_without": "b_gpt", "b_docked": "b_metalm", "b_docked_random": "b_random"}
 """What finetunes each pretrained model."""
 WITHOUT_ENCODER = ("model.encoders=null", "initialize.new=[]", "training.optimizer.learning_rates=null")
 TRAINED_AS_A_WHOLE = (
@@ -46,7 +46,7 @@ def frozen_decoder(setting: Setting) -> Claim:
         return Arm(
             name,
             about,
-            PIPELINES[pretrained],
+            FINETUNED_BY[pretrained],
             _overrides(setting, pretrained, trained_on, held_out),
             (tested,),
             (f"shared/{pretrained}", f"shared/{trained_on}_train", f"shared/{held_out}_validation"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
-from metalm.reproduction.jobs import Job, shared_job, tool
+from metalm.reproduction.jobs import Job, shared_job, tool, with_needs
 
 RATES = (3e-4, 1e-3)
 _AS_MANY_LAYERS = "model.decoder.num_layers=8"
@@ -126,12 +126,8 @@ def where_texts_are(setting: Setting) -> tuple[str, ...]:
 
 def pretraining(setting: Setting, *starts: Start) -> tuple[Job, ...]:
     """Texts and tokenizer, and the models, with those that they go on from."""
-    jobs = {job.name.removeprefix("shared/"): job for job in _jobs(setting)}
-    waiting, needed = [start.job for start in starts] or ["a_shards"], set[str]()
-    while waiting:
-        needed.add(name := waiting.pop())
-        waiting += [one.removeprefix("shared/") for one in jobs[name].needs]
-    return tuple(job for name, job in jobs.items() if name in needed)
+    names = [f"shared/{start.job}" for start in starts] or ["shared/a_shards"]
+    return with_needs(names, _jobs(setting))
 
 
 def _jobs(setting: Setting) -> Iterator[Job]:
