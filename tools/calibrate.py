@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.commands.starting import set_up_libraries
 from metalm.progress import Phase
 from metalm.project_files import project_root
 
@@ -62,6 +63,7 @@ def measure(arguments: argparse.Namespace) -> None:
     with Phase("loading DeepSpeed and Megatron"):
         import torch
 
+        set_up_libraries()
         from metalm.training.calibrate import calibrate, process_or_wall_clock
 
     if arguments.threads:

@@ -46,12 +46,15 @@ def join_ranks(prepare: Callable[[int], Corpus]) -> Joined:
 
 
 def set_up_libraries() -> None:
-    """Set what the libraries of training read when they are imported.
+    """Set what the libraries of training read when they are imported, and who multiplies matrices on CPU.
 
     DeepSpeed gets its device. Megatron's notes on what is not installed stay off the terminal.
     """
     import torch
 
+    from metalm.kernels.cpu_matmul import multiply_by_onednn
+
+    multiply_by_onednn()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     from metalm.parallel.megatron_import import import_megatron

@@ -23,6 +23,7 @@ from metalm.conversion.shipped.processing_metalm import (
 from metalm.data.storage.shard_scan import MAX_MEMBER_BYTES
 from metalm.data.tokenizer import panics_as_errors
 from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
+from metalm.kernels.cpu_matmul import multiply_by_onednn
 from metalm.modalities.image import decode_image
 from metalm.progress import Phase
 from metalm.regular_files import path_exists
@@ -44,6 +45,7 @@ class FolderModel:
             raise ConfigError(f"{folder} is not an exported model: it has no config.json")
         read_foreign_config(folder)
         transformers_logging.disable_progress_bar()
+        multiply_by_onednn()
         try:
             with Phase(f"loading the model of {folder}"):
                 self._model: Any = _load_model(folder)

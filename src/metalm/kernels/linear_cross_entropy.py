@@ -191,13 +191,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             kept = None
             if grad_hidden is not None:
-                torch.mm(grad_logits, rows, out=grad_hidden[chunk])
+                _multiply_into(grad_hidden[chunk], grad_logits, rows)
             if factor is not None:  # of narrower tensors than the logits are
                 inputs = inputs * factor
                 if grad_hidden is not None:
                     grad_hidden[chunk] *= factor
             if grad_weight is not None and len(chunks) == 1:
-                torch.mm(grad_logits.T, inputs, out=grad_weight[: len(rows)])
+                _multiply_into(grad_weight[: len(rows)], grad_logits.T, inputs)
             elif grad_weight is not None:
                 grad_weight[: len(rows)] += grad_logits.T @ inputs
         if grad_hidden is not None and options.group is not None:
@@ -205,6 +205,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write a product where it belongs; on CPU by a copy, since what is fast there has no `out`."""
+    if out.is_cpu:
+        out.copy_(left @ right)
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _own_labels(labels: Tensor, options: _Options) -> Tensor:
