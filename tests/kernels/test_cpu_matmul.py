@@ -48,6 +48,34 @@ def test_products_are_those_of_float64(size: tuple[int, int, int], dtype: torch.
                 torch.testing.assert_close(found_sum.double(), wanted_sum, rtol=0, atol=2 * tolerance * scale)
 
 
+@needs_onednn
+def test_views_of_any_strides_are_multiplied() -> None:
+    rows, inner, columns = 300, 96, 130
+    left, right, bias = draw(rows, inner), draw(inner, columns, seed=1), draw(columns, seed=2)
+    lefts = {
+        "one row": left[:1].expand(rows, inner),
+        "one column": left[:, :1].expand(rows, inner),
+        "one number": left[:1, :1].expand(rows, inner),
+        "columns of a wider one": draw(rows, 3 * inner)[:, inner + 1 : 2 * inner + 1],
+        "every second column": draw(rows, 2 * inner)[:, ::2],
+        "not aligned": draw(rows * inner + 1)[1:].view(rows, inner),
+        "one row, transposed": left[:1].t().expand(inner, rows).t(),
+    }
+    rights = {
+        "itself": right,
+        "one row": right[:1].expand(inner, columns),
+        "every second row": draw(2 * inner, columns)[::2],
+    }
+    biases = {"itself": bias, "one number": bias[:1].expand(columns), "every second": draw(2 * columns)[::2]}
+    for a in lefts.values():
+        for b in rights.values():
+            wanted = a.double() @ b.double()
+            torch.testing.assert_close(cpu_matmul._mm(a, b).double(), wanted, rtol=1e-5, atol=1e-4)
+            for one in biases.values():
+                found = cpu_matmul._addmm(one, a, b).double()
+                torch.testing.assert_close(found, wanted + one.double(), rtol=1e-5, atol=1e-4)
+
+
 PROGRAM = """
 import torch
 from metalm.kernels.cpu_matmul import multiply_by_onednn

@@ -79,6 +79,8 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        bias = bias.contiguous()  # its strides are not asked
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
