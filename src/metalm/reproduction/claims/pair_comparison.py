@@ -70,8 +70,10 @@ def pair_comparison(setting: Setting) -> Claim:
         chance=(ChanceCheck(Series(shuffled, "test"), SHARE_OF_TRUE),),
         tried=(
             "From the start, with two learning rates and 300 steps on CPU, one answer is given to nearly "
-            "all questions. What is missing is the encoder's pretraining: MiniLM, docked onto the same "
-            "decoder in 60 steps, begins to tell true from false after 100 to 200 of the same 300."
+            "all questions. Nor do 1,200 steps help, three epochs of all 20,000 pairs: MetaLM ends at a "
+            "loss of 0.44 on what it is trained on and 0.52 held out, GPT at 0.35 and 0.61. "
+            "What is missing is the encoder's pretraining: MiniLM, docked onto the same decoder in 60 steps, "
+            "begins to tell true from false after 100 to 200 of the same 300."
         ),
         reported=(Series(detecting, "test"),),
     )
