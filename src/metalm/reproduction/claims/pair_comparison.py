@@ -35,11 +35,11 @@ def pair_comparison(setting: Setting) -> Claim:
     metalm = finetuning.arm("a_metalm", METALM, 7.5)
     gpt = finetuning.arm("a_gpt", GPT, 5.0)
     large = finetuning.arm("a_gpt_large", LARGE_GPT, 8.0)
-    docked = finetuning.arm("a_minilm", DOCKED, 21.0)
+    docked = finetuning.arm("a_minilm", DOCKED, 13.0)
     shuffled = finetuning.arm(
         "a_shuffled",
         DOCKED,
-        21.0,
+        13.0,
         about="MetaLM with a real encoder, trained on shuffled answers",
         train="a_shuffled_train",
         rate_of=docked,
