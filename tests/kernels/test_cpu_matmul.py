@@ -76,6 +76,16 @@ def test_views_of_any_strides_are_multiplied() -> None:
                 torch.testing.assert_close(found, wanted + one.double(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_a_bias_of_another_type_is_pytorch_s_to_judge(dtype: torch.dtype) -> None:
+    left, right, bias = draw(300, 96), draw(96, 130), torch.ones(130, dtype=dtype)
+    with pytest.raises(RuntimeError) as theirs:
+        torch.addmm(bias, left, right)
+    with pytest.raises(RuntimeError) as ours:
+        cpu_matmul._addmm(bias, left, right)
+    assert str(ours.value) == str(theirs.value)
+
+
 PROGRAM = """
 import torch
 from metalm.kernels.cpu_matmul import multiply_by_onednn

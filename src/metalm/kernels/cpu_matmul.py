@@ -73,7 +73,8 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """`beta * bias + alpha * (left @ right)`, as aten::addmm."""
-    if _is_ours(left, right) and beta == alpha == 1 and bias.shape == right.shape[1:]:
+    is_plain = beta == alpha == 1 and bias.shape == right.shape[1:] and bias.dtype == left.dtype
+    if is_plain and _is_ours(left, right):
         return _linear(left, right.t(), bias)
     return torch.ops.aten.addmm.out(bias, left, right, beta=beta, alpha=alpha, out=left.new_empty(0))
 
