@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +199,23 @@ def test_npm_and_apt_are_asked_for_the_version_and_the_file_is_kept(
     assert left(tmp_path / "real/packages") == [package.file]
 
 
+def test_what_has_come_is_counted_while_folders_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"content")
+
+    def change() -> None:
+        for number in range(2_000):
+            folder = tmp_path / f"unpacked-{number}" / "inner"
+            folder.mkdir(parents=True)
+            (folder / "file").write_bytes(b"12345")
+            shutil.rmtree(folder.parent)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    while thread.is_alive():
+        assert 7 <= getting._size(tmp_path) <= 12
+    thread.join()
+
+
 def test_a_file_of_another_content_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = small(OPENMOJI, b"content\n")
     program(tmp_path / "bin", "npm", f"echo CONTENT > {package.file}", monkeypatch)
@@ -231,7 +249,10 @@ def test_a_package_manager_that_leaves_another_file_is_an_error(
         getting.get_package(OPENMOJI, tmp_path / "real")
 
 
-def test_pip_runs_nothing_of_a_source_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_pip_runs_nothing_of_a_source_distribution(
+    is_absolute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = tmp_path / "ran"
     setup = f"open({str(ran)!r}, 'w').close()\nraise SystemExit('executed')\n".encode()
     content = tarred(
@@ -247,7 +268,9 @@ def test_pip_runs_nothing_of_a_source_distribution(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    file = getting.get_package(small(BIGBENCH, content), tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "real" if is_absolute else Path("real")
+    file = getting.get_package(small(BIGBENCH, content), output)
     assert file.read_bytes() == content
     assert not ran.exists()
     assert left(tmp_path / "real/packages") == [BIGBENCH.file]

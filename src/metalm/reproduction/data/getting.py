@@ -75,7 +75,7 @@ def get_package(package: Package, output: Path, given: Path | None = None) -> Pa
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"getting {package.wanted} by {package.manager}, {package.num_bytes / 1e6:,.1f} MB", flush=True)
-        downloads = folder / f".getting-{package.name}"
+        downloads = folder.resolve() / f".getting-{package.name}"  # managers are called in there
         shutil.rmtree(downloads, ignore_errors=True)  # of a call that was killed
         downloads.mkdir()
         try:
@@ -171,9 +171,10 @@ def _call(package: Package, command: Sequence[str], folder: Path, environment: M
 def _size(folder: Path) -> int:
     """Bytes of all files below a folder, which come and go meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size
+    for where, _, names in os.walk(folder):  # passes over folders that are gone, which rglob does not
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(where, name).stat().st_size
     return total
 
 
