@@ -7,7 +7,6 @@ Example: python tools/reproduce.py --only b
 
 from __future__ import annotations
 
-import shutil
 import signal
 from pathlib import Path
 from typing import get_args
@@ -18,12 +17,10 @@ from metalm.reproduction.claim import check_data, jobs_of, sets_of
 from metalm.reproduction.claims import CLAIMS
 from metalm.reproduction.jobs import Marks
 from metalm.reproduction.queue import Queue, run_alone, usual_parallel
-from metalm.reproduction.report import ALL_NAME, write_report, written_into
+from metalm.reproduction.readme import write_into
+from metalm.reproduction.report import write_report
 from metalm.reproduction.results import results_of
 from metalm.reproduction.slurm import write_arrays
-
-PICTURE = "tools/measured/reproduction_{scale}.png"
-"""The one of all claims, as a README names it."""
 
 
 def main() -> None:
@@ -45,7 +42,11 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="report what is done, and start nothing")
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="write the table into a README, and the picture beside it"
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="report, and update the table of a README, and its picture and figures, by the claims that are "
+        "whole; others stay in it",
     )
     parser.add_argument("--job", metavar="NAME", help="run one job, as a task of a Slurm array does")
     options = parser.parse_args()
@@ -83,11 +84,7 @@ def main() -> None:
     for one in results:
         _say(f"{one.claim.letter}: {one.claim.title}: {one.verdict}")
     if options.readme is not None:
-        results = [one for one in results if one.measured]
-        picture = PICTURE.format(scale=options.scale)
-        shutil.copy(options.out / ALL_NAME, options.readme.parent / picture)
-        content = written_into(options.readme.read_text(), results, setting, picture)
-        options.readme.write_text(content)
+        write_into(options.readme, results, setting, CLAIMS)
 
 
 def _say(line: str) -> None:

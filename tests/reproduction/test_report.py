@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from scipy import stats
 from metalm.errors import ConfigError
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import jobs_of
-from metalm.reproduction.jobs import Job, Marks
-from metalm.reproduction.report import markers, write_report, written_into
+from metalm.reproduction.jobs import Marks
+from metalm.reproduction.report import write_report
 from metalm.reproduction.results import results_of
 from reproduction.made_up import GPT, METALM, SHUFFLED, claim, write_scores
 
@@ -101,32 +100,3 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     setting = Setting(tmp_path, tmp_path, "cpu", 3)
     with pytest.raises(ConfigError, match="there are no scores"):
         write_report([results_of(claim(), setting)], [], setting, print)
-
-
-def test_a_readme_gets_the_table_between_its_markers(setting: Setting) -> None:
-    begin, end = markers("cpu")
-    found = [results_of(claim(), setting)]
-    once = written_into(f"before\n{begin}\nold\n{end}\nafter\n", found, setting, "x.png")
-    assert once.startswith(f"before\n{begin}\n| claim |")
-    assert once.endswith(f"{end}\nafter\n")
-    assert "![scores with their intervals](x.png)" in once
-    assert "old" not in once
-    assert written_into(once, found, setting, "x.png") == once
-    with pytest.raises(ConfigError, match="expected the lines"):
-        written_into("\n".join(markers("gpu")), found, setting, "x.png")
-
-
-def test_a_readme_says_by_which_commit_claims_were_done(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = replace(METALM.arm, name="other", needs=("shared/other",))
-    claims = [claim(), replace(claim(), letter="y", shared=(Job("shared/other", list),), arms=(other,))]
-    for one, commit in zip(claims, ("a" * 40, "b" * 40), strict=True):
-        monkeypatch.setattr("metalm.reproduction.jobs.git_commit", lambda found=commit: found)
-        (setting.out / "jobs").mkdir(exist_ok=True)
-        Marks(setting.out).write(one.shared[0], seconds=1.0)
-    found = [results_of(one, setting) for one in claims]
-    told = written_into("\n".join((*markers("cpu"), "")), found, setting, "x.png")
-    assert f"commit {'a' * 12} (x), {'b' * 12} (y)." in told
-    told = written_into("\n".join((*markers("cpu"), "")), found[:1], setting, "x.png")
-    assert f"commit {'a' * 12}." in told

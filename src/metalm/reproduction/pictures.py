@@ -30,7 +30,7 @@ def draw_claim(results: ClaimResults, path: Path) -> None:
     """
     parts = [_draw_scores]
     parts += [_draw_examples] if results.claim.curves else []
-    parts += [_draw_losses] if results.curves else []
+    parts += [_draw_losses] if results.figures.curves else []
     figure = _figure(6.4 * len(parts), 4.4)
     for axes, draw in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         draw(axes, results)
@@ -119,7 +119,7 @@ def _draw_examples(axes: Any, results: ClaimResults) -> None:
 
 def _draw_losses(axes: Any, results: ClaimResults) -> None:
     colours = _colours(results)
-    for curve in results.curves:
+    for curve in results.figures.curves:
         axes.plot(curve.steps, curve.losses, label=curve.arm, color=colours[curve.arm])
     axes.set_yscale("log")
     axes.set_xlabel("step", fontsize=8)

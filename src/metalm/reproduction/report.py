@@ -1,4 +1,4 @@
-"""The report of a reproduction: `report.md` and `report.html`, and the table of the README."""
+"""The report of a reproduction: `report.md` and `report.html`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from metalm.errors import ConfigError
 from metalm.progress import Phase
-from metalm.reproduction.arms import Scale, Setting
+from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Series
 from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.intervals import Interval
-from metalm.reproduction.jobs import Done, Job, Marks
+from metalm.reproduction.jobs import Job, Marks
 from metalm.reproduction.pictures import draw_all, draw_claim
 from metalm.reproduction.results import ClaimResults
-from metalm.reproduction.sections import Block, Picture, Section, Table, as_markdown, as_page, markdown_table
+from metalm.reproduction.sections import Block, Picture, Section, Table, as_markdown, as_page
 
 TITLE = "The paper's claims in small"
 RULE = (
@@ -70,40 +70,6 @@ def verdict_table(results: Sequence[ClaimResults]) -> Table:
     return Table(("claim", "the paper's figures", "ours", "against", "verdict"), tuple(rows))
 
 
-def markers(scale: Scale) -> tuple[str, str]:
-    """The lines that a README's table of a scale stands between."""
-    return f"<!-- reproduction, {scale}: begin -->", f"<!-- reproduction, {scale}: end -->"
-
-
-def written_into(readme: str, results: Sequence[ClaimResults], setting: Setting, picture: str) -> str:
-    """A README whose part between the markers of a scale is the table of a run.
-
-    Args:
-        picture: where the picture of all claims is, as seen from the README.
-
-    Raises:
-        ConfigError: the markers are not there.
-    """
-    begin, end = markers(setting.scale)
-    before, found, rest = readme.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ConfigError(
-            f"expected the lines {begin} and {end} in the README: put them where the table goes"
-        )
-    lines = [
-        "",
-        *markdown_table(verdict_table(results)),
-        "",
-        f"{setting.seeds} seeds at scale `{setting.scale}`; {_machines(results, setting)}; "
-        f"commit {_commits(results, setting)}.",
-        "",
-        f"![scores with their intervals]({picture})",
-        "",
-    ]
-    return before + begin + "\n".join(lines) + end + after
-
-
 def shown(scores: Interval) -> str:
     """A mean with its interval, in percent."""
     if math.isinf(scores.half_width):
@@ -152,7 +118,7 @@ def _rows(results: ClaimResults) -> Iterator[tuple[str, ...]]:
         if found is None:
             yield (series.key, series.arm.about, "not done", "", "", "", "")
             continue
-        facts = results.arms.get(series.arm.name)
+        facts = results.figures.arms.get(series.arm.name)
         yield (
             series.key,
             series.arm.about,
@@ -191,26 +157,3 @@ def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
             Table(("job", "minutes"), rows),
         ),
     )
-
-
-def _commits(results: Sequence[ClaimResults], setting: Setting) -> str:
-    """The commits that a report's jobs were done by, and of which claims, where they differ."""
-    claims_at: dict[str, list[str]] = {}
-    for one in results:
-        found = {done.commit for done in _done(one, setting)}
-        for commit in sorted(commit[:12] if commit else "unknown" for commit in found):
-            claims_at.setdefault(commit, []).append(one.claim.letter)
-    if len(claims_at) > 1:
-        return ", ".join(f"{commit} ({', '.join(letters)})" for commit, letters in claims_at.items())
-    return next(iter(claims_at), "unknown")
-
-
-def _machines(results: Sequence[ClaimResults], setting: Setting) -> str:
-    return "; ".join(sorted({done.machine for one in results for done in _done(one, setting)}))
-
-
-def _done(results: ClaimResults, setting: Setting) -> Iterator[Done]:
-    marks = Marks(setting.out)
-    for job in results.claim.jobs(setting):
-        if (found := marks.read(job)) is not None:
-            yield found

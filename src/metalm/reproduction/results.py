@@ -1,15 +1,17 @@
-"""What was measured: scores, curves and verdicts of a claim, read from the runs' folders."""
+"""What was measured of a claim, read from the runs' folders, and what it says of the claim."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from metalm.reproduction.arms import Arm, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
 from metalm.reproduction.intervals import Interval, Verdict, interval, is_at_chance, judge, judge_all
+from metalm.reproduction.jobs import Marks
 from metalm.training.monitor.json_lines import read_metrics
 
 HELD_OUT = "held_out/tasks"
@@ -20,17 +22,13 @@ HELD_OUT = "held_out/tasks"
 class Measured:
     """A series."""
 
-    scores: Interval
     by_seed: Mapping[int, float]
     questions: int
 
-
-@dataclass(frozen=True)
-class Judged:
-    """A comparison."""
-
-    comparison: Comparison
-    verdict: Verdict
+    @cached_property
+    def scores(self) -> Interval:
+        """The mean over seeds."""
+        return interval(list(self.by_seed.values()))
 
 
 @dataclass(frozen=True)
@@ -56,59 +54,106 @@ class ArmFacts:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What jobs were done by."""
+
+    commit: str
+    machine: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that was measured of a claim; what is not done yet is left out."""
+
+    seeds: int
+    """Of each arm, that were asked for."""
+    minutes: float
+    """Of all jobs that are done, what is shared with other claims included, one after another."""
+    origins: tuple[Origin, ...]
+    """Each once."""
+    series: Mapping[str, Measured]
+    """By `Series.key`."""
+    curves: tuple[LossCurve, ...]
+    arms: Mapping[str, ArmFacts]
+    """By name."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A comparison."""
+
+    comparison: Comparison
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class ClaimResults:
-    """All that is there of a claim; what is not done yet is left out."""
+    """A claim with its figures, and what they say by the rule."""
 
     claim: Claim
-    measured: Mapping[Series, Measured]
-    judged: Sequence[Judged]
-    verdict: Verdict | Literal["not done"]
-    at_chance: Mapping[ChanceCheck, bool]
-    curves: Sequence[LossCurve]
-    arms: Mapping[str, ArmFacts]
+    figures: Figures
+
+    @cached_property
+    def measured(self) -> Mapping[Series, Measured]:
+        """Of all series that are there."""
+        series = self.figures.series
+        return {one: series[one.key] for one in self.claim.series() if one.key in series}
+
+    @cached_property
+    def judged(self) -> tuple[Judged, ...]:
+        """The comparisons of which both sides are there, with all seeds."""
+        measured = self.measured
+        whole = {one for one, found in measured.items() if len(found.by_seed) == self.figures.seeds}
+        return tuple(
+            Judged(one, judge(measured[one.better].scores, measured[one.worse].scores))
+            for one in self.claim.comparisons
+            if one.better in whole and one.worse in whole
+        )
+
+    @property
+    def verdict(self) -> Verdict | Literal["not done"]:
+        """Of the whole claim."""
+        if len(self.judged) < len(self.claim.comparisons):
+            return "not done"
+        return judge_all(one.verdict for one in self.judged)
+
+    @property
+    def at_chance(self) -> Mapping[ChanceCheck, bool]:
+        """Of the arms on shuffled answers that are there."""
+        return {
+            check: is_at_chance(found.scores, check.chance, found.questions)
+            for check in self.claim.chance
+            if (found := self.measured.get(check.series)) is not None
+        }
 
 
 def results_of(claim: Claim, setting: Setting) -> ClaimResults:
     """Read a claim's runs."""
-    measured = {series: found for series in claim.series() if (found := measure(series, setting)) is not None}
-    judged = judgements(claim, measured, setting.seeds)
-    whole = len(judged) == len(claim.comparisons)
-    return ClaimResults(
-        claim,
-        measured,
-        judged,
-        judge_all(one.verdict for one in judged) if whole else "not done",
-        {
-            check: is_at_chance(found.scores, check.chance, found.questions)
-            for check in claim.chance
-            if (found := measured.get(check.series)) is not None
-        },
-        [curve for arm in claim.arms if (curve := loss_curve(arm, setting)) is not None],
+    marks = Marks(setting.out)
+    done = [mark for job in claim.jobs(setting) if (mark := marks.read(job)) is not None]
+    origins = {(one.commit or "unknown", one.machine) for one in done}
+    figures = Figures(
+        setting.seeds,
+        round(sum(one.seconds for one in done) / 60, 1),
+        tuple(Origin(*one) for one in sorted(origins)),
+        {one.key: found for one in claim.series() if (found := _measure(one, setting)) is not None},
+        tuple(curve for arm in claim.arms if (curve := _loss_curve(arm, setting)) is not None),
         {arm.name: facts for arm in claim.arms if (facts := _facts(arm, setting)) is not None},
     )
+    return ClaimResults(claim, figures)
 
 
-def judgements(claim: Claim, measured: Mapping[Series, Measured], seeds: int) -> list[Judged]:
-    """The comparisons of which both sides are there, with all seeds."""
-    whole = {series for series, found in measured.items() if len(found.by_seed) == seeds}
-    return [
-        Judged(one, judge(measured[one.better].scores, measured[one.worse].scores))
-        for one in claim.comparisons
-        if one.better in whole and one.worse in whole
-    ]
-
-
-def measure(series: Series, setting: Setting) -> Measured | None:
+def _measure(series: Series, setting: Setting) -> Measured | None:
     """The scores of a series; None where no seed is done."""
     scores = series.arm.scores(setting, series.scoring)
     if not scores:
         return None
     by_seed = {seed: score.value for seed, score in scores.items()}
     questions = next(iter(scores.values())).questions
-    return Measured(interval(list(by_seed.values())), by_seed, questions)
+    return Measured(by_seed, questions)
 
 
-def loss_curve(arm: Arm, setting: Setting) -> LossCurve | None:
+def _loss_curve(arm: Arm, setting: Setting) -> LossCurve | None:
     """The held-out losses of an arm's seeds at the steps that all of them have; None where there are none."""
     runs = []
     for folder in _seeds(arm, setting):

@@ -1,0 +1,119 @@
+"""The results that a README shows: a table, and a picture and figures beside it.
+
+Figures are kept as JSON, with the scores of each seed, so that claims can be run one at a time, and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from metalm.errors import ConfigError
+from metalm.reproduction.arms import Scale, Setting
+from metalm.reproduction.claim import Claim
+from metalm.reproduction.pictures import draw_all
+from metalm.reproduction.report import verdict_table
+from metalm.reproduction.results import ClaimResults, Figures
+from metalm.reproduction.sections import markdown_table
+
+MEASURED = "tools/measured/reproduction_{scale}"
+"""The picture (.png) and the figures (.json), as seen from the README."""
+
+_FORM = TypeAdapter(dict[str, Figures])
+"""By letter of the claim."""
+
+
+def write_into(
+    readme: Path,
+    results: Sequence[ClaimResults],
+    setting: Setting,
+    claims: Mapping[str, Callable[[Setting], Claim]],
+) -> None:
+    """Put the claims that are whole into a README's table, its picture and its figures; others stay.
+
+    Args:
+        claims: all that there are, by letter.
+
+    Raises:
+        ConfigError: no claim is whole, the README has no place for the table, or its figures are none.
+    """
+    measured = MEASURED.format(scale=setting.scale)
+    picture, kept_at = (readme.parent / f"{measured}{suffix}" for suffix in (".png", ".json"))
+    kept = _read(kept_at)
+    kept |= {one.claim.letter: one.figures for one in results if one.verdict != "not done"}
+    if not kept:
+        raise ConfigError(f"no claim in {setting.out} is whole yet: run its jobs first")
+    together = [
+        ClaimResults(claim(setting), kept[letter]) for letter, claim in claims.items() if letter in kept
+    ]
+    content = written_into(readme.read_text(), together, setting.scale, f"{measured}.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw_all(together, picture)
+    kept_at.write_bytes(_FORM.dump_json(dict(sorted(kept.items())), indent=1) + b"\n")
+    readme.write_text(content)
+
+
+def markers(scale: Scale) -> tuple[str, str]:
+    """The lines that a README's table of a scale stands between."""
+    return f"<!-- reproduction, {scale}: begin -->", f"<!-- reproduction, {scale}: end -->"
+
+
+def written_into(readme: str, results: Sequence[ClaimResults], scale: Scale, picture: str) -> str:
+    """A README whose part between the markers of a scale is the table of these results.
+
+    Args:
+        picture: where the picture of all claims is, as seen from the README.
+
+    Raises:
+        ConfigError: the markers are not there.
+    """
+    begin, end = markers(scale)
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ConfigError(
+            f"expected the lines {begin} and {end} in the README: put them where the table goes"
+        )
+    seeds = sorted({one.figures.seeds for one in results})
+    lines = [
+        "",
+        *markdown_table(verdict_table(results)),
+        "",
+        f"{' or '.join(map(str, seeds))} seeds at scale `{scale}`; {_machines(results)}; "
+        f"commit {_commits(results)}.",
+        "",
+        f"![scores with their intervals]({picture})",
+        "",
+    ]
+    return before + begin + "\n".join(lines) + end + after
+
+
+def _read(path: Path) -> dict[str, Figures]:
+    try:
+        return _FORM.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ConfigError(
+            f"{path} does not hold figures of claims ({where}: {first['msg']}): restore it, or delete it and "
+            "report all claims again"
+        ) from None
+
+
+def _commits(results: Sequence[ClaimResults]) -> str:
+    """The commits that a report's jobs were done by, and of which claims, where they differ."""
+    claims_at: dict[str, list[str]] = {}
+    for one in results:
+        for commit in sorted({origin.commit[:12] for origin in one.figures.origins}):
+            claims_at.setdefault(commit, []).append(one.claim.letter)
+    if len(claims_at) > 1:
+        return ", ".join(f"{commit} ({', '.join(letters)})" for commit, letters in claims_at.items())
+    return next(iter(claims_at), "unknown")
+
+
+def _machines(results: Sequence[ClaimResults]) -> str:
+    return "; ".join(sorted({origin.machine for one in results for origin in one.figures.origins}))

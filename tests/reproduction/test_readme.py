@@ -1,0 +1,118 @@
+"""The table of a README and what is kept beside it, from made-up results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from metalm.errors import ConfigError
+from metalm.reproduction.arms import Setting
+from metalm.reproduction.claim import Claim
+from metalm.reproduction.jobs import Marks
+from metalm.reproduction.readme import markers, write_into
+from metalm.reproduction.results import results_of
+from reproduction.made_up import GPT, METALM, SHUFFLED, claim, write_scores
+
+CLAIMS = {
+    "x": lambda setting: claim(),
+    "y": lambda setting: replace(claim(), letter="y"),
+}
+BEGIN, END = markers("cpu")
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    return path
+
+
+def ran(
+    setting: Setting, letter: str, metalm: list[float], commit: str, monkeypatch: pytest.MonkeyPatch
+) -> Claim:
+    """A claim whose jobs were done by a commit."""
+    found = CLAIMS[letter](setting)
+    for series, values in ((METALM, metalm), (GPT, [0.60, 0.63, 0.61]), (SHUFFLED, [0.49, 0.52, 0.50])):
+        write_scores(setting, series, values)
+    monkeypatch.setattr("metalm.reproduction.jobs.git_commit", lambda: commit * 40)
+    (setting.out / "jobs").mkdir()
+    Marks(setting.out).write(found.shared[0], seconds=90.0)
+    return found
+
+
+def write(readme: Path, setting: Setting, one: Claim) -> str:
+    write_into(readme, [results_of(one, setting)], setting, CLAIMS)
+    return readme.read_text()
+
+
+def test_the_table_stands_between_its_markers_and_the_rest_stays(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, tmp_path / "out", "cpu", 3)
+    one = ran(setting, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
+    told = write(readme, setting, one)
+    assert told.startswith(f"before\n{BEGIN}\n| claim |")
+    assert told.endswith(f"{END}\nafter\n")
+    assert "![scores with their intervals](tools/measured/reproduction_cpu.png)" in told
+    assert f"commit {'a' * 12}." in told
+    assert "old" not in told
+    assert (tmp_path / "tools/measured/reproduction_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert write(readme, setting, one) == told
+
+
+def test_claims_that_were_run_elsewhere_keep_their_rows_and_figures(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Setting(tmp_path, tmp_path / name, "cpu", 3) for name in ("first", "second"))
+    write(readme, second, ran(second, "y", [0.59, 0.63, 0.60], "b", monkeypatch))
+    told = write(readme, first, ran(first, "x", [0.80, 0.82, 0.81], "a", monkeypatch))
+    rows = [line for line in told.splitlines() if line.startswith(("| x:", "| y:"))]
+    assert [row[:4] for row in rows] == ["| x:", "| y:"]
+    assert rows[0].endswith("| shown |") and rows[1].endswith("| not shown |")
+    assert f"commit {'a' * 12} (x), {'b' * 12} (y)." in told
+    kept = json.loads((tmp_path / "tools/measured/reproduction_cpu.json").read_text())
+    assert kept["y"]["series"]["m, test"]["by_seed"] == {"1": 0.59, "2": 0.63, "3": 0.60}
+    assert kept["x"]["minutes"] == 1.5
+    assert kept["x"]["arms"]["m"] == {"rate": 0.001, "tokens": 5120, "examples": 77}
+    assert [curve["arm"] for curve in kept["x"]["curves"]] == ["m", "g", "s"]
+
+
+def test_a_claim_that_is_not_whole_changes_nothing(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, tmp_path / "out", "cpu", 3)
+    one = ran(setting, "x", [0.80, 0.82], "a", monkeypatch)
+    before = readme.read_text()
+    with pytest.raises(ConfigError, match="no claim in .* is whole yet"):
+        write(readme, setting, one)
+    assert readme.read_text() == before
+    assert not (tmp_path / "tools").exists()
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, tmp_path / "out", "cpu", 3)
+    one = ran(setting, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
+    readme.write_text("\n".join(markers("gpu")))
+    with pytest.raises(ConfigError, match="expected the lines"):
+        write(readme, setting, one)
+    assert not (tmp_path / "tools").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"x": {"seeds": "three"}}'])
+def test_figures_that_are_none_are_refused(
+    content: str, readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, tmp_path / "out", "cpu", 3)
+    one = ran(setting, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
+    kept = tmp_path / "tools/measured/reproduction_cpu.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(content)
+    before = readme.read_text()
+    with pytest.raises(ConfigError, match=r"reproduction_cpu\.json does not hold figures .*: restore it"):
+        write(readme, setting, one)
+    assert (readme.read_text(), kept.read_text()) == (before, content)
