@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from metalm.errors import ConfigError, FaultError
+from metalm.progress import Phase
 from metalm.reproduction.jobs import Job, Marks, by_longest_path, in_order
 from metalm.reproduction.queue import Queue, run_alone
 
@@ -51,6 +52,28 @@ def test_what_all_wait_for_in_the_end_begins_first(tmp_path: Path) -> None:
     assert by_longest_path([short, first, long]) == [first, long, short]
     run([short, first, long], tmp_path, num_parallel=1)
     assert said(tmp_path) == "firstlongshort"
+
+
+def test_progress_is_told_in_expected_minutes_of_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals: list[float | None] = []
+    amounts: list[float] = []
+
+    class Noted(Phase):
+        def __init__(self, what: str, total: float | None = None, unit: str = "") -> None:
+            super().__init__(what, total, unit)
+            totals.append(total)
+
+        def advance(self, amount: float = 1.0) -> None:
+            amounts.append(amount)
+
+    monkeypatch.setattr("metalm.reproduction.queue.Phase", Noted)
+    jobs = [replace(job(name, tmp_path), minutes=minutes) for name, minutes in (("a", 0.3), ("b", 20.0))]
+    run(jobs[:1], tmp_path)
+    run(jobs, tmp_path)
+    assert totals == [0.3, 20.0]
+    assert amounts == [0.3, 20.0]
 
 
 def test_a_job_that_fails_stops_what_needs_it_and_no_more(tmp_path: Path) -> None:

@@ -50,9 +50,10 @@ class Queue:
         done: set[str] = set()
         failed: dict[str, str] = {}
         waiting = by_longest_path(self._jobs)
+        minutes = sum(job.minutes for job in waiting if self.marks.read(job) is None)
         running: dict[Future[str | None], Job] = {}
         with (
-            Phase("running jobs", len(self._jobs), "jobs") as phase,
+            Phase("running jobs", minutes, "core-minutes") as phase,
             ThreadPoolExecutor(num_parallel) as pool,
         ):
             try:
@@ -63,7 +64,6 @@ class Queue:
                         if self.marks.is_done(job):
                             waiting.remove(job)
                             done.add(job.name)
-                            phase.advance()
                         elif len(running) < num_parallel:
                             waiting.remove(job)
                             self._say(f"start {job.name} ({len(waiting)} more)")
@@ -74,7 +74,7 @@ class Queue:
                         break  # what is left needs what failed
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
-                        phase.advance()
+                        phase.advance(job.minutes)
                         if (problem := future.result()) is None:
                             done.add(job.name)
                         else:
