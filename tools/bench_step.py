@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.side:
         serve(arguments)
         return
-    other = ("gpt2", ROOT / "src") if arguments.against is None else ("ours", arguments.against)
+    other = ("gpt2", ROOT / "src") if arguments.against is None else ("ours", arguments.against.resolve())
     sides = [start("ours", ROOT / "src", arguments), start(*other, arguments)]
     seconds: list[list[tuple[float, float]]] = [[], []]
     for _ in range(WARM_UP_TURNS + arguments.turns):

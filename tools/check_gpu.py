@@ -253,7 +253,7 @@ def ranks(keep: Keep, arguments: argparse.Namespace) -> None:
     sys.path.insert(0, str(ROOT / "tools"))
     from check_ranks import check_ranks
 
-    check_ranks(arguments.out.resolve() / "ranks", keep, nccl=arguments.nccl, on_cpu=False, seconds=85)
+    check_ranks(arguments.out / "ranks", keep, nccl=arguments.nccl, on_cpu=False, seconds=85)
 
 
 SECTIONS: dict[str, tuple[Callable[[Keep, argparse.Namespace], None], int]] = {
@@ -300,6 +300,7 @@ def main() -> None:
 
         print(markdown_tables(arguments.table))
         return
+    arguments.out = arguments.out.resolve()  # sections change the folder
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.run:
         run_section(arguments.run, arguments)
