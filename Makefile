@@ -58,8 +58,9 @@ $(DEMO)/ready: | setup
 	$(BIN)/python tools/prepare_demo.py $(DEMO)
 	touch $@
 
-# The paper's claims in small, on public data: hours on a laptop. `make reproduce CLAIMS=b` takes one of them.
-CLAIMS ?= a,b,c,d,e,f,g,h,i
+# The paper's claims in small, on public data: hours on a laptop. `make reproduce CLAIMS=b` takes one of them; there are
+# h and i, too.
+CLAIMS ?= a,b,c,d,e,f,g
 SCALE ?= cpu
 reproduce: setup
 	$(BIN)/python tools/fetch_data.py $$($(BIN)/python tools/reproduce.py --only $(CLAIMS) --sets)

@@ -14,7 +14,7 @@ from typing import get_args
 from metalm.cli import ToolParser, run_tool
 from metalm.reproduction.arms import Scale, Setting
 from metalm.reproduction.claim import check_data, jobs_of, sets_of
-from metalm.reproduction.claims import CLAIMS
+from metalm.reproduction.claims import CLAIMS, USUAL
 from metalm.reproduction.jobs import Marks
 from metalm.reproduction.queue import Queue, run_alone, usual_parallel
 from metalm.reproduction.readme import write_into
@@ -25,7 +25,7 @@ from metalm.reproduction.slurm import write_arrays
 
 def main() -> None:
     parser = ToolParser(__doc__)
-    parser.add_argument("--only", default=",".join(CLAIMS), help="letters of claims (default: %(default)s)")
+    parser.add_argument("--only", default=",".join(USUAL), help="letters of claims (default: %(default)s)")
     parser.add_argument("--scale", choices=get_args(Scale), default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm (default: %(default)s)")
     parser.add_argument(

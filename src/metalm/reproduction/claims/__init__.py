@@ -27,3 +27,6 @@ CLAIMS: Mapping[str, Callable[[Setting], Claim]] = {
     "h": questions_about_photographs,
     "i": multitask,
 }
+
+USUAL = ("a", "b", "c", "d", "e", "f", "g")
+"""Those that are tried unless others are named: what h and i ask, f and a ask in less time."""
