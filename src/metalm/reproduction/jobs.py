@@ -34,7 +34,7 @@ class Job:
     """Expected, on one core of a CPU."""
 
 
-def shared_job(name: str, commands: Sequence[Command], *needs: str, minutes: float = 0.3) -> Job:
+def shared_job(name: str, commands: Sequence[Command], *needs: str, minutes: float = 0.1) -> Job:
     """A job of data or pretraining that several arms share.
 
     Args:
@@ -186,5 +186,10 @@ def _with_bases(path: Path) -> Iterator[bytes]:
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    pairs = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
+    names = [value for key, value in pairs if key == "model name"]
+    if not names:
+        return platform.processor()
+    # One name of a cloud's CPUs may stand for generations of which one is twice as fast as the other.
+    told = [f"{key} {value}" for key, value in pairs if key in ("cpu family", "model")][:2]
+    return f"{len(names)} x {names[0]}" + (f" ({', '.join(told)})" if told else "")

@@ -61,14 +61,14 @@ def frozen_decoder(setting: Setting) -> Claim:
         "b_metalm",
         "MetaLM: decoder frozen, MiniLM docked, its last two layers and the connector trained",
         "b_docked",
-        3.0,
+        2.6,
         rates=(1e-4, 3e-4, 1e-3),
     )
     random = arm(
         "b_random",
         "MetaLM, but its encoder began with random weights, and all of it is trained",
         "b_docked_random",
-        5.0,
+        3.8,
         rates=(3e-4, 1e-3, 3e-3),
     )
     gpt_others = arm(
@@ -83,7 +83,7 @@ def frozen_decoder(setting: Setting) -> Claim:
         "b_metalm_others",
         "MetaLM, trained on products, tweets and news",
         "b_docked",
-        3.0,
+        2.6,
         trained_on="others",
         rate_of=metalm,
     )
@@ -91,7 +91,7 @@ def frozen_decoder(setting: Setting) -> Claim:
         "b_shuffled",
         "MetaLM, trained on shuffled labels",
         "b_docked",
-        3.0,
+        2.6,
         trained_on="shuffled",
         rate_of=metalm,
     )
@@ -172,14 +172,14 @@ def _shared(setting: Setting) -> Iterator[Job]:
     ]
     minilm = setting.data / "minilm/encoder"
     drawn = tool("randomise_encoder", minilm, "--out", setting.shared("random_encoder"))
-    yield shared_job("text_shards", prepared, minutes=0.5)
-    yield shared_job("random_encoder", [drawn], minutes=0.2)
+    yield shared_job("text_shards", prepared, minutes=0.1)
+    yield shared_job("random_encoder", [drawn])
     encoded = [_worded(setting, domain) for domain in DOMAINS]
     answers_drawn = setting.shuffled_examples("guessed_train", "guessed_tasks", encoded)
     yield shared_job("guessed_train", answers_drawn, "text_shards")
     data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
     trained = setting.train("text", setting.shared("text"), 1, *data)
-    yield shared_job("text", [trained], "text_shards", minutes=4.5)
+    yield shared_job("text", [trained], "text_shards", minutes=3.6)
     docking = (
         *data,
         f"data.sources.guessed.path={setting.shared('guessed_train')}",
@@ -187,12 +187,12 @@ def _shared(setting: Setting) -> Iterator[Job]:
     )
     needs = ("text", "guessed_train")
     without = setting.train("b_dock", setting.shared("b_without"), 1, *docking, *WITHOUT_ENCODER)
-    yield shared_job("b_without", [without], *needs, minutes=1.0)
+    yield shared_job("b_without", [without], *needs, minutes=0.5)
     docked = setting.train("b_dock", setting.shared("b_docked"), 1, *docking, _encoder(setting, "b_docked"))
-    yield shared_job("b_docked", [docked], *needs, minutes=2.0)
+    yield shared_job("b_docked", [docked], *needs, minutes=1.2)
     random = (_encoder(setting, "b_docked_random"), *TRAINED_AS_A_WHOLE)
     docked = setting.train("b_dock", setting.shared("b_docked_random"), 1, *docking, *random)
-    yield shared_job("b_docked_random", [docked], *needs, "random_encoder", minutes=3.0)
+    yield shared_job("b_docked_random", [docked], *needs, "random_encoder", minutes=1.9)
     films, others = [_worded(setting, "films")], [_worded(setting, domain) for domain in OTHERS]
     for split in ("train", "validation"):
         yield shared_job(f"films_{split}", [setting.examples(f"films_{split}", films, split)], "text_shards")
