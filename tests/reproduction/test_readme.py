@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from metalm.errors import ConfigError
+from metalm.project_files import project_root
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Claim
 from metalm.reproduction.jobs import Marks
@@ -116,3 +119,20 @@ def test_figures_that_are_none_are_refused(
     with pytest.raises(ConfigError, match=r"reproduction_cpu\.json does not hold figures .*: restore it"):
         write(readme, setting, one)
     assert (readme.read_text(), kept.read_text()) == (before, content)
+
+
+def test_the_tool_reports_into_a_readme(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = Setting(tmp_path, tmp_path / "out", "cpu", 3)
+    ran(setting, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
+    monkeypatch.setattr("metalm.reproduction.claims.CLAIMS", CLAIMS)
+    monkeypatch.setattr("metalm.reproduction.claim.check_data", lambda claims, setting: None)
+    typed = ["--only", "x", "--report", "--readme", readme, "--data", tmp_path, "--out", setting.out]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, typed)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(project_root() / "tools/reproduce.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert "x: An invented claim: shown" in capsys.readouterr().out
+    assert "| x: MetaLM above GPT |" in readme.read_text()
+    assert (setting.out / "report.html").is_file()
