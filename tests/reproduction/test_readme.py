@@ -106,6 +106,19 @@ def test_a_readme_without_a_place_for_the_table_is_refused(
     assert not (tmp_path / "tools").exists()
 
 
+def test_rows_of_claims_without_figures_are_not_lost(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, tmp_path / "out", "cpu", 3)
+    one = ran(setting, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
+    before = f"{BEGIN}\n| claim |\n| --- |\n| y: better | 1 |\n| x: old | 2 |\n{END}\n| z: elsewhere |\n"
+    readme.write_text(before)
+    with pytest.raises(ConfigError, match="table has claim y, of which no figures are kept"):
+        write(readme, setting, one)
+    assert readme.read_text() == before
+    assert not (tmp_path / "tools").exists()
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": {"seeds": "three"}}'])
 def test_figures_that_are_none_are_refused(
     content: str, readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

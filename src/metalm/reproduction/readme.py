@@ -5,12 +5,14 @@ Figures are kept as JSON, with the scores of each seed, so that claims can be ru
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from metalm.errors import ConfigError
+from metalm.regular_files import replace_file
 from metalm.reproduction.arms import Scale, Setting
 from metalm.reproduction.claim import Claim
 from metalm.reproduction.pictures import draw_all
@@ -21,6 +23,8 @@ from metalm.reproduction.sections import markdown_table
 MEASURED = "tools/measured/reproduction_{scale}"
 """The picture (.png) and the figures (.json), as seen from the README."""
 
+_LETTER = re.compile(r"^\| (\w): ", re.MULTILINE)
+"""Of a claim, in its rows."""
 _FORM = TypeAdapter(dict[str, Figures])
 """By letter of the claim."""
 
@@ -37,7 +41,8 @@ def write_into(
         claims: all that there are, by letter.
 
     Raises:
-        ConfigError: no claim is whole, the README has no place for the table, or its figures are none.
+        ConfigError: no claim is whole; the README has no place for the table, or claims in it of which there
+            are no figures; or what is kept beside it holds something else.
     """
     measured = MEASURED.format(scale=setting.scale)
     picture, kept_at = (readme.parent / f"{measured}{suffix}" for suffix in (".png", ".json"))
@@ -51,8 +56,8 @@ def write_into(
     content = written_into(readme.read_text(), together, setting.scale, f"{measured}.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_all(together, picture)
-    kept_at.write_bytes(_FORM.dump_json(dict(sorted(kept.items())), indent=1) + b"\n")
-    readme.write_text(content)
+    replace_file(kept_at, _FORM.dump_json(dict(sorted(kept.items())), indent=1).decode() + "\n")
+    replace_file(readme, content)
 
 
 def markers(scale: Scale) -> tuple[str, str]:
@@ -67,14 +72,19 @@ def written_into(readme: str, results: Sequence[ClaimResults], scale: Scale, pic
         picture: where the picture of all claims is, as seen from the README.
 
     Raises:
-        ConfigError: the markers are not there.
+        ConfigError: the markers are not there, or between them are claims that are not among the results.
     """
     begin, end = markers(scale)
     before, found, rest = readme.partition(begin)
-    _, closed, after = rest.partition(end)
+    inside, closed, after = rest.partition(end)
     if not found or not closed:
         raise ConfigError(
             f"expected the lines {begin} and {end} in the README: put them where the table goes"
+        )
+    if lost := set(_LETTER.findall(inside)) - {one.claim.letter for one in results}:
+        raise ConfigError(
+            f"the README's table has claim {', '.join(sorted(lost))}, of which no figures are kept: report "
+            "it, too, or take its rows out"
         )
     seeds = sorted({one.figures.seeds for one in results})
     lines = [
