@@ -320,18 +320,52 @@ def test_deterministic_runs_and_extras_keep_to_triton() -> None:
     assert backend_counts() == {"triton": 2}
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "whole"])
-def test_runs_of_one_length_are_the_rows_of_one_operation(
-    is_causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[torch.Size] = []
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of q of the calls of PyTorch's operation."""
+    shapes: list[torch.Size] = []
     forward = fused_tiles._forward
 
     def count(q: torch.Tensor, *others: torch.Tensor, **options: object) -> tuple[torch.Tensor, ...]:
-        calls.append(q.shape)
+        shapes.append(q.shape)
         return forward(q, *others, **options)
 
     monkeypatch.setattr(fused_tiles, "_forward", count)
+    return shapes
+
+
+def short_runs(num_rows: int, kind: str) -> IntervalMask:
+    """Runs of 20 to 32 of 300 elements, and padding behind them."""
+    generator = torch.Generator().manual_seed(0)
+    start, end = torch.full((num_rows, 300), -1), torch.zeros(num_rows, 300, dtype=torch.int64)
+    for row in range(num_rows):
+        first = 0
+        while first < 250:
+            last = first + int(torch.randint(20, 33, (), generator=generator))
+            start[row, first:last], end[row, first:last] = first, last
+            first = last
+    if kind == "spans":
+        return IntervalMask.packed_spans(start.clamp(min=0), end)
+    # Of a semi-causal document the last ten are seen by each other, too: their keys are seen by two runs.
+    span_end = torch.where(torch.arange(300) >= end - 10, end, 0) if kind == "semi-causal" else None
+    return IntervalMask.semi_causal(start, span_end, bidirectional_spans=True)
+
+
+@dtypes
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("kind", ["causal", "spans", "semi-causal"])
+def test_short_runs_are_rows_of_few_operations(
+    kind: str, num_rows: int, dtype: torch.dtype, calls: list[torch.Size]
+) -> None:
+    mask = short_runs(num_rows, kind).validate()
+    inputs = draw_inputs(3, 2, 300, 16, dtype=dtype)
+    check_against_sdpa("tiled", "cpu", inputs, mask, dtype)
+    assert len(calls) <= 6
+    assert max(shape[0] for shape in calls) > 4, "of ten runs in each row"
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "whole"])
+def test_runs_of_one_length_are_the_rows_of_one_operation(is_causal: bool, calls: list[torch.Size]) -> None:
     start = (torch.arange(600) // 200 * 200)[None]
     mask = (
         IntervalMask.packed_documents(start) if is_causal else IntervalMask.packed_spans(start, start + 200)

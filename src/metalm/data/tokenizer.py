@@ -97,6 +97,8 @@ class Tokenizer:
         """
         if not texts:
             return []
+        if len(texts) == 1 and BLANK_LINE not in texts[0]:
+            return [self._encode_pieces([texts[0]])[0]]
         pieces_of_texts = [text.split(BLANK_LINE) for text in texts]
         num_pieces = np.array([len(pieces) for pieces in pieces_of_texts])
         ids, lengths = self._encode_pieces(list(chain.from_iterable(pieces_of_texts)))

@@ -1,11 +1,14 @@
 """Cuts an interval mask into rectangles for the tiled backend, on the host.
 
 Rows are cut where the interval's shape changes (a document or span begins, an empty row), long runs into
-equal parts, and short neighbours are joined again while the rectangle around them wastes little.
+equal parts, and short neighbours are joined again while the rectangle around them wastes little. Where
+tiles may have any length, short runs of about one length are put together as one batch instead.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +19,10 @@ from metalm.kernels.interval_mask import IntervalMask
 _MAX_QUERIES = 128
 # Pairs that may be computed in vain to save starting one more tile: about the same cost at 8 heads of 64.
 _MAX_WASTED_PAIRS = 4096
+# Queries and keys of short runs, which are padded to multiples of the step, and batched where some are alike.
+_MAX_SHORT_RUN = 64
+_SHORT_RUN_STEP = 16
+_MIN_RUNS_OF_BATCH = 4
 
 
 class Tile(NamedTuple):
@@ -40,20 +47,74 @@ class Tile(NamedTuple):
 
 def plan_tiles(mask: IntervalMask) -> list[list[Tile]]:
     """Tiles of at most 128 queries of each mask row: all visible pairs once, no query that sees nothing."""
-    return _plan(mask, keep_runs=False)
-
-
-def plan_whole_runs(mask: IntervalMask) -> list[list[Tile]]:
-    """The same, but causal and full tiles may be of any length."""
-    return _plan(mask, keep_runs=True)
-
-
-def _plan(mask: IntervalMask, keep_runs: bool) -> list[list[Tile]]:
     starts, ends = mask.start.cpu().numpy(), mask.end.cpu().numpy()
-    return [
-        [_tile(start, end, first, last) for first, last in _join(start, end, _pieces(start, end, keep_runs))]
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    plan = []
+    for start, end in zip(starts, ends, strict=True):
+        pieces = _join(start, end, _pieces(start, end, keep_runs=False))
+        plan.append([_tile(start, end, first, last) for first, last in pieces])
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class RunBatch:
+    """Short runs of one padded shape: `[runs, queries]` times `[runs, keys]`, of all rows of a mask.
+
+    Args:
+        queries: int64 `[N, queries]`, indices into the elements `[B * Sq]`, -1 in the padding behind a run.
+        keys: int64 `[N, keys]`, indices into `[B * Sk]`: all that any of the run's queries sees.
+        is_causal: the first query of each run sees the first key alone, and each further query one key more.
+    """
+
+    queries: np.ndarray
+    keys: np.ndarray
+    is_causal: bool
+
+
+@dataclass(frozen=True, eq=False)
+class RunPlan:
+    """Batches of short runs, and tiles `[B][...]` of the rest, causal and full ones of any length.
+
+    Together all visible pairs once, and no query that sees nothing.
+    """
+
+    batches: list[RunBatch]
+    tiles: list[list[Tile]]
+
+
+def plan_runs(mask: IntervalMask) -> RunPlan:
+    """Cuts a mask into batches of short runs and tiles."""
+    starts, ends = mask.start.cpu().numpy(), mask.end.cpu().numpy()
+    pieces = [_pieces(start, end, keep_runs=True) for start, end in zip(starts, ends, strict=True)]
+    alike: dict[tuple[int, int, bool], list[tuple[int, int, int]]] = defaultdict(list)
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for first, last in pieces[row]:
+            num_queries, num_keys = last - first, int(end[last - 1] - start[first])
+            if max(num_queries, num_keys) <= _MAX_SHORT_RUN:
+                shape = (_padded(num_queries), _padded(num_keys), _grows(start, end, first, last))
+                alike[shape].append((row, first, last))
+    batches, batched = [], set()
+    for (num_queries, num_keys, is_causal), runs in alike.items():
+        if len(runs) >= _MIN_RUNS_OF_BATCH:
+            row, first, last = np.array(runs, dtype=np.int64).T
+            queries = _elements(first, last, num_queries, row * mask.num_queries)
+            keys = _elements(starts[row, first], ends[row, last - 1], num_keys, row * mask.num_keys)
+            batches.append(RunBatch(queries, keys, is_causal))
+            batched.update(runs)
+    rest = []
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        left = [piece for piece in pieces[row] if (row, *piece) not in batched]
+        rest.append([_tile(start, end, first, last) for first, last in _join(start, end, left)])
+    return RunPlan(batches, rest)
+
+
+def _padded(length: int) -> int:
+    return -(-length // _SHORT_RUN_STEP) * _SHORT_RUN_STEP
+
+
+def _elements(first: np.ndarray, last: np.ndarray, length: int, offset: np.ndarray) -> np.ndarray:
+    """Of `[first, last)` in a row that begins at `offset`: int64 `[N, length]`, -1 behind the last."""
+    element = first[:, None] + np.arange(length)
+    return np.where(element < last[:, None], element + offset[:, None], -1)
 
 
 def _join(start: np.ndarray, end: np.ndarray, pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -83,11 +144,16 @@ def _pieces(start: np.ndarray, end: np.ndarray, keep_runs: bool) -> list[tuple[i
     pieces: list[tuple[int, int]] = []
     for first, last in pairwise(edges):
         if visible[first]:
-            whole = keep_runs and (_is_causal(start, end, first, last) or end[first] == end[last - 1])
+            whole = keep_runs and (_grows(start, end, first, last) or end[first] == end[last - 1])
             num_parts = 1 if whole else -(-(last - first) // _MAX_QUERIES)
             cuts = [first + (last - first) * part // num_parts for part in range(num_parts + 1)]
             pieces += pairwise(cuts)
     return pieces
+
+
+def _grows(start: np.ndarray, end: np.ndarray, first: int, last: int) -> bool:
+    """Whether a piece is causal; of a piece, start and the growth of end are the same all over."""
+    return bool(end[first] == start[first] + 1 and end[last - 1] - start[first] == last - first)
 
 
 def _is_causal(start: np.ndarray, end: np.ndarray, first: int, last: int) -> bool:

@@ -10,7 +10,7 @@ TASKS = ("bb_social_iqa", "bb_wikihow_goals", "bb_winowhy", "bb_cosmos_qa")
 SHOTS = (0, 1, 4)
 LONG = ("data.sequence_length=2048",)
 """Four demonstrations are longer than a row of training."""
-QUESTIONS = {"cpu": 200, "gpu": 500}
+QUESTIONS = {"cpu": 100, "gpu": 500}
 """Of each task."""
 RATE = 3e-3
 """Of pretraining, as in the pipelines."""

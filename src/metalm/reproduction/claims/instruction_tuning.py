@@ -14,7 +14,7 @@ HELD_OUT = ("bb_vitaminc", "bb_fever")
 """The cluster of natural language inference."""
 MOST = {"cpu": 1500, "gpu": 5000}
 """Records of each task."""
-QUESTIONS = {"cpu": 500, "gpu": 1000}
+QUESTIONS = {"cpu": 250, "gpu": 1000}
 WORDINGS = 3
 STEPS = {"cpu": 200, "gpu": 2000}
 

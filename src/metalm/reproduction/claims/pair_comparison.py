@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from metalm.reproduction.arms import Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
 from metalm.reproduction.claims.pretrained import (
-    DETECTING,
     DOCKED,
     GPT,
     LARGE_GPT,
@@ -44,7 +43,6 @@ def pair_comparison(setting: Setting) -> Claim:
         train="a_shuffled_train",
         rate_of=docked,
     )
-    detecting = finetuning.arm("a_metalm_detected", DETECTING, 8.0, rate_of=metalm)
     ours, real, larger = Series(metalm, "test"), Series(docked, "test"), Series(large, "test")
     return Claim(
         letter="a",
@@ -53,15 +51,16 @@ def pair_comparison(setting: Setting) -> Claim:
         how=(
             "VitaminC: does a passage of Wikipedia bear a claim out? Nearly all claims have two answers, by "
             "the passage. Decoder and encoder of four layers are pretrained from the start on the training "
-            "side's texts; or a real encoder is docked onto such a decoder. Then all is trained on the pairs."
+            "side's texts, the encoder first by replaced-token detection; or a real encoder is docked onto "
+            "such a decoder. Then all is trained on the pairs."
         ),
         paper=(("NLI, GPT", "65.0"), ("MetaLM", "79.1")),
         sets=("bigbench", "minilm"),
         shared=(
-            *pretraining(setting, GPT, LARGE_GPT, METALM, DETECTING, DOCKED),
+            *pretraining(setting, GPT, LARGE_GPT, METALM, DOCKED),
             *_examples(setting),
         ),
-        arms=(metalm, gpt, large, docked, shuffled, detecting),
+        arms=(metalm, gpt, large, docked, shuffled),
         comparisons=(
             Comparison("MetaLM above GPT with the equal decoder", ours, Series(gpt, "test")),
             Comparison("MetaLM above GPT with as many layers", ours, larger),
@@ -75,7 +74,6 @@ def pair_comparison(setting: Setting) -> Claim:
             "What is missing is the encoder's pretraining: MiniLM, docked onto the same decoder in 60 steps, "
             "begins to tell true from false after 100 to 200 of the same 300."
         ),
-        reported=(Series(detecting, "test"),),
     )
 
 
