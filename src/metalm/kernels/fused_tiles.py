@@ -138,7 +138,7 @@ class _Work:
 class _FusedTiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, work: _Work, scale: float) -> Tensor:
-        out = _Elements(q, q.dtype, work.blind)
+        out = _Elements(q.shape, q.dtype, work.blind)
         saved: list[Tensor] = []
         for batch in work.batches:
             runs = (_gather(q, batch.queries), _gather(k, batch.keys), _gather(v, batch.keys))
@@ -152,18 +152,18 @@ class _FusedTiledAttention(torch.autograd.Function):
             saved += [q, k, v, out.whole, log_sum]
         ctx.save_for_backward(*saved)
         ctx.work, ctx.scale = work, scale
-        ctx.like = (torch.empty_like(q, device="meta"), torch.empty_like(k, device="meta"))
+        ctx.shapes = (q.shape, k.shape)
         return out.whole
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         work, scale, saved = ctx.work, ctx.scale, list(ctx.saved_tensors)
-        grad, (like_q, like_k) = grads[0], ctx.like
-        grad_q = _Elements(like_q, like_q.dtype, work.blind)
+        grad, (q_shape, k_shape) = grads[0], ctx.shapes
+        grad_q = _Elements(q_shape, grad.dtype, work.blind)
         adds = work.unseen is None
         # Several tiles may add to one key: in the precision of the log-sum-exp.
-        dtype = torch.promote_types(like_k.dtype, torch.float32) if adds else like_k.dtype
-        grad_k, grad_v = (_Elements(like_k, dtype, work.unseen) for _ in range(2))
+        dtype = torch.promote_types(grad.dtype, torch.float32) if adds else grad.dtype
+        grad_k, grad_v = (_Elements(k_shape, dtype, work.unseen) for _ in range(2))
         for batch in work.batches:
             runs, saved = saved[:5], saved[5:]
             grad_runs = _gather(grad, batch.queries, zero_at=batch.padding)
@@ -171,7 +171,7 @@ class _FusedTiledAttention(torch.autograd.Function):
             grad_q.put(batch.to_queries, of_q)
             for sums, of_runs in ((grad_k, of_k), (grad_v, of_v)):
                 sums.add(batch.to_keys, of_runs) if adds else sums.put(batch.to_keys, of_runs)
-        for at, keys, options in work.pieces(like_q.dtype):
+        for at, keys, options in work.pieces(grad.dtype):
             q, k, v, out, log_sum = saved
             parts = (grad[at], q[at], k[keys], v[keys], out[at], log_sum[at])
             grad_q.whole[at], of_k, of_v = _backward(*parts, dropout_p=0.0, **options, scale=scale)
@@ -180,7 +180,7 @@ class _FusedTiledAttention(torch.autograd.Function):
                     sums.whole[keys] += of_tile
                 else:
                     sums.whole[keys] = of_tile
-        return grad_q.whole, grad_k.whole.to(like_k.dtype), grad_v.whole.to(like_k.dtype), None, None
+        return grad_q.whole, grad_k.whole.to(grad.dtype), grad_v.whole.to(grad.dtype), None, None
 
 
 class _Elements:
@@ -190,13 +190,13 @@ class _Elements:
     begin with zeros; the others are to be written.
     """
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, zero_at: Tensor | None) -> None:
-        batch_size, num_heads, length, size = like.shape
-        shape = (batch_size * length + 1, num_heads * size)
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, zero_at: Tensor | None) -> None:
+        batch_size, num_heads, length, size = shape
+        flat = (batch_size * length + 1, num_heads * size)
         if zero_at is None:
-            self.flat = torch.zeros(shape, dtype=dtype)
+            self.flat = torch.zeros(flat, dtype=dtype)
         else:
-            self.flat = torch.empty(shape, dtype=dtype).index_fill_(0, zero_at, 0)
+            self.flat = torch.empty(flat, dtype=dtype).index_fill_(0, zero_at, 0)
         self.whole = self.flat[:-1].view(batch_size, length, num_heads, size).transpose(1, 2)
 
     def put(self, where: Tensor, runs: Tensor) -> None:
