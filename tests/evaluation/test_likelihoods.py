@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from metalm.document import Document, Part
-from metalm.evaluation.likelihoods import MOST_ENDINGS, Ending, by_beginning
+from metalm.evaluation.likelihoods import MOST_ENDINGS, Ending, Likelihood, by_beginning, likelihoods
 
 END = 2
 
@@ -56,3 +60,29 @@ def test_many_endings_of_a_beginning_are_read_in_several_rows() -> None:
 def test_what_begins_shorter_than_it_ends_is_read_by_itself() -> None:
     documents = [Document((text(3), text(*range(4, 4 + n), weight=1.0)), ends=False) for n in (1, 1, 2, 2)]
     assert [one.documents for one in by_beginning(documents, END)] == [[0, 1], [2], [3]]
+
+
+class UnsureRows:
+    """Rows of 7 and 8 tokens, of a model of 8 positions to which all of 16 tokens are as likely."""
+
+    lengths = (7, 8)
+
+    def read(self, length: int) -> Tensor:
+        return torch.zeros(2, 16)
+
+    def next_losses(
+        self,
+        tokens: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]],
+    ) -> Tensor:
+        assert all(0 <= place < 8 for of_row in places for place in of_row)
+        return torch.full((2, len(tokens[0])), float(np.log(16)))
+
+
+def test_a_row_as_long_as_any_can_be_is_not_read_on() -> None:
+    none, two = Ending([], []), Ending([3, 4], [1.0, 1.0])
+    found = likelihoods(UnsureRows(), [[none, two], [none, none]], [0, 2])  # type: ignore[arg-type]
+    assert [[one.num_tokens for one in of_row] for of_row in found] == [[0, 2], [0, 0]]
+    assert np.isclose(found[0][1].total, -2 * np.log(16))
+    assert found[1] == [Likelihood(0, 0)] * 2

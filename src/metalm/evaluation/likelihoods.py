@@ -111,25 +111,32 @@ def likelihoods(
         for own, of_row in zip(rows.lengths, endings, strict=True)
     )
     first = rows.read(length + 1).double().log_softmax(dim=-1).tolist()
+    # Where nothing follows, the row may be as long as any can be, and goes on from its own last place.
+    begins = [
+        own if any(one.tokens for one in of_row) else own - 1
+        for own, of_row in zip(rows.lengths, endings, strict=True)
+    ]
     found: list[list[Likelihood]] = [[] for _ in endings]
     for turn, longest in enumerate(longest_of_turn):
         # A row without a further ending goes on in any way, and says nothing.
         of_rows = [of_row[turn] if turn < len(of_row) else _NO_ENDING for of_row in endings]
-        later = _later(rows, of_rows, longest - 1) if longest > 1 else [[] for _ in of_rows]
+        later = _later(rows, begins, of_rows, longest - 1) if longest > 1 else [[] for _ in of_rows]
         for row, one in enumerate(of_rows):
             if turn < len(endings[row]):
                 found[row].append(_likelihood(one, first[row], later[row]))
     return found
 
 
-def _later(rows: ContinuedRows, endings: Sequence[Ending], count: int) -> list[list[float]]:
+def _later(
+    rows: ContinuedRows, begins: Sequence[int], endings: Sequence[Ending], count: int
+) -> list[list[float]]:
     """Log-likelihoods [rows, count] of each ending's tokens but the first; behind them is nothing of use."""
     read, places, labels = [], [], []
-    for own, one in zip(rows.lengths, endings, strict=True):
+    for begin, one in zip(begins, endings, strict=True):
         steps = [min(step, max(len(one.tokens) - 2, 0)) for step in range(count)]
         tokens = [*one.tokens, 0, 0]
         read.append([tokens[step] for step in steps])
-        places.append([own + step for step in steps])
+        places.append([begin + step for step in steps])
         labels.append([tokens[step + 1] for step in steps])
     found: list[list[float]] = (-rows.next_losses(read, places, labels)).double().tolist()
     return found
