@@ -96,6 +96,12 @@ def test_fit_nodes_pass_with_all_figures(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_a_job_of_one_rank_passes(tmp_path: Path) -> None:
+    codes, output = run_nodes(tmp_path / "run", nodes={"a": {}})
+    assert codes == {EXIT_DONE}, output
+    assert not (tmp_path / "bad").exists()
+
+
 def test_a_node_with_another_torch_is_refused(tmp_path: Path) -> None:
     package = tmp_path / "other/torch-9.9.9.dist-info"
     package.mkdir(parents=True)
@@ -183,3 +189,19 @@ def test_a_process_that_may_open_few_files_is_refused() -> None:
     few, enough = NodeReport("few", open_files=1024), NodeReport("enough", open_files=4096)
     problems = find_problems([few, enough], Limits())
     assert problems == {"few": ["a process may have 1024 files open (ulimit -Hn), expected 4096"]}
+
+
+@pytest.mark.parametrize(
+    ("clocks", "wrong"),
+    [
+        ((0.0, 5.0, 5.1, 5.0), ["n0"]),
+        ((0.0, 0.2, -4.0, 0.1), ["n2"]),
+        ((0.0, -5.0), ["n1"]),  # of two, nobody knows: the job's batch script has run on the first
+        ((0.0, 5.0, None, 5.0), ["n0"]),
+    ],
+)
+def test_clocks_are_held_against_those_of_most_nodes(
+    clocks: tuple[float | None, ...], wrong: list[str]
+) -> None:
+    reports = [NodeReport(f"n{number}", clock_s=clock) for number, clock in enumerate(clocks)]
+    assert list(find_problems(reports, Limits())) == wrong

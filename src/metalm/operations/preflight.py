@@ -111,16 +111,16 @@ class _Meeting:
             DistError: rank 0 cannot be reached.
         """
         self.launch, self.deadline_s = launch, deadline_s
-        self.store = self._connect(hosts=launch.rank == 0)
+        self.store = self._connect(launch.master_port, hosts=launch.rank == 0)
 
     def connect(self) -> dist.TCPStore:
         """A connection of its own, for calls that may wait long."""
-        return self._connect(hosts=False)
+        return self._connect(self.store.port, hosts=False)
 
-    def _connect(self, *, hosts: bool) -> dist.TCPStore:
+    def _connect(self, port: int, *, hosts: bool) -> dist.TCPStore:
         store = dist.TCPStore(
             self.launch.master_address,
-            self.launch.master_port,
+            port,
             is_master=hosts,
             timeout=timedelta(seconds=self.deadline_s),
             wait_for_workers=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median_high, median_low
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line knows the limits, but must answer at once
@@ -26,7 +27,7 @@ class Limits:
     open_files: float = field(
         default=4096, metadata={"help": "files that a process may have open (ulimit -Hn), at least"}
     )
-    clock_s: float = field(default=1.0, metadata={"help": "difference to the first node's clock, at most"})
+    clock_s: float = field(default=1.0, metadata={"help": "difference to most nodes' clocks, at most"})
     within_gib_s: float = field(default=0.0, metadata={"help": "all-reduce within a node, at least"})
     across_gib_s: float = field(default=0.0, metadata={"help": "all-reduce with a neighbour, at least"})
 
@@ -37,7 +38,8 @@ def find_problems(reports: Sequence[NodeReport], limits: Limits) -> dict[str, li
     Where nodes differ in a version, those that differ from most are wrong; of two equal camps, the one that
     the first node is not in, since the job's batch script has run there.
     """
-    problems: dict[str, list[str]] = {report.node: _own_problems(report, limits) for report in reports}
+    usual_clock = _usual_clock(reports)
+    problems = {report.node: _own_problems(report, limits, usual_clock) for report in reports}
     collected = [report for report in reports if report.versions]
     for name in sorted({name for report in collected for name in report.versions}):
         values = [report.versions.get(name, "absent") for report in collected]
@@ -48,7 +50,13 @@ def find_problems(reports: Sequence[NodeReport], limits: Limits) -> dict[str, li
     return {node: found for node, found in problems.items() if found}
 
 
-def _own_problems(report: NodeReport, limits: Limits) -> list[str]:
+def _usual_clock(reports: Sequence[NodeReport]) -> float:
+    """What most clocks are by that of the first node, seconds; of two, the first node's is taken as right."""
+    clocks = [report.clock_s for report in reports if report.clock_s is not None]
+    return min((median_low(clocks), median_high(clocks)), key=abs) if clocks else 0.0
+
+
+def _own_problems(report: NodeReport, limits: Limits, usual_clock: float) -> list[str]:
     found = list(report.faults)
     if len(report.gpus) < limits.gpus:
         found.append(f"{len(report.gpus)} GPUs, expected {limits.gpus:g}")
@@ -71,8 +79,10 @@ def _own_problems(report: NodeReport, limits: Limits) -> list[str]:
         found.append(
             f"a process may have {report.open_files} files open (ulimit -Hn), expected {limits.open_files:g}"
         )
-    if limits.clock_s and report.clock_s is not None and abs(report.clock_s) > limits.clock_s:
-        found.append(f"its clock is {report.clock_s:+.2f} s off, at most {limits.clock_s:g}")
+    if limits.clock_s and report.clock_s is not None:
+        off = report.clock_s - usual_clock
+        if abs(off) > limits.clock_s:
+            found.append(f"its clock is {off:+.2f} s off, at most {limits.clock_s:g}")
     return found
 
 
