@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from metalm.checkpoint.names import list_checkpoints
-from metalm.checkpoint.publishing import checkpoint_of_weights
+from metalm.checkpoint.publishing import checkpoint_of_weights, write_json
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.state import RunFacts, RunState, parse_state
 from metalm.errors import CheckpointError
@@ -42,6 +43,27 @@ def test_a_checkpoint_of_weights_is_whole_and_its_state_complete(tmp_path: Path)
         "optimizer_steps": {"decoder": 0.0},
         "engine_counters": {"decoder": {"global_steps": 0, "skipped_steps": 0}},
     }
+
+
+def test_all_of_a_checkpoint_is_on_disk_before_older_ones_may_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: set[int] = set()
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        forced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with checkpoint_of_weights(tmp_path, ("decoder",), FACTS, b"run: {}") as writer:
+        shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
+        writer.write("decoder", shapes, ("master",), iter(pieces()))
+    written = [tmp_path, *tmp_path.rglob("*")]
+    assert len(written) > 6
+    assert [path for path in written if path.stat().st_ino not in forced] == []
+    write_json(tmp_path / "lanes_00000.json", {})
+    assert (tmp_path / "lanes_00000.json").stat().st_ino in forced
 
 
 def test_after_an_error_nothing_is_left(tmp_path: Path) -> None:

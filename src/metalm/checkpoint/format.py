@@ -24,6 +24,7 @@ from metalm.checkpoint.layout import ShardLayout
 from metalm.checkpoint.manifest import read_regular_file
 from metalm.checkpoint.state import first_mistake
 from metalm.errors import CheckpointError
+from metalm.regular_files import force
 
 INDEX_NAME = "index.json"
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -144,7 +145,7 @@ def rank_file(rank: int) -> str:
 
 
 def write_index(folder: Path, parameters: Mapping[str, ParameterIndex]) -> None:
-    """Write a component's index."""
+    """Write a component's index, and force it to disk."""
     files: dict[str, int] = {}
     entries = {}
     for name, index in parameters.items():
@@ -162,7 +163,9 @@ def write_index(folder: Path, parameters: Mapping[str, ParameterIndex]) -> None:
             "sizes": pieces.sizes.tolist(),
         }
     content = {"version": 2, "files": list(files), "parameters": entries}
-    (folder / INDEX_NAME).write_text(json.dumps(content, separators=(",", ":")))
+    path = folder / INDEX_NAME
+    path.write_text(json.dumps(content, separators=(",", ":")))
+    force(path)
 
 
 def read_index(folder: Path) -> dict[str, ParameterIndex]:

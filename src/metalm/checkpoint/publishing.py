@@ -18,6 +18,7 @@ from metalm.checkpoint.names import CONFIG_NAME, partial_folder
 from metalm.checkpoint.state import STATE_NAME, RunFacts, RunState
 from metalm.checkpoint.writer import Shape, write_stream
 from metalm.progress import Phase
+from metalm.regular_files import force
 
 Files = dict[str, FileRecord]
 Indices = Mapping[str, Mapping[str, ParameterIndex]]
@@ -57,6 +58,7 @@ def complete_checkpoint(
     complete = dict(files)
     for component, index in indices.items():
         write_index(partial / component, index)
+        force(partial / component)
         complete[f"{component}/{INDEX_NAME}"] = record_file(partial / component / INDEX_NAME)
     complete[STATE_NAME] = write_bytes(partial / STATE_NAME, state.to_json().encode())
     if config is not None:
@@ -133,7 +135,7 @@ class WeightsWriter:
 
 
 def write_json(path: Path, content: Any) -> FileRecord:
-    """Write a JSON file of a checkpoint.
+    """Write a JSON file of a checkpoint, and force it to disk.
 
     Raises:
         OSError: it could not be written.
@@ -142,10 +144,11 @@ def write_json(path: Path, content: Any) -> FileRecord:
 
 
 def write_bytes(path: Path, content: bytes) -> FileRecord:
-    """Write a small file of a checkpoint.
+    """Write a small file of a checkpoint, and force it to disk.
 
     Raises:
         OSError: it could not be written.
     """
     path.write_bytes(content)
+    force(path)
     return record_file(path)

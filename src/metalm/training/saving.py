@@ -32,6 +32,7 @@ from metalm.config import CheckpointConfig
 from metalm.errors import CheckpointError
 from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
+from metalm.regular_files import force
 from metalm.training.owned_ranges import owned_ranges, shard_shape, states_of
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,8 @@ class SaveJob:
             name = f"{DATA_FOLDER}/lanes_{self.topology.data_rank:05d}.json"
             (self.partial / DATA_FOLDER).mkdir(exist_ok=True)
             written[name] = write_json(self.partial / name, self.lane_states)
+        for folder in {(self.partial / name).parent for name in written}:
+            force(folder)
         record = {
             "files": {name: asdict(entry) for name, entry in written.items()},
             "owned": {component: snapshot.owned for component, snapshot in self.snapshots.items()},
