@@ -13,7 +13,7 @@ from metalm.errors import EXIT_FAULT
 from metalm.run_ends import record_end
 
 _GRACE_S = 10.0
-"""For the other ranks to write their stacks, before a launcher ends them for this rank's exit."""
+"""To write the stacks, and then for the other ranks to, before a launcher ends them for this rank's exit."""
 
 
 class Watchdog:
@@ -54,13 +54,23 @@ class Watchdog:
 
     def _bark(self, silent_s: float) -> None:
         message = f"rank {self._rank} has hung for {silent_s:.0f} s while {self._doing}"
-        self._stacks.parent.mkdir(parents=True, exist_ok=True)  # a run may hang before it begins to write
-        with self._stacks.open("w") as handle:
-            handle.write(message + "\n")
-            handle.flush()
-            faulthandler.dump_traceback(handle, all_threads=True)
-        if self._rank == 0:
-            record_end(self._run_folder, None, EXIT_FAULT, message)
-        print(f"metalm: {message}; stacks are in {self._stacks}", file=sys.stderr, flush=True)
+        # Storage that hangs is what a run hangs for, too: whatever becomes of the notes, the process ends.
+        notes = threading.Thread(target=self._leave_behind, args=(message,), daemon=True)
+        notes.start()
+        notes.join(_GRACE_S)
         time.sleep(_GRACE_S)
         os._exit(EXIT_FAULT)
+
+    def _leave_behind(self, message: str) -> None:
+        print(f"metalm: {message}; stacks go to {self._stacks}", file=sys.stderr, flush=True)
+        try:
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)  # a run may hang before it begins to write
+            with self._stacks.open("w") as handle:
+                handle.write(message + "\n")
+                handle.flush()
+                faulthandler.dump_traceback(handle, all_threads=True)
+            if self._rank == 0:
+                record_end(self._run_folder, None, EXIT_FAULT, message)
+        except OSError as error:
+            print(f"metalm: they cannot be written: {error}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
