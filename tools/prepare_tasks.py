@@ -17,6 +17,7 @@ from metalm.data.preparation.example_shards import prepare_examples
 from metalm.data.preparation.folder import describe_shards
 from metalm.data.preparation.shard_arguments import add_shard_arguments, check_numbers
 from metalm.tasks.mixture import TaskExamples, Wordings, choose_tasks
+from metalm.tasks.records import TaskData
 from metalm.tasks.task_file import find_tasks, load_task
 
 
@@ -54,7 +55,11 @@ def main() -> None:
     report = prepare_examples(
         [TaskExamples(n, task, options.data, **settings) for n, task in enumerate(tasks)],
         options.out,
-        plan={"tasks": [task.model_dump(mode="json") for task in tasks], **settings},
+        plan={
+            "tasks": [task.model_dump(mode="json") for task in tasks],
+            "sizes": [TaskData(task, options.data).sizes(options.split) for task in tasks],
+            **settings,
+        },
         shard_bytes=int(options.shard_mib * 2**20),
         processes=options.processes,
     )

@@ -160,7 +160,56 @@ def test_an_evaluation_that_was_killed_goes_on(trained: Trained, tmp_path: Path)
     assert differing == [next(iter(whole))]
     code, output = trained.evaluate(trained.export, task, out, *asked, "--seed", "1")
     assert code == 64
-    assert "holds answers of another model, task or setting" in output
+    assert "holds answers of another model, task, data or setting" in output
+
+
+def test_answers_of_other_data_or_weights_are_not_taken(trained: Trained, tmp_path: Path) -> None:
+    task, out = trained.task(tmp_path / "task.yaml"), tmp_path / "out"
+    data, export = tmp_path / "data", tmp_path / "hf"
+    shutil.copytree(trained.folder / "data", data)
+    shutil.copytree(trained.export, export)
+    asked = ("--limit", "2", "--data", str(data))
+    before = trained.answers(export, task, out, *asked)
+    assert trained.answers(export, task, out, *asked) == before
+    weights = export / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, output = trained.evaluate(export, task, out, *asked)
+    assert (code, "holds answers of another model, task, data" in output) == (64, True), output
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    questions = data / "colours/validation.jsonl"
+    questions.write_text(questions.read_text() + questions.read_text().splitlines()[0] + "\n")
+    code, output = trained.evaluate(export, task, out, *asked)
+    assert (code, "holds answers of another model, task, data" in output) == (64, True), output
+    words = ("--limit", "2", "--shots", "0")
+    trained.answers(trained.run, task, tmp_path / "run", *words, num_ranks=2)
+    code, output = trained.evaluate(
+        trained.run, task, tmp_path / "run", *words, "data.sequence_length=512", num_ranks=2
+    )
+    assert code == 64, output
+
+
+def test_a_prompt_leaves_room_for_the_answer(trained: Trained, tmp_path: Path) -> None:
+    decode, data = "{max_new_tokens: 200}", tmp_path / "data"
+    task = trained.task(tmp_path / "task.yaml", decode=decode)
+    shutil.copytree(trained.folder / "data", data)
+    questions = data / "colours/validation.jsonl"
+    short, long = (json.loads(line) for line in questions.read_text().splitlines()[:2])
+    long["question"] = "which colour has this thing? " * 40
+    questions.write_text("".join(json.dumps(one) + "\n" for one in (short, long)))
+    where = ("--data", str(data), "--shots", "0", "--score-by", "generation", "--batch-size", "2")
+    found = trained.answers(trained.export, task, tmp_path / "split", *where)
+    assert found["validation:1"] == {"skipped": "too_long"}
+    cut = ("--overflow", "cut_right")
+    together = trained.answers(trained.export, task, tmp_path / "cut", *where, *cut)
+    alone = trained.answers(trained.export, task, tmp_path / "alone", *where, *cut, "--batch-size", "1")
+    assert together == alone
+    assert together["validation:0"] == found["validation:0"]
+    assert "prediction" in together["validation:1"]
+    run = trained.answers(trained.run, task, tmp_path / "run", *where, *cut, num_ranks=2)
+    assert run == together
 
 
 def test_processes_that_share_an_export_write_what_one_does(trained: Trained, tmp_path: Path) -> None:

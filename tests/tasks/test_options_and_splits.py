@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from metalm.errors import ConfigError, DataError
-from metalm.tasks.records import TaskData
+from metalm.errors import EXIT_USAGE, ConfigError, DataError
+from metalm.tasks.records import Tally, TaskData
 from metalm.tasks.task_file import OwnOptions, load_task
+from tiny_pipeline import REPOSITORY
 
 TASK: dict[str, Any] = {
     "task": "sums",
@@ -104,3 +107,44 @@ def test_a_split_of_which_nothing_is_left_says_so(tmp_path: Path) -> None:
     path = written(tmp_path, data={"hold_out": {"tuning": {"of": "train", "last": 200}}})
     with pytest.raises(DataError, match="(?s)no record of train can be used.*40 held out for other splits"):
         TaskData(load_task(path), data_of(tmp_path, 40)).records("train")
+
+
+def test_an_empty_option_leaves_the_others_their_keys(tmp_path: Path) -> None:
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums" / "train.csv").write_text(
+        "sum,right,wrong,third,best\n0 + 1,,0,1,2\n1 + 1,2,,1,0\n2 + 1,3,,,0\n3 + 1,,3,5,0\n"
+    )
+    fields = {**TASK["data"]["fields"], "third": "third"}
+    path = written(
+        tmp_path, options={"texts": ["right", "wrong", "third"]}, data={"fields": fields}, answer="best"
+    )
+    tally = Tally()
+    records = list(TaskData(load_task(path), tmp_path).records("train", tally))
+    assert [(record.options, record.answers) for record in records] == [
+        (("0", "1"), ("1",)),
+        (("2", "1"), ("2",)),
+    ]
+    assert {cause: count for cause, (count, _) in tally.dropped.items()} == {
+        "fewer_than_two_options": 1,
+        "unknown_best": 1,
+    }
+
+
+def test_other_data_are_not_taken_for_those_that_were_prepared(tmp_path: Path) -> None:
+    task = written(tmp_path, data={"files": {"train": "train.csv"}}, evaluated_on="train")
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder, count in zip(folders, (3, 4), strict=True):
+        folder.mkdir()
+        data_of(folder, count)
+    command = [sys.executable, str(REPOSITORY / "tools/prepare_tasks.py"), "--tasks", str(task)]
+
+    def prepare(data: Path) -> tuple[int, str]:
+        words = [*command, "--data", str(data), "--out", str(tmp_path / "out"), "--processes", "1"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    assert prepare(folders[0])[0] == 0
+    assert prepare(folders[0])[0] == 0
+    code, output = prepare(folders[1])
+    assert code == EXIT_USAGE, output
+    assert "Traceback" not in output

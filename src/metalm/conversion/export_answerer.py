@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
@@ -28,13 +29,16 @@ from metalm.document import Document, ReadPart
 from metalm.errors import BadSample
 from metalm.evaluation.answering import check_readers
 from metalm.evaluation.likelihoods import Ending, Likelihood, by_beginning, of_documents
-from metalm.evaluation.task_scores import evaluate_tasks
+from metalm.evaluation.task_scores import Evaluated, evaluate_tasks
 from metalm.modalities import Media, modality_of_encoder
 from metalm.parallel.launch import Launch
 from metalm.tasks.task_file import Decode, TaskFile
 from metalm.tasks.ways import TaskSettings
 
 Answer = TypeVar("Answer")
+
+_PIECES, _PIECE_BYTES = 256, 4096
+"""Of each file of weights, for its fingerprint: they are read whole once already."""
 
 
 class Scored(NamedTuple):
@@ -244,9 +248,7 @@ class ExportAnswerer:
             how |= {name: value for name, value in sampling._asdict().items() if value is not None}
         if until:
             how["stopping_criteria"] = StoppingCriteriaList([_Until(until, self.tokenizer, longest)])
-        tokens = self._model.generate(
-            **inputs, max_new_tokens=min(decode.max_new_tokens, self.longest - longest), **how
-        )
+        tokens = self._model.generate(**inputs, max_new_tokens=decode.max_new_tokens, **how)
         texts = (
             self.tokenizer.decode(_until_end(ids, self.tokenizer.document_id)) for ids in tokens[:, longest:]
         )
@@ -320,7 +322,23 @@ def evaluate_export(
     own_device = device_of(device, launch)
     with joined(launch) as peers:
         answerer = ExportAnswerer(folder, batch_size=batch_size, device=own_device, peers=peers)
-        evaluate_tasks(answerer, tasks, settings, str(folder.resolve()), out or folder / "tasks", print)
+        model = Evaluated(str(folder.resolve()), _fingerprint(folder))
+        evaluate_tasks(answerer, tasks, settings, model, out or folder / "tasks", print)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of an exported folder: configuration, tokenizer, and of the weights their sizes and many pieces."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        digest.update((folder / name).read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as handle:
+            for piece in range(_PIECES):
+                handle.seek(size * piece // _PIECES)
+                digest.update(handle.read(_PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def _until_end(ids: torch.Tensor, end: int) -> list[int]:

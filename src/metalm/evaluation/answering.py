@@ -68,7 +68,11 @@ class Answerer(Protocol):
         ...
 
     def continuations(self, prompts: Sequence[Document], read: ReadPart, decode: Decode) -> list[str | None]:
-        """What the model generates after each prompt; None as above."""
+        """What the model generates after each prompt; None as above.
+
+        Args:
+            prompts: leave as many positions of a row free as tokens may be generated.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from metalm.data.documents.example import Example
 from metalm.document import Document
@@ -25,8 +25,8 @@ from metalm.regular_files import replace_file
 from metalm.tasks.metrics import Answered, measure
 from metalm.tasks.questions import Asked, Asker, Question, drawn
 from metalm.tasks.records import Tally, TaskData, TaskRecord
-from metalm.tasks.rendering import UnusableRecord
-from metalm.tasks.task_file import TaskFile
+from metalm.tasks.rendering import PARAGRAPH, UnusableRecord
+from metalm.tasks.task_file import IN_CONTEXT, TaskFile
 from metalm.tasks.ways import TaskSettings, Way
 
 QUESTIONS_AT_ONCE = 64
@@ -34,18 +34,27 @@ CHOICE_METRICS = ("exact_match", "macro_f1", "matthews")
 """Metrics that an option which was chosen by its likelihood can be scored with."""
 
 
+class Evaluated(NamedTuple):
+    """What is asked."""
+
+    name: str
+    """For people, such as a checkpoint's folder."""
+    fingerprint: str
+    """Tells it from what was in the same place at other times."""
+
+
 def evaluate_tasks(
     answerer: Answerer,
     tasks: Sequence[TaskFile],
     settings: TaskSettings,
-    model: str,
+    model: Evaluated,
     out: Path,
     report: Callable[[str], None],
 ) -> list[TaskResult]:
     """Ask all of the tasks in all ways; write `answers/*.jsonl`, `results.json` and `results.md` to a folder.
 
     Args:
-        model: what is evaluated, such as a checkpoint's folder: answers of another are refused.
+        model: what is evaluated: answers of another are refused.
         report: is told of progress, by the first process.
 
     Raises:
@@ -64,7 +73,7 @@ def evaluate_tasks(
             replace_file(
                 out / "results.json", json.dumps([one.as_json() for one in results], indent=1) + "\n"
             )
-            replace_file(out / "results.md", table(results, model))
+            replace_file(out / "results.md", table(results, model.name))
     return results
 
 
@@ -73,18 +82,21 @@ def _evaluate(
     task: TaskFile,
     way: Way,
     settings: TaskSettings,
-    model: str,
+    model: Evaluated,
     out: Path,
     report: Callable[[str], None],
 ) -> TaskResult:
     split, tally = settings.split or task.evaluated_on, Tally()
     needs_alone = way.scored_by == "likelihood" and way.normalise == "answer_context"
     asked = Asked(way.template, way.num_shots, task.icl.shots_from if task.icl else None, needs_alone)
-    asker = Asker(TaskData(task, settings.data), split, asked, seed=settings.seed, tally=tally)
+    data = TaskData(task, settings.data)
+    asker = Asker(data, split, asked, seed=settings.seed, tally=tally)
     with Phase(f"reading {task.task}"):
         records = drawn(asker.records, settings.limit, settings.seed)
     name = f"{task.task}-{split}-{way.template.id}-{way.num_shots}shot-{way.scored_by}"
-    about = _fingerprint(task, way, settings, split, model)
+    splits = {split, asked.shots_from or split} if way.num_shots else {split}
+    sizes = {one: data.sizes(one) for one in sorted(splits)}
+    about = _fingerprint(task, way, settings, split, model) | {"data": sizes}
     answers = answerer.agreed(_read_answers(out / "answers" / f"{name}.jsonl", about))
     maker = answerer.maker(settings.readers, settings.overflow)
 
@@ -96,7 +108,7 @@ def _evaluate(
                 questions.append(asker.question(record))
             except UnusableRecord as unusable:
                 new[record.key] = {"skipped": unusable.cause, "why": str(unusable)}
-        made = [_Made.of(question, maker.make, way) for question in questions]
+        made = [_Made.of(question, maker.make, way, task) for question in questions]
         return new | _answer(answerer, made, way, task, maker.read)
 
     waiting = [record for record in records if record.key not in answers]
@@ -140,13 +152,15 @@ class _Made:
     """Why there are none."""
 
     @classmethod
-    def of(cls, question: Question, make: Callable[..., Any], way: Way) -> _Made:
+    def of(cls, question: Question, make: Callable[..., Any], way: Way, task: TaskFile) -> _Made:
+        make = partial(make, is_open=True)
         if way.scored_by == "generation":
             examples: Sequence[Example] = [question.prompt]
+            make = partial(make, left_free=task.decode.max_new_tokens)
         else:
             examples = [*question.options, *question.alone]
         try:
-            return cls(question, tuple(make(example, is_open=True).document for example in examples))
+            return cls(question, tuple(make(example).document for example in examples))
         except BadSample as failure:
             return cls(question, (), failure.cause)
 
@@ -169,7 +183,7 @@ def _answer(
         if one.cause is not None or None in said:
             answer = {"skipped": one.cause or "undecodable"}
         elif way.scored_by == "generation":
-            answer["prediction"] = task.decode.answer(said[0])
+            answer["prediction"] = _before_what_follows(task.decode.answer(said[0]), way)
         else:
             scores = _normalised(said, question, way.normalise)
             best = max(range(len(scores)), key=lambda number: scores[number])
@@ -177,6 +191,11 @@ def _answer(
             answer["scores"] = scores
         answers[question.key] = answer
     return answers
+
+
+def _before_what_follows(answer: str, way: Way) -> str:
+    """In context an answer ends where the next demonstration would begin."""
+    return answer.partition(PARAGRAPH)[0].strip() if way.template.id == IN_CONTEXT else answer
 
 
 def _normalised(said: Sequence[Likelihood], question: Question, how: str) -> list[float]:
@@ -221,11 +240,14 @@ def _scored(
     )
 
 
-def _fingerprint(task: TaskFile, way: Way, settings: TaskSettings, split: str, model: str) -> dict[str, Any]:
-    """What answers depend on."""
+def _fingerprint(
+    task: TaskFile, way: Way, settings: TaskSettings, split: str, model: Evaluated
+) -> dict[str, Any]:
+    """What answers depend on, but the data."""
     content = task.model_dump_json() + way.template.model_dump_json()
     return {
-        "model": model,
+        "model": model.name,
+        "weights": model.fingerprint,
         "task": hashlib.sha256(content.encode()).hexdigest(),
         "split": split,
         "shots": way.num_shots,
@@ -250,7 +272,7 @@ def _read_answers(path: Path, about: Mapping[str, Any]) -> dict[str, dict[str, A
             return dict(answers)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} holds no answers ({error}): remove it, or choose another --out") from None
-    raise ConfigError(f"{path} holds answers of another model, task or setting: choose another --out")
+    raise ConfigError(f"{path} holds answers of another model, task, data or setting: choose another --out")
 
 
 def _append(path: Path, about: Mapping[str, Any], answers: Mapping[str, Any]) -> None:

@@ -96,6 +96,13 @@ class DataFiles:
         for pattern in patterns:
             yield from self.names(pattern)
 
+    def size(self, name: str) -> int:
+        """Bytes of a file, or of the archive that holds it."""
+        path = self.folder / name
+        if self._archive is not None and not path.is_file():
+            path = self._archive
+        return path.stat().st_size
+
     @functools.cached_property
     def _members(self) -> dict[str, Callable[[], IO[bytes]]]:
         """By name, how each file in the archive is opened."""

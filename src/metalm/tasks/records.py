@@ -99,6 +99,16 @@ class TaskData:
         tally.kept += len(kept)
         return kept
 
+    def sizes(self, split: str) -> dict[str, int]:
+        """Bytes of the files of a split, or of the archive that holds them, by name: other data have others.
+
+        Raises:
+            DataError: a file is missing.
+        """
+        data = self.task.data
+        files = data.files_of(data.hold_out[split].of if split in data.hold_out else split)
+        return {name: self.files.size(name) for name in self.files.all_names(files)}
+
     def _usable(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
         data = self.task.data
         if split in data.hold_out:
@@ -195,17 +205,19 @@ def filled_in(line: str, fields: Mapping[str, Any], maps: Mapping[str, Mapping[s
 
 
 def _options(options: Mapping[str, str] | OwnOptions, fields: Mapping[str, Any]) -> dict[str, str]:
-    """The text of each option by its key; none where keys and texts do not fit each other."""
+    """The text of each option by its key, without empty ones; none where keys and texts do not fit."""
     if not isinstance(options, OwnOptions):
         return dict(options)
-    texts = _texts(
+    texts = _stripped(
         fields[options.texts] if isinstance(options.texts, str) else [fields[n] for n in options.texts]
     )
     if options.keys is None:
-        keys: tuple[str, ...] = tuple(map(str, range(len(texts))))
+        keys = [str(number) for number in range(len(texts))]
     else:
-        keys = _texts(fields[options.keys]) if isinstance(options.keys, str) else tuple(options.keys)
-    return dict(zip(keys, texts, strict=True)) if len(keys) == len(texts) else {}
+        keys = _stripped(fields[options.keys]) if isinstance(options.keys, str) else options.keys
+    if len(keys) != len(texts):
+        return {}
+    return {key: text for key, text in zip(keys, texts, strict=True) if text}
 
 
 def _is_unicode(value: Any) -> bool:
@@ -222,8 +234,11 @@ def _is_unicode(value: Any) -> bool:
 
 def _texts(value: Any) -> tuple[str, ...]:
     """One text or several, without empty ones."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(text for text in (as_text(one).strip() for one in values) if text)
+    return tuple(filter(None, _stripped(value)))
+
+
+def _stripped(value: Any) -> list[str]:
+    return [as_text(one).strip() for one in (value if isinstance(value, list) else [value])]
 
 
 def _drawn(records: Iterator[TaskRecord], count: int | None, seed: str) -> list[TaskRecord]:

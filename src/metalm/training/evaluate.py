@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from metalm.checkpoint.reader import CheckpointReader
 from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
 from metalm.evaluation.generation import generate_samples
@@ -32,7 +33,8 @@ def evaluate(joined: Joined, num_samples: int) -> int:
         raise ConfigError("data.evaluation has no source to evaluate on")
     objective = build_objective(config)
     with open_session(joined) as session:
-        engines, step = load_newest(corpus, session)
+        engines, checkpoint = load_newest(corpus, session)
+        step = checkpoint.step
         session.log.open()
         losses = measure_held_out(engines, session.topology, corpus, objective)
         for name, source in corpus.held_out.items() if objective.generates else ():
@@ -55,8 +57,8 @@ def evaluate(joined: Joined, num_samples: int) -> int:
     return 0
 
 
-def load_newest(corpus: Corpus, session: Session) -> tuple[Engines, int]:
-    """The engines of a run's newest whole checkpoint, and its step.
+def load_newest(corpus: Corpus, session: Session) -> tuple[Engines, CheckpointReader]:
+    """The engines of a run's newest whole checkpoint, and that checkpoint.
 
     Raises:
         CheckpointError: the run has no whole checkpoint.
@@ -73,4 +75,4 @@ def load_newest(corpus: Corpus, session: Session) -> tuple[Engines, int]:
     with Phase("building the model and its engines", told=True):
         engines = build_engines(config, topology, start.given)
     load_start(start, config, topology, engines)
-    return engines, start.checkpoint.step
+    return engines, start.checkpoint

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from metalm.checkpoint.manifest import MANIFEST_NAME
+from metalm.config import RunConfig
 from metalm.config.schema import TasksConfig
 from metalm.data.corpus import Corpus
 from metalm.evaluation.answering import EngineAnswerer
 from metalm.evaluation.task_results import figures
-from metalm.evaluation.task_scores import evaluate_tasks
+from metalm.evaluation.task_scores import Evaluated, evaluate_tasks
 from metalm.parallel.topology import Topology
 from metalm.tasks.task_file import TaskFile, load_task
 from metalm.tasks.ways import TaskSettings
@@ -37,7 +40,8 @@ def score_in_training(
         shutil.rmtree(out, ignore_errors=True)
     answerer = EngineAnswerer(engines, topology, corpus, batch_size=wanted.batch_size)
     tasks = [load_task(name) for name in wanted.names]
-    return figures(evaluate_tasks(answerer, tasks, task_settings(wanted), out.name, out, lambda line: None))
+    model = Evaluated(out.name, "as it is being trained")
+    return figures(evaluate_tasks(answerer, tasks, task_settings(wanted), model, out, lambda line: None))
 
 
 def evaluate_run(
@@ -57,11 +61,14 @@ def evaluate_run(
     """
     corpus = joined.corpus
     with open_session(joined) as session:
-        engines, step = load_newest(corpus, session)
+        engines, checkpoint = load_newest(corpus, session)
+        step = checkpoint.step
         session.log.open()
         answerer = EngineAnswerer(engines, session.topology, corpus, batch_size=batch_size)
         place = out or session.run_folder / "tasks" / f"step_{step:08d}"
-        model = f"{session.run_folder} at step {step}"
+        model = Evaluated(
+            f"{session.run_folder} at step {step}", _fingerprint(corpus.config, checkpoint.folder)
+        )
         results = evaluate_tasks(answerer, tasks, settings, model, place, print)
         if session.is_first and corpus.config.monitor.sinks.tensorboard:
             board = TensorBoard(corpus.config, session.run_folder)
@@ -69,3 +76,9 @@ def evaluate_run(
             scores = {f"tasks/{name}": score for name, score in figures(results).items()}
             board.write(step, scores, About.TASKS)
             board.close()
+
+
+def _fingerprint(config: RunConfig, checkpoint: Path) -> str:
+    """Of what answers depend on: the weights, by their hashes in the manifest, and what is overridden."""
+    asked = (config.model.model_dump_json(), config.data.sequence_length, config.training.precision)
+    return hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes() + repr(asked).encode()).hexdigest()

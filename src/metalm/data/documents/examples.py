@@ -71,12 +71,13 @@ class ExampleMaker:
             if encoders[self._text_reader].media is None:
                 self._own = retokenizer(self._text_reader)
 
-    def make(self, example: Example, *, is_open: bool = False) -> Made:
+    def make(self, example: Example, *, is_open: bool = False, left_free: int = 0) -> Made:
         """The document of an example, not decoded yet: see `Document.decoded` and `read`.
 
         Args:
             is_open: without `</d>`, for the decoder to go on from: of prompts, and of options that more
                 follows.
+            left_free: positions of a row that are left to what is generated behind it.
 
         Raises:
             BadSample: `too_long` for a row, or the header of an image or a clip shows that it cannot be used.
@@ -84,7 +85,8 @@ class ExampleMaker:
         """
         pieces = self._pieces(example)
         texts = [piece for piece in pieces if isinstance(piece, _EncodedText)]
-        room = self._sequence_length - 1 - (not is_open)
+        longest = self._sequence_length - left_free
+        room = longest - 1 - (not is_open)
         room -= sum(len(piece) for piece in pieces if isinstance(piece, Part))
         limit = self._longest_text
         if self._overflow != "split" and _positions(texts, limit) > room:
@@ -101,7 +103,7 @@ class ExampleMaker:
                 num_cut += len(piece) - len(kept)
                 parts.append(kept)
         document = Document(tuple(parts), ends=not is_open)
-        if len(document) > self._sequence_length:
+        if len(document) > longest:
             raise BadSample("too_long")
         return Made(document, overflowed_tokens=num_cut)
 
