@@ -398,3 +398,44 @@ def test_a_target_that_no_module_has_is_refused(tmp_path: Path) -> None:
     save_pretrained("vit", tmp_path)
     with pytest.raises(ConfigError, match="no linear module of ViTModel has a name that ends in 'qkv'"):
         PretrainedEncoder(config_of(tmp_path, adapter={"targets": ["qkv"]}), 40)
+
+
+def completed(folder: Path, base: EncoderConfig | None, **keys: Any) -> dict[str, Any]:
+    """An encoder of a pipeline, of one that extends another's resolved configuration, or with other keys."""
+    encoder = base.model_dump(mode="json") if base is not None else {"pretrained": {}}
+    encoder["pretrained"] |= {"path": str(folder)} | keys.pop("pretrained", {})
+    content: dict[str, Any] = {"model": {"encoders": {"it": encoder | keys}}}
+    fill_in_pretrained(content)
+    found: dict[str, Any] = EncoderConfig.model_validate(content["model"]["encoders"]["it"]).model_dump()
+    return found
+
+
+def test_a_complete_encoder_follows_its_folder_and_keys(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    save_pretrained("vit", one)
+    save_pretrained("vit", other)
+    changed = json.loads((other / "config.json").read_text()) | {"hidden_act": "relu"}
+    (other / "config.json").write_text(json.dumps(changed))
+    base = config_of(one)
+    assert base.image is not None
+    assert completed(one, base) == base.model_dump()
+    assert completed(other, base) == completed(other, None) != base.model_dump()
+    larger = {"image_size": 2 * base.image.image_size}
+    assert completed(one, base, pretrained=larger) == completed(one, None, pretrained=larger)
+    with pytest.raises(ConfigError, match=r"num_layers follow\(s\) from pretrained.path"):
+        completed(one, base, num_layers=7)
+    with pytest.raises(ConfigError, match=r"image follow\(s\) from pretrained.path"):
+        completed(one, base, image={**base.image.model_dump(), **larger})
+    gone = tmp_path / "gone"
+    one.rename(gone)
+    assert completed(one, base) == base.model_dump()
+    with pytest.raises(ConfigError, match="is not there"):
+        completed(one, base, pretrained=larger)
+
+
+def test_a_complete_encoder_of_clips_follows_the_longest(tmp_path: Path) -> None:
+    save_pretrained("wav2vec2", tmp_path)
+    base = audio_config_of("wav2vec2", tmp_path)
+    longer = {"clip_seconds": 2 * CLIP_SECONDS}
+    assert completed(tmp_path, base) == base.model_dump()
+    assert completed(tmp_path, base, pretrained=longer) == completed(tmp_path, None, pretrained=longer)

@@ -25,6 +25,8 @@ DERIVED = (
     "audio",
 )
 """Keys of an encoder that follow from the folder."""
+_FILLED_IN = ("definition", "image_mean", "image_std", "processor")
+"""Those of `pretrained`."""
 
 _BIASES_BY_WINDOW = ("use_relative_position_bias", "use_shared_relative_position_bias")
 """BEiT's, whose tables are as large as the grid of patches."""
@@ -36,6 +38,9 @@ _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembe
 def fill_in_pretrained(content: dict[str, Any]) -> None:
     """Complete every encoder with `pretrained.path` in the content of a pipeline, in place.
 
+    The configuration of a run, as the base of another pipeline, is complete. Its folder is read again all the
+    same, for what has been changed since, such as its path; without the folder it stays as it is.
+
     Raises:
         ConfigError: a folder is no model of transformers, or a key that follows from it is given.
     """
@@ -43,16 +48,18 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
     encoders = model.get("encoders") if isinstance(model, dict) else None
     for name, encoder in encoders.items() if isinstance(encoders, dict) else ():
         pretrained = encoder.get("pretrained") if isinstance(encoder, dict) else None
-        if not isinstance(pretrained, dict) or "definition" in pretrained:
-            continue  # not of transformers, or complete
-        if not isinstance(pretrained.get("path"), str):
-            continue  # a mistake that validation names
-        if given := [key for key in DERIVED if key in encoder]:
-            raise ConfigError(
-                f"model.encoders.{name}: {', '.join(given)} follow(s) from pretrained.path, leave them out"
-            )
+        if not isinstance(pretrained, dict) or not isinstance(pretrained.get("path"), str):
+            continue  # not of transformers, or a mistake that validation names
         folder = Path(pretrained["path"])
         try:
+            if given := _typed(encoder):
+                raise ConfigError(f"{', '.join(given)} follow(s) from pretrained.path, leave them out")
+            if pretrained.get("definition") and not path_exists(folder / "config.json"):
+                _check_image_size(pretrained, folder)
+                continue
+            for filled, keys in ((encoder, DERIVED), (pretrained, _FILLED_IN)):
+                for key in keys:
+                    filled.pop(key, None)
             definition = _read_definition(folder)
             if (side := pretrained.get("image_size")) is not None:
                 _resize(definition, side)
@@ -73,6 +80,31 @@ def fill_in_pretrained(content: dict[str, Any]) -> None:
                 f"model.encoders.{name}.pretrained: the configs in {folder} do not fit together ({error!r})"
             ) from None
         pretrained["definition"] = definition
+
+
+def _typed(encoder: dict[str, Any]) -> list[str]:
+    """The derived keys that somebody has given: of a complete encoder, those that are not as derived."""
+    given = {key: encoder[key] for key in DERIVED if key in encoder}
+    definition = encoder["pretrained"].get("definition")
+    if not definition:
+        return list(given)
+    expected = _sizes(definition) | {"audio": given.get("audio")}  # this needs the folder
+    image, expected_image = given.get("image"), expected["image"]
+    if isinstance(image, dict) and expected_image is not None:
+        expected["image"] = image | expected_image
+    return [key for key, value in given.items() if value != expected[key]]
+
+
+def _check_image_size(pretrained: dict[str, Any], folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: images are to be of another size than those of a complete encoder.
+    """
+    wanted, own = pretrained.get("image_size"), pretrained["definition"].get("image_size")
+    if wanted is not None and wanted != own:
+        raise ConfigError(
+            f"image_size = {wanted}, and {folder}, from which its positions follow, is not there"
+        )
 
 
 def positions_before_text(definition: dict[str, Any]) -> int:
