@@ -141,7 +141,7 @@ def test_what_is_no_image_of_a_known_format_is_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("size", "shown"),
-    [((600, 1), (256, 1)), ((1, 600), (256, 1024)), ((10, 5_000_000), (256, 1024)), ((300, 600), (256, 512))],
+    [((600, 1), (256, 1)), ((1, 600), (256, 1024)), ((10, 20_000), (256, 1024)), ((300, 600), (256, 512))],
 )
 def test_an_image_of_any_size_is_shown_over_its_caption(
     size: tuple[int, int], shown: tuple[int, int]
