@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from conversion.foreign_tokenizers import FORMS, like_gpt2, words
 from metalm.conversion.completed_tokenizer import PROBES, changed_texts, complete_tokenizer
 from metalm.data.preparation.text_shards import prepare_text
 from metalm.data.sources import open_source
@@ -22,81 +22,13 @@ from metalm.errors import ConfigError, DataError
 from mutations import mutate_bytes
 
 RunTool = Callable[..., tuple[int, str, str]]
-WORDS = ["fox", "dogs", "jumps", "over", "naïve", "数据", "3.14", "lazy", "s>", "</", "d>", "<s>"]
+CHANGED = {"qwen": [PROBES[4]], "metaspace": [PROBES[1], PROBES[3]], "unigram": [PROBES[1], PROBES[3]]}
+"""What is normalised comes back so: composed letters, and blanks in front of a text that begins with them."""
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    stream = random.Random(1)
-    return [" ".join(stream.choices(WORDS, k=12)) + "." for _ in range(400)]
-
-
-def byte_level(texts: list[str], *special: str) -> tokenizers.Tokenizer:
-    model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer)
-    return model
-
-
-def like_gpt2(texts: list[str]) -> tokenizers.Tokenizer:
-    return byte_level(texts, "<|endoftext|>")
-
-
-def like_qwen(texts: list[str]) -> tokenizers.Tokenizer:
-    """Its text is normalised, and it has added tokens that are not special."""
-    model = byte_level(texts, "<|endoftext|>", "<|im_start|>")
-    model.normalizer = normalizers.NFC()
-    model.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
-    return model
-
-
-def like_llama3(texts: list[str]) -> tokenizers.Tokenizer:
-    """It begins texts with a token of its own."""
-    model = byte_level(texts, "<|begin_of_text|>", "<|end_of_text|>")
-    begin = ("<|begin_of_text|>", model.token_to_id("<|begin_of_text|>"))
-    model.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[begin]
-    )
-    return model
-
-
-def like_llama2(texts: list[str]) -> tokenizers.Tokenizer:
-    """Blanks are letters, bytes stand in for unknown ones, and two special tokens have the names of ours."""
-    model = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    model.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1),
-        ]
-    )
-    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
-    )
-    model.train_from_iterator(texts, trainer)
-    definition = json.loads(model.to_str())
-    definition["added_tokens"] = definition["added_tokens"][:3]
-    # Of a pair that a long corpus would have merged: text must not become the special token by it.
-    merges = definition["model"]["merges"]
-    vocabulary = definition["model"]["vocab"]
-    if "<s" not in vocabulary:
-        vocabulary["<s"] = len(vocabulary)
-        merges.append(["<", "s"])
-    merges.append(["<s", ">"])
-    return tokenizers.Tokenizer.from_str(json.dumps(definition))
-
-
-FORMS = {"gpt2": like_gpt2, "qwen": like_qwen, "llama3": like_llama3, "llama2": like_llama2}
+    return words(400)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -112,8 +44,7 @@ def test_tokens_keep_their_ids_and_texts_are_given_back(name: str, texts: list[s
         if "<s>" not in text:  # which a special token's name is for others
             expected = foreign.encode(text, add_special_tokens=False).ids
             assert completed.encode([text])[0].tolist() == expected
-    # What is normalised comes back so: composed letters.
-    assert changed_texts(completed) == ([PROBES[4]] if name == "qwen" else [])
+    assert changed_texts(completed) == CHANGED.get(name, [])
     assert completed.special_tokens_in_text() == []
 
 

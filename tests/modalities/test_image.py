@@ -12,7 +12,14 @@ from PIL import Image
 
 from metalm.config.model_schema import ImageConfig
 from metalm.errors import BadSample
-from metalm.modalities.image import MAX_PIXELS, ImageReader, cut_patches, decode_image, encode_png
+from metalm.modalities.image import (
+    MAX_PIXELS,
+    ImageReader,
+    caption_picture,
+    cut_patches,
+    decode_image,
+    encode_png,
+)
 
 
 def photograph(size: tuple[int, int]) -> Image.Image:
@@ -130,3 +137,17 @@ def test_what_is_no_image_of_a_known_format_is_refused(data: bytes) -> None:
     with pytest.raises(BadSample) as failure:
         decode_image(data, image_size=16)
     assert failure.value.cause == "undecodable_image"
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((600, 1), (256, 1)), ((1, 600), (256, 1024)), ((10, 20_000), (256, 1024)), ((300, 600), (256, 512))],
+)
+def test_an_image_of_any_size_is_shown_over_its_caption(
+    size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    pixels = np.full((size[1], size[0], 3), 200, np.uint8)
+    picture = caption_picture(pixels, ["a fox", "<box> 0 0 32 32 </box>"])
+    width, height = shown
+    assert picture.shape[1] == width and height < len(picture) < height + 100
+    assert (picture[0, 5] != 255).any() and (picture[height, 5] == 255).all()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import tokenizers
 
 from metalm.conversion.sentencepiece_model import UNLIKELY, read_sentencepiece
-from metalm.conversion.tokenizer_files import TOKENIZER_NAME
+from metalm.conversion.tokenizer_files import TOKENIZER_NAME, texts_exported_otherwise
 from metalm.data.tokenizer import (
     SPECIAL_TOKENS,
     Tokenizer,
@@ -16,7 +17,7 @@ from metalm.data.tokenizer import (
     parse_tokenizer,
     write_tokenizer_config,
 )
-from metalm.errors import ConfigError, DataError
+from metalm.errors import BadSample, ConfigError, DataError
 from metalm.progress import Phase
 from metalm.regular_files import read_regular
 
@@ -44,7 +45,8 @@ def complete_tokenizer(source: Path, out: Path) -> Tokenizer:
 
     Raises:
         ConfigError: `out` exists, or a package that SentencePiece models need is not installed.
-        DataError: there is no such file, it is no tokenizer, or raw text could forge a special token.
+        DataError: there is no such file, it is no tokenizer, raw text could forge a special token, or no
+            export of it would give the ids of training.
     """
     with Phase(f"reading the tokenizer of {source}"):
         tokenizer = read_foreign_tokenizer(source)
@@ -55,7 +57,13 @@ def complete_tokenizer(source: Path, out: Path) -> Tokenizer:
         raise ConfigError(f"cannot make the folder {out}: {error.strerror}") from error
     tokenizer.save(str(out / TOKENIZER_NAME))
     write_tokenizer_config(out)
-    return load_tokenizer(out)
+    try:
+        completed = load_tokenizer(out)
+        _check_export(completed, source)
+    except DataError:
+        shutil.rmtree(out)
+        raise
+    return completed
 
 
 def read_foreign_tokenizer(source: Path) -> tokenizers.Tokenizer:
@@ -83,6 +91,20 @@ def changed_texts(tokenizer: Tokenizer) -> list[str]:
         for text, ids in zip(PROBES, tokenizer.encode(PROBES), strict=True)
         if tokenizer.decode(ids) != text
     ]
+
+
+def _check_export(tokenizer: Tokenizer, source: Path) -> None:
+    """Before a run is trained with it."""
+    try:
+        texts = texts_exported_otherwise(tokenizer, PROBES)
+    except BadSample:
+        raise DataError(f"the tokenizer of {source} fails on ordinary texts: get another") from None
+    if texts:
+        raise DataError(
+            f"the tokenizer of {source} cannot be used: an export would have other ids than training for "
+            f"{texts[0]!r}. What it does at the beginning of a text it must do behind every blank line: a "
+            "Metaspace behind other steps of its pre_tokenizer needs the prepend_scheme `always` or `never`"
+        )
 
 
 def _file(source: Path) -> Path:

@@ -56,6 +56,8 @@ _TURNS = {
 }
 """By EXIF orientation, what makes an image upright."""
 _SHOWN_WIDTH, _LINE, _MARGIN = 256, 15, 6
+_LARGEST_RATIO = 4
+"""Of the height to the width of an image that is shown; a higher one is squeezed."""
 
 
 class Image(Media):
@@ -297,7 +299,8 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 def caption_picture(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     """Draw an image enlarged to a fixed width, and text below it, wrapped.
 
-    Boxes that a line tells are drawn, in the colour of the line.
+    Boxes that a line tells are drawn, in the colour of the line. One that is more than four times as high as
+    wide is squeezed to that, and one that is hardly a line high has one.
 
     Args:
         pixels: [height, width, 3] uint8.
@@ -307,8 +310,8 @@ def caption_picture(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
         [height', 256, 3] uint8.
     """
     image = Pillow.fromarray(pixels)
-    height = round(_SHOWN_WIDTH * image.height / image.width)
-    image = image.resize((_SHOWN_WIDTH, height), Pillow.Resampling.NEAREST)
+    height = min(round(_SHOWN_WIDTH * image.height / image.width), _LARGEST_RATIO * _SHOWN_WIDTH)
+    image = image.resize((_SHOWN_WIDTH, max(1, height)), Pillow.Resampling.NEAREST)
     wrapped: list[tuple[str, str]] = []
     colours = itertools.cycle(COLOURS)
     for line in lines:

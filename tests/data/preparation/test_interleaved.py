@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -138,6 +139,7 @@ def test_what_cannot_be_used_is_counted_and_placed_and_the_rest_kept(
         {"texts": ["a", None, "b", None, "c"], "images": [None, "gone.jpg", None, "1.jpg", None]},
         {"texts": ["a", None, "b", None], "images": [None, "broken.jpg", None, "2.jpg"]},
         {"texts": ["a"], "images": ["https://web/1"]},
+        {"texts": ["a", None, "b"], "images": [None, "broken.jpg", None]},
         {"texts": ["a", "b"], "images": [None]},
         {"texts": [], "images": []},
         {"text": "fox"},
@@ -148,19 +150,21 @@ def test_what_cannot_be_used_is_counted_and_placed_and_the_rest_kept(
     report = prepare([tmp_path / "a.jsonl"], tmp_path / "out", media_folder=images)
     assert report["dropped"] == {
         "bad_document": 1, "empty_document": 1, "missing_image": 1, "no_answer": 1, "no_document": 1,
-        "no_image": 1, "remote_image": 1, "undecodable_image": 1,
+        "no_image": 2, "remote_image": 1, "undecodable_image": 2,
     }  # fmt: skip
     assert (report["examples"], report["media"]) == (2, 2)
     first, second = written(tmp_path / "out", tokenizer)
     assert [part.content for part in first.parts if part.modality == "text"] == ["a\n\nb", "c"]
-    assert [part.modality for part in second.parts] == ["text", "text", "image"]
+    assert [part.content for part in second.parts if part.modality == "text"] == ["a\n\nb"]
+    assert [part.modality for part in second.parts] == ["text", "image"]
     dropped = map(json.loads, (tmp_path / "out" / "dropped.jsonl").read_text().splitlines())
     assert Counter((one["cause"], one["file"], one["line"]) for one in dropped) == Counter(
         [
             *[("missing_image", "a.jsonl", 1), ("undecodable_image", "a.jsonl", 2)],
             *[("remote_image", "a.jsonl", 3), ("no_image", "a.jsonl", 3)],
-            *[("bad_document", "a.jsonl", 4), ("empty_document", "a.jsonl", 5)],
-            *[("no_document", "a.jsonl", 7), ("no_answer", "a.jsonl", 8)],
+            *[("undecodable_image", "a.jsonl", 4), ("no_image", "a.jsonl", 4)],
+            *[("bad_document", "a.jsonl", 5), ("empty_document", "a.jsonl", 6)],
+            *[("no_document", "a.jsonl", 8), ("no_answer", "a.jsonl", 9)],
         ]
     )
 
@@ -188,6 +192,34 @@ def test_long_documents_become_pieces_that_fit_and_lose_nothing(
     locations = corpus.sources[0].index.locate(np.arange(len(pieces)))
     lengths = [len(maker.finish(maker.look(corpus.sources[0], one), ()).document) for one in locations]
     assert max(lengths) <= 64 and min(lengths[:-1]) > 50
+
+
+def test_long_documents_are_cut_as_if_damaged_images_were_missing(
+    images: Path, tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    size, found = RowSize(tokenizer_folder, 32, IMAGE_VECTORS), {}
+    texts = [one for number in range(12) for one in (f"fox {number} jumps over the dog.", None)]
+    for name in ("broken.jpg", "gone.jpg"):
+        records = [
+            {"texts": texts, "images": [one for image in 2 * shown for one in (None, image)]}
+            for shown in (6 * [name], [name, None, "1.jpg", name, name, name])
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        report = prepare([path], tmp_path / name, media_folder=images, row_size=size)
+        assert report["dropped"].pop("no_image") == 1 and report["media"] == 2
+        assert list(report["dropped"].values()) == [20]
+        found[name] = [
+            [part.content if isinstance(part.content, str) else None for part in piece.parts]
+            for piece in written(tmp_path / name, tokenizer)
+        ]
+    pieces = found["broken.jpg"]
+    assert pieces == found["gone.jpg"] and len(pieces) > 4
+    assert any("dog.\n\nfox" in text for piece in pieces for text in piece if text is not None)
+    for piece in pieces:
+        sizes = [IMAGE_VECTORS if text is None else len(tokenizer.encode([text])[0]) for text in piece]
+        assert sum(sizes) <= 30
+        assert not any(one and other for one, other in itertools.pairwise(piece))
 
 
 def test_pieces_hold_whole_words_and_whole_images(tokenizer: Tokenizer) -> None:
@@ -229,7 +261,7 @@ def test_mutated_records_are_documents_or_causes(images: Path) -> None:
     for number in range(400):
         record = mutate_value([mmc4, obelics][number % 2], chance)
         try:
-            document, left_out = document_of(record, files, {})
+            document, left_out = document_of(record, files, {}, CONVERTS["image"])
         except BadSample as bad:
             assert bad.cause in ("no_document", "bad_document")
         else:

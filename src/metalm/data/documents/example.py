@@ -20,6 +20,8 @@ class ExamplePart:
     """Its tokens are learnt: answers, and with the last of them the end of the document."""
     is_end: bool = False
     """It is a blank line, `</s>`, behind an answer; the end of the document is learnt in its place."""
+    suffix: str | None = None
+    """Of an image or a clip that was checked and made ready for a shard: its member's. None: it was not."""
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,14 @@ DESCRIPTION = "json"
 _ENCODED, _TRAINED, _END = "encoded", "trained", "end"
 
 
-def members_of(
-    example: Example, converts: Mapping[str, Convert], left_out: list[str] | None = None
-) -> dict[str, bytes]:
+def members_of(example: Example, converts: Mapping[str, Convert]) -> dict[str, bytes]:
     """The members of a sample by suffix, the `json` first.
 
     Args:
-        converts: what checks images and clips and makes their members, by modality.
-        left_out: gets the causes of images and clips that cannot be used, which are left out alone.
+        converts: what checks images and clips that have no suffix yet and makes their members, by modality.
 
     Raises:
-        BadSample: an image or a clip cannot be used and there is no `left_out`, or a text is no Unicode.
+        BadSample: an image or a clip cannot be used, or a text is no Unicode.
     """
     parts: list[dict[str, Any]] = []
     files: dict[str, bytes] = {}
@@ -43,13 +40,9 @@ def members_of(
             flags = {_ENCODED: part.is_encoded, _TRAINED: part.is_trained, _END: part.is_end}
             parts.append({TEXT: part.content, **{name: True for name, is_set in flags.items() if is_set}})
             continue
-        try:
-            suffix, content = converts[part.modality](bytes(part.content))
-        except BadSample as bad:
-            if left_out is None:
-                raise
-            left_out.append(bad.cause)
-            continue
+        suffix, content = part.suffix, bytes(part.content)
+        if suffix is None:
+            suffix, content = converts[part.modality](content)
         name = f"{len(files)}.{suffix}"
         files[name] = content
         parts.append({part.modality: name})

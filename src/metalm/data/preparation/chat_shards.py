@@ -24,7 +24,6 @@ class ChatForm:
 
     media_root: Path
     train: TrainedAnswers
-    keeps_rest = False
 
     def examples(self, record: Any) -> list[Example | str]:
         """The example of a record, or the cause of its absence."""

@@ -33,8 +33,6 @@ class TaskExample(NamedTuple):
     """Or the cause of its absence; None: nothing stands there."""
     place: Place | None
     """Where it was; a `line` counts from the beginning of the task, 1. None: that is not known."""
-    keeps_rest: bool = False
-    """Whether an image or a clip that cannot be used is left out alone, and counted."""
 
 
 class ExampleTask(Protocol):
@@ -68,35 +66,30 @@ class ExamplePreparation:
         tally = Tally()
         reported = 0.0
         with ShardWriter(self.folder.path, task.unit, self.shard_bytes) as writer:
-            for number, (share, example, place, keeps_rest) in enumerate(task.examples()):
+            for number, (share, example, place) in enumerate(task.examples()):
                 if place is not None and "line" in place:
                     tally.num_lines = int(place["line"])
                 if example is None:
                     continue
-                left_out: list[str] | None = [] if keeps_rest else None
                 try:
-                    members = self._members(example, task.source, tally, left_out)
+                    members = self._members(example, task.source, tally)
                     writer.write(f"{task.unit}-{number:06d}", members)
                 except BadSample as bad:
                     tally.drop(bad.cause, place)
-                for cause in left_out or ():
-                    tally.drop(cause, place)
                 if number % EXAMPLES_PER_MESSAGE == 0:
                     advance(share - reported)
                     reported = share
         self.folder.record(task.unit, writer.shards, tally)
         advance(1.0 - reported)
 
-    def _members(
-        self, example: Example | str, source: str, tally: Tally, left_out: list[str] | None
-    ) -> dict[str, bytes]:
+    def _members(self, example: Example | str, source: str, tally: Tally) -> dict[str, bytes]:
         if isinstance(example, str):
             raise BadSample(example)
         if not any(part.is_trained and part.content for part in example.parts):
             raise BadSample("no_answer")
-        members = members_of(example, self.converts, left_out)
+        members = members_of(example, self.converts)
         answers = sum(part.is_trained for part in example.parts)
-        media = sum(part.modality != TEXT for part in example.parts) - len(left_out or ())
+        media = sum(part.modality != TEXT for part in example.parts)
         tally.keep(source, examples=1, answers=answers, media=media, bytes=sum(map(len, members.values())))
         return members
 

@@ -3,7 +3,8 @@
     texts, images           lists of one length, of which one holds something at each place: OBELICS
     text_list, image_info   sentences, and images that stand in front of one of them: MMC4
 
-An image is a name, a link that the table of images has, or its bytes. One that is missing is left out alone.
+An image is a name, a link that the table of images has, or its bytes. One that is missing or damaged is left
+out alone, and a blank line stands between the texts around it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from metalm.data.preparation.chat_records import medium_of
 from metalm.data.preparation.media_files import MediaFiles
 from metalm.data.tokenizer import BLANK_LINE
 from metalm.errors import BadSample
+from metalm.modalities import Convert
 
 IMAGE = "image"
 
 
-def document_of(record: Any, files: MediaFiles, paths: Mapping[str, str]) -> tuple[Example, list[str]]:
+def document_of(
+    record: Any, files: MediaFiles, paths: Mapping[str, str], convert: Convert
+) -> tuple[Example, list[str]]:
     """The document of a record: images are read by their encoder, texts are trained on.
 
     Args:
         files: that images are looked for in.
         paths: what links of images are called there.
+        convert: what checks an image and makes its member.
 
     Returns:
         The document, and why images of it were left out, one by one.
@@ -53,7 +58,8 @@ def document_of(record: Any, files: MediaFiles, paths: Mapping[str, str]) -> tup
             named = one.named
             if isinstance(named, str):
                 named = paths.get(named, named)
-            parts.append(ExamplePart(medium_of(named, IMAGE, files).content, IMAGE, is_encoded=True))
+            suffix, content = convert(bytes(medium_of(named, IMAGE, files).content))
+            parts.append(ExamplePart(content, IMAGE, is_encoded=True, suffix=suffix))
         except BadSample as bad:
             left_out.append(bad.cause)
     return Example(tuple(joined(parts))), left_out

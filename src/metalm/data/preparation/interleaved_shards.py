@@ -12,7 +12,7 @@ from metalm.config.model_schema import TEXT
 from metalm.data.documents.example import Example
 from metalm.data.preparation.document_cutting import DocumentCutter
 from metalm.data.preparation.example_shards import SHARD_BYTES, ExampleTask, prepare_examples
-from metalm.data.preparation.interleaved_records import document_of
+from metalm.data.preparation.interleaved_records import IMAGE, document_of
 from metalm.data.preparation.media_files import open_media_files
 from metalm.data.preparation.pair_sources import table_rows
 from metalm.data.preparation.record_tasks import record_tasks
@@ -41,13 +41,14 @@ class InterleavedForm:
     media_root: Path
     image_table: Path | None
     row_size: RowSize | None
-    keeps_rest = True
+    convert: Convert
+    """What checks an image and makes its member, before a document is cut: its texts depend on it."""
 
     def examples(self, record: Any) -> list[Example | str]:
         """The pieces of a record's document, and the causes of what is left out."""
         try:
             paths = {} if self.image_table is None else _image_paths(self.image_table)
-            document, left_out = document_of(record, open_media_files(self.media_root), paths)
+            document, left_out = document_of(record, open_media_files(self.media_root), paths, self.convert)
             return [*left_out, *self._pieces(document)]
         except BadSample as bad:
             return [bad.cause]
@@ -132,7 +133,7 @@ def prepare_interleaved(
     for number, path in enumerate(Phase.over("listing the inputs", inputs, "inputs"), start=first_number):
         root = path.parent if media_folder is None else media_folder
         open_media_files(root)  # what is not there shows here
-        tasks += record_tasks(number, path, InterleavedForm(root, image_table, row_size))
+        tasks += record_tasks(number, path, InterleavedForm(root, image_table, row_size, converts[IMAGE]))
     plan = {
         "form": "interleaved",
         "inputs": [[path.name, path.stat().st_size] for path in inputs],

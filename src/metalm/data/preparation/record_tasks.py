@@ -26,11 +26,6 @@ RECORDS_PER_TASK = 4096
 class RecordForm(Protocol):
     """How records become examples. It travels to processes."""
 
-    @property
-    def keeps_rest(self) -> bool:
-        """As of `TaskExample`."""
-        ...
-
     def examples(self, record: Any) -> Iterable[Example | str]:
         """The examples of a record, and the causes of what is left out."""
         ...
@@ -52,7 +47,7 @@ class _Lines:
                 share = min(1.0, max(0.0, (file.position - self.start) / max(1, end - self.start)))
                 place: Place = {"file": self.source, "line": number}
                 for example in self._of_line(line):
-                    yield TaskExample(share, example, place, self.form.keeps_rest)
+                    yield TaskExample(share, example, place)
 
     def _of_line(self, line: bytes | None) -> Iterable[Example | str | None]:
         if line is None:
@@ -78,7 +73,7 @@ class _Array:
         for number, record in enumerate(self.records):
             place: Place = {"file": self.source, "record": self.first + number}
             for example in self.form.examples(record):
-                yield TaskExample((number + 1) / len(self.records), example, place, self.form.keeps_rest)
+                yield TaskExample((number + 1) / len(self.records), example, place)
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class _Rows:
                 place: Place = {"file": self.source, "row_group": self.group.number, "row": number}
                 for example in ["invalid_unicode"] if row is None else self.form.examples(row):
                     share = (number + 1) / self.group.num_rows
-                    yield TaskExample(share, example, place, self.form.keeps_rest)
+                    yield TaskExample(share, example, place)
 
 
 def record_tasks(number: int, path: Path, form: RecordForm) -> Iterator[ExampleTask]:
