@@ -35,6 +35,7 @@ LAST_LAYER = {
 LAST_LAYER |= dict.fromkeys(TEXTS, "encoder.layer.2.") | dict.fromkeys(AUDIO, "encoder.layers.2.")
 LAST_LAYER["ast"] = "layers.2."
 BEHIND_LAYERS = {"vit": "layernorm.", "beit": "layernorm.", "siglip": "post_layernorm.", "ast": "layernorm."}
+BEHIND_LAYERS["wav2vec2-masked"] = "encoder.layer_norm."  # registered in front of the layers
 
 
 def config_of(folder: Path, **keys: Any) -> EncoderConfig:

@@ -144,19 +144,21 @@ def load_weights(config: EncoderConfig) -> dict[str, Tensor]:
 
 def trained_names(model: Any, config: EncoderConfig) -> set[str]:
     """Parameters that `trained_layers` trains; never those that the vectors do not depend on."""
-    layers = _layers_prefix(model, config.num_layers)
-    names = [name for name, _ in model.named_parameters()]
-    last_in_layers = max(place for place, name in enumerate(names) if name.startswith(layers))
-    first_trained = config.num_frozen_layers
-    trained = set()
-    for place, name in enumerate(names):
-        if name.startswith(layers):
-            taken = int(name.removeprefix(layers).split(".")[0]) >= first_trained
-        else:  # a norm behind the layers goes with the last of them
-            taken = place > last_in_layers and first_trained < config.num_layers
-        if taken or config.trained_layers == "all":
-            trained.add(name)
-    return trained - _unused_names(config)
+    names = {name for name, _ in model.named_parameters()}
+    if config.trained_layers != "all":
+        layers = _layers_prefix(model, config.num_layers)
+        in_front, first_trained = _unused_names(config, behind_layers=True), config.num_frozen_layers
+        names = {
+            name
+            for name in names
+            if (
+                int(name.removeprefix(layers).split(".")[0]) >= first_trained
+                if name.startswith(layers)
+                # A norm behind the layers goes with the last of them.
+                else name not in in_front and first_trained < config.num_layers
+            )
+        }
+    return names - _unused_names(config)
 
 
 def parameter_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
@@ -272,17 +274,21 @@ def _layers_prefix(model: Any, num_layers: int) -> str:
     raise ConfigError(f"{type(model).__name__} has no list of {num_layers} layers")
 
 
-def _unused_names(config: EncoderConfig) -> frozenset[str]:
+def _unused_names(config: EncoderConfig, *, behind_layers: bool = False) -> frozenset[str]:
+    """Parameters that no gradient of the vectors reaches, or none that goes through no layer."""
     assert config.pretrained is not None
-    return _find_unused(config.model_copy(update={"recompute": False}).model_dump_json())
+    return _find_unused(config.model_copy(update={"recompute": False}).model_dump_json(), behind_layers)
 
 
 @lru_cache(maxsize=8)
-def _find_unused(encoder: str) -> frozenset[str]:
-    """Parameters that no gradient of the vectors reaches, found on the meta device."""
+def _find_unused(encoder: str, behind_layers: bool) -> frozenset[str]:
+    """As `_unused_names`, found on the meta device."""
     config = EncoderConfig.model_validate_json(encoder)
     with torch.device("meta"), torch.enable_grad():
         model = _build(config).eval()  # nothing is drawn, which has no value on the meta device
+        if behind_layers:
+            layers = model.get_submodule(_layers_prefix(model, config.num_layers).removesuffix("."))
+            layers[-1].register_forward_hook(lambda module, inputs, output: _cut_off(output))
         modality = modality_of_encoder(config)
         if isinstance(modality, Media):
             vectors = modality.vectors_of_zeros(model, config)
@@ -290,3 +296,10 @@ def _find_unused(encoder: str) -> frozenset[str]:
             vectors = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).last_hidden_state
         vectors.sum().backward()
     return frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
+
+
+def _cut_off(output: Any) -> Any:
+    """What a layer gives, through which no gradient goes back."""
+    if isinstance(output, tuple):
+        return tuple(map(_cut_off, output))
+    return output.detach().requires_grad_() if isinstance(output, Tensor) else output

@@ -37,10 +37,10 @@ def zero_settings(path: Path) -> ZeroSettings:
     stage = int(zero["stage"])
     return ZeroSettings(
         stage=stage,
-        overlap=bool(zero.get("overlap_comm", stage == 3)),
+        overlap=stage == 3 if zero.get("overlap_comm") is None else bool(zero["overlap_comm"]),
         bucket_elements=int(zero.get("reduce_bucket_size", 5e8)),
         max_live_elements=int(zero.get("stage3_max_live_parameters", 1e9)),
         max_reuse_elements=int(zero.get("stage3_max_reuse_distance", 1e9)),
         node_shards=int(zero.get("zero_hpz_partition_size", 1)),
-        offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offloads_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
     )

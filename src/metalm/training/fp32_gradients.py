@@ -34,4 +34,4 @@ def keep_fp32_gradients(optimizer: Any, training: TrainingConfig, content: Mappi
 
 def _is_told_later(content: Mapping[str, Any]) -> bool:
     zero = content["zero_optimization"]
-    return zero["stage"] == 1 and zero.get("offload_optimizer", {}).get("device", "none") == "none"
+    return zero["stage"] == 1 and (zero.get("offload_optimizer") or {}).get("device", "none") == "none"

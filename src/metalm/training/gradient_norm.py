@@ -42,7 +42,7 @@ def refuses_on_device(optimizer: torch.optim.Optimizer, content: Mapping[str, An
     """
     zero = content["zero_optimization"]
     is_fused = bool(optimizer.defaults.get("fused"))
-    return is_fused and content["bf16"]["enabled"] and zero["stage"] < 3 and "offload_optimizer" not in zero
+    return is_fused and content["bf16"]["enabled"] and zero["stage"] < 3 and not zero.get("offload_optimizer")
 
 
 class JointNorm:
