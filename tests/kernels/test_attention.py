@@ -320,6 +320,15 @@ def test_deterministic_runs_and_extras_keep_to_triton() -> None:
     assert backend_counts() == {"triton": 2}
 
 
+def test_rows_beyond_32_bits_are_refused_by_triton() -> None:
+    from metalm.kernels.triton_attention import triton_attention
+
+    fused = torch.empty(1, 350_000, 3, 16, 128, device="meta", dtype=torch.bfloat16)
+    q, k, v = (x.transpose(1, 2) for x in fused.unbind(2))
+    with pytest.raises(ValueError, match=r"give a smaller training\.micro_batch_size"):
+        triton_attention(q, k, v, IntervalMask.causal(350_000, device="meta"), None, 1.0, None)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of q of the calls of PyTorch's operation."""

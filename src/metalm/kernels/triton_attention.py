@@ -18,6 +18,8 @@ from metalm.kernels.triton_configs import Kernel, LaunchConfig, launch_config
 from metalm.kernels.triton_forward import forward_kernel
 
 _MAX_HEAD_SIZE = 256
+# Places in a row are counted in 32 bits: in 64 the kernels take more registers.
+_MAX_ROW_NUMBERS = 2**31
 
 Configs = Mapping[Kernel, LaunchConfig]
 
@@ -38,12 +40,18 @@ def triton_attention(
         configs: of all three kernels, for those who tune them, in place of the device's table.
 
     Raises:
-        ValueError: the dtype or head size is not supported, or there is neither CUDA nor the interpreter.
+        ValueError: the dtype, head size or length is not supported, or there is neither CUDA nor the
+            interpreter.
     """
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or q.shape[-1] > _MAX_HEAD_SIZE:
         raise ValueError(
             f"the triton backend takes float32, float16 and bfloat16 and head sizes up to {_MAX_HEAD_SIZE}, "
             f"got {q.dtype} and {q.shape[-1]}"
+        )
+    if any(x.shape[2] * x.stride(2) >= _MAX_ROW_NUMBERS for x in (q, k, v)):
+        raise ValueError(
+            f"the triton backend takes rows over up to {_MAX_ROW_NUMBERS:,} numbers, got {list(q.shape)} with "
+            f"strides {list(q.stride())}: give a smaller training.micro_batch_size, or more parallel.tensor"
         )
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(f"the triton backend needs CUDA or TRITON_INTERPRET=1, got tensors on {q.device}")
