@@ -12,5 +12,8 @@ LOCK_NAME = "lock"
 METRICS_NAME = "metrics.jsonl"
 """In `logs/`: the figures of the run, a JSON object a line."""
 
+SUBMITTED_NAME = "submitted"
+"""Holds a folder for each submission of the run to Slurm, with the config and the code of the job."""
+
 COMMIT_NAME = "COMMIT"
 """Beside the `src/` of a snapshot: the git commit it was taken from."""

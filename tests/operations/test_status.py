@@ -159,6 +159,26 @@ def test_a_run_that_has_not_come_to_its_first_step(run: Path) -> None:
     assert found["checkpoint"] == "none"
 
 
+def test_a_run_that_was_submitted_waits_for_its_first_start(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "submitted").mkdir()
+    with pytest.raises(ConfigError, match="no run folder"):  # what sbatch has refused is taken away
+        describe_run(folder, NOW)
+    config = folder / "submitted/20270115-080000/config.yaml"
+    config.parent.mkdir()
+    config.write_text("training: {steps: 1000}\n")
+    os.utime(config, (NOW - 90, NOW - 90))
+    waiting = "waiting for its first start (submitted 1 min 30 s ago)"
+    assert described(folder)["state"] == waiting
+    (row,) = describe(tmp_path, NOW).splitlines()[1:]
+    assert re.fullmatch(rf"run +-/1,000 .*{re.escape(waiting)}", row)
+    (folder / "logs/job-7.log").touch()
+    assert re.match(r"started, nothing on record yet .*: see .*/logs/job-7\.log", described(folder)["state"])
+    (folder / "logs/attempts.jsonl").write_text(start(NOW - 20))
+    assert described(folder)["state"] == "running (job 7 on gpu[1-2], 16 ranks)"
+
+
 def test_no_run() -> None:
     with pytest.raises(ConfigError, match="no run folder"):
         describe_run(Path("absent"), NOW)

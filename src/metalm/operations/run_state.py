@@ -9,7 +9,7 @@ from typing import Any
 from metalm.errors import EXIT_DATA, EXIT_DONE, EXIT_RESTART, EXIT_USAGE
 from metalm.operations.history import Attempt
 from metalm.run_ends import RunEnd, last_end
-from metalm.run_folder import STOP_NAME
+from metalm.run_folder import STOP_NAME, SUBMITTED_NAME
 from metalm.run_lock import Holder, last_holder
 
 QUIET_S = 300.0
@@ -99,8 +99,23 @@ def state_of(
     elif last is not None and last.ended is not None:
         found.append((last.ended, _of_job(last, last.ended, asked, again, now)))
     if not found:
+        if pace is None and saved_step is None and (submitted := last_submission(run_folder)) is not None:
+            return _submitted(run_folder, span(now - submitted.stat().st_mtime), asked)
         return _guessed(run_folder, last, pace, saved_step, f"{asked}{where}", now)
     return max(found, key=lambda entry: entry[0])[1]
+
+
+def last_submission(run_folder: Path) -> Path | None:
+    """The config of the run's last submission to Slurm; None: there is none."""
+    return max((run_folder / SUBMITTED_NAME).glob("*/config.yaml"), default=None)
+
+
+def _submitted(run_folder: Path, ago: str, asked: str) -> RunState:
+    """Of a run whose jobs have put nothing on record; one that is refused at its start says so in its log."""
+    if (log := max((run_folder / "logs").glob("job-*.log"), default=None)) is not None:
+        about = f", nothing on record yet{asked} (submitted {ago} ago): see {log}"
+        return RunState("started", about, goes_on=True)
+    return RunState("waiting", f" for its first start{asked} (submitted {ago} ago)", goes_on=True)
 
 
 def _of_job(last: Attempt, ended: float, asked: str, again: str, now: float) -> RunState:

@@ -16,7 +16,7 @@ from metalm.checkpoint.best import read_best
 from metalm.checkpoint.names import list_checkpoints, step_of
 from metalm.errors import ConfigError
 from metalm.operations.history import ATTEMPTS_NAME, Attempt, newest_metrics, read_attempts
-from metalm.operations.run_state import Pace, RunState, pace_of, span, state_of
+from metalm.operations.run_state import Pace, RunState, last_submission, pace_of, span, state_of
 
 CONFIG_NAME = "config.yaml"
 _SHOWN_RESTARTS = 5
@@ -91,8 +91,9 @@ def describe(folder: Path, now: float, *, coloured: bool = False) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run that was ever started."""
-    return (folder / CONFIG_NAME).is_file() or (folder / "logs" / ATTEMPTS_NAME).is_file()
+    """Whether a folder is that of a run that was ever started, or submitted to Slurm."""
+    started = (folder / CONFIG_NAME).is_file() or (folder / "logs" / ATTEMPTS_NAME).is_file()
+    return started or last_submission(folder) is not None
 
 
 def read_run(folder: Path, now: float) -> Run:
@@ -104,7 +105,10 @@ def read_run(folder: Path, now: float) -> Run:
     if not is_run(folder):
         raise ConfigError(f"{folder} is no run folder: it has neither {CONFIG_NAME} nor a start on record")
     attempts, lines = read_attempts(folder), newest_metrics(folder)
-    total, pace = _total_steps(folder / CONFIG_NAME), pace_of(lines, attempts)
+    config = folder / CONFIG_NAME
+    if not config.is_file():
+        config = last_submission(folder) or config
+    total, pace = _total_steps(config), pace_of(lines, attempts)
     checkpoint = next(reversed(list_checkpoints(folder / "checkpoints")), None)
     saved = None if checkpoint is None else step_of(checkpoint)
     state = state_of(folder, attempts, pace, total, saved, now)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,14 @@ import yaml
 from metalm.config import RunConfig
 from metalm.progress import Phase
 from metalm.project_files import project_root
-from metalm.run_folder import COMMIT_NAME
+from metalm.run_folder import COMMIT_NAME, SUBMITTED_NAME
 
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "clusters")
 _WHOLE_NODES = ("#SBATCH --exclusive", "#SBATCH --mem=0")
 _FIRST_COMMAND = "set -uo pipefail\n"
 _OWN_PREFIX = "METALM_"
+_JOBS_PYTHON = Path(".venv/bin/python")
+"""What `slurm/cluster.sh` takes where no other is named: below the folder where the job is submitted."""
 _OF_A_JOB = ("METALM_CHAIN", "METALM_CODES", "METALM_NODES")
 
 
@@ -56,7 +59,7 @@ class Submission:
     @property
     def folder(self) -> Path:
         """The snapshot."""
-        return self.run_folder / "submitted" / self.stamp
+        return self.run_folder / SUBMITTED_NAME / self.stamp
 
     @property
     def ranks(self) -> int:
@@ -72,6 +75,8 @@ class Submission:
         }
         ranks = {} if self.ranks_per_node is None else {"METALM_RANKS_PER_NODE": str(self.ranks_per_node)}
         options = {"METALM_SBATCH_OPTIONS": " ".join(self._more_options())}
+        if not own.get("METALM_PYTHON") and not own.get("METALM_CONTAINER") and not _JOBS_PYTHON.is_file():
+            own["METALM_PYTHON"] = sys.executable
         return {**own, "METALM_ROOT": str(self.folder / "code"), **ranks, **options}
 
     def command(self) -> list[str]:
