@@ -5,7 +5,7 @@ shows the resolved config, the plan and the line that would be typed.
 
 `--template evaluate` and `--template convert --argument exported/X` submit the other jobs of a run alike.
 
-Example: python tools/submit.py pipelines/X.yaml training.steps=500 --nodes 2 --gpus-per-node 8 --dry-run
+Example: python tools/submit.py pipelines/demo.yaml training.micro_batch_size=4 --nodes 2 --gpus-per-node 4
 """
 
 import argparse
@@ -19,10 +19,11 @@ from pathlib import Path
 import yaml
 
 from metalm.cli import ToolParser, run_tool
+from metalm.commands.argument_types import positive
 from metalm.commit import git_commit
 from metalm.config import load_config
 from metalm.config.secrets import without_secrets
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, TopologyError
 from metalm.operations.submission import Submission
 from metalm.training.dry_run import describe_plan
 
@@ -40,10 +41,10 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         help="one more for the template, such as OUT of convert or =--samples=9 of evaluate",
     )
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, help="default: SBATCH_GPUS_PER_NODE, if set")
+    parser.add_argument("--nodes", type=positive, default=1)
+    parser.add_argument("--gpus-per-node", type=positive, help="default: SBATCH_GPUS_PER_NODE, if set")
     parser.add_argument(
-        "--ranks-per-node", type=int, help="default: METALM_RANKS_PER_NODE, else the GPUs, or 1"
+        "--ranks-per-node", type=positive, help="default: METALM_RANKS_PER_NODE, else the GPUs, or 1"
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="=--OPTION", help="one more option for sbatch"
@@ -59,6 +60,23 @@ def from_environment(name: str) -> int | None:
     """The number at the end of a variable such as `8` or `a100:8`; None where it is not set."""
     value = os.environ.get(name, "")
     return int(value.rpartition(":")[2]) if value else None
+
+
+def plan_of(submission: Submission) -> str:
+    """What the job's ranks will need, of a job that has ranks.
+
+    Raises:
+        TopologyError: so many ranks cannot hold the run.
+    """
+    if submission.template == "convert.sbatch":
+        return "a conversion: one process, no ranks to plan for"
+    try:
+        return describe_plan(submission.config, submission.ranks)
+    except TopologyError as error:
+        raise TopologyError(
+            f"{error}\nranks of this job: --nodes {submission.nodes} x "
+            f"{submission.ranks // submission.nodes} on each (--ranks-per-node, else --gpus-per-node, else 1)"
+        ) from error
 
 
 def main() -> None:
@@ -77,7 +95,7 @@ def main() -> None:
     )
     if arguments.template == "convert" and not arguments.argument:
         raise ConfigError("where is the converted model to go? give --argument exported/NAME")
-    plan = describe_plan(submission.config, submission.ranks)
+    plan = plan_of(submission)
     words = submission.command()
     line = shlex.join(words)
     if arguments.dry_run:

@@ -231,7 +231,11 @@ def test_context_ranks_may_be_more_or_fewer_than_the_key_heads(tensor: int, cont
     ("world_size", "overrides", "message"),
     [
         (3, [], "3 rank(s) cannot be split into tensor-parallel groups of 2"),
-        (1, [], "1 rank(s) cannot be split"),
+        (
+            1,
+            [],
+            "start a multiple of 2 (`torchrun --nproc-per-node 2 -m metalm ...`; in a dry run --ranks 2)",
+        ),
         (8, ["parallel.tensor=8"], "model.decoder.num_heads = 4 is not divisible by parallel.tensor = 8"),
         (
             4,
@@ -275,6 +279,12 @@ def test_context_ranks_may_be_more_or_fewer_than_the_key_heads(tensor: int, cont
         ),
         (6, ["parallel.tensor=2"], "data.lanes = 16 is not divisible by 3 data-parallel ranks"),
         (4, [], "16 is not divisible by 2 data-parallel ranks x training.micro_batch_size = 16"),
+        (4, [], "start fewer ranks, or give a training.micro_batch_size that divides 8"),
+        (
+            6,
+            [],
+            "x training.micro_batch_size = 16: start as many as divide it, or give another",
+        ),
     ],
 )
 def test_impossible_layouts_are_named(world_size: int, overrides: list[str], message: str) -> None:

@@ -23,19 +23,71 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
-def test_the_dry_run_of_the_readme_shows_config_plan_and_line() -> None:
+@pytest.mark.parametrize(
+    ("gpus", "each", "layout"), [("a100:1", "1", "2: tensor 2 x data 1"), ("8", "8", "16: tensor 2 x data 8")]
+)
+def test_the_dry_run_of_the_readme_shows_config_plan_and_line(gpus: str, each: str, layout: str) -> None:
     readme = (REPOSITORY / "slurm/README.md").read_text()
     (typed,) = re.findall(r"^python (tools/submit.py .*--dry-run)", readme, re.MULTILINE)
-    code, output = run_command(
-        [sys.executable, *shlex.split(typed)], timeout_s=60, SBATCH_GPUS_PER_NODE="a100:1"
-    )
+    code, output = run_command([sys.executable, *shlex.split(typed)], timeout_s=60, SBATCH_GPUS_PER_NODE=gpus)
     assert code == 0, output
     assert "\n  name: first\n" in output
-    assert "\nranks           2: tensor 2 x data 1\n" in output
+    assert re.search(rf"^ranks +{layout}$", output, re.MULTILINE)
     words = shlex.split(output.splitlines()[-1])
-    assert words[:3] == ["sbatch", "--nodes=2", "--gpus-per-node=1"]
+    assert words[:3] == ["sbatch", "--nodes=2", f"--gpus-per-node={each}"]
     assert re.fullmatch(r".*/runs/first/submitted/[\d-]+/code/slurm/pretrain.sbatch", words[-2])
     assert not (REPOSITORY / "runs/first").exists()
+
+
+def test_a_conversion_is_planned_for_no_ranks() -> None:
+    page = (REPOSITORY / "docs/how_to/submit.md").read_text()
+    (typed,) = re.findall(r"^metalm (submit .*--template convert .*)", page, re.MULTILINE)
+    code, output = run_command(
+        [sys.executable, "-m", "metalm", *shlex.split(typed), "--dry-run"], timeout_s=60
+    )
+    assert code == 0, output
+    assert "no ranks to plan for" in output
+    words = shlex.split(output.splitlines()[-1])
+    assert words[-3].endswith("/convert.sbatch") and words[-1] == "exported/first"
+
+
+@pytest.mark.parametrize(
+    ("words", "fixes"),
+    [
+        (
+            ("--nodes", "2", "--gpus-per-node", "8"),
+            ("training.micro_batch_size that divides 2", "2 x 8 on each"),
+        ),
+        (("--template", "evaluate"), ("start a multiple of 2", "parallel.tensor=1", "1 x 1 on each")),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused_with_what_to_change(
+    words: tuple[str, ...], fixes: tuple[str, ...]
+) -> None:
+    code, output = run_command(
+        [sys.executable, "tools/submit.py", "pipelines/demo.yaml", *words, "--dry-run"], timeout_s=60
+    )
+    assert code == 64, output
+    for fix in (*fixes, "--nodes", "--ranks-per-node"):
+        assert fix in output
+
+
+def test_a_job_gets_the_python_that_submits_it_where_it_would_find_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(REPOSITORY / "pipelines/demo.yaml", [])
+
+    def python_of(**shell: str) -> str | None:
+        submission = Submission(config, "stamp", "pretrain.sbatch", 1, None, None, shell=shell)
+        return submission.settings().get("METALM_PYTHON")
+
+    assert python_of() == python_of(METALM_PYTHON="") == sys.executable
+    assert python_of(METALM_PYTHON="of/mine") == "of/mine"
+    assert python_of(METALM_CONTAINER="image.sif") is None
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    assert python_of() is None
 
 
 def test_a_topology_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -70,11 +70,15 @@ def check_topology(config: RunConfig, world_size: int) -> None:
     """
     tensor, context = config.parallel.tensor, config.parallel.context
     if world_size % tensor:
-        raise TopologyError(f"{world_size} rank(s) cannot be split into tensor-parallel groups of {tensor}")
+        raise TopologyError(
+            f"{world_size} rank(s) cannot be split into tensor-parallel groups of {tensor}: start a multiple "
+            f"of {tensor} (`torchrun --nproc-per-node {tensor} -m metalm ...`; in a dry run --ranks {tensor}), "
+            "or give parallel.tensor=1"
+        )
     if world_size % config.parallel.rows_size:
         raise TopologyError(
             f"{world_size} rank(s) cannot be split into groups of parallel.tensor = {tensor} x "
-            f"parallel.context = {context}"
+            f"parallel.context = {context}: start a multiple of {config.parallel.rows_size}"
         )
     data = world_size // config.parallel.rows_size
     decoder, training = config.model.decoder, config.training
@@ -98,12 +102,21 @@ def check_topology(config: RunConfig, world_size: int) -> None:
     if training.global_batch_size % (data * training.micro_batch_size):
         problems.append(
             f"training.global_batch_size = {training.global_batch_size} is not divisible by "
-            f"{data} data-parallel ranks x training.micro_batch_size = {training.micro_batch_size}"
+            f"{data} data-parallel ranks x training.micro_batch_size = {training.micro_batch_size}: "
+            f"{_mended_batch(config, data)}"
         )
     if problems:
         between = f"context {context} x " if context > 1 else ""
         layout = f"{world_size} rank(s), tensor {tensor} x {between}data {data}"
         raise TopologyError("\n".join([f"the run does not fit on {layout}", *(f"  {p}" for p in problems)]))
+
+
+def _mended_batch(config: RunConfig, data: int) -> str:
+    """What makes the batch divisible by so many data-parallel ranks."""
+    rows, rest = divmod(config.training.global_batch_size, data)
+    if rest:
+        return "start as many as divide it, or give another training.global_batch_size"
+    return f"start fewer ranks, or give a training.micro_batch_size that divides {rows}"
 
 
 def _context_problems(config: RunConfig) -> Iterator[str]:
