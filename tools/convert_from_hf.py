@@ -2,7 +2,7 @@
 
 Example:
     python tools/convert_from_hf.py exported/demo pipelines/demo.yaml run.name=further
-    metalm train pipelines/demo.yaml run.name=further
+    torchrun --nproc-per-node 2 -m metalm train pipelines/demo.yaml run.name=further
 """
 
 from __future__ import annotations

@@ -74,7 +74,11 @@ def add_commands(commands: Any) -> None:
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     completion.set_defaults(run=_completion)
 
-    tool = commands.add_parser("tool", help="run any script of tools/ by its name", add_help=False)
+    tool = commands.add_parser(
+        "tool",
+        help="run any script of tools/ by its name",
+        epilog="Example: metalm tool make_demo_data data/demo/raw",
+    )
     tool.add_argument("name", nargs="?", help="such as prepare_text; without it, they are listed")
     tool.add_argument("arguments", nargs=argparse.REMAINDER)
     tool.set_defaults(run=_tool)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metalm.commands.argument_types import positive
 from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
 from metalm.progress import Phase, say
@@ -20,7 +21,7 @@ def add_commands(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train, or resume, the run of a pipeline file",
-        epilog="Example: metalm train demo.yaml run.name=first training.steps=200",
+        epilog="Example: torchrun --nproc-per-node 2 -m metalm train demo.yaml run.name=first",
     )
     train.add_argument(
         "pipeline", nargs="?", type=Path, help="a file, or the name of one that comes with MetaLM"
@@ -29,7 +30,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "--dry-run", action="store_true", help="print the resolved run, check its data and stop"
     )
-    train.add_argument("--ranks", type=int, help="with --dry-run: plan for this many ranks")
+    train.add_argument("--ranks", type=positive, help="with --dry-run: plan for this many ranks")
     train.add_argument(
         "--without-data",
         action="store_true",
@@ -40,7 +41,7 @@ def add_commands(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="evaluate the newest checkpoint of a run",
-        epilog="Example: metalm evaluate demo.yaml run.name=first",
+        epilog="Example: torchrun --nproc-per-node 2 -m metalm evaluate demo.yaml run.name=first",
     )
     evaluate.add_argument("pipeline", nargs="?", type=Path, help="as of train")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -49,6 +50,12 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int | None:
+    given = {"--ranks": options.ranks is not None, "--without-data": options.without_data}
+    if not options.dry_run and any(given.values()):
+        alone = next(name for name in given if given[name])
+        raise ConfigError(
+            f"{alone} is for --dry-run: `torchrun --nproc-per-node N -m metalm train ...` starts N ranks"
+        )
     say(_named(options))
     with Phase("loading the schema of configurations", told=True):
         from metalm.config import load_config
