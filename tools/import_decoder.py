@@ -4,6 +4,7 @@ Reads folders of GPT-2, Llama, Mistral, Qwen2, GPT-NeoX (Pythia), OLMo and Gemma
 (safetensors).
 
 Example:
+    hf download openai-community/gpt2 --local-dir gpt2
     python tools/import_decoder.py gpt2 imported/gpt2
     metalm train pipelines/X.yaml, which has `extends: [..., ../imported/gpt2/decoder.yaml]`
 """

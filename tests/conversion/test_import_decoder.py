@@ -374,6 +374,13 @@ def test_missing_and_unknown_weights_are_named(models: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_name_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no folder gpt2: download .* --local-dir gpt2`"):
+        import_decoder(Path("gpt2"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "gpt2", tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").unlink()

@@ -57,7 +57,11 @@ def test_one_message_and_a_code(
         ("data.tokenizer=absent", 65, "absent"),
         ("data.evaluation.text.path=absent", 65, "absent"),
         ("model.vocab_size=256", 64, "model.vocab_size is 256, but the tokenizer"),
-        ("initialize.decoder=absent", 65, "absent is neither a checkpoint nor a run folder"),
+        (
+            "initialize.decoder=absent",
+            65,
+            "initialize.decoder: absent is neither a checkpoint nor a run folder",
+        ),
     ],
 )
 def test_the_dry_run_refuses_what_the_start_would(
@@ -88,6 +92,20 @@ def test_an_answer_without_training_imports_no_torch(
         "finally: assert not {'torch', 'deepspeed', 'megatron', 'transformers'} & sys.modules.keys()"
     )
     assert run_command([sys.executable, "-c", program, *pipeline, *words], timeout_s=120)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--dry-run", "--ranks", "0"), "'0' is no number above 0"),
+        (("--dry-run", "--ranks", "-2"), "'-2' is no number above 0"),
+        (("--ranks", "2"), "--ranks is for --dry-run"),
+        (("--without-data",), "--without-data is for --dry-run"),
+    ],
+)
+def test_options_of_the_dry_run_that_mean_nothing_are_refused(words: tuple[str, ...], message: str) -> None:
+    code, output = metalm("train", "demo.yaml", *words)
+    assert (code, message in output) == (64, True), output
 
 
 def test_a_missing_pipeline() -> None:

@@ -60,11 +60,16 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
 
     Raises:
         ConfigError: `out` exists, or the model is not one that the decoder can be.
-        CheckpointError: weights are missing or damaged, or a write failed. No folder is left.
+        CheckpointError: the folder or weights are missing or damaged, or a write failed. No folder is left.
         DataError: the tokenizer is missing or unsafe.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no folder {folder}: download a model of the Hugging Face Hub first, such as by "
+            f"`hf download OWNER/{folder.name} --local-dir {folder}`"
+        )
     weights = FolderWeights(folder)
     foreign = read_foreign_decoder(folder, weights.names)
     partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")

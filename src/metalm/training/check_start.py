@@ -14,6 +14,7 @@ from metalm.config import RunConfig, load_config
 from metalm.config.rules import check_topology
 from metalm.config.schema import TasksConfig
 from metalm.data.corpus import Corpus
+from metalm.errors import CheckpointError
 from metalm.objectives import build_objective
 from metalm.tasks.records import TaskData
 from metalm.tasks.task_file import load_task
@@ -38,11 +39,21 @@ def check_start(config: RunConfig, world_size: int) -> Corpus:
             task_settings(wanted).check(task)
             TaskData(task, wanted.data)
     if not list_checkpoints(config.run.folder / config.run.name / CHECKPOINTS_NAME):
-        initialize = config.initialize
-        for path in (initialize.run, initialize.decoder, initialize.encoders):
-            if path is not None:
-                find_checkpoint(path)
+        for key in ("run", "decoder", "encoders"):
+            _check_initial(key, getattr(config.initialize, key))
     return corpus
+
+
+def _check_initial(key: str, path: Path | None) -> None:
+    """Find the checkpoint that `initialize` names."""
+    if path is None:
+        return
+    try:
+        find_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"initialize.{key}: {error}; train that run first, or give initialize.{key}=ANOTHER"
+        ) from error
 
 
 def task_settings(wanted: TasksConfig) -> TaskSettings:

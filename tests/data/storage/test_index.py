@@ -212,9 +212,9 @@ def test_folders_without_a_usable_sample_are_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_token_members_need_one_size_and_a_fingerprint(tmp_path: Path) -> None:
+def test_token_members_need_one_size_and_a_tokenizer(tmp_path: Path) -> None:
     write_members(tmp_path / "a.tar", [("0.u16", b"ab")])
-    with pytest.raises(DataError, match="fingerprint"):
+    with pytest.raises(DataError, match=r"name the tokenizer .* by --tokenizer"):
         build_index(tmp_path, kind="text")
     write_members(tmp_path / "b.tar", [("0.u32", b"abcd")])
     with pytest.raises(DataError, match=r"holds \.u16 and \.u32"):

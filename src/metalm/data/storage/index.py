@@ -346,7 +346,9 @@ def _check_content(
     if len(tokens) > 1:
         raise DataError(f"{folder} holds .u16 and .u32 token members: one folder needs one token size")
     if tokens and fingerprint is None:
-        raise DataError(f"{folder} holds token members: the fingerprint of their tokenizer must be given")
+        raise DataError(
+            f"{folder} holds token members (.u16, .u32): name the tokenizer that wrote them by --tokenizer"
+        )
 
 
 def _replace(path: Path, content: bytes) -> None:
