@@ -2,8 +2,8 @@
 
 Examples:
     python tools/convert_to_hf.py runs/demo exported/demo
-    python tools/convert_to_hf.py runs/demo/checkpoints/step_00000200 out --dtype bfloat16
-    python tools/convert_to_hf.py runs/demo/checkpoints/best out
+    python tools/convert_to_hf.py runs/demo/checkpoints/step_00000600 out --dtype bfloat16
+    python tools/convert_to_hf.py RUN/checkpoints/best out     of a run with checkpoint.keep_best
     python tools/convert_to_hf.py runs/finetuned out --adapter
 """
 

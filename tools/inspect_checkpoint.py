@@ -1,6 +1,6 @@
 """Show what a checkpoint holds, check that it is whole, or compare it with another.
 
-Example: python tools/inspect_checkpoint.py runs/demo --compare runs/demo/checkpoints/step_00000400
+Example: python tools/inspect_checkpoint.py runs/demo --compare runs/demo/checkpoints/step_00000600
 """
 
 from __future__ import annotations
