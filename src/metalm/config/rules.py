@@ -72,8 +72,8 @@ def check_topology(config: RunConfig, world_size: int) -> None:
     if world_size % tensor:
         raise TopologyError(
             f"{world_size} rank(s) cannot be split into tensor-parallel groups of {tensor}: start a multiple "
-            f"of {tensor} (`torchrun --nproc-per-node {tensor} -m metalm ...`; in a dry run --ranks {tensor}), "
-            "or give parallel.tensor=1"
+            f"of {tensor} (`torchrun --nproc-per-node {tensor} -m metalm ...`; in a dry run --ranks {tensor})"
+            ", or give parallel.tensor=1"
         )
     if world_size % config.parallel.rows_size:
         raise TopologyError(
