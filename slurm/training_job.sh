@@ -10,7 +10,7 @@
 restart=${SLURM_RESTART_COUNT:-0}
 chain=${METALM_CHAIN:-$SLURM_JOB_ID} # the first job of this one and its predecessors
 max_starts=${METALM_MAX_STARTS:-3}
-warned='' told_to_end='' child=''
+warned='' told_to_end='' child='' cut_short=''
 
 main() {
     trap on_warning USR2
@@ -70,11 +70,13 @@ launch() { # METALM_ARGUMENTS...
     "$root/slurm/launch.sh" "$@" &
     child=$!
     [[ -z $warned ]] || ask_to_stop
-    while :; do
+    cut_short=yes
+    while [[ -n $cut_short ]]; do # by a signal; the code of a child that has ended meanwhile is still known
+        cut_short=''
         wait "$child"
         code=$?
-        kill -0 "$child" 2>/dev/null || return $code # else the wait was cut short by a signal
     done
+    return $code
 }
 
 # A rank per GPU as in training, but by srun alone, which needs no rendezvous of its own.
@@ -108,14 +110,14 @@ refuse_without_weights() { # PLAN
 
 # shellcheck disable=SC2329  # by its trap
 on_warning() {
-    warned=yes
+    warned=yes cut_short=yes
     say "the time limit is near"
     [[ -z $child ]] || ask_to_stop
 }
 
 # shellcheck disable=SC2329  # by its trap
 on_end() {
-    told_to_end=$(date +%s)
+    told_to_end=$(date +%s) cut_short=yes
     # Ranks whose peers are gone cannot save, and would be waited for until Slurm ends this shell as well.
     [[ -z $child || -z $(down_nodes) ]] || kill -KILL "$child"
 }

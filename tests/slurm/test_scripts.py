@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
+
+from slurm.virtual_cluster import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = {
@@ -98,3 +104,43 @@ def test_torchrun_gives_ranks_the_time_to_save(
     assert scripts.end("slurm/node.sh", "node1", "29500", "1", "true", METALM_PYTHON=told, **given) == 0
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", scripts.log.read_text().strip())
     assert LaunchConfig(1, 1, 1).shutdown_timeout == seconds  # torch reads it under this name
+
+
+def pretrain(scripts: Scripts, *overrides: str, **variables: str) -> subprocess.Popen[bytes]:
+    """The batch script with the stand-in for training."""
+    words = ("slurm/pretrain.sbatch", "any.yaml", f"run.folder={scripts.folder}", *overrides)
+    return scripts.start(*words, **variables)
+
+
+def wait_for_start(scripts: Scripts) -> None:
+    wait_until((scripts.run / "checkpoints/latest").exists, "the rank has saved", timeout_s=30)
+
+
+def signal_ranks(scripts: Scripts, batch: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """As Slurm signals every process of a job."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"SAID={scripts.said}\0".encode() in path.read_bytes() and int(path.parent.name) != batch.pid:
+                os.kill(int(path.parent.name), number)
+    batch.send_signal(number)
+
+
+def events(scripts: Scripts) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (scripts.run / "logs/attempts.jsonl").read_text().splitlines()]
+
+
+def ends(scripts: Scripts) -> list[tuple[int, str, bool]]:
+    """Code and cause of each end, and whether the job comes back."""
+    return [
+        (entry["code"], entry["cause"], entry["comes_back"])
+        for entry in events(scripts)
+        if entry["event"] == "end"
+    ]
+
+
+def test_the_ranks_code_stands_though_they_end_while_slurm_is_asked(scripts: Scripts) -> None:
+    batch = pretrain(scripts, SINFO_S="3")
+    wait_for_start(scripts)
+    signal_ranks(scripts, batch, signal.SIGTERM)
+    assert batch.wait(timeout=60) == 75, scripts.log.read_text()
+    assert ends(scripts) == [(75, "cancelled", False)]
