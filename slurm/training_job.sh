@@ -252,10 +252,10 @@ finish() { # CODE METALM_ARGUMENTS...
     exit "$code"
 }
 
-# Nodes of this job that Slurm has given up, as ": lost NODES".
+# Nodes of this job that are gone, as ": lost NODES". On those that drain, or are expected to fail, it still runs.
 down_nodes() {
     local nodes
-    nodes=$(sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --states=down,drain,fail --format=%N 2>/dev/null)
+    nodes=$(sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --states=down --format=%N 2>/dev/null)
     [[ -z $nodes ]] || echo ": lost $nodes"
 }
 
