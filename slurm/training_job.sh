@@ -31,6 +31,7 @@ main() {
     [[ -z $holder ]] || give_up "$EXIT_USAGE" "the run $run_folder is held by $holder"
     attempts=$run_folder/logs/attempts.jsonl
     stop_file=$run_folder/stop
+    answered=$run_folder/logs/stop_answered # where the ranks have moved the stop file that they have ended for
     mkdir -p "$run_folder/logs" || give_up "$EXIT_USAGE" "cannot write to $run_folder"
     refuse_if_asked_to_stop
     refuse_if_stuck
@@ -39,7 +40,6 @@ main() {
     bad_nodes=$METALM_CODES/bad_nodes
     mkdir -p "$METALM_CODES"
     record_start
-    rm -f "$run_folder/logs/stop_answered" # of an earlier start
     check_nodes
     code=$?
     if ((code == 0)) && ! stage; then
@@ -122,9 +122,25 @@ on_end() {
     [[ -z $child || -z $(down_nodes) ]] || kill -KILL "$child"
 }
 
+# Unless an operator has: their file would bring the job back as its own one does.
 ask_to_stop() {
     say "asking the ranks to stop by $stop_file"
-    echo "job $SLURM_JOB_ID" >"$stop_file"
+    (set -o noclobber && echo "job $SLURM_JOB_ID" >"$stop_file") 2>/dev/null || [[ -e $stop_file ]] ||
+        say "error: cannot write $stop_file" >&2
+}
+
+# The operator who has asked to stop, if one has. Takes the files away, each before it is read, as an operator may
+# write at any time; those of jobs count for nothing.
+operator_of() { # STOP_FILES...
+    local file taken asker operator=''
+    for file in "$@"; do
+        taken=$run_folder/logs/stop_taken.$SLURM_JOB_ID
+        mv "$file" "$taken" 2>/dev/null || continue
+        asker=$(cat "$taken")
+        rm -f "$taken"
+        [[ $asker = job\ * ]] || operator=${asker:-by the stop file}
+    done
+    echo "$operator"
 }
 
 # The newest step that a restart would go on from: of a folder with a manifest, as the trainer sees it.
@@ -138,16 +154,15 @@ checkpoint_step() {
     echo "$newest"
 }
 
-# A stop file that an operator wrote while the job was waiting holds; one that a job wrote, whose ranks were
-# killed before they could take it away, does not.
+# A stop file that an operator wrote while the job was waiting holds; so does one that the ranks of its last start have
+# ended for, when this script was killed before it could say so. One that a job wrote does not.
 refuse_if_asked_to_stop() {
-    [[ -e $stop_file ]] || return 0
-    local asker
-    asker=$(cat "$stop_file")
-    rm -f "$stop_file"
-    [[ $asker != job\ * ]] || return 0
-    record_end "$EXIT_RESTART" "asked to stop before it started: ${asker:-by the stop file}" no
-    give_up "$EXIT_RESTART" "asked to stop (${asker:-the stop file is there}): not starting"
+    ((restart > 0)) || rm -f "$answered" # of another job
+    local operator
+    operator=$(operator_of "$answered" "$stop_file")
+    [[ -n $operator ]] || return 0
+    record_end "$EXIT_RESTART" "asked to stop before it started: $operator" no
+    give_up "$EXIT_RESTART" "asked to stop ($operator): not starting"
 }
 
 # Starts of this job and its predecessors from the step that the next start would go on from.
@@ -202,11 +217,8 @@ finish() { # CODE METALM_ARGUMENTS...
     shift
     cause=$(cat "$METALM_CODES/cause" 2>/dev/null) || cause="the launcher ended with $code"
     [[ ! -e $METALM_CODES/hung ]] || cause="no step for ${METALM_HANG_MINUTES:-60} minutes"
-    local asker='' # who wrote the stop file that the ranks have ended for
-    if [[ -e $run_folder/logs/stop_answered ]]; then
-        asker=$(cat "$run_folder/logs/stop_answered")
-        asker=${asker:-by the stop file}
-    fi
+    local operator # also one who has asked too late for the ranks
+    operator=$(operator_of "$answered" "$stop_file")
     if [[ -e $METALM_CODES/began ]]; then # the trainer's own watchdog leaves a note beside the ranks' stacks
         found=$(find "$run_folder/logs" -name 'stacks_rank_*.txt' -newer "$METALM_CODES/began" | sort | head -n 1)
         [[ -z $found ]] || cause=$(head -n 1 "$found")
@@ -219,7 +231,6 @@ finish() { # CODE METALM_ARGUMENTS...
         cause="failed the preflight: $faults"
     fi
     rm -rf "$METALM_CODES"
-    [[ $(cat "$stop_file" 2>/dev/null) != "job $SLURM_JOB_ID" ]] || rm -f "$stop_file"
     # yes: this script queues the job again; slurm: Slurm does, or has done so; no.
     local again=yes facts restarts
     facts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null)
@@ -230,6 +241,10 @@ finish() { # CODE METALM_ARGUMENTS...
         cause+=" (no node is left)" again=no
     elif ((${restarts:-0} > restart)); then
         cause="queued again by Slurm$(down_nodes)" again=slurm
+        [[ -z $operator ]] || echo "$operator" >"$stop_file" # for the next start
+    elif [[ -n $operator ]]; then
+        ((code != EXIT_RESTART)) || cause='' # the ranks' common end
+        cause+="${cause:+, }asked to stop: $operator" again=no
     elif [[ $facts = *PreemptTime=[0-9]* ]]; then
         cause=preempted
     elif [[ -n $told_to_end && (-z $warned || $told_to_end -lt ${SLURM_JOB_END_TIME:-0}) ]]; then
@@ -237,8 +252,6 @@ finish() { # CODE METALM_ARGUMENTS...
     elif [[ -n $warned ]]; then
         cause="time limit"
         ((code == EXIT_RESTART)) || cause="time limit, before the ranks had saved"
-    elif ((code == EXIT_RESTART)) && [[ -n $asker && $asker != job\ * ]]; then
-        cause="asked to stop: $asker" again=no
     elif ((code == EXIT_RESTART)); then
         cause="stopped by itself or by a signal" # as with training.time_limit_minutes
     fi

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,16 @@ from typing import Any
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
 
+from metalm.operations.stop import stop
 from slurm.virtual_cluster import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = {
     "srun": 'while [[ $1 = --* ]]; do shift; done; SLURM_PROCID=0 exec "$@"',
-    "scontrol": """case $1 in
-        show) [[ $2 = hostnames ]] && echo node1 || echo "JobId=7 Restarts=${RESTARTS:-0} ExcNodeList=(null)" ;;
-        requeue) [[ -z ${REFUSED:-} ]] && echo "requeued" >>"$SAID" ;;
+    "scontrol": """case "$1 $2" in
+        'show hostnames') echo node1 ;;
+        'show job') echo "JobId=7 Restarts=${RESTARTS:-0} ExcNodeList=(null)" ;;
+        requeue*) echo requeued >>"$SAID" ;;
     esac""",
     "sinfo": 'sleep "${SINFO_S:-0}"',
     "squeue": "echo 1:00:00",
@@ -116,13 +120,13 @@ def wait_for_start(scripts: Scripts) -> None:
     wait_until((scripts.run / "checkpoints/latest").exists, "the rank has saved", timeout_s=30)
 
 
-def signal_ranks(scripts: Scripts, batch: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """As Slurm signals every process of a job."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
+def signal_ranks(scripts: Scripts, program: str, number: signal.Signals) -> None:
+    """Signal the job's processes that have this in their command."""
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"SAID={scripts.said}\0".encode() in path.read_bytes() and int(path.parent.name) != batch.pid:
-                os.kill(int(path.parent.name), number)
-    batch.send_signal(number)
+            is_of_job = f"SAID={scripts.said}\0".encode() in (folder / "environ").read_bytes()
+            if is_of_job and program.encode() in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), number)
 
 
 def events(scripts: Scripts) -> list[dict[str, Any]]:
@@ -141,6 +145,72 @@ def ends(scripts: Scripts) -> list[tuple[int, str, bool]]:
 def test_the_ranks_code_stands_though_they_end_while_slurm_is_asked(scripts: Scripts) -> None:
     batch = pretrain(scripts, SINFO_S="3")
     wait_for_start(scripts)
-    signal_ranks(scripts, batch, signal.SIGTERM)
+    for program in ("launch.sh", "trainer.sh", "pretrain.sbatch"):  # as Slurm does
+        signal_ranks(scripts, program, signal.SIGTERM)
     assert batch.wait(timeout=60) == 75, scripts.log.read_text()
     assert ends(scripts) == [(75, "cancelled", False)]
+
+
+@pytest.mark.parametrize("first", ["operator", "job"])
+def test_an_operators_stop_near_the_time_limit_ends(scripts: Scripts, first: str) -> None:
+    batch = pretrain(scripts, "saves_s=3")
+    wait_for_start(scripts)
+    if first == "operator":
+        stop(scripts.run)
+        batch.send_signal(signal.SIGUSR2)
+        wait_until(lambda: "time limit is near" in scripts.log.read_text(), "the job asks, too", timeout_s=30)
+    else:
+        batch.send_signal(signal.SIGUSR2)
+        wait_until((scripts.run / "stop").exists, "the job has asked", timeout_s=30)
+        stop(scripts.run)
+    assert batch.wait(timeout=60) == 75
+    ((code, cause, comes_back),) = ends(scripts)
+    assert (code, comes_back) == (75, False)
+    assert cause.startswith(f"asked to stop: {getpass.getuser()} 20")
+    assert not scripts.said.exists()
+
+
+def test_an_operators_stop_holds_though_no_rank_has_seen_it(scripts: Scripts) -> None:
+    batch = pretrain(scripts, "hangs=7")
+    wait_for_start(scripts)
+    time.sleep(1)
+    stop(scripts.run)
+    signal_ranks(scripts, "rank.sh", signal.SIGKILL)
+    assert batch.wait(timeout=60) == 137, scripts.log.read_text()
+    ((_, cause, comes_back),) = ends(scripts)
+    assert f"vanished, srun ended with 137 (out of memory?), asked to stop: {getpass.getuser()} 20" in cause
+    assert not comes_back and not scripts.said.exists()
+    assert not (scripts.run / "stop").exists()
+
+
+def test_an_operators_stop_holds_for_a_job_that_slurm_has_queued_again(scripts: Scripts) -> None:
+    batch = pretrain(scripts, RESTARTS="1")
+    wait_for_start(scripts)
+    stop(scripts.run)
+    assert batch.wait(timeout=60) == 75
+    assert ends(scripts) == [(75, "queued again by Slurm", True)]
+    assert pretrain(scripts, RESTARTS="1", SLURM_RESTART_COUNT="1").wait(timeout=60) == 75
+    code, cause, comes_back = ends(scripts)[-1]
+    assert (code, comes_back) == (75, False)
+    assert cause.startswith(f"asked to stop before it started: {getpass.getuser()} 20")
+    assert pretrain(scripts, "steps=9", RESTARTS="2", SLURM_RESTART_COUNT="2").wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(("restart", "code"), [("1", 75), ("0", 0)])
+def test_an_answered_stop_holds_for_the_same_job_that_was_killed_after_it(
+    scripts: Scripts, restart: str, code: int
+) -> None:
+    (scripts.run / "logs").mkdir(parents=True)
+    (scripts.run / "logs/stop_answered").write_text("somebody\n")
+    batch = pretrain(scripts, "steps=3", RESTARTS=restart, SLURM_RESTART_COUNT=restart)
+    assert batch.wait(timeout=60) == code
+    assert not (scripts.run / "logs/stop_answered").exists()
+
+
+def test_a_jobs_own_request_brings_it_back(scripts: Scripts) -> None:
+    batch = pretrain(scripts)
+    wait_for_start(scripts)
+    batch.send_signal(signal.SIGUSR2)
+    assert batch.wait(timeout=60) == 75
+    assert ends(scripts) == [(75, "time limit", True)]
+    assert scripts.said.read_text() == "requeued\n"
