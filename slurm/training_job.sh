@@ -42,10 +42,11 @@ main() {
     record_start
     check_nodes
     code=$?
-    if ((code == 0)) && ! stage; then
-        code=$EXIT_NODE
-        echo "the data could not be copied to the nodes' disks" >"$METALM_CODES/cause"
-    elif ((code == 0)); then
+    if ((code == 0)); then
+        stage
+        code=$?
+    fi
+    if ((code == 0)); then
         : >"$METALM_CODES/began"
         watch_for_hang &
         local watch=$!
@@ -76,7 +77,7 @@ launch() { # METALM_ARGUMENTS...
         wait "$child"
         code=$?
     done
-    return $code
+    return "$code"
 }
 
 # A rank per GPU as in training, but by srun alone, which needs no rendezvous of its own.
@@ -88,14 +89,20 @@ check_nodes() {
         --bad-nodes "$bad_nodes" "${options[@]}"
     code=$?
     ((code != 0)) || rm -f "$METALM_CODES"/*
-    return $code
+    return "$code"
 }
 
-# Copy data to the nodes' own disks.
+# Copy data to the nodes' own disks. Starting again cannot mend what METALM_STAGE says; all else may be a node's fault.
 stage() {
     [[ -n ${METALM_STAGE:-} ]] || return 0
+    local code
     say "copying $METALM_STAGE"
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$root/slurm/stage.sh"
+    code=$?
+    ((code != 0)) || return 0
+    echo "the data could not be copied to the nodes' disks: see the job's log" >"$METALM_CODES/cause"
+    ((code == EXIT_USAGE)) || code=$EXIT_NODE
+    return "$code"
 }
 
 # The last lines of the dry run are for this script, a name and a value each. They are never evaluated.

@@ -214,3 +214,27 @@ def test_a_jobs_own_request_brings_it_back(scripts: Scripts) -> None:
     assert batch.wait(timeout=60) == 75
     assert ends(scripts) == [(75, "time limit", True)]
     assert scripts.said.read_text() == "requeued\n"
+
+
+@pytest.mark.parametrize("second", ["no_colon", "{here}/empty:", "{here}/absent:{here}/local"])
+def test_data_to_copy_that_are_not_there_end_a_job_at_once(scripts: Scripts, second: str) -> None:
+    (scripts.folder / "data").mkdir()
+    (scripts.folder / "data/file").write_text("x")
+    (scripts.folder / "empty").mkdir()  # a copy without a place to go to would be made in the root folder
+    staged = f"{{here}}/data:{{here}}/local,{second}".format(here=scripts.folder)
+    assert pretrain(scripts, METALM_STAGE=staged).wait(timeout=60) == 64
+    assert f"METALM_STAGE: {staged.partition(',')[2]} is not of the form" in scripts.log.read_text()
+    assert not (scripts.folder / "local").exists()  # nothing is copied in vain
+    cause = "the data could not be copied to the nodes' disks: see the job's log"
+    assert ends(scripts) == [(64, cause, False)]
+    assert not scripts.said.exists()
+
+
+def test_a_disk_that_takes_no_data_is_a_nodes_fault(scripts: Scripts) -> None:
+    (scripts.folder / "data").mkdir()
+    (scripts.folder / "data/file").write_text("x")
+    (scripts.folder / "local").write_text("no folder")
+    staged = f"{scripts.folder}/data:{scripts.folder}/local"
+    assert pretrain(scripts, METALM_STAGE=staged).wait(timeout=60) == 69
+    assert [(code, comes_back) for code, _, comes_back in ends(scripts)] == [(69, True)]
+    assert scripts.said.read_text() == "requeued\n"
