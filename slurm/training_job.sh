@@ -16,7 +16,10 @@ main() {
     trap on_warning USR2
     trap on_end TERM
     (($# > 0)) || give_up "$EXIT_USAGE" "usage: sbatch slurm/$template PIPELINE [section.key=value...]"
-    local plan code options=()
+    local plan code options=() setting
+    for setting in METALM_PREFLIGHT METALM_SBATCH_OPTIONS; do
+        words_of "${!setting:-}" >/dev/null || give_up "$EXIT_USAGE" "$setting has a quote that does not end: ${!setting}"
+    done
     [[ -z ${METALM_STAGE:-} ]] || options+=(--without-data) # the ranks look when the data are there
     plan=$(run_python -m metalm train "$@" --dry-run --ranks $((SLURM_JOB_NUM_NODES * $(ranks_per_node))) "${options[@]}")
     code=$?
@@ -84,7 +87,7 @@ launch() { # METALM_ARGUMENTS...
 check_nodes() {
     [[ ${METALM_PREFLIGHT:-} != no ]] || return 0
     local options=() code
-    read -ra options <<<"${METALM_PREFLIGHT:-}"
+    mapfile -d '' -t options < <(words_of "${METALM_PREFLIGHT:-}")
     METALM_LAUNCHER=srun launch preflight "$run_folder" --gpus "${SLURM_GPUS_ON_NODE:-0}" \
         --bad-nodes "$bad_nodes" "${options[@]}"
     code=$?
@@ -310,7 +313,7 @@ come_back() { # NODES_TO_LEAVE_OUT METALM_ARGUMENTS...
     [[ -z ${SLURM_JOB_ACCOUNT:-} ]] || options+=(--account="$SLURM_JOB_ACCOUNT")
     [[ -z ${SLURM_GPUS_PER_NODE:-} ]] || options+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
     local more=()
-    read -ra more <<<"${METALM_SBATCH_OPTIONS:-}"
+    mapfile -d '' -t more < <(words_of "${METALM_SBATCH_OPTIONS:-}")
     METALM_CHAIN=$chain METALM_ROOT=$root sbatch "${options[@]}" "${more[@]}" "$root/slurm/$template" "$@" || say "error: no successor could be submitted" >&2
 }
 

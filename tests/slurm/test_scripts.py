@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -69,7 +70,12 @@ class Scripts:
         """A script with its arguments; all it prints goes to the log."""
         with self.log.open("a") as log:
             process = subprocess.Popen(
-                ["bash", *words], cwd=REPOSITORY, env=self.variables | variables, stdout=log, stderr=log
+                ["bash", *words],
+                cwd=REPOSITORY,
+                env=self.variables | variables,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._started.append(process)
         return process
@@ -79,9 +85,11 @@ class Scripts:
         return self.start(*words, **variables).wait(timeout=60)
 
     def close(self) -> None:
-        """End what a failed test has left."""
+        """End what a test has left."""
         for process in self._started:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=60)
 
 
 @pytest.fixture
@@ -238,3 +246,46 @@ def test_a_disk_that_takes_no_data_is_a_nodes_fault(scripts: Scripts) -> None:
     assert pretrain(scripts, METALM_STAGE=staged).wait(timeout=60) == 69
     assert [(code, comes_back) for code, _, comes_back in ends(scripts)] == [(69, True)]
     assert scripts.said.read_text() == "requeued\n"
+
+
+def cluster_file(scripts: Scripts, *lines: str) -> str:
+    path = scripts.folder / "cluster.env"
+    path.write_text("\n".join([f"export METALM_CLUSTER={path}", *lines, ""]))
+    return str(path)
+
+
+def test_what_is_set_for_a_job_wins_over_the_cluster_file(scripts: Scripts) -> None:
+    """Also where a script of the job sources the file once more."""
+    own, executed = "it's $(touch {0}) `touch {0}` \\ \"", scripts.folder / "executed"
+    own = own.format(executed)
+    settings = (
+        "METALM_COME_BACK=submit",
+        "METALM_LAUNCHER=torchrun",
+        "METALM_WORD=other",
+        "METALM_MAX_STARTS=1",
+    )
+    given = cluster_file(scripts, *(f"export {setting}" for setting in settings))
+    told = "echo rank $METALM_WORD starts in $METALM_MAX_STARTS; exit 70"
+    trainer = python(scripts, f'[[ $* != *--dry-run* ]] || exec tests/slurm/trainer.sh "$@"; {told}')
+    variables = {"METALM_CLUSTER": given, "METALM_COME_BACK": "never", "METALM_WORD": own}
+    assert pretrain(scripts, METALM_PYTHON=trainer, **variables).wait(timeout=60) == 70
+    assert f"rank {own} starts in 1" in scripts.log.read_text()
+    assert [comes_back for _, _, comes_back in ends(scripts)] == [False]
+    assert not scripts.said.exists() and not executed.exists()
+
+
+def test_a_successor_gets_options_with_blanks(scripts: Scripts) -> None:
+    executed = scripts.folder / "executed"
+    options = ["--comment=two words", "--mail-user=it's", f"--wckey=$(touch {executed})*", "--qos=long"]
+    variables = {"METALM_COME_BACK": "submit", "METALM_SBATCH_OPTIONS": shlex.join(options)}
+    batch = pretrain(scripts, "fails=70@6", **variables)
+    assert batch.wait(timeout=60) == 70
+    said = scripts.said.read_text()
+    assert "".join(f"<{option}>" for option in options) + f"<{REPOSITORY}/slurm/pretrain.sbatch>" in said
+    assert not executed.exists()
+
+
+@pytest.mark.parametrize("setting", ["METALM_SBATCH_OPTIONS", "METALM_PREFLIGHT"])
+def test_a_quote_that_does_not_end_is_refused(scripts: Scripts, setting: str) -> None:
+    assert pretrain(scripts, **{setting: "--comment='two words"}).wait(timeout=60) == 64
+    assert f"{setting} has a quote that does not end: --comment='two words" in scripts.log.read_text()
