@@ -289,3 +289,56 @@ def test_a_successor_gets_options_with_blanks(scripts: Scripts) -> None:
 def test_a_quote_that_does_not_end_is_refused(scripts: Scripts, setting: str) -> None:
     assert pretrain(scripts, **{setting: "--comment='two words"}).wait(timeout=60) == 64
     assert f"{setting} has a quote that does not end: --comment='two words" in scripts.log.read_text()
+
+
+def prepare(scripts: Scripts, task: int, array: str, num_inputs: int = 5) -> subprocess.Popen[bytes]:
+    """A task of an array with a stand-in for preparation, which takes a second and fails as `fails` says."""
+    fails = 'if [[ $2 = $(cat "$(dirname "$SAID")/fails") ]]; then exit 65; fi'
+    prepared = f'echo "$2" >>"$SAID"; sleep 1; {fails}; mkdir -p "$6"; touch "$6/index.json" "$6/$2.tar"'
+    tool = python(scripts, f'[[ $1 != *prepare_text.py ]] && touch "$2/index.json" || {{ {prepared}; }}')
+    numbers = [int(number) for number in array.replace("0-2", "0,1,2").split(",")]
+    inputs = [str(number) for number in range(num_inputs)]
+    words = ("slurm/prepare.sbatch", "tools/prepare_text.py", str(scripts.folder / "out"), "--", *inputs)
+    return scripts.start(
+        *words,
+        METALM_PYTHON=tool,
+        SLURM_ARRAY_TASK_ID=str(task),
+        SLURM_ARRAY_TASK_MIN=str(min(numbers)),
+        SLURM_ARRAY_TASK_MAX=str(max(numbers)),
+        SLURM_ARRAY_TASK_COUNT=str(len(numbers)),
+    )
+
+
+def inputs_of(scripts: Scripts, *tasks: tuple[int, str]) -> tuple[list[int], list[str]]:
+    """Exit codes of tasks that run at once, and the inputs that they prepared."""
+    scripts.said.write_text("")
+    codes = [task.wait(timeout=60) for task in [prepare(scripts, *task) for task in tasks]]
+    return codes, sorted(scripts.said.read_text().split())
+
+
+def test_tasks_that_failed_are_submitted_again_by_their_numbers(scripts: Scripts) -> None:
+    (scripts.folder / "fails").write_text("1")
+    assert inputs_of(scripts, (0, "0-2"), (1, "0-2"), (2, "0-2")) == ([0, 65, 0], ["0", "1", "2", "3"])
+    assert not (scripts.folder / "out/index.json").exists()
+    (scripts.folder / "fails").write_text("none")
+    assert inputs_of(scripts, (1, "1")) == ([0], ["1", "4"])
+    assert (scripts.folder / "out/index.json").exists()
+    assert len(list((scripts.folder / "out").glob("*.tar"))) == 5
+
+
+def test_no_two_tasks_prepare_the_same_input_at_once(scripts: Scripts) -> None:
+    (scripts.folder / "fails").write_text("none")
+    assert inputs_of(scripts, (1, "0-2")) == ([0], ["1", "4"])
+    codes, prepared = inputs_of(scripts, (1, "1,2"), (1, "1"), (2, "1,2"))
+    assert sorted(codes) == [0, 0, 64]
+    assert prepared == ["1", "2", "4"]
+
+
+@pytest.mark.parametrize(("task", "array"), [(1, "1,2"), (3, "3")])
+def test_a_task_whose_share_is_not_known_prepares_nothing(scripts: Scripts, task: int, array: str) -> None:
+    (scripts.folder / "fails").write_text("none")
+    if task == 3:
+        assert inputs_of(scripts, (0, "0-2"))[0] == [0]
+    assert inputs_of(scripts, (task, array)) == ([64], [])
+    told = {1: "the first submission for ", 3: "the files are shared by tasks 0 to 2: this one has none. To "}
+    assert told[task] in scripts.log.read_text()
