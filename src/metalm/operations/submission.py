@@ -71,7 +71,7 @@ class Submission:
             if name.startswith(_OWN_PREFIX) and name not in _OF_A_JOB
         }
         ranks = {} if self.ranks_per_node is None else {"METALM_RANKS_PER_NODE": str(self.ranks_per_node)}
-        options = {"METALM_SBATCH_OPTIONS": " ".join(self._more_options())}
+        options = {"METALM_SBATCH_OPTIONS": shlex.join(self._more_options())}
         return {**own, "METALM_ROOT": str(self.folder / "code"), **ranks, **options}
 
     def command(self) -> list[str]:
