@@ -13,6 +13,7 @@ import yaml
 
 from distributed.ranks import run_command
 from metalm.config import load_config
+from metalm.errors import ConfigError
 from metalm.operations.submission import Submission
 
 REPOSITORY = Path(__file__).parents[2]
@@ -103,3 +104,11 @@ def test_other_jobs_of_a_run_are_submitted_alike(
     assert words[-3].endswith(f"/code/slurm/{template}.sbatch")
     assert words[-2:] == [str(tmp_path / first), *arguments]
     assert f"--job-name=run-{template}" in words and "--dependency=singleton" not in words
+
+
+def test_options_with_an_open_quote_are_refused(tmp_path: Path) -> None:
+    config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}"])
+    shell = {"METALM_SBATCH_OPTIONS": "--comment='two words"}
+    submission = Submission(config, "stamp", "pretrain.sbatch", 1, None, None, [], shell=shell)
+    with pytest.raises(ConfigError, match="METALM_SBATCH_OPTIONS is .*No closing quotation"):
+        submission.command()

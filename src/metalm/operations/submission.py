@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from metalm.config import RunConfig
+from metalm.errors import ConfigError
 from metalm.progress import Phase
 from metalm.project_files import project_root
 from metalm.run_folder import COMMIT_NAME
@@ -123,7 +124,11 @@ class Submission:
 
     def _more_options(self) -> list[str]:
         """Those of the cluster, of nodes that are shared, and those given, which win."""
-        cluster = shlex.split(self.shell.get("METALM_SBATCH_OPTIONS", ""))
+        options = self.shell.get("METALM_SBATCH_OPTIONS", "")
+        try:
+            cluster = shlex.split(options)
+        except ValueError as error:
+            raise ConfigError(f"METALM_SBATCH_OPTIONS is {options!r}: {error}") from None
         return [*cluster, *([] if self.memory is None else [f"--mem={self.memory}"]), *self.options]
 
     def _template(self, content: str) -> str:
