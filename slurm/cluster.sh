@@ -14,8 +14,12 @@ give_up() {
 
 if [[ -n ${METALM_CLUSTER:-} ]]; then
     [[ -r $METALM_CLUSTER ]] || give_up $EXIT_USAGE "METALM_CLUSTER names $METALM_CLUSTER, which cannot be read"
+    # What was set for this job, by hand or by its template, wins over the file.
+    declare -A set_before=()
+    for name in "${!METALM_@}"; do set_before[$name]=${!name}; done
     # shellcheck source=/dev/null
     . "$METALM_CLUSTER"
+    for name in "${!set_before[@]}"; do export "$name=${set_before[$name]}"; done
 fi
 if [[ -n ${METALM_MODULES:-} ]]; then
     # shellcheck disable=SC2086  # a list
@@ -49,6 +53,11 @@ run_python() {
     else
         srun --nodes=1 --ntasks=1 --relative=0 "${in_container[@]}" "$METALM_PYTHON" "$@"
     fi
+}
+
+# The words of a setting, each before a NUL. They are quoted as for a shell, but nothing is expanded or executed.
+words_of() {
+    xargs -r printf '%s\0' <<<"$1"
 }
 
 # Ranks on each node: as set, else a GPU each, else one.

@@ -48,15 +48,16 @@ else
 fi
 
 # Slurm tells a job that is cancelled by TERM to every process: the ranks stop and save, this script waits.
-trap : TERM INT USR2
+trap cut_short=yes TERM INT USR2
 say "$num_ranks ranks on $num_nodes nodes by ${METALM_LAUNCHER:-torchrun}, first $head, port $port"
 srun "${layout[@]}" "${in_container[@]}" --kill-on-bad-exit=1 --label --unbuffered "${within[@]}" \
     "${start[@]}" &
 child=$!
-while :; do
+cut_short=yes
+while [[ -n $cut_short ]]; do # by a signal; the code of a child that has ended meanwhile is still known
+    cut_short=''
     wait "$child"
     step_code=$?
-    kill -0 "$child" 2>/dev/null || break # else the wait was cut short by a signal
 done
 
 # A network file system may show other nodes' files a moment late.

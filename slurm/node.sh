@@ -6,6 +6,9 @@ set -u
 
 head=$1 port=$2 ranks=$3
 shift 3
+# What decides how long ranks may save after a SIGTERM is Slurm (KillWait, GraceTime), not torchrun with its 30 s.
+# Ranks whose peer has failed are still ended after 30 s: there torchrun does not look at this.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # Which node hosts the store is passed on, not guessed from host names, which clusters spell in many ways.
 is_host=false
 [[ $SLURM_NODEID = 0 ]] && is_host=true

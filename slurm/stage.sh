@@ -7,11 +7,13 @@ set -euo pipefail
 
 IFS=, read -ra pairs <<<"$METALM_STAGE"
 for pair in "${pairs[@]}"; do
-    from=${pair%%:*} to=${pair#*:}
-    if [[ $pair != *:* || ! -d $from ]]; then
+    if [[ $pair != *:?* || ! -d ${pair%%:*} ]]; then
         echo "error: METALM_STAGE: $pair is not of the form FROM:TO with a folder FROM" >&2
         exit 64
     fi
+done
+for pair in "${pairs[@]}"; do
+    from=${pair%%:*} to=${pair#*:}
     while IFS=$'\t' read -r -d '' size name; do
         [[ $(stat --format=%s "$to/$name" 2>/dev/null) != "$size" ]] || continue
         mkdir -p "$(dirname "$to/$name")"

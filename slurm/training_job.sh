@@ -10,13 +10,16 @@
 restart=${SLURM_RESTART_COUNT:-0}
 chain=${METALM_CHAIN:-$SLURM_JOB_ID} # the first job of this one and its predecessors
 max_starts=${METALM_MAX_STARTS:-3}
-warned='' told_to_end='' child=''
+warned='' told_to_end='' child='' cut_short=''
 
 main() {
     trap on_warning USR2
     trap on_end TERM
     (($# > 0)) || give_up "$EXIT_USAGE" "usage: sbatch slurm/$template PIPELINE [section.key=value...]"
-    local plan code options=()
+    local plan code options=() setting
+    for setting in METALM_PREFLIGHT METALM_SBATCH_OPTIONS; do
+        words_of "${!setting:-}" >/dev/null || give_up "$EXIT_USAGE" "$setting has a quote that does not end: ${!setting}"
+    done
     [[ -z ${METALM_STAGE:-} ]] || options+=(--without-data) # the ranks look when the data are there
     plan=$(run_python -m metalm train "$@" --dry-run --ranks $((SLURM_JOB_NUM_NODES * $(ranks_per_node))) "${options[@]}")
     code=$?
@@ -31,6 +34,7 @@ main() {
     [[ -z $holder ]] || give_up "$EXIT_USAGE" "the run $run_folder is held by $holder"
     attempts=$run_folder/logs/attempts.jsonl
     stop_file=$run_folder/stop
+    answered=$run_folder/logs/stop_answered # where the ranks have moved the stop file that they have ended for
     mkdir -p "$run_folder/logs" || give_up "$EXIT_USAGE" "cannot write to $run_folder"
     refuse_if_asked_to_stop
     refuse_if_stuck
@@ -39,13 +43,13 @@ main() {
     bad_nodes=$METALM_CODES/bad_nodes
     mkdir -p "$METALM_CODES"
     record_start
-    rm -f "$run_folder/logs/stop_answered" # of an earlier start
     check_nodes
     code=$?
-    if ((code == 0)) && ! stage; then
-        code=$EXIT_NODE
-        echo "the data could not be copied to the nodes' disks" >"$METALM_CODES/cause"
-    elif ((code == 0)); then
+    if ((code == 0)); then
+        stage
+        code=$?
+    fi
+    if ((code == 0)); then
         : >"$METALM_CODES/began"
         watch_for_hang &
         local watch=$!
@@ -70,30 +74,38 @@ launch() { # METALM_ARGUMENTS...
     "$root/slurm/launch.sh" "$@" &
     child=$!
     [[ -z $warned ]] || ask_to_stop
-    while :; do
+    cut_short=yes
+    while [[ -n $cut_short ]]; do # by a signal; the code of a child that has ended meanwhile is still known
+        cut_short=''
         wait "$child"
         code=$?
-        kill -0 "$child" 2>/dev/null || return $code # else the wait was cut short by a signal
     done
+    return "$code"
 }
 
 # A rank per GPU as in training, but by srun alone, which needs no rendezvous of its own.
 check_nodes() {
     [[ ${METALM_PREFLIGHT:-} != no ]] || return 0
     local options=() code
-    read -ra options <<<"${METALM_PREFLIGHT:-}"
+    mapfile -d '' -t options < <(words_of "${METALM_PREFLIGHT:-}")
     METALM_LAUNCHER=srun launch preflight "$run_folder" --gpus "${SLURM_GPUS_ON_NODE:-0}" \
         --bad-nodes "$bad_nodes" "${options[@]}"
     code=$?
     ((code != 0)) || rm -f "$METALM_CODES"/*
-    return $code
+    return "$code"
 }
 
-# Copy data to the nodes' own disks.
+# Copy data to the nodes' own disks. Starting again cannot mend what METALM_STAGE says; all else may be a node's fault.
 stage() {
     [[ -n ${METALM_STAGE:-} ]] || return 0
+    local code
     say "copying $METALM_STAGE"
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$root/slurm/stage.sh"
+    code=$?
+    ((code != 0)) || return 0
+    echo "the data could not be copied to the nodes' disks: see the job's log" >"$METALM_CODES/cause"
+    ((code == EXIT_USAGE)) || code=$EXIT_NODE
+    return "$code"
 }
 
 # The last lines of the dry run are for this script, a name and a value each. They are never evaluated.
@@ -108,21 +120,37 @@ refuse_without_weights() { # PLAN
 
 # shellcheck disable=SC2329  # by its trap
 on_warning() {
-    warned=yes
+    warned=yes cut_short=yes
     say "the time limit is near"
     [[ -z $child ]] || ask_to_stop
 }
 
 # shellcheck disable=SC2329  # by its trap
 on_end() {
-    told_to_end=$(date +%s)
+    told_to_end=$(date +%s) cut_short=yes
     # Ranks whose peers are gone cannot save, and would be waited for until Slurm ends this shell as well.
     [[ -z $child || -z $(down_nodes) ]] || kill -KILL "$child"
 }
 
+# Unless an operator has: their file would bring the job back as its own one does.
 ask_to_stop() {
     say "asking the ranks to stop by $stop_file"
-    echo "job $SLURM_JOB_ID" >"$stop_file"
+    (set -o noclobber && echo "job $SLURM_JOB_ID" >"$stop_file") 2>/dev/null || [[ -e $stop_file ]] ||
+        say "error: cannot write $stop_file" >&2
+}
+
+# The operator who has asked to stop, if one has. Takes the files away, each before it is read, as an operator may
+# write at any time; those of jobs count for nothing.
+operator_of() { # STOP_FILES...
+    local file taken asker operator=''
+    for file in "$@"; do
+        taken=$run_folder/logs/stop_taken.$SLURM_JOB_ID
+        mv "$file" "$taken" 2>/dev/null || continue
+        asker=$(cat "$taken")
+        rm -f "$taken"
+        [[ $asker = job\ * ]] || operator=${asker:-by the stop file}
+    done
+    echo "$operator"
 }
 
 # The newest step that a restart would go on from: of a folder with a manifest, as the trainer sees it.
@@ -136,16 +164,15 @@ checkpoint_step() {
     echo "$newest"
 }
 
-# A stop file that an operator wrote while the job was waiting holds; one that a job wrote, whose ranks were
-# killed before they could take it away, does not.
+# A stop file that an operator wrote while the job was waiting holds; so does one that the ranks of its last start have
+# ended for, when this script was killed before it could say so. One that a job wrote does not.
 refuse_if_asked_to_stop() {
-    [[ -e $stop_file ]] || return 0
-    local asker
-    asker=$(cat "$stop_file")
-    rm -f "$stop_file"
-    [[ $asker != job\ * ]] || return 0
-    record_end "$EXIT_RESTART" "asked to stop before it started: ${asker:-by the stop file}" no
-    give_up "$EXIT_RESTART" "asked to stop (${asker:-the stop file is there}): not starting"
+    ((restart > 0)) || rm -f "$answered" # of another job
+    local operator
+    operator=$(operator_of "$answered" "$stop_file")
+    [[ -n $operator ]] || return 0
+    record_end "$EXIT_RESTART" "asked to stop before it started: $operator" no
+    give_up "$EXIT_RESTART" "asked to stop ($operator): not starting"
 }
 
 # Starts of this job and its predecessors from the step that the next start would go on from.
@@ -200,11 +227,8 @@ finish() { # CODE METALM_ARGUMENTS...
     shift
     cause=$(cat "$METALM_CODES/cause" 2>/dev/null) || cause="the launcher ended with $code"
     [[ ! -e $METALM_CODES/hung ]] || cause="no step for ${METALM_HANG_MINUTES:-60} minutes"
-    local asker='' # who wrote the stop file that the ranks have ended for
-    if [[ -e $run_folder/logs/stop_answered ]]; then
-        asker=$(cat "$run_folder/logs/stop_answered")
-        asker=${asker:-by the stop file}
-    fi
+    local operator # also one who has asked too late for the ranks
+    operator=$(operator_of "$answered" "$stop_file")
     if [[ -e $METALM_CODES/began ]]; then # the trainer's own watchdog leaves a note beside the ranks' stacks
         found=$(find "$run_folder/logs" -name 'stacks_rank_*.txt' -newer "$METALM_CODES/began" | sort | head -n 1)
         [[ -z $found ]] || cause=$(head -n 1 "$found")
@@ -217,7 +241,6 @@ finish() { # CODE METALM_ARGUMENTS...
         cause="failed the preflight: $faults"
     fi
     rm -rf "$METALM_CODES"
-    [[ $(cat "$stop_file" 2>/dev/null) != "job $SLURM_JOB_ID" ]] || rm -f "$stop_file"
     # yes: this script queues the job again; slurm: Slurm does, or has done so; no.
     local again=yes facts restarts
     facts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null)
@@ -228,6 +251,10 @@ finish() { # CODE METALM_ARGUMENTS...
         cause+=" (no node is left)" again=no
     elif ((${restarts:-0} > restart)); then
         cause="queued again by Slurm$(down_nodes)" again=slurm
+        [[ -z $operator ]] || echo "$operator" >"$stop_file" # for the next start
+    elif [[ -n $operator ]]; then
+        ((code != EXIT_RESTART)) || cause='' # the ranks' common end
+        cause+="${cause:+, }asked to stop: $operator" again=no
     elif [[ $facts = *PreemptTime=[0-9]* ]]; then
         cause=preempted
     elif [[ -n $told_to_end && (-z $warned || $told_to_end -lt ${SLURM_JOB_END_TIME:-0}) ]]; then
@@ -235,8 +262,6 @@ finish() { # CODE METALM_ARGUMENTS...
     elif [[ -n $warned ]]; then
         cause="time limit"
         ((code == EXIT_RESTART)) || cause="time limit, before the ranks had saved"
-    elif ((code == EXIT_RESTART)) && [[ -n $asker && $asker != job\ * ]]; then
-        cause="asked to stop: $asker" again=no
     elif ((code == EXIT_RESTART)); then
         cause="stopped by itself or by a signal" # as with training.time_limit_minutes
     fi
@@ -250,10 +275,10 @@ finish() { # CODE METALM_ARGUMENTS...
     exit "$code"
 }
 
-# Nodes of this job that Slurm has given up, as ": lost NODES".
+# Nodes of this job that are gone, as ": lost NODES". On those that drain, or are expected to fail, it still runs.
 down_nodes() {
     local nodes
-    nodes=$(sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --states=down,drain,fail --format=%N 2>/dev/null)
+    nodes=$(sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --states=down --format=%N 2>/dev/null)
     [[ -z $nodes ]] || echo ": lost $nodes"
 }
 
@@ -288,7 +313,7 @@ come_back() { # NODES_TO_LEAVE_OUT METALM_ARGUMENTS...
     [[ -z ${SLURM_JOB_ACCOUNT:-} ]] || options+=(--account="$SLURM_JOB_ACCOUNT")
     [[ -z ${SLURM_GPUS_PER_NODE:-} ]] || options+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
     local more=()
-    read -ra more <<<"${METALM_SBATCH_OPTIONS:-}"
+    mapfile -d '' -t more < <(words_of "${METALM_SBATCH_OPTIONS:-}")
     METALM_CHAIN=$chain METALM_ROOT=$root sbatch "${options[@]}" "${more[@]}" "$root/slurm/$template" "$@" || say "error: no successor could be submitted" >&2
 }
 

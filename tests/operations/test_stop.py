@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import signal
 from pathlib import Path
 
@@ -44,3 +45,12 @@ def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run folder"):
         stop(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
+
+
+def test_a_jobs_own_request_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "stop").write_text("job 7\n")
+    stop(tmp_path)
+    assert "before" not in capsys.readouterr().out
+    assert (tmp_path / "stop").read_text().startswith(f"{getpass.getuser()} 20")
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "stop"}

@@ -13,6 +13,7 @@ import yaml
 
 from distributed.ranks import run_command
 from metalm.config import load_config
+from metalm.errors import ConfigError
 from metalm.operations.submission import Submission
 
 REPOSITORY = Path(__file__).parents[2]
@@ -129,14 +130,14 @@ def test_a_snapshot_stands_alone(tmp_path: Path) -> None:
 
 def test_shared_nodes_and_the_clusters_options_are_asked_for(tmp_path: Path) -> None:
     config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}"])
-    shell = {"METALM_SBATCH_OPTIONS": "--qos=long --gres=gpu:a100:2"}
+    shell = {"METALM_SBATCH_OPTIONS": "--qos=long --gres=gpu:a100:2 --comment='two words'"}
     options = ["--cpus-per-task=8"]
     submission = Submission(
         config, "stamp", "pretrain.sbatch", 1, None, None, options, shell=shell, memory="64G"
     )
-    wanted = ["--qos=long", "--gres=gpu:a100:2", "--mem=64G", "--cpus-per-task=8"]
-    assert submission.command()[-6:-2] == wanted
-    assert submission.settings()["METALM_SBATCH_OPTIONS"].split() == wanted  # a successor's, too
+    wanted = ["--qos=long", "--gres=gpu:a100:2", "--comment=two words", "--mem=64G", "--cpus-per-task=8"]
+    assert submission.command()[-7:-2] == wanted
+    assert shlex.split(submission.settings()["METALM_SBATCH_OPTIONS"]) == wanted  # a successor's, too
     submission.write(None)
     template = (submission.folder / "code/slurm/pretrain.sbatch").read_text()
     assert "#SBATCH --requeue" in template
@@ -155,3 +156,11 @@ def test_other_jobs_of_a_run_are_submitted_alike(
     assert words[-3].endswith(f"/code/slurm/{template}.sbatch")
     assert words[-2:] == [str(tmp_path / first), *arguments]
     assert f"--job-name=run-{template}" in words and "--dependency=singleton" not in words
+
+
+def test_options_with_an_open_quote_are_refused(tmp_path: Path) -> None:
+    config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}"])
+    shell = {"METALM_SBATCH_OPTIONS": "--comment='two words"}
+    submission = Submission(config, "stamp", "pretrain.sbatch", 1, None, None, [], shell=shell)
+    with pytest.raises(ConfigError, match="METALM_SBATCH_OPTIONS is .*No closing quotation"):
+        submission.command()

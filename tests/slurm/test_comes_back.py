@@ -232,6 +232,20 @@ def test_an_operators_requeue_comes_back_once(
     assert state(tmp_path / "run") == f"running (job {job} on node[1-2], 4 ranks)"
 
 
+def test_ranks_on_a_node_that_drains_save(cluster: VirtualCluster, submit: Submit, tmp_path: Path) -> None:
+    job = submit("saves_s=3")
+    wait_for_step(tmp_path, 5)
+    cluster.command("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=repair")
+    try:
+        cluster.command("scontrol", "requeue", job)
+        wait_until(lambda: len(events(tmp_path)) >= 3, "the second start", timeout_s=120)
+    finally:
+        cluster.command("scontrol", "update", "NodeName=node2", "State=RESUME")
+    ended, again = events(tmp_path)[1:3]
+    assert (ended["cause"], ended["code"]) == ("queued again by Slurm", 75)
+    assert (again["nodes"], again["step"]) == ("node[1,3]", ended["step"])
+
+
 def test_a_successor_where_requeueing_is_not_allowed(
     cluster: VirtualCluster, submit: Submit, tmp_path: Path
 ) -> None:

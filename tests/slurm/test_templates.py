@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,12 @@ def test_an_array_prepares_what_one_process_does(
     one, many = contents(tmp_path / "one"), contents(tmp_path / "many")
     assert len(one) >= 4 + 2
     assert many == one
+    shutil.rmtree(tmp_path / "many/parts/00001")  # as if its task had failed, which is submitted again alone
+    (tmp_path / "many/index.json").unlink()
+    job = cluster.submit("--array=1", log, "slurm/prepare.sbatch", *words, environment=SETTINGS)
+    assert cluster.wait_for(job, ENDED, timeout_s=150)["JobState"] == "COMPLETED"
+    assert "input 0:" not in (tmp_path / "1.log").read_text()
+    assert contents(tmp_path / "many") == one
 
 
 def test_evaluate_says_its_ranks_code(cluster: VirtualCluster, pipeline: Path, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@
 #   fails=CODE@N     ends with CODE at step N, unless it was resumed from there
 #   fails=CODE@0     ends with CODE before the first step
 #   hangs=N          does nothing more at step N, unless it was resumed from there
+#   saves_s=S        takes S seconds to save when it is asked to stop
 #   eats=N           takes 300 MB at step N, unless it was resumed from there
 #
 # With BARK it leaves that word before it fails, as the watchdog does. Its preflight finds nothing; with
 # REAL_PYTHON it is the real one, which sees ODD_PATH first on ODD_NODE.
 set -eu
 
-folder='' steps=1000000 fails=0@-1 hangs=-1 eats=-1
+folder='' steps=1000000 fails=0@-1 hangs=-1 eats=-1 saves_s=0
 for word in "$@"; do
     case $word in
         run.folder=*) folder=${word#*=} ;;
@@ -20,6 +21,7 @@ for word in "$@"; do
         fails=*) fails=${word#*=} ;;
         hangs=*) hangs=${word#*=} ;;
         eats=*) eats=${word#*=} ;;
+        saves_s=*) saves_s=${word#*=} ;;
     esac
 done
 if [[ " $* " = *" --dry-run "* ]]; then
@@ -50,6 +52,7 @@ save() {
 echo "rank $SLURM_PROCID goes on from step $step"
 while :; do
     if [[ -n $asked || -e $run/stop ]]; then
+        sleep "$saves_s" || : # a signal reaches it, too
         save
         sleep 0.5 # so that the other ranks see the file before it goes
         mv "$run/stop" "$run/logs/stop_answered" 2>/dev/null || :

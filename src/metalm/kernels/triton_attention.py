@@ -50,8 +50,8 @@ def triton_attention(
         )
     if any(x.shape[2] * x.stride(2) >= _MAX_ROW_NUMBERS for x in (q, k, v)):
         raise ValueError(
-            f"the triton backend takes rows over up to {_MAX_ROW_NUMBERS:,} numbers, got {list(q.shape)} with "
-            f"strides {list(q.stride())}: give a smaller training.micro_batch_size, or more parallel.tensor"
+            f"the triton backend takes rows over up to {_MAX_ROW_NUMBERS:,} numbers: got {list(q.shape)}, "
+            f"strides {list(q.stride())}; give a smaller training.micro_batch_size, or more parallel.tensor"
         )
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(f"the triton backend needs CUDA or TRITON_INTERPRET=1, got tensors on {q.device}")

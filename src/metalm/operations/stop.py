@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import os
 import time
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from metalm.run_folder import STOP_NAME
 def stop(run_folder: Path) -> int:
     """Write the stop file, with who asked and when; the ranks look for it before each step.
 
-    A job that Slurm queues again by itself stays away as well: only requests of the job itself bring it back.
+    A job that Slurm queues again by itself stays away as well: only requests of the job itself bring it
+    back, and those are replaced.
 
     Raises:
         ConfigError: there is no run in this folder.
@@ -22,11 +25,16 @@ def stop(run_folder: Path) -> int:
     if not (run_folder / "logs").is_dir():
         raise ConfigError(f"{run_folder} is no run folder: it has no logs")
     path = run_folder / STOP_NAME
-    if path.exists():
-        print(f"{run_folder} has been asked to stop before: {path.read_text().strip() or 'no word by whom'}")
+    asker = ""
+    with contextlib.suppress(FileNotFoundError):
+        asker = path.read_text().strip()
+    if asker and not asker.startswith("job "):
+        print(f"{run_folder} has been asked to stop before: {asker}")
         return 0
     state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
-    path.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    word = path.with_name(f"{path.name}.{os.getpid()}")  # moved, so that nobody reads half of it
+    word.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    word.replace(path)
     if state is not None and not state.goes_on:
         print(
             f"{run_folder} is not at work: {state}. Its next start will end at once, unless {path} is removed"

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from metalm.config import RunConfig
+from metalm.errors import ConfigError
 from metalm.progress import Phase
 from metalm.project_files import project_root
 from metalm.run_folder import COMMIT_NAME, SUBMITTED_NAME
@@ -74,7 +75,7 @@ class Submission:
             if name.startswith(_OWN_PREFIX) and name not in _OF_A_JOB
         }
         ranks = {} if self.ranks_per_node is None else {"METALM_RANKS_PER_NODE": str(self.ranks_per_node)}
-        options = {"METALM_SBATCH_OPTIONS": " ".join(self._more_options())}
+        options = {"METALM_SBATCH_OPTIONS": shlex.join(self._more_options())}
         if not own.get("METALM_PYTHON") and not own.get("METALM_CONTAINER") and not _JOBS_PYTHON.is_file():
             own["METALM_PYTHON"] = sys.executable
         return {**own, "METALM_ROOT": str(self.folder / "code"), **ranks, **options}
@@ -128,7 +129,11 @@ class Submission:
 
     def _more_options(self) -> list[str]:
         """Those of the cluster, of nodes that are shared, and those given, which win."""
-        cluster = shlex.split(self.shell.get("METALM_SBATCH_OPTIONS", ""))
+        options = self.shell.get("METALM_SBATCH_OPTIONS", "")
+        try:
+            cluster = shlex.split(options)
+        except ValueError as error:
+            raise ConfigError(f"METALM_SBATCH_OPTIONS is {options!r}: {error}") from None
         return [*cluster, *([] if self.memory is None else [f"--mem={self.memory}"]), *self.options]
 
     def _template(self, content: str) -> str:
