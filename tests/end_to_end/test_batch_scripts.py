@@ -115,6 +115,7 @@ def test_parts_are_joined_though_the_task_that_joined_them_was_killed(tmp_path: 
             "SLURM_SUBMIT_DIR": str(REPOSITORY),
             "SLURM_ARRAY_TASK_ID": str(number),
             "SLURM_ARRAY_TASK_MIN": "0",
+            "SLURM_ARRAY_TASK_MAX": "1",
             "SLURM_ARRAY_TASK_COUNT": "2",
             "SLURM_CPUS_PER_TASK": "1",
             "METALM_PYTHON": python,
