@@ -113,6 +113,7 @@ def test_parts_are_joined_though_the_task_that_joined_them_was_killed(tmp_path: 
     def task(number: int, python: str) -> tuple[int, str]:
         variables = {
             "SLURM_SUBMIT_DIR": str(REPOSITORY),
+            "SLURM_JOB_ID": str(10 + number),
             "SLURM_ARRAY_TASK_ID": str(number),
             "SLURM_ARRAY_TASK_MIN": "0",
             "SLURM_ARRAY_TASK_MAX": "1",
