@@ -10,6 +10,7 @@ import pytest
 from metalm.errors import ConfigError
 from metalm.operations.stop import stop
 from metalm.training.stopping import StopRequest
+from permissions import as_users_are
 
 
 def test_the_ranks_see_it(tmp_path: Path) -> None:
@@ -44,3 +45,15 @@ def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run folder"):
         stop(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
+
+
+def test_a_run_that_is_not_the_users_to_write(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    tmp_path.chmod(0o500)
+    with (
+        as_users_are(),
+        pytest.raises(ConfigError, match="stop cannot be written: Permission denied; ask as"),
+    ):
+        stop(tmp_path)
+    tmp_path.chmod(0o700)
+    assert not (tmp_path / "stop").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from metalm.errors import ConfigError
 from metalm.operations.status import is_run, read_run
+from metalm.outputs import writing
 from metalm.run_folder import STOP_NAME
 
 
@@ -17,7 +18,7 @@ def stop(run_folder: Path) -> int:
     A job that Slurm queues again by itself stays away as well: only requests of the job itself bring it back.
 
     Raises:
-        ConfigError: there is no run in this folder.
+        ConfigError: there is no run in this folder, or this user may not write into it.
     """
     if not (run_folder / "logs").is_dir():
         raise ConfigError(f"{run_folder} is no run folder: it has no logs")
@@ -26,7 +27,8 @@ def stop(run_folder: Path) -> int:
         print(f"{run_folder} has been asked to stop before: {path.read_text().strip() or 'no word by whom'}")
         return 0
     state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
-    path.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    with writing(path, "ask as a user who may write into the run's folder, such as its owner"):
+        path.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     if state is not None and not state.goes_on:
         print(
             f"{run_folder} is not at work: {state}. Its next start will end at once, unless {path} is removed"
