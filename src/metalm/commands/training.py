@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metalm.commands.argument_types import positive
 from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
 from metalm.progress import Phase, say
@@ -29,7 +30,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "--dry-run", action="store_true", help="print the resolved run, check its data and stop"
     )
-    train.add_argument("--ranks", type=int, help="with --dry-run: plan for this many ranks")
+    train.add_argument("--ranks", type=positive, help="with --dry-run: plan for this many ranks")
     train.add_argument(
         "--without-data",
         action="store_true",
