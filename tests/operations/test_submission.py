@@ -103,3 +103,20 @@ def test_other_jobs_of_a_run_are_submitted_alike(
     assert words[-3].endswith(f"/code/slurm/{template}.sbatch")
     assert words[-2:] == [str(tmp_path / first), *arguments]
     assert f"--job-name=run-{template}" in words and "--dependency=singleton" not in words
+
+
+@pytest.mark.parametrize(
+    ("words", "shell", "message"),
+    [
+        (("--nodes", "0"), {}, "argument --nodes: '0' is no number above 0"),
+        (("--gpus-per-node", "0"), {}, "argument --gpus-per-node: '0' is no number above 0"),
+        (("--ranks-per-node", "-1"), {}, "argument --ranks-per-node: '-1' is no number above 0"),
+        ((), {"SBATCH_GPUS_PER_NODE": "a100"}, "SBATCH_GPUS_PER_NODE is 'a100'; expected a number above 0"),
+        ((), {"METALM_RANKS_PER_NODE": "0"}, "METALM_RANKS_PER_NODE is '0'; expected a number above 0"),
+    ],
+)
+def test_counts_are_numbers_above_0(words: tuple[str, ...], shell: dict[str, str], message: str) -> None:
+    command = [sys.executable, "tools/submit.py", "pipelines/demo.yaml", "--dry-run", *words]
+    code, output = run_command(command, timeout_s=60, **shell)
+    assert code == 64 and message in output, output
+    assert "Traceback" not in output
