@@ -12,8 +12,9 @@ import argparse
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.commands.argument_types import positive
 from metalm.config import load_config
-from metalm.errors import ConfigError
+from metalm.outputs import require_file_place
 from metalm.planning.calibration import overlay
 from metalm.planning.devices import DEVICES, find_device
 from metalm.planning.plan import plan_run
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(__doc__)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--gpus", type=int, required=True, help="ranks, one device each")
+    parser.add_argument("--gpus", type=positive, required=True, help="ranks, one device each")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--search", action="store_true", help="the layouts that fit, best first")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="bytes per rank by kind, over the layouts")
@@ -46,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="measured figures, in place of the shipped ones; may be given several times",
     )
-    parser.add_argument("--caption-tokens", type=int, default=CAPTION_TOKENS, help="mean length of a caption")
+    parser.add_argument(
+        "--caption-tokens", type=positive, default=CAPTION_TOKENS, help="mean length of a caption"
+    )
     arguments, rest = parser.parse_known_args()
     # argparse does not take positional arguments up again after an option.
     if any(word.startswith("-") or "=" not in word for word in rest):
@@ -57,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.gpus < 1 or arguments.caption_tokens < 1:
-        raise ConfigError("--gpus and --caption-tokens must be positive")
+    if arguments.plot and not arguments.plot.exists():
+        require_file_place(arguments.plot, "name another file with --plot")
     config = load_config(arguments.pipeline, arguments.overrides)
     device = find_device(arguments.gpu)
     calibration = shipped_calibration(device)

@@ -25,6 +25,7 @@ from metalm.config import load_config
 from metalm.config.secrets import without_secrets
 from metalm.errors import ConfigError, TopologyError
 from metalm.operations.submission import Submission
+from metalm.outputs import writing
 from metalm.training.dry_run import describe_plan
 
 
@@ -56,10 +57,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def from_environment(name: str) -> int | None:
-    """The number at the end of a variable such as `8` or `a100:8`; None where it is not set."""
+def from_environment(name: str, option: str) -> int | None:
+    """The number at the end of a variable such as `8` or `a100:8`; None where it is not set.
+
+    Raises:
+        ConfigError: no number above 0 is there.
+    """
     value = os.environ.get(name, "")
-    return int(value.rpartition(":")[2]) if value else None
+    if not value:
+        return None
+    try:
+        return positive(value.rpartition(":")[2])
+    except argparse.ArgumentTypeError:
+        raise ConfigError(
+            f"{name} is {value!r}; expected a number above 0 at its end, such as 8 or a100:8: set it so, or "
+            f"give {option}"
+        ) from None
 
 
 def plan_of(submission: Submission) -> str:
@@ -86,8 +99,9 @@ def main() -> None:
         stamp=time.strftime("%Y%m%d-%H%M%S"),
         template=f"{arguments.template}.sbatch",
         nodes=arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node or from_environment("SBATCH_GPUS_PER_NODE"),
-        ranks_per_node=arguments.ranks_per_node or from_environment("METALM_RANKS_PER_NODE"),
+        gpus_per_node=arguments.gpus_per_node or from_environment("SBATCH_GPUS_PER_NODE", "--gpus-per-node"),
+        ranks_per_node=arguments.ranks_per_node
+        or from_environment("METALM_RANKS_PER_NODE", "--ranks-per-node"),
         options=arguments.sbatch,
         arguments=arguments.argument,
         shell=os.environ,
@@ -104,7 +118,8 @@ def main() -> None:
         return
     if not shutil.which(words[0]):
         raise ConfigError("there is no sbatch here: submit from a login node, or look with --dry-run")
-    submission.write(git_commit())
+    with writing(submission.folder, "choose another run.folder"):
+        submission.write(git_commit())
     print(plan, line, sep="\n\n", flush=True)
     code = subprocess.run(words).returncode
     if code:

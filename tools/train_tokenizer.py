@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.commands.argument_types import positive
 from metalm.data.preparation.text_arguments import add_text_arguments, text_fields
 from metalm.data.preparation.tokenizer_training import training_texts
 from metalm.data.tokenizer import train_tokenizer
@@ -20,7 +21,9 @@ def main() -> None:
         "--captions", type=Path, action="append", default=[], help="table of images and captions"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
-    parser.add_argument("--vocab-size", type=int, default=64_000, help="ids in all (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=positive, default=64_000, help="ids in all (default: %(default)s)"
+    )
     parser.add_argument(
         "--sample-mib",
         type=float,

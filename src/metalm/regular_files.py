@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -46,14 +47,19 @@ def replace_file(path: Path, content: str, *, forced: bool = False) -> None:
         forced: to disk, so that a crash of the machine leaves one of them, too.
 
     Raises:
-        OSError: it could not be written.
+        OSError: it could not be written; no part of it is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(content)
-    if forced:
-        force(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(content, encoding="utf-8")
+        if forced:
+            force(partial)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
     if forced:
         force(path.parent)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from metalm.checkpoint.format import rank_file
 from metalm.checkpoint.names import list_checkpoints, step_folder
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import CheckpointError
+from metalm.run_lock import RunLock
 
 
 @pytest.mark.parametrize(
@@ -103,3 +106,31 @@ def test_what_cannot_be_removed_keeps_nothing_else(tmp_path: Path, monkeypatch: 
     with pytest.raises(PermissionError):
         prune_checkpoints(tmp_path, keep_last=1, keep_every_steps=None)
     assert list_checkpoints(tmp_path) == [step_folder(tmp_path, 4)]
+
+
+@pytest.mark.parametrize(
+    "named", ["run", "run/checkpoints", ".", "..", "link_to_run", "link_to_checkpoints", "moved/checkpoints"]
+)
+def test_a_run_at_work_is_not_pruned_however_it_is_named(tmp_path: Path, named: str) -> None:
+    run = tmp_path / "run"
+    checkpoints = run / "checkpoints"
+    kept = [make_checkpoint(checkpoints, step) for step in (1, 2)]
+    (tmp_path / "link_to_run").symlink_to(run)
+    (tmp_path / "link_to_checkpoints").symlink_to(checkpoints)
+    inside = named in (".", "..")
+    held = run
+    if named.startswith("moved"):
+        held = tmp_path / "moved"
+        held.mkdir()
+        (held / "checkpoints").symlink_to(checkpoints)
+    tool = Path(__file__).parents[2] / "tools/prune_checkpoints.py"
+    command = [sys.executable, str(tool), named]
+    lock = RunLock(held)
+    try:
+        found = subprocess.run(
+            command, cwd=checkpoints if inside else tmp_path, capture_output=True, text=True, timeout=60
+        )
+    finally:
+        lock.release()
+    assert found.returncode == 64 and f"{held} is held by" in found.stderr, found.stderr
+    assert list_checkpoints(checkpoints) == kept

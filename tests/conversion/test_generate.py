@@ -11,6 +11,7 @@ from PIL import Image
 
 from conversion.cases import pictures
 from conversion.conftest import Workshop
+from metalm import cli
 from metalm.conversion.chat import chat_with_folder
 from metalm.conversion.generate import FolderModel, generate_from_folder
 from metalm.errors import ConfigError, DataError
@@ -145,3 +146,20 @@ def test_mistakes_are_one_message(workshop: Workshop, tmp_path: Path, image: Pat
         generate_from_folder(folder, "the fox", [tmp_path / "palette.png"])
     with pytest.raises(ConfigError, match="no encoder 'nobody'"):
         generate_from_folder(folder, "<span:nobody>x</span>")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere", "mps", "xpu"])
+def test_a_device_that_is_not_there_is_refused(workshop: Workshop, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"--device {device}"):
+        generate_from_folder(workshop.exported(KIND), "the fox", device=device)
+
+
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--num-beams"])
+def test_counts_are_numbers_above_0(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["metalm", "generate", "exported", option, "0"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 64
+    assert f"argument {option}: '0' is no number above 0" in capsys.readouterr().err

@@ -120,3 +120,23 @@ def test_a_newer_transformers_is_told_once(caplog: pytest.LogCaptureFixture) -> 
         for _ in range(2):
             MetaLMForConditionalGeneration(MetaLMConfig(proved_on_transformers=proved))
         assert caplog.text.count("was proved on") == times
+
+
+def test_the_folder_one_is_in_is_meant_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "demo"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    with pytest.raises(ConfigError, match=f"{inside} is not an exported model"):
+        refresh_export(Path())
+
+
+def test_it_is_refreshed_from_inside_and_through_a_link(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(old)
+    monkeypatch.setattr(refresh, "_prove", lambda *_: [])
+    monkeypatch.chdir(old)
+    for given in (Path(), tmp_path / "link"):
+        refresh_export(given)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "old"]
+        assert (tmp_path / "link").is_symlink() and RIGHT in (old / "modeling_metalm.py").read_text()

@@ -16,6 +16,7 @@ from metalm import cli
 from metalm.errors import ConfigError
 from metalm.operations.report import write_report
 from metalm.run_ends import record_end
+from permissions import as_users_are
 
 
 @pytest.fixture
@@ -87,3 +88,32 @@ def test_a_browser_shows_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert page.locator("img").evaluate("image => image.naturalWidth") == 8
         assert not problems
         shown.close()
+
+
+def test_a_page_that_cannot_be_written_is_refused_and_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(run)
+    advice = "; name a file in a folder that you may write with --out"
+    for out, cause in (
+        (tmp_path / "absent/page.html", f"there is no folder {tmp_path}/absent"),
+        (tmp_path, "it is a folder"),
+        (Path(), "it is a folder"),
+        (run / "config.yaml/page.html", "Not a directory"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot be written: {cause}{advice}"):
+            write_report(run, out)
+    run.chmod(0o500)
+    with as_users_are(), pytest.raises(ConfigError, match=f"cannot be written: Permission denied{advice}"):
+        write_report(run)
+    run.chmod(0o700)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_page_of_the_folder_one_is_in_has_the_runs_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    page = write_report(Path()).read_text()
+    assert "<title>first: a run of MetaLM</title>" in page and "<h1>first</h1>" in page

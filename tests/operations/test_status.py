@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from metalm.checkpoint.best import Best, write_best
 from metalm.errors import ConfigError
 from metalm.operations.history import newest_metrics, read_attempts
 from metalm.operations.status import describe, describe_run
+from permissions import as_users_are
 
 NOW = 1_800_000_000.0
 
@@ -229,3 +231,52 @@ def test_a_terminal_shows_the_state_in_colour_and_anew(run: Path) -> None:
     plain = subprocess.run(command[:-2], capture_output=True, timeout=60)
     assert plain.returncode == 0 and b"\033" not in plain.stdout
     assert re.search(r"\n\S+ .*\033\[3[123]m\w+\033\[0m", describe(run.parent, NOW, coloured=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        ("", "config.yaml names no training.steps"),
+        ("training: {steps: many}", "config.yaml names no training.steps"),
+        ("training: [", "config.yaml names no training.steps"),
+        ("\xff", "config.yaml names no training.steps"),
+        ("training: {steps: 0}", "ZeroDivisionError"),
+    ],
+)
+def test_a_run_whose_files_are_damaged_has_its_line_and_the_others_theirs(
+    run: Path, config: str, cause: str
+) -> None:
+    shutil.copytree(run, run.parent / "bad")
+    (run.parent / "bad/config.yaml").write_bytes(config.encode("latin-1"))
+    _, bad, whole = describe(run.parent, NOW).splitlines()
+    assert whole.split()[:3] == ["run", "100/1,000", "2.5000"]
+    assert bad.startswith("bad ")
+    if "steps: 0" not in config:  # of which the table divides nothing
+        assert bad.endswith(f"cannot be read: {cause}")
+    with pytest.raises(ConfigError, match=rf"the run .*bad cannot be read: {cause}"):
+        describe(run.parent / "bad", NOW)
+
+
+def test_figures_that_are_none_do_not_keep_the_table_from_the_others(run: Path) -> None:
+    shutil.copytree(run, run.parent / "bad")
+    (run.parent / "bad/logs/metrics.jsonl").write_text('{"step": "x", "time": 1, "loss/all": "y"}\n')
+    _, bad, whole = describe(run.parent, NOW).splitlines()
+    assert "cannot be read: ValueError: " in bad
+    assert whole.startswith("run ")
+
+
+def test_a_run_that_is_closed_to_the_user_has_its_line(run: Path) -> None:
+    closed = run.parent / "closed"
+    shutil.copytree(run, closed)
+    closed.chmod(0)
+    try:
+        with as_users_are():
+            _, first, second = describe(run.parent, NOW).splitlines()
+            with pytest.raises(ConfigError, match="closed cannot be read: Permission denied"):
+                describe(closed, NOW)
+    finally:
+        closed.chmod(0o700)
+    assert re.fullmatch(
+        r"closed +- +- +- +- +cannot be read: Permission denied \(.*/closed/config.yaml\)", first
+    )
+    assert second.startswith("run ")

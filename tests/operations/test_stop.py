@@ -11,6 +11,7 @@ import pytest
 from metalm.errors import ConfigError
 from metalm.operations.stop import stop
 from metalm.training.stopping import StopRequest
+from permissions import as_users_are
 
 
 def test_the_ranks_see_it(tmp_path: Path) -> None:
@@ -54,3 +55,15 @@ def test_a_jobs_own_request_is_replaced(tmp_path: Path, capsys: pytest.CaptureFi
     assert "before" not in capsys.readouterr().out
     assert (tmp_path / "stop").read_text().startswith(f"{getpass.getuser()} 20")
     assert {path.name for path in tmp_path.iterdir()} == {"logs", "stop"}
+
+
+def test_a_run_that_is_not_the_users_to_write(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    tmp_path.chmod(0o500)
+    with (
+        as_users_are(),
+        pytest.raises(ConfigError, match="stop cannot be written: Permission denied; ask as"),
+    ):
+        stop(tmp_path)
+    tmp_path.chmod(0o700)
+    assert not (tmp_path / "stop").exists()

@@ -164,3 +164,20 @@ def test_options_with_an_open_quote_are_refused(tmp_path: Path) -> None:
     submission = Submission(config, "stamp", "pretrain.sbatch", 1, None, None, [], shell=shell)
     with pytest.raises(ConfigError, match="METALM_SBATCH_OPTIONS is .*No closing quotation"):
         submission.command()
+
+
+@pytest.mark.parametrize(
+    ("words", "shell", "message"),
+    [
+        (("--nodes", "0"), {}, "argument --nodes: '0' is no number above 0"),
+        (("--gpus-per-node", "0"), {}, "argument --gpus-per-node: '0' is no number above 0"),
+        (("--ranks-per-node", "-1"), {}, "argument --ranks-per-node: '-1' is no number above 0"),
+        ((), {"SBATCH_GPUS_PER_NODE": "a100"}, "SBATCH_GPUS_PER_NODE is 'a100'; expected a number above 0"),
+        ((), {"METALM_RANKS_PER_NODE": "0"}, "METALM_RANKS_PER_NODE is '0'; expected a number above 0"),
+    ],
+)
+def test_counts_are_numbers_above_0(words: tuple[str, ...], shell: dict[str, str], message: str) -> None:
+    command = [sys.executable, "tools/submit.py", "pipelines/demo.yaml", "--dry-run", *words]
+    code, output = run_command(command, timeout_s=60, **shell)
+    assert code == 64 and message in output, output
+    assert "Traceback" not in output

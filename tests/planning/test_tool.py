@@ -48,7 +48,12 @@ def test_what_the_search_says_to_type_gives_that_layout() -> None:
     [
         (("--gpus", "3", "parallel.tensor=2"), "tensor-parallel groups of 2"),
         (("--gpus", "2", "--gpu", "h101"), "known are a100"),
-        (("--gpus", "0"), "must be positive"),
+        (("--gpus", "0"), "'0' is no number above 0"),
+        (
+            ("--gpus", "2", "--search", "--plot", "absent/x.png"),
+            "there is no folder absent; name another file",
+        ),
+        (("--gpus", "2", "--plot", "x.absent"), "--plot x.absent: Format 'absent' is not supported"),
     ],
 )
 def test_what_cannot_be_planned_is_one_message(arguments: tuple[str, ...], message: str) -> None:

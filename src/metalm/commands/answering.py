@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from metalm.commands.argument_types import positive
 from metalm.progress import Phase
 
 
@@ -25,7 +26,7 @@ def add_commands(commands: Any) -> None:
         "--image", type=Path, action="append", default=[], help="may be given several times"
     )
     generate.add_argument("--audio", type=Path, action="append", default=[], help="a clip, as --image")
-    generate.add_argument("--num-beams", type=int, default=1)
+    generate.add_argument("--num-beams", type=positive, default=1)
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
 
@@ -42,7 +43,7 @@ def add_commands(commands: Any) -> None:
     chat.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
     chat.set_defaults(run=_chat)
     for command in (generate, chat):
-        command.add_argument("--max-new-tokens", type=int, default=64)
+        command.add_argument("--max-new-tokens", type=positive, default=64)
         command.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
         command.add_argument("--device", default="cpu")
 

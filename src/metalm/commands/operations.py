@@ -57,7 +57,7 @@ def add_commands(commands: Any) -> None:
         name = f"--{limit.name.replace('_', '-')}"
         preflight.add_argument(name, type=float, default=limit.default, **limit.metadata)
     preflight.add_argument("--deadline-s", type=float, default=40.0, help="for reports, and again for links")
-    preflight.add_argument("--mebibytes", type=int, default=64, help="size of the tensor that is summed")
+    preflight.add_argument("--mebibytes", type=positive, default=64, help="size of the tensor that is summed")
     preflight.add_argument("--bad-nodes", type=Path, help="file for the names of nodes that are not fit")
     preflight.add_argument("--calibration", type=Path, help="file for the links' figures, for metalm plan")
     preflight.set_defaults(run=_preflight)

@@ -29,7 +29,7 @@ from metalm.document import Document, ReadPart
 from metalm.errors import BadSample
 from metalm.evaluation.answering import check_readers
 from metalm.evaluation.likelihoods import Ending, Likelihood, by_beginning, of_documents
-from metalm.evaluation.task_scores import Evaluated, evaluate_tasks
+from metalm.evaluation.task_scores import Evaluated, evaluate_tasks, require_out
 from metalm.modalities import Media, modality_of_encoder
 from metalm.parallel.launch import Launch
 from metalm.tasks.task_file import Decode, TaskFile
@@ -323,7 +323,9 @@ def evaluate_export(
     with joined(launch) as peers:
         answerer = ExportAnswerer(folder, batch_size=batch_size, device=own_device, peers=peers)
         model = Evaluated(str(folder.resolve()), _fingerprint(folder))
-        evaluate_tasks(answerer, tasks, settings, model, out or folder / "tasks", print)
+        place = out or folder / "tasks"
+        require_out(answerer, place)
+        evaluate_tasks(answerer, tasks, settings, model, place, print)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from metalm.config.foreign_folder import read_foreign_config
+from metalm.conversion.peers import device_of
 from metalm.conversion.shipped.modeling_metalm import MetaLMForConditionalGeneration
 from metalm.conversion.shipped.processing_metalm import (
     AUDIO_MARKER,
@@ -25,6 +26,7 @@ from metalm.data.tokenizer import panics_as_errors
 from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
 from metalm.kernels.cpu_matmul import multiply_by_onednn
 from metalm.modalities.image import decode_image
+from metalm.parallel.launch import find_launch
 from metalm.progress import Phase
 from metalm.regular_files import path_exists
 
@@ -39,11 +41,12 @@ class FolderModel:
         """Load a folder that `convert_to_hf` wrote.
 
         Raises:
-            ConfigError: there is none, or it is not one.
+            ConfigError: there is none, it is not one, or there is no such device.
         """
         if not path_exists(folder / "config.json"):
             raise ConfigError(f"{folder} is not an exported model: it has no config.json")
         read_foreign_config(folder)
+        device = device_of(device, find_launch({}))
         transformers_logging.disable_progress_bar()
         multiply_by_onednn()
         try:

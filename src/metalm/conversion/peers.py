@@ -67,6 +67,10 @@ def device_of(name: str, launch: Launch) -> str:
     except RuntimeError as error:
         raise ConfigError(f"--device {name}: {error}") from None
     if device.type != "cuda":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, NotImplementedError, AssertionError) as error:  # as each back end says it
+            raise ConfigError(f"--device {name} cannot be used here: {error}") from None
         return name
     if launch.world_size > 1 and device.index is not None:
         raise ConfigError(

@@ -53,8 +53,9 @@ def refresh_export(folder: Path, report: Report = print) -> None:
         CheckpointError: the folder's own code does not run here, the new code says something else, or a write
             failed. The folder is as it was.
     """
-    before = folder.with_name(folder.name + BEFORE_SUFFIX)
-    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    folder = folder.resolve()  # `.` has no name, and of a link the folder is meant
+    before = folder.parent / (folder.name + BEFORE_SUFFIX)
+    partial = folder.parent / (folder.name + PARTIAL_SUFFIX)
     for left in (before, partial):
         if os.path.lexists(left) and not (left / MARKER_NAME).is_file():
             raise ConfigError(f"{left} is in the way, and nothing that this tool left behind: move it")

@@ -22,8 +22,9 @@ import tokenizers
 from numpy.typing import NDArray
 
 from metalm.errors import BadSample, ConfigError, DataError
+from metalm.outputs import require_folder_place, writing
 from metalm.progress import Phase
-from metalm.regular_files import read_regular
+from metalm.regular_files import read_regular, replace_file
 
 START = "<s>"
 PARAGRAPH = "</s>"
@@ -231,10 +232,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     """Trains byte-level BPE and writes tokenizer.json and tokenizer_config.json into `folder`.
 
     Texts are split at blank lines first, as in `Tokenizer.encode`. The vocabulary is smaller than
-    `vocab_size` where the texts do not hold that many merges.
+    `vocab_size` where the texts do not hold that many merges. A tokenizer that is there already is never
+    replaced, for shards and runs may hold its ids; one that is the same passes.
 
     Raises:
-        ConfigError: `vocab_size` has no room for the special tokens and the bytes.
+        ConfigError: `vocab_size` has no room for the special tokens and the bytes, or `folder` holds another
+            tokenizer or cannot be written.
         DataError: there is no text.
     """
     smallest = len(SPECIAL_TOKENS) + BYTE_ALPHABET_SIZE
@@ -243,6 +246,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
             f"vocab_size is {vocab_size}, but {len(SPECIAL_TOKENS)} special tokens and "
             f"{BYTE_ALPHABET_SIZE} bytes need at least {smallest}"
         )
+    advice = "name another folder with --out"
+    require_folder_place(folder, advice)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -254,9 +259,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     )
     with Phase("reading texts, and training the tokenizer"):
         model.train_from_iterator(_pieces_for_training(texts), trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer_config(folder)
-    model.save(str(folder / "tokenizer.json"))
+    path, definition = folder / "tokenizer.json", model.to_str(pretty=True)
+    with writing(path, advice):
+        if path.exists() and read_regular(path) != definition.encode():
+            raise ConfigError(
+                f"{path} is there already and is not the tokenizer that these texts and options give, which "
+                f"would strand the shards and runs that use it: {advice}, or remove that one first"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer_config(folder)
+        replace_file(path, definition)
     return load_tokenizer(folder)
 
 
@@ -270,7 +282,7 @@ def write_tokenizer_config(folder: Path) -> None:
         "extra_special_tokens": [PARAGRAPH, IMAGE],
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    replace_file(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _pieces_for_training(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from metalm.tasks.metrics import Score
@@ -26,6 +26,11 @@ class TaskResult:
     skipped: dict[str, int] = field(default_factory=dict)
     """By cause, questions and records that were left out."""
 
+    @property
+    def way(self) -> tuple[str, str, str, int, str]:
+        """What tells it from other results of the same model."""
+        return self.task, self.split, self.template, self.shots, self.scored_by
+
     def as_json(self) -> dict[str, Any]:
         """For results.json; a standard error that is not defined is null."""
         scores = {
@@ -37,6 +42,21 @@ class TaskResult:
             for name, score in self.scores.items()
         }
         return {**self.__dict__, "scores": scores}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TaskResult:
+        """Of `as_json`; further keys are left out.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is no result.
+        """
+        scores = {}
+        for name, score in content["scores"].items():
+            error = score["standard_error"]
+            error = math.nan if error is None else float(error)
+            scores[name] = Score(float(score["value"]), error, int(score["count"]))
+        own = {one.name: content[one.name] for one in fields(cls)}
+        return cls(**own | {"scores": scores, "skipped": dict(own["skipped"])})
 
 
 def figures(results: Sequence[TaskResult]) -> dict[str, float]:

@@ -20,8 +20,9 @@ from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
 from metalm.evaluation.answering import Answerer
 from metalm.evaluation.likelihoods import Likelihood
 from metalm.evaluation.task_results import TaskResult, rows_of, table
+from metalm.outputs import require_folder_place
 from metalm.progress import Phase
-from metalm.regular_files import replace_file
+from metalm.regular_files import read_regular, replace_file
 from metalm.tasks.metrics import Answered, measure
 from metalm.tasks.questions import Asked, Asker, Question, drawn
 from metalm.tasks.records import Tally, TaskData, TaskRecord
@@ -29,6 +30,7 @@ from metalm.tasks.rendering import PARAGRAPH, UnusableRecord
 from metalm.tasks.task_file import IN_CONTEXT, TaskFile
 from metalm.tasks.ways import TaskSettings, Way
 
+RESULTS_NAME = "results.json"
 QUESTIONS_AT_ONCE = 64
 CHOICE_METRICS = ("exact_match", "macro_f1", "matthews")
 """Metrics that an option which was chosen by its likelihood can be scored with."""
@@ -53,6 +55,8 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """Ask all of the tasks in all ways; write `answers/*.jsonl`, `results.json` and `results.md` to a folder.
 
+    Results of the same model that are in the folder stay, but those which are asked for again.
+
     Args:
         model: what is evaluated: answers of another are refused.
         report: is told of progress, by the first process.
@@ -64,17 +68,55 @@ def evaluate_tasks(
     for task in tasks:
         settings.check(task)
     results = []
+    written = {one.way: one for one in _read_results(out / RESULTS_NAME, model)} if answerer.is_first else {}
     asked = [(task, way) for task in tasks for way in settings.ways(task)]
     for task, way in asked:
         result = _evaluate(answerer, task, way, settings, model, out, report)
         results.append(result)
         if answerer.is_first:
             report(next(iter(rows_of([result]))))
-            replace_file(
-                out / "results.json", json.dumps([one.as_json() for one in results], indent=1) + "\n"
-            )
-            replace_file(out / "results.md", table(results, model.name))
+            written.pop(result.way, None)
+            written[result.way] = result
+            _write_results(out, list(written.values()), model)
     return results
+
+
+def _read_results(path: Path, model: Evaluated) -> list[TaskResult]:
+    """What an earlier evaluation of the same model has written, in its order; of another, nothing counts."""
+    try:
+        entries = json.loads(read_regular(path))
+        return [TaskResult.from_json(entry) for entry in entries if _of_model(entry) == model]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return []  # none, or a damaged one: the answers are what counts, and give it again
+
+
+def _of_model(entry: Mapping[str, Any]) -> Evaluated:
+    return Evaluated(entry.get("model", ""), entry.get("weights", ""))
+
+
+def _write_results(out: Path, results: Sequence[TaskResult], model: Evaluated) -> None:
+    about = {"model": model.name, "weights": model.fingerprint}
+    entries = [about | one.as_json() for one in results]
+    replace_file(out / RESULTS_NAME, json.dumps(entries, indent=1) + "\n")
+    replace_file(out / "results.md", table(results, model.name))
+
+
+def require_out(answerer: Answerer, out: Path) -> None:
+    """Whether answers and results can be written to a folder, before any task is asked.
+
+    Raises:
+        ConfigError: they cannot.
+
+    Collective: all processes that answer.
+    """
+    problem = None
+    if answerer.is_first:
+        try:
+            require_folder_place(out, "name another folder with --out")
+        except ConfigError as error:
+            problem = error
+    if (problem := answerer.agreed(problem)) is not None:
+        raise problem
 
 
 def _evaluate(

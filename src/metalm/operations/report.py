@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ import yaml
 from metalm.operations.history import all_metrics, read_attempts
 from metalm.operations.report_curves import draw_curves
 from metalm.operations.status import CONFIG_NAME, fields_of
+from metalm.outputs import require_file_place, writing
+from metalm.regular_files import replace_file
 from metalm.run_ends import all_ends
 
 MOST_SAMPLES = 12
@@ -41,10 +42,13 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         Where it was written.
 
     Raises:
-        ConfigError: there is no run in this folder, or matplotlib is not installed.
+        ConfigError: there is no run in this folder, matplotlib is not installed, or the page cannot be
+            written.
     """
     out = out or run_folder / "report.html"
     state = fields_of(run_folder, time.time())
+    advice = "name a file in a folder that you may write with --out"
+    require_file_place(out, advice)
     config = _config(run_folder)
     curves = draw_curves(all_metrics(run_folder))
     sections = [
@@ -56,7 +60,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         ("Versions", _table(_flat(config.get("provenance") or {}))),
         ("Config", f"<details><summary>all keys</summary><pre>{_escaped(_dumped(config))}</pre></details>"),
     ]
-    name = _escaped(run_folder.name)
+    name = _escaped(run_folder.resolve().name)
     written = time.strftime("%Y-%m-%d %H:%M")
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections if content)
     page = (
@@ -64,9 +68,8 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         f"<style>{_STYLE}</style></head>\n<body><h1>{name}</h1>\n<p>a run of MetaLM, as of {written}</p>\n"
         f"{body}</body></html>\n"
     )
-    partial = out.with_name(f"{out.name}.{os.getpid()}")
-    partial.write_text(page)
-    partial.replace(out)
+    with writing(out, advice):
+        replace_file(out, page)
     return out
 
 

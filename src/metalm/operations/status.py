@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from metalm.checkpoint.best import read_best
 from metalm.checkpoint.names import list_checkpoints, step_of
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, MetaLMError
 from metalm.operations.history import ATTEMPTS_NAME, Attempt, newest_metrics, read_attempts
 from metalm.operations.run_state import Pace, RunState, last_submission, pace_of, span, state_of
 
@@ -25,7 +26,7 @@ _GREEN, _YELLOW, _RED = 32, 33, 31
 _COLOURS = {
     **dict.fromkeys(("running", "done"), _GREEN),
     **dict.fromkeys(("waiting", "started", "stopped"), _YELLOW),
-    **dict.fromkeys(("failed", "killed", "silent", "ended"), _RED),
+    **dict.fromkeys(("failed", "killed", "silent", "ended", "cannot"), _RED),
 }
 """Of a terminal, by the first word of a state."""
 
@@ -55,6 +56,14 @@ class Run:
         return None if self.checkpoint is None else step_of(self.checkpoint)
 
 
+class UnreadableRun(ConfigError):
+    """A run's folder, or a file in it, cannot be read or is not what a run writes."""
+
+    def __init__(self, folder: Path, cause: str) -> None:
+        super().__init__(f"the run {folder} cannot be read: {cause}")
+        self.cause = cause
+
+
 def status(folder: Path, watch_s: float | None = None) -> int:
     """Print the state of a run, or a table of all runs in a folder.
 
@@ -63,7 +72,7 @@ def status(folder: Path, watch_s: float | None = None) -> int:
         watch_s: print it anew after so many seconds, until the user interrupts; None: once.
 
     Raises:
-        ConfigError: there is no run in this folder.
+        ConfigError: there is no run in this folder, or the one that it is cannot be read.
     """
     coloured = sys.stdout.isatty()
     while True:
@@ -77,12 +86,16 @@ def status(folder: Path, watch_s: float | None = None) -> int:
 def describe(folder: Path, now: float, *, coloured: bool = False) -> str:
     """The state of a run, or a table of all runs in a folder.
 
+    In the table, a run that cannot be read says so in its line; so does a folder that does not show whether
+    it is one.
+
     Raises:
-        ConfigError: there is no run in this folder.
+        ConfigError: there is no run in this folder, or the one that it is cannot be read.
     """
-    if is_run(folder):
-        return describe_run(folder, now, coloured=coloured)
-    runs = sorted(filter(is_run, folder.iterdir())) if folder.is_dir() else []
+    with _reading(folder):
+        if is_run(folder):
+            return describe_run(folder, now, coloured=coloured)
+        runs = sorted(filter(_may_be_run, folder.iterdir())) if folder.is_dir() else []
     if not runs:
         raise ConfigError(
             f"{folder} is no run folder, nor does it hold any: a run's has {CONFIG_NAME} or a start on record"
@@ -96,12 +109,42 @@ def is_run(folder: Path) -> bool:
     return started or last_submission(folder) is not None
 
 
+def _may_be_run(folder: Path) -> bool:
+    try:
+        return is_run(folder)
+    except OSError:  # it cannot be looked into
+        return True
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Make of whatever a run's files cannot be read for an error that names the run.
+
+    Raises:
+        UnreadableRun: they cannot be.
+    """
+    try:
+        yield
+    except MetaLMError:
+        raise
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        raise UnreadableRun(folder, f"{error.strerror or error}{where}") from error
+    except Exception as error:  # of files that are not what a run writes: anything
+        raise UnreadableRun(folder, f"{type(error).__name__}: {error}".replace("\n", " ")) from error
+
+
 def read_run(folder: Path, now: float) -> Run:
     """What a run's folder tells at a time.
 
     Raises:
-        ConfigError: there is no run in this folder.
+        ConfigError: there is no run in this folder, or it cannot be read.
     """
+    with _reading(folder):
+        return _read_run(folder, now)
+
+
+def _read_run(folder: Path, now: float) -> Run:
     if not is_run(folder):
         raise ConfigError(f"{folder} is no run folder: it has neither {CONFIG_NAME} nor a start on record")
     attempts, lines = read_attempts(folder), newest_metrics(folder)
@@ -119,7 +162,7 @@ def describe_run(run_folder: Path, now: float, *, coloured: bool = False) -> str
     """The state of a run at a time, in lines of a name and a value.
 
     Raises:
-        ConfigError: there is no run in this folder.
+        ConfigError: there is no run in this folder, or it cannot be read.
     """
     shown = fields_of(run_folder, now)
     shown["state"] = _coloured(shown["state"], coloured)
@@ -130,8 +173,13 @@ def fields_of(run_folder: Path, now: float) -> dict[str, str]:
     """The state of a run at a time, in words, by name.
 
     Raises:
-        ConfigError: there is no run in this folder.
+        ConfigError: there is no run in this folder, or it cannot be read.
     """
+    with _reading(run_folder):
+        return _fields_of(run_folder, now)
+
+
+def _fields_of(run_folder: Path, now: float) -> dict[str, str]:
     run = read_run(run_folder, now)
     shown = {"run": str(run_folder), "state": str(run.state)}
     if run.trained:
@@ -155,22 +203,27 @@ def describe_runs(folders: Sequence[Path], now: float, *, coloured: bool = False
     """A table of runs, a line each: step, loss, time left, checkpoint and state."""
     rows = [("run", "step", "loss", "left", "saved", "state")]
     for folder in folders:
-        run = read_run(folder, now)
-        step = "-" if run.trained is None else f"{run.trained['step']:,}"
-        rows.append(
-            (
-                folder.name,
-                step if run.total is None else f"{step}/{run.total:,}",
-                "-" if run.trained is None else f"{run.trained['loss/all']:.4f}",
-                _time_left(run) or "-",
-                "-" if run.saved_step is None else f"{run.saved_step:,}",
-                str(run.state),
-            )
-        )
+        try:
+            with _reading(folder):
+                rows.append(_row(read_run(folder, now)))
+        except UnreadableRun as unreadable:
+            rows.append((folder.name, "-", "-", "-", "-", f"cannot be read: {unreadable.cause}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row[:-1], widths)) for row in rows]
     states = [rows[0][-1], *(_coloured(row[-1], coloured) for row in rows[1:])]
     return "\n".join(f"{line}  {state}" for line, state in zip(lines, states, strict=True))
+
+
+def _row(run: Run) -> tuple[str, str, str, str, str, str]:
+    step = "-" if run.trained is None else f"{run.trained['step']:,}"
+    return (
+        run.folder.name,
+        step if run.total is None else f"{step}/{run.total:,}",
+        "-" if run.trained is None else f"{run.trained['loss/all']:.4f}",
+        _time_left(run) or "-",
+        "-" if run.saved_step is None else f"{run.saved_step:,}",
+        str(run.state),
+    )
 
 
 def _coloured(state: str, coloured: bool) -> str:
@@ -184,7 +237,10 @@ def _total_steps(config_path: Path) -> int | None:
     if not config_path.is_file():
         return None
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return int(yaml.load(config_path.read_text(), loader)["training"]["steps"])
+    try:
+        return int(yaml.load(config_path.read_text(), loader)["training"]["steps"])
+    except (LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UnreadableRun(config_path.parent, f"{CONFIG_NAME} names no training.steps") from error
 
 
 def _progress(trained: dict[str, Any], run: Run) -> dict[str, str]:

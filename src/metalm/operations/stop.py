@@ -10,6 +10,7 @@ from pathlib import Path
 
 from metalm.errors import ConfigError
 from metalm.operations.status import is_run, read_run
+from metalm.outputs import writing
 from metalm.run_folder import STOP_NAME
 
 
@@ -20,7 +21,7 @@ def stop(run_folder: Path) -> int:
     back, and those are replaced.
 
     Raises:
-        ConfigError: there is no run in this folder.
+        ConfigError: there is no run in this folder, or this user may not write into it.
     """
     if not (run_folder / "logs").is_dir():
         raise ConfigError(f"{run_folder} is no run folder: it has no logs")
@@ -33,8 +34,9 @@ def stop(run_folder: Path) -> int:
         return 0
     state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
     word = path.with_name(f"{path.name}.{os.getpid()}")  # moved, so that nobody reads half of it
-    word.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    word.replace(path)
+    with writing(path, "ask as a user who may write into the run's folder, such as its owner"):
+        word.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        word.replace(path)
     if state is not None and not state.goes_on:
         print(
             f"{run_folder} is not at work: {state}. Its next start will end at once, unless {path} is removed"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metalm.errors import ConfigError
+from metalm.outputs import writing
 from metalm.planning.memory import KINDS
 from metalm.planning.plan import Plan
 from metalm.planning.report import GIB
@@ -17,7 +18,7 @@ def plot_memory(plans: Sequence[Plan], path: Path) -> None:
     """Write the picture of some layouts of one run.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or the picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -36,7 +37,11 @@ def plot_memory(plans: Sequence[Plan], path: Path) -> None:
     run, device = plans[0].config.run.name, plans[0].device.name
     axes.set_title(f"{run} on {plans[0].world_size} x {device}", fontsize=10)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
+    try:
+        with writing(path, "name another file with --plot"):
+            figure.savefig(path, dpi=120)
+    except ValueError as error:  # matplotlib knows no such kind of picture
+        raise ConfigError(f"--plot {path}: {error}") from None
 
 
 def _label(plan: Plan) -> str:

@@ -13,7 +13,7 @@ from metalm.config.schema import TasksConfig
 from metalm.data.corpus import Corpus
 from metalm.evaluation.answering import EngineAnswerer
 from metalm.evaluation.task_results import figures
-from metalm.evaluation.task_scores import Evaluated, evaluate_tasks
+from metalm.evaluation.task_scores import Evaluated, evaluate_tasks, require_out
 from metalm.parallel.topology import Topology
 from metalm.tasks.task_file import TaskFile, load_task
 from metalm.tasks.ways import TaskSettings
@@ -69,6 +69,7 @@ def evaluate_run(
         model = Evaluated(
             f"{session.run_folder} at step {step}", _fingerprint(corpus.config, checkpoint.folder)
         )
+        require_out(answerer, place)
         results = evaluate_tasks(answerer, tasks, settings, model, place, print)
         if session.is_first and corpus.config.monitor.sinks.tensorboard:
             board = TensorBoard(corpus.config, session.run_folder)

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from distributed.ranks import run_command
+from metalm.commands.scripts import load_script
 from metalm.data.demo.dataset import write_pointing, write_scenes
 from metalm.data.demo.scenes import COLOURS, draw_scene, make_scene
 from metalm.data.storage.index import open_index
 from metalm.data.tokenizer import load_tokenizer
+from metalm.errors import ConfigError
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
@@ -82,3 +86,43 @@ def test_questions_about_boxes_and_their_records_tell_what_is_drawn(tmp_path: Pa
     records = [json.loads(line) for line in (tmp_path / "scenes/pointing_heldout.jsonl").open()]
     assert [record["path"] for record in records] == list(told)
     assert all(told[record["path"]][record["name"]] == record["box"] for record in records)
+
+
+def prepare(out: Path, *options: str) -> tuple[int, str]:
+    return run_command([sys.executable, str(TOOLS / "prepare_demo.py"), str(out), *options], timeout_s=60)
+
+
+def test_finished_demo_data_of_other_options_stay_as_they_are(tmp_path: Path) -> None:
+    raw = tmp_path / "raw/text/train.jsonl"
+    raw.parent.mkdir(parents=True)
+    raw.write_text("mine")
+    code, output = prepare(tmp_path)
+    assert code == 64 and "no record of the options that made them: name a new folder" in output
+    (tmp_path / "preparation").mkdir()
+    plan = {"scenes": 200, "evaluation_scenes": 1000, "text_mib": 12}
+    (tmp_path / "preparation/plan.json").write_text(json.dumps(plan))
+    code, output = prepare(tmp_path, "--scenes", "300")
+    assert code == 64 and "(scenes was 200, is 300): repeat the first command to go on" in output
+    assert raw.read_text() == "mine"
+
+
+def test_demo_data_are_prepared_again_by_the_same_command_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = load_script(TOOLS / "prepare_demo.py", "prepare_demo")
+    typed: list[list[str]] = []
+
+    def ends_well(command: list[str]) -> subprocess.CompletedProcess[str]:
+        typed.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", ends_well)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["prepare_demo", str(tmp_path / "demo"), "--scenes", "9"])
+        assert tool.main() == 0
+    assert typed[: len(typed) // 2] == typed[len(typed) // 2 :]
+    typed.clear()
+    monkeypatch.setattr(sys, "argv", ["prepare_demo", str(tmp_path / "demo"), "--scenes", "8"])
+    with pytest.raises(ConfigError, match="scenes was 9, is 8"):
+        tool.main()
+    assert not typed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from metalm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 from metalm.errors import BadSample, ConfigError, DataError
 from mutations import mutate_bytes, mutate_value
+from permissions import as_users_are
 
 MUTATIONS = 600
 
@@ -166,3 +168,31 @@ def test_no_mutation_of_a_definition_ends_in_anything_but_a_message(
         except DataError:
             refused += 1
     assert refused > MUTATIONS // 3
+
+
+def test_another_tokenizer_is_never_replaced_and_the_same_one_passes(tmp_path: Path) -> None:
+    train_tokenizer(["the quick brown fox"], 300, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"tokenizer.json", "tokenizer_config.json"}
+    with pytest.raises(
+        ConfigError, match="is there already and is not the tokenizer .*: name another folder"
+    ):
+        train_tokenizer(["other words than those"], 300, tmp_path)
+    train_tokenizer(["the quick brown fox"], 300, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_where_no_tokenizer_can_be_written_no_text_is_read(tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        raise AssertionError("it is read")
+        yield
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/tokenizer cannot be written: Not a directory; name another"):
+        train_tokenizer(texts(), 300, tmp_path / "file" / "tokenizer")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with (
+        as_users_are(),
+        pytest.raises(ConfigError, match="cannot be written: Permission denied; name another"),
+    ):
+        train_tokenizer(texts(), 300, tmp_path / "closed" / "new" / "tokenizer")

@@ -64,7 +64,7 @@ class PreparationFolder:
             except OSError as error:
                 raise ConfigError(f"another preparation is writing {self.path}: wait, or stop it") from error
             if has_shards:
-                _require_equal_plans(self.path, json.loads(self._plan_file.read_bytes()), plan)
+                require_equal_plans(self.path, json.loads(self._plan_file.read_bytes()), plan)
             else:
                 for receipt in self._receipts.glob("*.json"):
                     receipt.unlink()
@@ -152,7 +152,17 @@ class PreparationFolder:
         return file.is_file() and file.stat().st_size == shard["size"]
 
 
-def _require_equal_plans(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def require_equal_plans(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to go on with a preparation that was begun otherwise.
+
+    Args:
+        folder: what both prepare.
+        old: the plan on record.
+        new: that of this call.
+
+    Raises:
+        ConfigError: they differ.
+    """
     new = json.loads(json.dumps(new))
     if changed := [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]:
         details = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}"[:300] for key in changed)
