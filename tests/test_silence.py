@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from metalm import progress
 from metalm.checkpoint.manifest import record_file, write_manifest
@@ -88,6 +89,28 @@ def clips(folder: Path) -> Path:
     for name in ("one.wav", "one.txt"):
         (folder / "clips" / name).write_bytes(b"a")
     return folder / "clips"
+
+
+def task(folder: Path) -> Path:
+    """A task file, with its data beside it."""
+    (folder / "sums").mkdir()
+    (folder / "sums/train.csv").write_text("sum,right\n1 + 1,2\n")
+    content = {
+        "task": "sums",
+        "cluster": "misc",
+        "data": {
+            "folder": "sums",
+            "reader": "csv",
+            "files": {"train": "train.csv"},
+            "fields": {"sum": "sum", "right": "right"},
+        },
+        "answer": "right",
+        "templates": [{"id": "asked", "plain": ["{sum}"], "target": " {answer}"}],
+        "metrics": ["exact_match"],
+        "evaluated_on": "train",
+    }
+    (folder / "sums.yaml").write_text(yaml.safe_dump(content))
+    return folder / "sums.yaml"
 
 
 def records(folder: Path, **record: Any) -> Path:
@@ -198,7 +221,7 @@ SLOW = [
         "prepare tasks",
         f"{DATA}.example_shards.run_tasks",
         "preparing",
-        lambda f: ["--tasks", "mnli", "--data", f, "--out", f / "out"],
+        lambda f: ["--tasks", task(f), "--data", f, "--out", f / "out"],
     ),
     Slow(
         "prepare tokenizer",
