@@ -18,7 +18,7 @@ ON_THE_CPU_ALONE = {
     "deepspeed/runtime/zero/stage_1_and_2.py:_optimizer_step",
     "deepspeed/runtime/zero/stage3.py:step_with_gradscaler",
     # The backend of attention for the CPU.
-    "metalm/kernels/tile_plan.py:_plan",
+    "metalm/kernels/tile_plan.py:_bounds",
 }
 """Places that are not told: no GPU runs them."""
 

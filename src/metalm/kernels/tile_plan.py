@@ -47,7 +47,7 @@ class Tile(NamedTuple):
 
 def plan_tiles(mask: IntervalMask) -> list[list[Tile]]:
     """Tiles of at most 128 queries of each mask row: all visible pairs once, no query that sees nothing."""
-    starts, ends = mask.start.cpu().numpy(), mask.end.cpu().numpy()
+    starts, ends = _bounds(mask)
     plan = []
     for start, end in zip(starts, ends, strict=True):
         pieces = _join(start, end, _pieces(start, end, keep_runs=False))
@@ -83,7 +83,7 @@ class RunPlan:
 
 def plan_runs(mask: IntervalMask) -> RunPlan:
     """Cuts a mask into batches of short runs and tiles."""
-    starts, ends = mask.start.cpu().numpy(), mask.end.cpu().numpy()
+    starts, ends = _bounds(mask)
     pieces = [_pieces(start, end, keep_runs=True) for start, end in zip(starts, ends, strict=True)]
     alike: dict[tuple[int, int, bool], list[tuple[int, int, int]]] = defaultdict(list)
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -105,6 +105,11 @@ def plan_runs(mask: IntervalMask) -> RunPlan:
         left = [piece for piece in pieces[row] if (row, *piece) not in batched]
         rest.append([_tile(start, end, first, last) for first, last in _join(start, end, left)])
     return RunPlan(batches, rest)
+
+
+def _bounds(mask: IntervalMask) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends on the host."""
+    return mask.start.cpu().numpy(), mask.end.cpu().numpy()
 
 
 def _padded(length: int) -> int:
