@@ -67,3 +67,10 @@ def test_a_run_that_is_not_the_users_to_write(tmp_path: Path) -> None:
         stop(tmp_path)
     tmp_path.chmod(0o700)
     assert not (tmp_path / "stop").exists()
+
+
+def test_a_run_that_cannot_be_read_is_stopped_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    assert stop(tmp_path) == 0
+    assert (tmp_path / "stop").exists()

@@ -61,3 +61,13 @@ def test_a_damaged_member_of_a_zip_is_refused(tmp_path: Path) -> None:
     (tmp_path / "packed").write_bytes(content)
     with pytest.raises(DataError, match="a.txt cannot be read"):
         DataFiles(tmp_path, "packed").read("a.txt")
+
+
+def test_sizes_are_of_files_or_of_the_archive_which_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/all.tar.gz").write_bytes(b"not opened")
+    (tmp_path / "train.csv").write_text("a,b\n")
+    files = DataFiles(tmp_path, "packed/all.tar.gz")
+    assert files.sizes(["train.csv", "validation.csv"]) == {"train.csv": 4, "packed/all.tar.gz": 10}
+    with pytest.raises(DataError, match="is not there"):
+        DataFiles(tmp_path).sizes(["validation.csv"])

@@ -224,8 +224,7 @@ def _batch(mask: IntervalMask, runs: RunBatch, num_rows: int, dtype: torch.dtype
     keys, to_keys = _of_rows(runs.keys, num_rows, mask.batch_size * mask.num_keys)
     bias = None
     if not runs.is_causal:
-        first = np.take(runs.queries, 0, axis=1)[:, None]
-        element = np.where(runs.queries >= 0, runs.queries, first)
+        element = _with_first(runs.queries)
         start, end = (bound.numpy().reshape(-1)[element] for bound in (mask.start, mask.end))
         key = start[:, :1] + np.arange(runs.keys.shape[1])
         is_hidden = (key[:, None] < start[..., None]) | (key[:, None] >= end[..., None])
@@ -241,9 +240,13 @@ def _of_rows(elements: np.ndarray, num_rows: int, length: int) -> tuple[Tensor, 
     """Elements `[N, S]` of one row in each of `num_rows`: where to read them, and where to write them."""
     offset = np.arange(num_rows)[:, None, None] * length
     is_real = np.broadcast_to(elements >= 0, (num_rows, *elements.shape)).reshape(-1, elements.shape[1])
-    read = np.where(elements >= 0, elements, elements[:, :1])
-    read = (read + offset).reshape(-1, elements.shape[1])
+    read = (_with_first(elements) + offset).reshape(-1, elements.shape[1])
     return torch.from_numpy(read), torch.from_numpy(np.where(is_real, read, num_rows * length))
+
+
+def _with_first(elements: np.ndarray) -> np.ndarray:
+    """The first element of each run in its padding."""
+    return np.where(elements >= 0, elements, elements[:, :1])
 
 
 def _tile_mask(mask: IntervalMask, row: int, tile: Tile, dtype: torch.dtype) -> Tensor | None:

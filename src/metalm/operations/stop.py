@@ -32,7 +32,10 @@ def stop(run_folder: Path) -> int:
     if asker and not asker.startswith("job "):
         print(f"{run_folder} has been asked to stop before: {asker}")
         return 0
-    state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
+    try:
+        state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
+    except ConfigError:
+        state = None  # what cannot be read may be at work all the same
     word = path.with_name(f"{path.name}.{os.getpid()}")  # moved, so that nobody reads half of it
     with writing(path, "ask as a user who may write into the run's folder, such as its owner"):
         word.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")

@@ -51,13 +51,7 @@ class DataFiles:
         Raises:
             DataError: there is none.
         """
-        if ".." in Path(pattern).parts or Path(pattern).is_absolute():
-            raise DataError(f"{pattern} is outside of {self.folder}")
-        found = sorted(
-            str(path.relative_to(self.folder)) for path in self.folder.glob(pattern) if path.is_file()
-        )
-        if not found:
-            found = sorted(fnmatch.filter(self._members, pattern))
+        found = self._unpacked(pattern) or sorted(fnmatch.filter(self._members, pattern))
         if not found:
             place = f" or in {self._archive.name}" if self._archive and self._archive.exists() else ""
             raise DataError(f"{self.folder / pattern} is not there{place}")
@@ -96,12 +90,26 @@ class DataFiles:
         for pattern in patterns:
             yield from self.names(pattern)
 
-    def size(self, name: str) -> int:
-        """Bytes of a file, or of the archive that holds it."""
-        path = self.folder / name
-        if self._archive is not None and not path.is_file():
-            path = self._archive
-        return path.stat().st_size
+    def sizes(self, patterns: Sequence[str]) -> dict[str, int]:
+        """Bytes of the files of several patterns by name; of those that are not unpacked, of the archive.
+
+        Raises:
+            DataError: a pattern names no file, and there is no archive.
+        """
+        found: dict[str, int] = {}
+        for pattern in patterns:
+            names = self._unpacked(pattern)
+            if not names and self._archive is not None and self._archive.is_file():
+                names = [str(self._archive.relative_to(self.folder))]  # not opened, which may take long
+            found |= {name: (self.folder / name).stat().st_size for name in names or self.names(pattern)}
+        return found
+
+    def _unpacked(self, pattern: str) -> list[str]:
+        if ".." in Path(pattern).parts or Path(pattern).is_absolute():
+            raise DataError(f"{pattern} is outside of {self.folder}")
+        return sorted(
+            str(path.relative_to(self.folder)) for path in self.folder.glob(pattern) if path.is_file()
+        )
 
     @functools.cached_property
     def _members(self) -> dict[str, Callable[[], IO[bytes]]]:

@@ -100,14 +100,13 @@ class TaskData:
         return kept
 
     def sizes(self, split: str) -> dict[str, int]:
-        """Bytes of the files of a split, or of the archive that holds them, by name: other data have others.
+        """Bytes of the files of a split by name, as `DataFiles.sizes`: other data have others.
 
         Raises:
             DataError: a file is missing.
         """
         data = self.task.data
-        files = data.files_of(data.hold_out[split].of if split in data.hold_out else split)
-        return {name: self.files.size(name) for name in self.files.all_names(files)}
+        return self.files.sizes(data.files_of(data.hold_out[split].of if split in data.hold_out else split))
 
     def _usable(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
         data = self.task.data
