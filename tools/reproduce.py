@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
-from metalm.reproduction.arms import Scale, Setting
+from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import check_data, jobs_of, sets_of
 from metalm.reproduction.claims import CLAIMS, USUAL
 from metalm.reproduction.jobs import Marks
-from metalm.reproduction.queue import Queue, run_alone, usual_parallel
+from metalm.reproduction.queue import Queue, run_alone
 from metalm.reproduction.readme import write_into
 from metalm.reproduction.report import write_report
 from metalm.reproduction.results import results_of
 from metalm.reproduction.slurm import write_arrays
+from metalm.reproduction.this_machine import Precision, Scale, usual_parallel, usual_precision
 
 
 def main() -> None:
     parser = ToolParser(__doc__)
     parser.add_argument("--only", default=",".join(USUAL), help="letters of claims (default: %(default)s)")
     parser.add_argument("--scale", choices=get_args(Scale), default="cpu")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="of all training; default: bf16 on a GPU and on CPUs that multiply it, else fp32",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of each arm (default: %(default)s)")
     parser.add_argument(
         "--jobs", type=int, help="at once; default: one for each core on CPU, three for four cores on a GPU"
@@ -55,7 +61,8 @@ def main() -> None:
         parser.error(f"there is no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}")
     if options.seeds < 1 or (options.jobs or 1) < 1:
         parser.error("--seeds and --jobs must be positive")
-    setting = Setting(options.data, options.out, options.scale, options.seeds)
+    precision = options.precision or usual_precision(options.scale)
+    setting = Setting(options.data, options.out, options.scale, options.seeds, precision)
     claims = [CLAIMS[letter](setting) for letter in letters]
     if options.sets:
         print(" ".join(sets_of(claims)))
@@ -66,7 +73,7 @@ def main() -> None:
         for job in jobs:
             print(f"{job.name:<36}{job.minutes:6.1f} min{'  done' if marks.read(job) else ''}")
         total = sum(job.minutes for job in jobs)
-        print(f"{len(jobs)} jobs, {total:.0f} minutes of one core of a CPU at its scale")
+        print(f"{len(jobs)} jobs, {total:.0f} minutes of one core of a CPU at its scale, in bf16")
         return
     check_data(claims, setting)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -75,6 +82,7 @@ def main() -> None:
         return
     if options.slurm:
         words = ["--only", options.only, "--scale", options.scale, "--seeds", options.seeds]
+        words += ["--precision", precision]
         print(write_arrays(jobs, setting, [*words, "--data", options.data, "--out", options.out]))
         return
     if not options.report and options.readme is None:

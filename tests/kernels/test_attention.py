@@ -5,11 +5,12 @@ The Triton kernels run in Triton's interpreter on CPU, and compiled where there 
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metalm.kernels import (
     IntervalMask,
@@ -109,6 +110,48 @@ def check_against_sdpa(
         allowed = max(2 * float((peer - exact).abs().max()), 4 * rounding)
         error = float((value - exact).abs().max())
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+class Operands(TorchDispatchMode):
+    """The dtypes that PyTorch's own attention on CPU, and its backward, were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_forward: set[torch.dtype] = set()
+        self.of_backward: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.of_forward |= {x.dtype for x in args[:3]}
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            self.of_backward |= {x.dtype for x in args[:5]}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "forward", "backward"),
+    [
+        (torch.bfloat16, 40, torch.bfloat16, torch.float32),
+        (torch.bfloat16, 200, torch.bfloat16, torch.float32),
+        (torch.bfloat16, 1024, torch.bfloat16, torch.bfloat16),
+        (torch.float16, 40, torch.float32, torch.float32),
+        (torch.float16, 512, torch.float32, torch.float32),
+        (torch.float32, 40, torch.float32, torch.float32),
+        (torch.float64, 40, torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_half_precision_is_widened_where_it_is_slow_on_cpu(
+    dtype: torch.dtype, length: int, forward: torch.dtype, backward: torch.dtype, is_mixed: bool
+) -> None:
+    position = torch.arange(2 * length, dtype=torch.int32)[None]
+    document_start = position // length * length
+    span_end = torch.where(position % length < length // 2, document_start + length // 2, 0)
+    mask = IntervalMask.semi_causal(document_start, span_end, bidirectional_spans=is_mixed)
+    inputs = draw_inputs(1, 2, 2 * length, 16).to(dtype)
+    with Operands() as operands:
+        run("tiled", inputs, mask)
+    assert (operands.of_forward, operands.of_backward) == ({forward}, {backward})
 
 
 @backends

@@ -12,13 +12,14 @@ import pytest
 
 from metalm.config import RunConfig, load_config
 from metalm.errors import DataError
-from metalm.reproduction.arms import Arm, Scale, Setting
+from metalm.reproduction.arms import Arm, Setting
 from metalm.reproduction.claim import Claim, check_data, jobs_of
 from metalm.reproduction.claims import CLAIMS
 from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.data.sets import SETS
 from metalm.reproduction.jobs import PIPELINES, Command, in_order
 from metalm.reproduction.slurm import write_arrays
+from metalm.reproduction.this_machine import Precision, Scale
 
 REPOSITORY = Path(__file__).parents[2]
 MINILM = {
@@ -65,17 +66,18 @@ def commands_of(claim: Claim, setting: Setting) -> Iterator[Command]:
 
 @pytest.mark.usefixtures("any_rate")
 @pytest.mark.parametrize("letter", CLAIMS)
-@pytest.mark.parametrize("scale", ["cpu", "gpu"])
-def test_every_training_is_a_valid_run(letter: str, scale: Scale, setting: Setting) -> None:
-    setting = replace(setting, scale=scale)
+@pytest.mark.parametrize(("scale", "precision"), [("cpu", "fp32"), ("cpu", "bf16"), ("gpu", "bf16")])
+def test_every_training_is_a_valid_run(
+    letter: str, scale: Scale, precision: Precision, setting: Setting
+) -> None:
+    setting = replace(setting, scale=scale, precision=precision)
     trainings = [
         command
         for command in commands_of(CLAIMS[letter](setting), setting)
         if command[1:4] == ("-m", "metalm", "train")
     ]
     for words in trainings:
-        precision = load_config(Path(words[4]), words[5:]).training.precision
-        assert precision == {"cpu": "fp32", "gpu": "bf16"}[scale]
+        assert load_config(Path(words[4]), words[5:]).training.precision == precision
     assert trainings
 
 

@@ -42,7 +42,9 @@ def ran(
         write_scores(setting, series, values)
     monkeypatch.setattr("metalm.reproduction.jobs.git_commit", lambda: commit * 40)
     (setting.out / "jobs").mkdir()
-    Marks(setting.out).write(found.shared[0], seconds=90.0)
+    marks = Marks(setting.out)
+    marks.write(found.shared[0], seconds=90.0)
+    marks.write(next(METALM.arm.jobs(setting)), seconds=60.0)
     return found
 
 
@@ -78,9 +80,22 @@ def test_claims_that_were_run_elsewhere_keep_their_rows_and_figures(
     assert f"commit {'a' * 12} (x), {'b' * 12} (y)." in told
     kept = json.loads((tmp_path / "tools/measured/reproduction_cpu.json").read_text())
     assert kept["y"]["series"]["m, test"]["by_seed"] == {"1": 0.59, "2": 0.63, "3": 0.60}
-    assert kept["x"]["minutes"] == 1.5
+    assert kept["x"]["minutes"] == 2.5
     assert kept["x"]["arms"]["m"] == {"rate": 0.001, "tokens": 5120, "examples": 77}
     assert [curve["arm"] for curve in kept["x"]["curves"]] == ["m", "g", "s"]
+
+
+def test_the_table_says_in_which_precision_its_claims_were_trained(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = Setting(tmp_path, tmp_path / "first", "cpu", 3, "bf16")
+    told = write(readme, narrow, ran(narrow, "x", [0.80, 0.82, 0.81], "a", monkeypatch))
+    assert "3 seeds at scale `cpu`, in bf16; " in told
+    wide = Setting(tmp_path, tmp_path / "second", "cpu", 3, "fp32")
+    told = write(readme, wide, ran(wide, "y", [0.59, 0.63, 0.60], "a", monkeypatch))
+    assert "3 seeds at scale `cpu`, in bf16 (x), fp32 (y); " in told
+    kept = tmp_path / "tools/measured/reproduction_cpu.json"
+    assert [one["precisions"] for one in json.loads(kept.read_text()).values()] == [["bf16"], ["fp32"]]
 
 
 def test_a_claim_that_is_not_whole_changes_nothing(

@@ -4,7 +4,7 @@ The operation behind `scaled_dot_product_attention` on CPU also returns the log-
 that takes it, so tiles need no autograd of their own. A document or span of one shape is one tile, which the
 operation blocks itself; only tiles of mixed rows get a mask, as large as the tile. Short runs of about one
 length are gathered as the rows of one operation's batch; runs of one length that lie end to end are such a
-batch without a copy.
+batch without a copy. Where the operation is slow in half precision, it gets operands in single precision.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.segments import Segments, find_segments
 from metalm.kernels.tile_plan import RunBatch, Tile, plan_runs
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_FAST_BF16_KEYS = 512
+"""From so many keys on, the operation's backward in bf16 takes no longer than in fp32; with 64 it takes three
+times as long. In fp16 it takes longer at any length, up to ten times, and so does the forward."""
 
 
 def fused_tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
@@ -33,7 +34,8 @@ def fused_tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, s
         of_runs: Tensor = _EqualRuns.apply(*(runs.cut(x).transpose(1, 2) for x in (q, k, v)), options)
         batch_size, num_heads, length, head_size = q.shape
         return of_runs.transpose(1, 2).reshape(batch_size, length, num_heads, head_size).transpose(1, 2)
-    work = mask.derived(f"work of {len(q)} rows, {q.dtype}", lambda mask: _Work.of(mask, len(q), q.dtype))
+    dtype = _wide(q.dtype)
+    work = mask.derived(f"work of {len(q)} rows, {dtype}", lambda mask: _Work.of(mask, len(q), dtype))
     out: Tensor = _FusedTiledAttention.apply(q, k, v, work, scale)
     return out
 
@@ -44,6 +46,25 @@ def _equal_runs(mask: IntervalMask) -> Segments | None:
         return None
     segments = mask.segments or find_segments(mask.start.numpy(), mask.end.numpy())
     return segments if segments is not None and segments.is_uniform(mask.start.numel()) else None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The operation: `[N, H, Sq, D]` of q's dtype, and the log-sum-exp `[N, H, Sq]` in fp32 or wider."""
+    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    out, log_sum = run(q.to(dtype), k.to(dtype), v.to(dtype), **options)
+    return out.to(q.dtype), log_sum
+
+
+def _backward(*operands: Tensor, **options: Any) -> list[Tensor]:
+    """Its backward, of `(grad, q, k, v, out, log_sum)`: gradients of q, k and v in their dtype."""
+    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    *narrow, log_sum = operands
+    _, q, k, *_ = narrow
+    is_slow = q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and k.shape[2] < _FAST_BF16_KEYS)
+    dtype = torch.float32 if is_slow else q.dtype
+    grads = run(*(x.to(dtype) for x in narrow), log_sum, dropout_p=0.0, **options)
+    return [grad.to(q.dtype) for grad in grads]
 
 
 class _EqualRuns(torch.autograd.Function):
@@ -59,7 +80,7 @@ class _EqualRuns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(grads[0], *ctx.saved_tensors, dropout_p=0.0, **ctx.options), None
+        return *_backward(grads[0], *ctx.saved_tensors, **ctx.options), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +110,7 @@ class _Work:
 
     Args:
         mask: the mask.
+        dtype: of the masks that the operation gets: fp32 for half precision, too.
         batches: of short runs.
         tiles: the rest, by row of the mask.
         blind: int64, the elements `[B * Sq]` of q that see nothing.
@@ -96,6 +118,7 @@ class _Work:
     """
 
     mask: IntervalMask
+    dtype: torch.dtype
     batches: list[_Batch]
     tiles: list[list[Tile]]
     blind: Tensor
@@ -103,7 +126,7 @@ class _Work:
 
     @classmethod
     def of(cls, mask: IntervalMask, batch_size: int, dtype: torch.dtype) -> _Work:
-        """The operations for q of `batch_size` rows and `dtype`."""
+        """The operations for q of `batch_size` rows, with masks of `dtype`."""
         plan = mask.derived("runs", plan_runs)
         num_rows = batch_size if mask.batch_size == 1 else 1
         batches = [_batch(mask, batch, num_rows, dtype) for batch in plan.batches]
@@ -117,11 +140,9 @@ class _Work:
         unseen = None
         if (seen <= 1).all():
             unseen = torch.from_numpy(np.tile(seen.reshape(-1) == 0, num_rows)).nonzero()[:, 0]
-        return cls(mask, batches, plan.tiles, blind, unseen)
+        return cls(mask, dtype, batches, plan.tiles, blind, unseen)
 
-    def pieces(
-        self, dtype: torch.dtype
-    ) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...], dict[str, Any]]]:
+    def pieces(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...], dict[str, Any]]]:
         """Of each tile its queries and its keys in `[B, H, S, D]`, and the operation's options for its mask.
 
         The mask of a tile is made when it is asked for: all of them together would be quadratic.
@@ -131,7 +152,7 @@ class _Work:
             for tile in tiles:
                 queries = (rows, slice(None), slice(tile.query_first, tile.query_last))
                 keys = (rows, slice(None), slice(tile.key_first, tile.key_last))
-                bias = _tile_mask(self.mask, row, tile, dtype)
+                bias = _tile_mask(self.mask, row, tile, self.dtype)
                 yield queries, keys, {"is_causal": tile.is_causal, "attn_mask": bias}
 
 
@@ -146,8 +167,8 @@ class _FusedTiledAttention(torch.autograd.Function):
             out.put(batch.to_queries, out_runs)
             saved += [*runs, out_runs, log_sum]
         if any(work.tiles):
-            log_sum = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-            for at, keys, options in work.pieces(q.dtype):
+            log_sum = q.new_zeros(q.shape[:3], dtype=_wide(q.dtype))
+            for at, keys, options in work.pieces():
                 out.whole[at], log_sum[at] = _forward(q[at], k[keys], v[keys], **options, scale=scale)
             saved += [q, k, v, out.whole, log_sum]
         ctx.save_for_backward(*saved)
@@ -162,25 +183,30 @@ class _FusedTiledAttention(torch.autograd.Function):
         grad_q = _Elements(q_shape, grad.dtype, work.blind)
         adds = work.unseen is None
         # Several tiles may add to one key: in the precision of the log-sum-exp.
-        dtype = torch.promote_types(grad.dtype, torch.float32) if adds else grad.dtype
+        dtype = _wide(grad.dtype) if adds else grad.dtype
         grad_k, grad_v = (_Elements(k_shape, dtype, work.unseen) for _ in range(2))
         for batch in work.batches:
             runs, saved = saved[:5], saved[5:]
             grad_runs = _gather(grad, batch.queries, zero_at=batch.padding)
-            of_q, of_k, of_v = _backward(grad_runs, *runs, dropout_p=0.0, **batch.options, scale=scale)
+            of_q, of_k, of_v = _backward(grad_runs, *runs, **batch.options, scale=scale)
             grad_q.put(batch.to_queries, of_q)
             for sums, of_runs in ((grad_k, of_k), (grad_v, of_v)):
                 sums.add(batch.to_keys, of_runs) if adds else sums.put(batch.to_keys, of_runs)
-        for at, keys, options in work.pieces(grad.dtype):
+        for at, keys, options in work.pieces():
             q, k, v, out, log_sum = saved
             parts = (grad[at], q[at], k[keys], v[keys], out[at], log_sum[at])
-            grad_q.whole[at], of_k, of_v = _backward(*parts, dropout_p=0.0, **options, scale=scale)
+            grad_q.whole[at], of_k, of_v = _backward(*parts, **options, scale=scale)
             for sums, of_tile in ((grad_k, of_k), (grad_v, of_v)):
                 if adds:
                     sums.whole[keys] += of_tile
                 else:
                     sums.whole[keys] = of_tile
         return grad_q.whole, grad_k.whole.to(grad.dtype), grad_v.whole.to(grad.dtype), None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a dtype's numbers are kept in: fp32 for half precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _Elements:

@@ -14,11 +14,12 @@ from typing import Literal
 
 from metalm.errors import ConfigError
 from metalm.reproduction.jobs import Command, Job, metalm, pipeline, tool
+from metalm.reproduction.this_machine import Precision, Scale
 
-Scale = Literal["cpu", "gpu"]
 SEARCH_SEED = 0
+PRECISION = "training.precision"
+"""The key that each training is given."""
 ON_GPU = (
-    "training.precision=bf16",
     "data.workers=1",
     "checkpoint.every_steps=1000",
     "monitor.evaluate_every_steps=200",
@@ -35,6 +36,8 @@ class Setting:
     out: Path
     scale: Scale
     seeds: int
+    precision: Precision = "fp32"
+    """Of all training and scoring."""
 
     def shared(self, name: str) -> Path:
         """The folder of what several arms share."""
@@ -46,7 +49,8 @@ class Setting:
         Args:
             name: of the pipeline, without `.yaml`.
         """
-        own = (f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}")
+        named = (f"run.folder={folder.parent}", f"run.name={folder.name}")
+        own = (*named, f"run.seed={seed}", f"{PRECISION}={self.precision}")
         return metalm("train", pipeline(name), *own, *(ON_GPU if self.scale == "gpu" else ()), *overrides)
 
     def steps_on_gpu(self, steps: int) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import yaml
 from metalm.commit import git_commit
 from metalm.errors import ConfigError
 from metalm.project_files import project_root
+from metalm.reproduction.this_machine import machine
 
 Command = tuple[str, ...]
 PIPELINES = "pipelines/reproduce"
@@ -140,14 +140,6 @@ def by_longest_path(jobs: Sequence[Job]) -> list[Job]:
     return sorted(jobs, key=lambda job: -job.minutes - following.get(job.name, 0.0))
 
 
-def machine() -> str:
-    """This machine, for people: no name of a host."""
-    import torch  # which takes seconds that lists and reports need not wait for
-
-    gpu = (torch.cuda.get_device_name(),) if torch.cuda.is_available() else ()
-    return ", ".join((*gpu, platform.machine(), _processor(), f"Python {platform.python_version()}"))
-
-
 def tool(name: str, *words: object) -> Command:
     """The command of a tool that comes with MetaLM."""
     return (sys.executable, str(project_root() / "tools" / f"{name}.py"), *map(str, words))
@@ -181,15 +173,3 @@ def _with_bases(path: Path) -> Iterator[bytes]:
     yield content
     if (base := yaml.safe_load(content).get("extends")) is not None:
         yield from _with_bases(path.parent / base)
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    pairs = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
-    names = [value for key, value in pairs if key == "model name"]
-    if not names:
-        return platform.processor()
-    # One name of a cloud's CPUs may stand for generations of which one is twice as fast as the other.
-    told = [f"{key} {value}" for key, value in pairs if key in ("cpu family", "model")][:2]
-    return f"{len(names)} x {names[0]}" + (f" ({', '.join(told)})" if told else "")

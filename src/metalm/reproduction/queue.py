@@ -146,12 +146,3 @@ def run_alone(jobs: Sequence[Job], name: str, out: Path, say: Callable[[str], No
         raise
     if problem is not None:
         raise FaultError(f"{name}: {problem}")
-
-
-def usual_parallel(scale: str) -> int:
-    """Jobs at once: on CPU one for each core, of four at most.
-
-    One job is far from filling a GPU: there three for four cores, since each has a process for data, too.
-    """
-    cores = os.cpu_count() or 1
-    return max(1, 3 * cores // 4) if scale == "gpu" else min(4, cores)

@@ -6,19 +6,20 @@ Figures are kept as JSON, with the scores of each seed, so that claims can be ru
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from metalm.errors import ConfigError
 from metalm.regular_files import replace_file
-from metalm.reproduction.arms import Scale, Setting
+from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Claim
 from metalm.reproduction.pictures import draw_all
 from metalm.reproduction.report import verdict_table
 from metalm.reproduction.results import ClaimResults, Figures
 from metalm.reproduction.sections import markdown_table
+from metalm.reproduction.this_machine import Scale
 
 MEASURED = "tools/measured/reproduction_{scale}"
 """The picture (.png) and the figures (.json), as seen from the README."""
@@ -91,8 +92,8 @@ def written_into(readme: str, results: Sequence[ClaimResults], scale: Scale, pic
         "",
         *markdown_table(verdict_table(results)),
         "",
-        f"{' or '.join(map(str, seeds))} seeds at scale `{scale}`; {_machines(results)}; "
-        f"commit {_commits(results)}.",
+        f"{' or '.join(map(str, seeds))} seeds at scale `{scale}`, in {_precisions(results)}; "
+        f"{_machines(results)}; commit {_commits(results)}.",
         "",
         f"![scores with their intervals]({picture})",
         "",
@@ -115,14 +116,22 @@ def _read(path: Path) -> dict[str, Figures]:
 
 
 def _commits(results: Sequence[ClaimResults]) -> str:
-    """The commits that a report's jobs were done by, and of which claims, where they differ."""
-    claims_at: dict[str, list[str]] = {}
+    return _of_claims(results, lambda figures: {origin.commit[:12] for origin in figures.origins})
+
+
+def _precisions(results: Sequence[ClaimResults]) -> str:
+    return _of_claims(results, lambda figures: figures.precisions)
+
+
+def _of_claims(results: Sequence[ClaimResults], told: Callable[[Figures], Collection[str]]) -> str:
+    """What their figures tell, and of which claims, where they differ."""
+    letters: dict[str, list[str]] = {}
     for one in results:
-        for commit in sorted({origin.commit[:12] for origin in one.figures.origins}):
-            claims_at.setdefault(commit, []).append(one.claim.letter)
-    if len(claims_at) > 1:
-        return ", ".join(f"{commit} ({', '.join(letters)})" for commit, letters in claims_at.items())
-    return next(iter(claims_at), "unknown")
+        for word in sorted(told(one.figures)):
+            letters.setdefault(word, []).append(one.claim.letter)
+    if len(letters) > 1:
+        return ", ".join(f"{word} ({', '.join(claims)})" for word, claims in letters.items())
+    return next(iter(letters), "unknown")
 
 
 def _machines(results: Sequence[ClaimResults]) -> str:

@@ -152,7 +152,7 @@ def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
         "Where and how long",
         (
             f"Commit {', '.join(commits)}; {'; '.join(machines)}.",
-            f"Scale {setting.scale}, {setting.seeds} seeds.",
+            f"Scale {setting.scale}, {setting.precision}, {setting.seeds} seeds.",
             f"{len(done)} of {len(jobs)} jobs are done, in {total / 60:.0f} minutes of wall time in all.",
             Table(("job", "minutes"), rows),
         ),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from metalm.reproduction.arms import Arm, Setting
+from metalm.reproduction.arms import PRECISION, Arm, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
 from metalm.reproduction.intervals import Interval, Verdict, interval, is_at_chance, judge, judge_all
-from metalm.reproduction.jobs import Marks
+from metalm.reproduction.jobs import Done, Marks
 from metalm.training.monitor.json_lines import read_metrics
 
 HELD_OUT = "held_out/tasks"
@@ -76,6 +76,8 @@ class Figures:
     curves: tuple[LossCurve, ...]
     arms: Mapping[str, ArmFacts]
     """By name."""
+    precisions: tuple[str, ...] = ("fp32",)
+    """That its arms were trained in."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,14 @@ def results_of(claim: Claim, setting: Setting) -> ClaimResults:
         {one.key: found for one in claim.series() if (found := _measure(one, setting)) is not None},
         tuple(curve for arm in claim.arms if (curve := _loss_curve(arm, setting)) is not None),
         {arm.name: facts for arm in claim.arms if (facts := _facts(arm, setting)) is not None},
+        tuple(sorted(_precisions(done))),
     )
     return ClaimResults(claim, figures)
+
+
+def _precisions(done: Sequence[Done]) -> set[str]:
+    words = {word for one in done for command in one.commands for word in command}
+    return {word.removeprefix(f"{PRECISION}=") for word in words if word.startswith(f"{PRECISION}=")}
 
 
 def _measure(series: Series, setting: Setting) -> Measured | None:
