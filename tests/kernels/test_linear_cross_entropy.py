@@ -1,6 +1,7 @@
 """The fused output layer and loss: against PyTorch, against Megatron's loss on two ranks, and its memory."""
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,14 @@ def test_any_chunk_size_gives_the_same(chunk_size: int) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_low_precision_losses_are_float32() -> None:
+@pytest.mark.parametrize("cached", [1, 5 * VOCAB_SIZE, 1000 * VOCAB_SIZE])
+def test_low_precision_losses_are_float32(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("metalm.kernels.linear_cross_entropy"), "_CACHED", cached)
     hidden, weight, labels, grad = draw(torch.bfloat16)
+    labels[::7] = -1
     ours = linear_cross_entropy(hidden, weight, labels, chunk_size=10)
-    expected = F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
+    logits = (hidden @ weight.T).float()
+    expected = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(ours, (hidden, weight), grad)

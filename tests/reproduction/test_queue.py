@@ -54,26 +54,45 @@ def test_what_all_wait_for_in_the_end_begins_first(tmp_path: Path) -> None:
     assert said(tmp_path) == "firstlongshort"
 
 
-def test_progress_is_told_in_expected_minutes_of_what_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    totals: list[float | None] = []
-    amounts: list[float] = []
+@pytest.fixture
+def of_runs(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """What each run of a queue has told as done, piece by piece."""
+    told: list[list[float]] = []
 
     class Noted(Phase):
-        def __init__(self, what: str, total: float | None = None, unit: str = "") -> None:
-            super().__init__(what, total, unit)
-            totals.append(total)
+        def __enter__(self) -> Phase:
+            told.append([])
+            return super().__enter__()
 
         def advance(self, amount: float = 1.0) -> None:
-            amounts.append(amount)
+            told[-1].append(amount)
 
     monkeypatch.setattr("metalm.reproduction.queue.Phase", Noted)
+    return told
+
+
+def test_progress_is_told_in_expected_minutes_of_what_is_left(
+    tmp_path: Path, of_runs: list[list[float]]
+) -> None:
     jobs = [replace(job(name, tmp_path), minutes=minutes) for name, minutes in (("a", 0.3), ("b", 20.0))]
     run(jobs[:1], tmp_path)
     run(jobs, tmp_path)
-    assert totals == [0.3, 20.0]
-    assert amounts == [0.3, 20.0]
+    assert [sum(one) for one in of_runs] == pytest.approx([0.3, 20.0])
+
+
+def test_a_job_that_runs_counts_until_it_takes_longer_than_expected(
+    tmp_path: Path, of_runs: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metalm.reproduction.queue._TICK_S", 0.1)
+    slow = job("slow", tmp_path, code="import time; time.sleep(1.5)")
+    run([replace(slow, minutes=0.005)], tmp_path / "over")
+    run([replace(slow, minutes=10.0)], tmp_path / "under")
+    over, under = of_runs
+    assert len(over) > 5
+    assert sum(over) == pytest.approx(0.005)
+    assert over[-5:] == [0.0] * 5
+    assert sum(under) == pytest.approx(10.0)
+    assert 0 < sum(under[:-1]) < 0.2
 
 
 def test_a_job_that_fails_stops_what_needs_it_and_no_more(tmp_path: Path) -> None:

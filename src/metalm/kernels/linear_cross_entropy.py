@@ -18,6 +18,8 @@ from torch import Tensor
 from metalm.loss_chunks import chunk_positions
 
 Backend = Literal["triton", "torch"]
+_CACHED = 1 << 17
+"""Logits that take half a mebibyte when they are widened."""
 
 
 def linear_cross_entropy(
@@ -111,8 +113,9 @@ class _Options:
         kept = self.keep(logits) if keeps else None
         if kept is not None and kept.largest is not None:
             return kept.largest + kept.values.sum(dim=1).log(), target, kept
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return wide.logsumexp(1), target.to(wide.dtype), kept
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        log_sum = torch.cat([logits[rows].to(dtype).logsumexp(1) for rows in _row_blocks(logits)])
+        return log_sum, target.to(dtype), kept
 
     def gradients(
         self, kept: _Kept, labels: Tensor, log_sum: Tensor, grad: Tensor
@@ -127,9 +130,12 @@ class _Options:
             return into_gradients(kept.values, labels, log_sum, grad, self.num_rows), None
         column, has_one = labels.clamp(min=0)[:, None], (labels >= 0)[:, None]
         if kept.largest is None:
-            found = kept.values.to(log_sum.dtype).sub_(log_sum[:, None]).exp_()
-            found.scatter_add_(1, column, -has_one.to(found.dtype))
-            return found.mul_(grad[:, None]).to(kept.values.dtype), None
+            ones = -has_one.to(log_sum.dtype)
+            for rows in _row_blocks(kept.values):
+                found = (kept.values[rows] - log_sum[rows, None]).exp_()
+                found.scatter_add_(1, column[rows], ones[rows])
+                kept.values[rows] = found.mul_(grad[rows, None])
+            return kept.values, None
         # Other ranks may have the sum almost alone: nothing is divided by what has underflowed.
         share = (kept.largest - log_sum).clamp(min=-80.0).exp()
         kept.values.scatter_add_(1, column, torch.where(has_one, -1.0 / share[:, None], 0.0))
@@ -205,6 +211,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    """Rows that are widened at once: on CPU few enough to stay in a core's cache."""
+    num_rows = max(1, _CACHED // logits.shape[1]) if logits.is_cpu else len(logits)
+    return _chunks(len(logits), num_rows)
 
 
 def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:

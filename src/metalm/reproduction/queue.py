@@ -19,6 +19,8 @@ from metalm.reproduction.jobs import Job, Marks, by_longest_path
 
 _TAIL = 1500
 """Characters of a failed job's output that are shown."""
+_TICK_S = 10.0
+"""Between two looks at how long jobs have been running."""
 
 
 class Queue:
@@ -51,7 +53,7 @@ class Queue:
         failed: dict[str, str] = {}
         waiting = by_longest_path(self._jobs)
         minutes = sum(job.minutes for job in waiting if self.marks.read(job) is None)
-        running: dict[Future[str | None], Job] = {}
+        running: dict[Future[str | None], _Started] = {}
         with (
             Phase("running jobs", minutes, "core-minutes") as phase,
             ThreadPoolExecutor(num_parallel) as pool,
@@ -67,14 +69,18 @@ class Queue:
                         elif len(running) < num_parallel:
                             waiting.remove(job)
                             self._say(f"start {job.name} ({len(waiting)} more)")
-                            running[pool.submit(self.run_job, job)] = job
+                            running[pool.submit(self.run_job, job)] = _Started(job)
                     if not running:
                         if any(done.issuperset(job.needs) for job in waiting):
                             continue
                         break  # what is left needs what failed
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        job = running.pop(future)
-                        phase.advance(job.minutes)
+                    ended = wait(running, _TICK_S, return_when=FIRST_COMPLETED).done
+                    for started in running.values():
+                        phase.advance(started.advance())
+                    for future in ended:
+                        started = running.pop(future)
+                        phase.advance(started.rest)
+                        job = started.job
                         if (problem := future.result()) is None:
                             done.add(job.name)
                         else:
@@ -120,6 +126,21 @@ class Queue:
             process.terminate()
         for process in running:
             process.wait()
+
+
+class _Started:
+    """A job that runs, and what of its expected minutes is not told as done yet."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.rest = job.minutes
+        self._began = time.monotonic()
+
+    def advance(self) -> float:
+        """Minutes that have gone by since the last call."""
+        left = max(0.0, self.job.minutes - (time.monotonic() - self._began) / 60)
+        gone, self.rest = self.rest - left, left
+        return gone
 
 
 def run_alone(jobs: Sequence[Job], name: str, out: Path, say: Callable[[str], None]) -> None:
