@@ -56,26 +56,26 @@ def frozen_decoder(setting: Setting) -> Claim:
             minutes=minutes,
         )
 
-    gpt = arm("b_gpt", "GPT: the same decoder, all of it trained", "b_without", 1.2, rates=(3e-4, 1e-3, 3e-3))
+    gpt = arm("b_gpt", "GPT: the same decoder, all of it trained", "b_without", 0.8, rates=(3e-4, 1e-3, 3e-3))
     metalm = arm(
         "b_metalm",
         "MetaLM: decoder frozen, MiniLM docked, its last two layers and the connector trained",
         "b_docked",
-        2.6,
+        1.7,
         rates=(1e-4, 3e-4, 1e-3),
     )
     random = arm(
         "b_random",
         "MetaLM, but its encoder began with random weights, and all of it is trained",
         "b_docked_random",
-        3.8,
+        2.5,
         rates=(3e-4, 1e-3, 3e-3),
     )
     gpt_others = arm(
         "b_gpt_others",
         "GPT, trained on products, tweets and news",
         "b_without",
-        1.2,
+        0.9,
         trained_on="others",
         rate_of=gpt,
     )
@@ -83,7 +83,7 @@ def frozen_decoder(setting: Setting) -> Claim:
         "b_metalm_others",
         "MetaLM, trained on products, tweets and news",
         "b_docked",
-        2.6,
+        1.7,
         trained_on="others",
         rate_of=metalm,
     )
@@ -91,7 +91,7 @@ def frozen_decoder(setting: Setting) -> Claim:
         "b_shuffled",
         "MetaLM, trained on shuffled labels",
         "b_docked",
-        2.6,
+        1.7,
         trained_on="shuffled",
         rate_of=metalm,
     )
@@ -179,7 +179,7 @@ def _shared(setting: Setting) -> Iterator[Job]:
     yield shared_job("guessed_train", answers_drawn, "text_shards")
     data = (f"data.tokenizer={tokenizer}", f"data.sources.text.path={shards}")
     trained = setting.train("text", setting.shared("text"), 1, *data)
-    yield shared_job("text", [trained], "text_shards", minutes=3.6)
+    yield shared_job("text", [trained], "text_shards", minutes=2.2)
     docking = (
         *data,
         f"data.sources.guessed.path={setting.shared('guessed_train')}",
@@ -187,12 +187,12 @@ def _shared(setting: Setting) -> Iterator[Job]:
     )
     needs = ("text", "guessed_train")
     without = setting.train("b_dock", setting.shared("b_without"), 1, *docking, *WITHOUT_ENCODER)
-    yield shared_job("b_without", [without], *needs, minutes=0.5)
+    yield shared_job("b_without", [without], *needs, minutes=0.4)
     docked = setting.train("b_dock", setting.shared("b_docked"), 1, *docking, _encoder(setting, "b_docked"))
-    yield shared_job("b_docked", [docked], *needs, minutes=1.2)
+    yield shared_job("b_docked", [docked], *needs, minutes=0.7)
     random = (_encoder(setting, "b_docked_random"), *TRAINED_AS_A_WHOLE)
     docked = setting.train("b_dock", setting.shared("b_docked_random"), 1, *docking, *random)
-    yield shared_job("b_docked_random", [docked], *needs, "random_encoder", minutes=1.9)
+    yield shared_job("b_docked_random", [docked], *needs, "random_encoder", minutes=1.2)
     films, others = [_worded(setting, "films")], [_worded(setting, domain) for domain in OTHERS]
     for split in ("train", "validation"):
         yield shared_job(f"films_{split}", [setting.examples(f"films_{split}", films, split)], "text_shards")

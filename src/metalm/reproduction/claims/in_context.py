@@ -36,8 +36,8 @@ def in_context(setting: Setting) -> Claim:
             minutes=minutes,
         )
 
-    gpt = arm("d_gpt", "GPT, pretrained alone", "a_text", 6.5)
-    metalm = arm("d_metalm", "MetaLM, pretrained alone", "a_pretrain", 7.5)
+    gpt = arm("d_gpt", "GPT, pretrained alone", "a_text", 4.5)
+    metalm = arm("d_metalm", "MetaLM, pretrained alone", "a_pretrain", 5.5)
     series = {(one, shots): Series(one, f"{shots} shots") for one in (gpt, metalm) for shots in SHOTS}
     return Claim(
         letter="d",

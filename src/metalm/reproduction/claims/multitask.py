@@ -68,9 +68,9 @@ def multitask(setting: Setting) -> Claim:
     steps = STEPS[setting.scale]
     warmup = f"training.schedule.warmup_steps={steps // 10}"
     finetuning = Finetuning(setting, "i", steps, asked, chosen_on, (warmup,))
-    metalm = finetuning.arm("i_metalm", METALM, 13.0)
-    gpt = finetuning.arm("i_gpt", GPT, 9.0)
-    large = finetuning.arm("i_gpt_large", LARGE_GPT, 13.0)
+    metalm = finetuning.arm("i_metalm", METALM, 9.0)
+    gpt = finetuning.arm("i_gpt", GPT, 6.0)
+    large = finetuning.arm("i_gpt_large", LARGE_GPT, 9.0)
     return Claim(
         letter="i",
         title="Multitask finetuning, by cluster",

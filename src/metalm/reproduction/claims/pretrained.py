@@ -144,12 +144,12 @@ def _jobs(setting: Setting) -> Iterator[Job]:
         command = setting.train(pipeline, setting.shared(job), 1, *data, *more)
         return shared_job(job, [command], needs, minutes=minutes)
 
-    yield pretrained(GPT.job, "a_text", 4.5, "a_shards")
-    yield pretrained(LARGE_GPT.job, "a_text", 15.0, "a_shards", _AS_MANY_LAYERS)
-    yield pretrained("a_encoder", "a_encoder", 7.0, "a_shards")
+    yield pretrained(GPT.job, "a_text", 5.0, "a_shards")
+    yield pretrained(LARGE_GPT.job, "a_text", 9.0, "a_shards", _AS_MANY_LAYERS)
+    yield pretrained("a_encoder", "a_encoder", 5.8, "a_shards")
     has_judged = f"initialize.encoders={setting.shared('a_encoder')}"
     connector = 'initialize.new=["encoders.text.connector.*"]'
-    yield pretrained(METALM.job, "a_pretrain", 6.5, "a_encoder", has_judged, connector)
+    yield pretrained(METALM.job, "a_pretrain", 6.3, "a_encoder", has_judged, connector)
     onto = f"initialize.decoder={setting.shared(GPT.job)}"
     yield pretrained(DOCKED.job, "a_dock", 0.7, GPT.job, onto, _minilm(setting))
 

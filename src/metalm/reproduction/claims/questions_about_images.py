@@ -14,9 +14,9 @@ TRAINED_ON = {"1": 366, "10": 3657, "100": 36566}
 STEPS = {"cpu": {"1": 100, "10": 300, "100": 3300}, "gpu": {"1": 200, "10": 800, "100": 3000}}
 QUESTIONS = {"cpu": 2000, "gpu": 9673}
 MINUTES = {
-    "joint": {"1": 1.3, "10": 3.5, "100": 33.0},
-    "patches": {"1": 1.0, "10": 2.0, "100": 24.0},
-    "question": {"1": 0.7, "10": 1.5, "100": 13.0},
+    "joint": {"1": 1.0, "10": 2.4, "100": 22.0},
+    "patches": {"1": 0.8, "10": 1.5, "100": 16.0},
+    "question": {"1": 0.6, "10": 1.1, "100": 9.0},
 }
 SHARE_OF_YES = 3611 / 9673
 """The most frequent answer among the questions that are tested on."""
@@ -47,7 +47,7 @@ def questions_about_images(setting: Setting) -> Claim:
         (_test(setting, "joint"),),
         ("shared/f_shuffled_train", "shared/f_validation"),
         rate_of=arms["joint", SEARCHED_AT],
-        minutes=2.0,
+        minutes=2.4,
     )
 
     def series(name: str, share: str) -> Series:

@@ -49,7 +49,7 @@ def questions_about_photographs(setting: Setting) -> Claim:
             tuple(asked),
             (f"shared/{train}", f"shared/{examples}_validation"),
             rate_of=searchers[f"f_{name}_{SEARCHED_AT}"],
-            minutes=4.0,
+            minutes=2.8,
         )
 
     arms = {(name, trained_on): arm(name, trained_on) for trained_on in TASKS for name in ARMS}
