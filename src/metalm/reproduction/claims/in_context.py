@@ -37,7 +37,7 @@ def in_context(setting: Setting) -> Claim:
         )
 
     gpt = arm("d_gpt", "GPT, pretrained alone", "a_text", 4.5)
-    metalm = arm("d_metalm", "MetaLM, pretrained alone", "a_pretrain", 5.5)
+    metalm = arm("d_metalm", "MetaLM, pretrained alone", "a_pretrain", 8.0)
     series = {(one, shots): Series(one, f"{shots} shots") for one in (gpt, metalm) for shots in SHOTS}
     return Claim(
         letter="d",
