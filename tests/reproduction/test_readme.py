@@ -16,6 +16,7 @@ from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Claim
 from metalm.reproduction.jobs import Marks
 from metalm.reproduction.readme import markers, write_into
+from metalm.reproduction.report import write_report
 from metalm.reproduction.results import results_of
 from reproduction.made_up import GPT, METALM, SHUFFLED, claim, write_scores
 
@@ -89,8 +90,12 @@ def test_the_table_says_in_which_precision_its_claims_were_trained(
     readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow = Setting(tmp_path, tmp_path / "first", "cpu", 3, "bf16")
-    told = write(readme, narrow, ran(narrow, "x", [0.80, 0.82, 0.81], "a", monkeypatch))
-    assert "3 seeds at scale `cpu`, in bf16; " in told
+    one = ran(narrow, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
+    assert "3 seeds at scale `cpu`, in bf16; " in write(readme, narrow, one)
+    # It is told by what was run, not by what this machine would run.
+    reported = replace(narrow, precision="fp32")
+    write_report([results_of(one, reported)], list(one.jobs(reported)), reported, lambda line: None)
+    assert "Scale cpu, in bf16, 3 seeds." in (narrow.out / "report.md").read_text()
     wide = Setting(tmp_path, tmp_path / "second", "cpu", 3, "fp32")
     told = write(readme, wide, ran(wide, "y", [0.59, 0.63, 0.60], "a", monkeypatch))
     assert "3 seeds at scale `cpu`, in bf16 (x), fp32 (y); " in told

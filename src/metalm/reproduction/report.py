@@ -15,7 +15,7 @@ from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.intervals import Interval
 from metalm.reproduction.jobs import Job, Marks
 from metalm.reproduction.pictures import draw_all, draw_claim
-from metalm.reproduction.results import ClaimResults
+from metalm.reproduction.results import ClaimResults, precisions
 from metalm.reproduction.sections import Block, Picture, Section, Table, as_markdown, as_page
 
 TITLE = "The paper's claims in small"
@@ -148,11 +148,12 @@ def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
     rows = tuple((job.name, f"{found.seconds / 60:.1f}") for job, found in done)
     commits = sorted({found.commit or "unknown" for _, found in done})
     machines = sorted({found.machine for _, found in done})
+    trained_in = " and ".join(precisions([found for _, found in done])) or "no precision yet"
     return Section(
         "Where and how long",
         (
             f"Commit {', '.join(commits)}; {'; '.join(machines)}.",
-            f"Scale {setting.scale}, {setting.precision}, {setting.seeds} seeds.",
+            f"Scale {setting.scale}, in {trained_in}, {setting.seeds} seeds.",
             f"{len(done)} of {len(jobs)} jobs are done, in {total / 60:.0f} minutes of wall time in all.",
             Table(("job", "minutes"), rows),
         ),

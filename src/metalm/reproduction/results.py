@@ -141,14 +141,15 @@ def results_of(claim: Claim, setting: Setting) -> ClaimResults:
         {one.key: found for one in claim.series() if (found := _measure(one, setting)) is not None},
         tuple(curve for arm in claim.arms if (curve := _loss_curve(arm, setting)) is not None),
         {arm.name: facts for arm in claim.arms if (facts := _facts(arm, setting)) is not None},
-        tuple(sorted(_precisions(done))),
+        precisions(done),
     )
     return ClaimResults(claim, figures)
 
 
-def _precisions(done: Sequence[Done]) -> set[str]:
+def precisions(done: Sequence[Done]) -> tuple[str, ...]:
+    """What the trainings of jobs that are done were run in, each once."""
     words = {word for one in done for command in one.commands for word in command}
-    return {word.removeprefix(f"{PRECISION}=") for word in words if word.startswith(f"{PRECISION}=")}
+    return tuple(sorted(word.partition("=")[2] for word in words if word.startswith(f"{PRECISION}=")))
 
 
 def _measure(series: Series, setting: Setting) -> Measured | None:
