@@ -36,7 +36,7 @@ def in_context(setting: Setting) -> Claim:
             minutes=minutes,
         )
 
-    gpt = arm("d_gpt", "GPT, pretrained alone", "a_text", 4.5)
+    gpt = arm("d_gpt", "GPT, pretrained alone", "a_text", 6.0)
     metalm = arm("d_metalm", "MetaLM, pretrained alone", "a_pretrain", 8.0)
     series = {(one, shots): Series(one, f"{shots} shots") for one in (gpt, metalm) for shots in SHOTS}
     return Claim(
