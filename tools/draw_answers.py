@@ -9,6 +9,7 @@ from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
 from metalm.modalities.image import write_png
+from metalm.outputs import writing
 from metalm.tasks.answer_pictures import draw_answers
 from metalm.tasks.task_file import load_task
 
@@ -25,8 +26,10 @@ def main() -> None:
     if min(options.count, options.columns) < 1:
         parser.error("--count and --columns must be positive")
     task = load_task(options.task)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_png(options.out, draw_answers(task, options.data, options.answers, options.count, options.columns))
+    drawn = draw_answers(task, options.data, options.answers, options.count, options.columns)
+    with writing(options.out, "name another file with --out"):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_png(options.out, drawn)
     print(options.out)
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from metalm.cli import ToolParser, run_tool
 from metalm.config.load import read_yaml
+from metalm.outputs import writing
 from metalm.tasks.importing import into_task, read_flan, read_promptsource
 from metalm.tasks.task_file import find_tasks
 
@@ -53,8 +54,9 @@ def main() -> None:
         origin=str(options.out),
     )
     content = yaml.safe_dump(made.content, sort_keys=False, allow_unicode=True, width=110)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(f"# The templates are those of {options.templates}.\n{content}")
+    with writing(options.out, "name another file with --out"):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(f"# The templates are those of {options.templates}.\n{content}")
     for name, why in made.refused.items():
         print(f"left out {name}: {why}", file=sys.stderr)
     print(f"{options.out}: {len(made.content['templates'])} template(s)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -16,9 +17,10 @@ from metalm.cli import ToolParser, run_tool
 from metalm.data.preparation.example_shards import prepare_examples
 from metalm.data.preparation.folder import describe_shards
 from metalm.data.preparation.shard_arguments import add_shard_arguments, check_numbers
-from metalm.tasks.mixture import TaskExamples, Wordings, choose_tasks
+from metalm.errors import ConfigError
+from metalm.tasks.mixture import TaskExamples, Wordings, choose_tasks, lacking
 from metalm.tasks.records import TaskData
-from metalm.tasks.task_file import find_tasks, load_task
+from metalm.tasks.task_file import TaskFile, find_tasks, load_task
 
 
 def main() -> None:
@@ -45,6 +47,7 @@ def main() -> None:
         clusters = _words(options.clusters) or (sorted({t.cluster for t in tasks}) if options.tasks else [])
         tasks = choose_tasks(tasks, clusters, _words(options.hold_out))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    tasks = _without_those_that_lack(tasks, options.split, options.wordings, are_named=bool(options.tasks))
     started = time.monotonic()
     settings = {
         "split": options.split,
@@ -57,7 +60,7 @@ def main() -> None:
         options.out,
         plan={
             "tasks": [task.model_dump(mode="json") for task in tasks],
-            "sizes": [TaskData(task, options.data).sizes(options.split) for task in tasks],
+            "data": [TaskData(task, options.data).digests(options.split) for task in tasks],
             **settings,
         },
         shard_bytes=int(options.shard_mib * 2**20),
@@ -68,6 +71,26 @@ def main() -> None:
             report, ("examples", "answers", "media", "bytes"), options.out, time.monotonic() - started
         )
     )
+
+
+def _without_those_that_lack(
+    tasks: Sequence[TaskFile], split: str, wordings: Wordings, *, are_named: bool
+) -> list[TaskFile]:
+    """The tasks that can be trained on so.
+
+    Args:
+        are_named: by the user, who is not to miss one.
+
+    Raises:
+        ConfigError: one of those that are named cannot, or none can.
+    """
+    lacks = {task.task: what for task in tasks if (what := lacking(task, split, wordings))}
+    told = ", ".join(f"{name} has {what}" for name, what in lacks.items())
+    if lacks and (are_named or len(lacks) == len(tasks)):
+        raise ConfigError(f"{told}: choose other tasks, or another --split or --wordings")
+    if lacks:
+        logging.info("left out: %s", told)
+    return [task for task in tasks if task.task not in lacks]
 
 
 def _words(text: str) -> list[str]:

@@ -10,9 +10,11 @@ Example: python tools/vary_task.py shuffled data/real/vader/tasks/vader_films.ya
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.outputs import writing
 from metalm.progress import Phase
 from metalm.reproduction.variants import (
     write_blind,
@@ -34,6 +36,11 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=1000, help="of `worded`: examples of a task")
     parser.add_argument("--out", type=Path, required=True, help="a file of texts, else a folder")
     options = parser.parse_args()
+    with writing(options.out, "name another place with --out"):
+        _write(options)
+
+
+def _write(options: argparse.Namespace) -> None:
     if options.what == "texts":
         fields = options.fields.split(",")
         with Phase("writing texts"):

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from metalm.errors import BusyError, ConfigError
+from metalm.file_lock import try_lock
 from metalm.run_folder import LOCK_NAME
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ _PROBE_S = 0.5
 """`find_holder` has the lock for less."""
 _MOST_BYTES = 1 << 16
 _SINCE = "%Y-%m-%d %H:%M:%S"
-_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -273,17 +273,11 @@ def _parse(content: bytes) -> Holder | None:
 def _lock(descriptor: int, path: Path, patience_s: float = 0.0) -> bool | None:
     """Whether the lock could be taken; None where the file system knows no locks."""
     deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno in _UNSUPPORTED:
-                logger.warning("%s: no locks here (%s); its heartbeat alone guards the folder", path, error)
-                return None
-            if time.monotonic() >= deadline:
-                return False
+    while (is_locked := try_lock(descriptor)) is False and time.monotonic() < deadline:
         time.sleep(_PROBE_S / 10)
+    if is_locked is None:
+        logger.warning("%s: no locks here; its heartbeat alone guards the folder", path)
+    return is_locked
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -154,12 +154,33 @@ def test_a_device_that_is_not_there_is_refused(workshop: Workshop, device: str) 
         generate_from_folder(workshop.exported(KIND), "the fox", device=device)
 
 
-@pytest.mark.parametrize("option", ["--max-new-tokens", "--num-beams"])
-def test_counts_are_numbers_above_0(
-    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "option", "value", "message"),
+    [
+        ("generate", "--max-new-tokens", "0", "'0' is no number above 0"),
+        ("generate", "--num-beams", "0", "'0' is no number above 0"),
+        ("generate", "--seed", "-1", "'-1' is no number from 0 on"),
+        ("generate", "--seed", str(2**32), "4294967296 is above 4,294,967,295"),
+        (
+            "generate",
+            "--temperature",
+            "1e-300",
+            "'1e-300': give 0 for the likeliest tokens, or 0.001 or more",
+        ),
+        ("chat", "--temperature", "nan", "'nan': give 0 for the likeliest tokens, or 0.001 or more"),
+        ("chat", "--port", "70000", "70000 is above 65,535"),
+    ],
+)
+def test_numbers_of_no_use_are_refused(
+    command: str,
+    option: str,
+    value: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["metalm", "generate", "exported", option, "0"])
+    monkeypatch.setattr("sys.argv", ["metalm", command, "exported", option, value])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 64
-    assert f"argument {option}: '0' is no number above 0" in capsys.readouterr().err
+    assert f"argument {option}: {message}" in capsys.readouterr().err

@@ -240,6 +240,7 @@ def folder_content(folder: Path) -> dict[str, bytes]:
     [
         (("--shots", "one"), "give numbers with commas between"),
         (("--limit", "0"), "is no number above 0"),
+        (("--seed", "-1"), "'-1' is no number from 0 on"),
         (("--readers", "image"), "say who reads what"),
         (("--readers", "image=scene"), "the model's encoders are image, text"),
         (("parallel.tensor=1",), "is for runs"),

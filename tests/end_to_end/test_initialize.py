@@ -72,6 +72,17 @@ def test_one_component_may_start_from_scratch(tiny_data: Path, source: Path, tmp
     assert not torch.allclose(after.read("encoders", name), before.read("encoders", name))
 
 
+def test_a_run_that_goes_on_from_another_needs_steps_beyond_it(
+    tiny_data: Path, source: Path, tmp_path: Path
+) -> None:
+    words = (f"initialize.run={source}", "training.schedule.warmup_steps=0")
+    code, output = train(tiny_data, tmp_path, "none", *words, "training.steps=3")
+    assert (code, "Traceback" in output) == (64, False), output
+    assert "training.steps = 3 leaves nothing to train: initialize.run goes on from step 3" in output
+    code, output = train(tiny_data, tmp_path, "one", *words, "training.steps=4")
+    assert code == 0, output
+
+
 def test_what_cannot_be_started_from_is_refused(tiny_data: Path, source: Path, tmp_path: Path) -> None:
     for overrides, message in (
         ((f"initialize.decoder={tmp_path}",), "neither a checkpoint nor a run folder"),

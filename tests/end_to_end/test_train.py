@@ -189,6 +189,19 @@ def test_a_signal_stops_a_run_after_saving(tiny_data: Path, tmp_path: Path) -> N
     assert json.loads((folder / "state.json").read_text())["step"] == max(losses(run))
 
 
+def test_what_was_trained_before_the_data_failed_is_saved(tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data / "text", tmp_path / "text")
+    words = (f"data.sources.text.path={tmp_path / 'text'}", "checkpoint.every_steps=2000", "data.workers=0")
+    ranks = Ranks(train(tiny_data, tmp_path, "hurt", "training.steps=2000", *words))
+    run = tmp_path / "hurt"
+    wait_until(lambda: len(losses(run)) > 1, ranks, timeout_s=120)
+    for shard in (tmp_path / "text").glob("*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    assert ranks.wait(timeout_s=60) == [65], ranks.output()
+    (folder,) = list_checkpoints(run / "checkpoints")
+    assert json.loads((folder / "state.json").read_text())["step"] == max(losses(run))
+
+
 def test_a_run_leaves_as_a_hugging_face_model_and_speaks(
     tiny_data: Path, whole_run: tuple[Path, str], tmp_path: Path
 ) -> None:

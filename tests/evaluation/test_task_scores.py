@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from metalm.errors import ConfigError
+from metalm.errors import ConfigError, DataError
+from metalm.evaluation.likelihoods import Likelihood
+from metalm.evaluation.task_results import TaskResult, table
 from metalm.evaluation.task_scores import Evaluated, evaluate_tasks, require_out
-from metalm.tasks.task_file import TaskFile, load_task
+from metalm.tasks.metrics import Score
+from metalm.tasks.task_file import IN_CONTEXT, TaskFile, load_task
 from metalm.tasks.ways import TaskSettings
 
 WORDING: dict[str, Any] = {"plain": ["question: {question}"], "target": " {answer}"}
@@ -87,7 +91,7 @@ def test_results_of_the_same_model_stay_when_other_tasks_are_asked(tmp_path: Pat
         evaluate_tasks(Repeats(), [task], asked, model, out, print)  # type: ignore[arg-type]
         entries = json.loads((out / "results.json").read_text())
         rows = [line for line in (out / "results.md").read_text().splitlines() if "exact_match" in line]
-        assert len([row for row in rows if "generation" in row]) == len(entries)
+        assert len([row for row in rows if "| generation |" in row]) == len(entries)
         return [(entry["task"], entry["shots"]) for entry in entries]
 
     assert ask(first, shots=(0,)) == [("pets", 0)]
@@ -97,6 +101,83 @@ def test_results_of_the_same_model_stay_when_other_tasks_are_asked(tmp_path: Pat
     assert entry["scores"]["exact_match"] == {"value": 1.0, "standard_error": None, "count": 1}
     (out / "answers").rename(tmp_path / "answers of others")
     assert ask(second, "trained further", shots=(1,)) == [("others", 1)]
+
+
+def test_results_of_another_evaluation_that_ends_meanwhile_stay(tmp_path: Path) -> None:
+    out, first, second = tmp_path / "out", write_task(tmp_path), write_task(tmp_path, "others")
+    asked, model = TaskSettings(data=tmp_path), Evaluated("a model", "as it is")
+
+    class Interrupted(Repeats):
+        """Another process scores the second task while this one asks the first."""
+
+        def continuations(self, prompts: Sequence[Any], *_: Any) -> list[str]:
+            evaluate_tasks(Repeats(), [second], asked, model, out, print)  # type: ignore[arg-type]
+            return super().continuations(prompts)
+
+    evaluate_tasks(Interrupted(), [first], asked, model, out, print)  # type: ignore[arg-type]
+    entries = json.loads((out / "results.json").read_text())
+    assert [entry["task"] for entry in entries] == ["others", "pets"]
+
+
+def test_answers_to_data_that_were_mended_are_asked_for_again(tmp_path: Path) -> None:
+    task, asked, model = write_task(tmp_path), TaskSettings(data=tmp_path), Evaluated("a model", "as it is")
+    evaluate_tasks(Repeats(), [task], asked, model, tmp_path / "out", print)  # type: ignore[arg-type]
+    file = tmp_path / "pets/validation.jsonl"
+    file.write_text(file.read_text().replace("cat", "dog"))
+    with pytest.raises(ConfigError, match="answers of another model, task, data or setting"):
+        evaluate_tasks(Repeats(), [task], asked, model, tmp_path / "out", print)  # type: ignore[arg-type]
+
+
+def test_what_could_not_be_asked_is_asked_again(tmp_path: Path) -> None:
+    task, asked, model = write_task(tmp_path), TaskSettings(data=tmp_path), Evaluated("a model", "as it is")
+
+    class Missing(Repeats):
+        """A model that cannot read what is asked."""
+
+        def continuations(self, prompts: Sequence[Any], *_: Any) -> Any:
+            return [None for _ in prompts]
+
+    with pytest.raises(DataError, match="no question of validation could be asked: {'undecodable': 1}"):
+        evaluate_tasks(Missing(), [task], asked, model, tmp_path / "out", print)  # type: ignore[arg-type]
+    (result,) = evaluate_tasks(Repeats(), [task], asked, model, tmp_path / "out", print)  # type: ignore[arg-type]
+    assert (result.questions, result.skipped) == (1, {})
+
+
+def test_a_model_that_says_nan_has_no_score(tmp_path: Path) -> None:
+    task = write_task(tmp_path)
+    task = task.model_copy(update={"options": {"cat": "cat", "dog": "dog"}})
+    asked, model = TaskSettings(data=tmp_path, scored_by="likelihood"), Evaluated("a model", "as it is")
+
+    class Broken(Repeats):
+        """A model with nan in its weights."""
+
+        def likelihoods(self, documents: Sequence[Any], *_: Any) -> list[Likelihood]:
+            return [Likelihood(math.nan, 1) for _ in documents]
+
+    with pytest.raises(DataError, match="pets: the likelihood of an answer to validation:0 is nan"):
+        evaluate_tasks(Broken(), [task], asked, model, tmp_path / "out", print)  # type: ignore[arg-type]
+
+
+def test_means_are_over_wordings_of_one_kind_alone() -> None:
+    def result(split: str, template: str, value: float, task: str = "pets", by: str = "generation") -> Any:
+        scores = {"exact_match": Score(value, 0.1, 9)}
+        return TaskResult(task, "misc", split, template, 0, by, scores, 9)
+
+    def means(results: Sequence[TaskResult]) -> list[str]:
+        return [line for line in table(results, "a model").splitlines() if line.endswith("00 |")]
+
+    results = [
+        result("validation", "one", 0.2),
+        result("validation", "two", 0.4),
+        result("test", "one", 0.9),
+        result("validation", IN_CONTEXT, 0.6),
+        result("validation", IN_CONTEXT, 0.8, by="likelihood"),
+    ]
+    how = "as finetuned, by generation | exact_match"
+    assert means(results) == [f"| pets, validation, {how} | 0.3000 | 0.4000 |"]
+    results = [result("validation", "one", 0.2), result("test", "one", 0.4, "others")]
+    assert means(results) == [f"| cluster misc, {how} | 0.3000 | 0.3000 |"]
+    assert means([*results, result("test", "one", 0.9)]) == []
 
 
 def test_results_of_before_that_name_no_model_or_are_damaged_are_replaced(tmp_path: Path) -> None:

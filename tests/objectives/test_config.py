@@ -61,6 +61,12 @@ def test_rows_of_replaced_tokens_are_not_cut() -> None:
         build_objective(config)
 
 
+def test_a_run_of_replaced_tokens_is_scored_on_no_tasks() -> None:
+    config = load_config(PIPELINES / "pretrain_text_encoder_tiny.yaml", ["monitor.tasks={names: [boolq]}"])
+    with pytest.raises(ConfigError, match="training.replaced_tokens: monitor.tasks must be null"):
+        build_objective(config)
+
+
 def test_the_objective_is_that_whose_section_the_config_has() -> None:
     assert isinstance(build_objective(load_config(PIPELINES / "demo.yaml")), SemiCausal)
     pretraining = load_config(PIPELINES / "pretrain_text_encoder.yaml")

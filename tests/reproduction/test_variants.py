@@ -25,7 +25,7 @@ from metalm.reproduction.variants import (
 )
 from metalm.tasks.records import TaskData
 from metalm.tasks.rendering import render
-from metalm.tasks.task_file import load_task
+from metalm.tasks.task_file import find_tasks, load_task
 from reproduction.invented import write_task
 
 TEXTS = {
@@ -90,6 +90,20 @@ def test_a_blind_task_has_no_image(task: Path, tmp_path: Path) -> None:
     blind = load_task(tmp_path / "blind" / task.name)
     assert blind.templates[0].span == ("Text: {text}",)
     assert not blind.data.media
+    with pytest.raises(DataError, match="the task has no images"):
+        write_blind(tmp_path / "blind" / task.name, tmp_path / "blinder")
+
+
+def test_wordings_of_other_shapes_are_varied_or_refused(tmp_path: Path) -> None:
+    shipped = find_tasks()
+    write_encoded(shipped["winogrande"], tmp_path)  # its in-context wording has no span
+    assert load_task(tmp_path / "winogrande.yaml").icl is not None
+    write_blind(shipped["nlvr2"], tmp_path)
+    assert not load_task(tmp_path / "nlvr2.yaml").data.media
+    with pytest.raises(DataError, match="a wording has several spans"):
+        write_encoded(shipped["nlvr2"], tmp_path)
+    with pytest.raises(DataError, match="the task has no split train"):
+        write_worded([shipped["nocaps"]], tmp_path, tmp_path / "worded.jsonl", most=2)
 
 
 def test_images_of_other_records_are_asked_about(tmp_path: Path) -> None:

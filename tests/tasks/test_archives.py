@@ -14,6 +14,7 @@ import pytest
 
 from metalm.errors import DataError
 from metalm.tasks.data_files import DataFiles
+from metalm.tasks.readers.tables import read_csv, read_json, read_jsonl
 
 MODES = ["w", "w:gz", "w:bz2", "w:xz"]
 
@@ -61,13 +62,23 @@ def test_a_damaged_member_of_a_zip_is_refused(tmp_path: Path) -> None:
     (tmp_path / "packed").write_bytes(content)
     with pytest.raises(DataError, match="a.txt cannot be read"):
         DataFiles(tmp_path, "packed").read("a.txt")
+    for read in (read_jsonl, read_csv, read_json):
+        with pytest.raises(DataError, match="a.txt cannot be read"):
+            list(read(DataFiles(tmp_path, "packed"), ["a.txt"], "train"))
 
 
-def test_sizes_are_of_files_or_of_the_archive_which_is_not_opened(tmp_path: Path) -> None:
+def test_digests_are_of_files_or_of_the_archive_which_is_not_unpacked(tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
-    (tmp_path / "packed/all.tar.gz").write_bytes(b"not opened")
+    (tmp_path / "packed/all.tar.gz").write_bytes(b"no archive")
     (tmp_path / "train.csv").write_text("a,b\n")
     files = DataFiles(tmp_path, "packed/all.tar.gz")
-    assert files.sizes(["train.csv", "validation.csv"]) == {"train.csv": 4, "packed/all.tar.gz": 10}
+    before = files.digests(["train.csv", "validation.csv"])
+    assert list(before) == ["train.csv", "validation.csv"]
+    assert files.digests(["train.csv", "validation.csv"]) == before
+    (tmp_path / "train.csv").write_text("a,c\n")  # as long
+    after = files.digests(["train.csv", "validation.csv"])
+    assert after["train.csv"] != before["train.csv"] and after["validation.csv"] == before["validation.csv"]
+    (tmp_path / "train.csv").rename(tmp_path / "trainings.csv")
+    assert files.digests(["train*.csv"])["train*.csv"] != after["train.csv"]
     with pytest.raises(DataError, match="is not there"):
-        DataFiles(tmp_path).sizes(["validation.csv"])
+        DataFiles(tmp_path).digests(["validation.csv"])

@@ -12,7 +12,8 @@ import yaml
 
 from metalm.errors import EXIT_USAGE, ConfigError, DataError
 from metalm.tasks.records import Tally, TaskData
-from metalm.tasks.task_file import OwnOptions, load_task
+from metalm.tasks.task_file import OwnOptions, find_tasks, load_task
+from metalm.tasks.ways import TaskSettings
 from tiny_pipeline import REPOSITORY
 
 TASK: dict[str, Any] = {
@@ -148,3 +149,63 @@ def test_other_data_are_not_taken_for_those_that_were_prepared(tmp_path: Path) -
     code, output = prepare(folders[1])
     assert code == EXIT_USAGE, output
     assert "Traceback" not in output
+    file = folders[0] / "sums/train.csv"
+    file.write_text(file.read_text().replace("0 + 1,1,0,1", "0 + 1,1,0,0"))  # as long, another answer
+    assert prepare(folders[0])[0] == EXIT_USAGE
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tasks", "nocaps"), "nocaps has no split train (it has validation)"),
+        (("--tasks", "boolq", "--split", "foo"), "boolq has no split foo (it has train, validation)"),
+        (
+            ("--tasks", "nocaps", "--split", "validation", "--wordings", "drawn"),
+            "nocaps has no wording for instruction_tuning",
+        ),
+    ],
+)
+def test_tasks_that_are_named_and_lack_what_is_trained_on_are_refused(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    code, output = prepare_tasks(*words, "--out", str(tmp_path / "out"))
+    assert (code, message in output, "Traceback" in output) == (EXIT_USAGE, True, False), output
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_of_a_cluster_that_are_for_evaluation_alone_are_left_out(tmp_path: Path) -> None:
+    code, output = prepare_tasks("--clusters", "vl", "--out", str(tmp_path / "out"))
+    assert code == 0, output
+    assert "left out: esnli_ve_explanations has no split train" in output
+    assert "vqav2" in output
+
+
+def prepare_tasks(*words: str) -> tuple[int, str]:
+    command = [sys.executable, str(REPOSITORY / "tools/prepare_tasks.py"), *words]
+    data = ["--data", str(REPOSITORY / "tests/tasks/data"), "--processes", "1"]
+    done = subprocess.run([*command, *data], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("winogrande", {"shots": (0,), "scored_by": "generation"}, "for comparing options by likelihood"),
+        ("copa", {"shots": (0,), "scored_by": "generation"}, "for comparing options by likelihood"),
+        ("boolq", {"shots": (0,), "templates": 2}, "--shots asks in the in-context wording"),
+        ("boolq", {"split": "test"}, "boolq has no split test; it has train, validation"),
+    ],
+)
+def test_ways_in_which_a_task_cannot_be_asked_are_refused(
+    task: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TaskSettings(data=Path("data"), **settings).check(load_task(task))
+
+
+def test_all_tasks_can_be_asked_as_they_usually_are() -> None:
+    for name in find_tasks():
+        task = load_task(name)
+        assert TaskSettings(data=Path("data")).ways(task)
+        if task.icl is not None:
+            assert TaskSettings(data=Path("data"), shots=(0, 4)).ways(task)

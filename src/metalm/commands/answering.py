@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metalm.commands.argument_types import positive
+from metalm.commands.argument_types import port, positive, seed, temperature
 from metalm.progress import Phase
 
 
@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
     )
     generate.add_argument("--audio", type=Path, action="append", default=[], help="a clip, as --image")
     generate.add_argument("--num-beams", type=positive, default=1)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=seed, default=0)
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser(
@@ -40,11 +40,11 @@ def add_commands(commands: Any) -> None:
     chat.add_argument(
         "--pictures", type=Path, help="folder for images with the boxes of answers; default: a temporary one"
     )
-    chat.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
+    chat.add_argument("--port", type=port, default=7860, help="of the page (default: %(default)s)")
     chat.set_defaults(run=_chat)
     for command in (generate, chat):
         command.add_argument("--max-new-tokens", type=positive, default=64)
-        command.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
+        command.add_argument("--temperature", type=temperature, default=0.0, help="above 0: sample")
         command.add_argument("--device", default="cpu")
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+
+LOWEST_TEMPERATURE = 0.001
+"""Below, logits that are divided by it overflow."""
 
 
 def words(text: str) -> list[str]:
@@ -22,6 +26,36 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if natural(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is above {2**32 - 1:,}")
+    return natural(text)
+
+
+def port(text: str) -> int:
+    if natural(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is above {2**16 - 1:,}")
+    return natural(text)
+
+
+def temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if value != 0 and not LOWEST_TEMPERATURE <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give 0 for the likeliest tokens, or {LOWEST_TEMPERATURE} or more to sample"
+        )
+    return value
 
 
 def readers(text: str) -> dict[str, str]:

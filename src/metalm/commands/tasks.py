@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from metalm.commands.argument_types import counts, positive, readers, words
+from metalm.commands.argument_types import counts, positive, readers, seed, words
 from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
 from metalm.progress import Phase
@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
     scores.add_argument("--score-by", choices=("likelihood", "generation"), help="default: the task's")
     scores.add_argument("--split", help="default: the task's")
     scores.add_argument("--limit", type=positive, help="questions of a task, drawn from all")
-    scores.add_argument("--seed", type=int, default=0, help="of demonstrations and --limit")
+    scores.add_argument("--seed", type=seed, default=0, help="of demonstrations and --limit")
     scores.add_argument("--readers", type=readers, help="who reads what, such as text=scene,image=scene")
     scores.add_argument("--overflow", choices=("split", "cut_left", "cut_right"), default="split")
     scores.add_argument("--batch-size", type=positive, default=16, help="documents at once, on each rank")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metalm.commands.argument_types import positive
+from metalm.commands.argument_types import natural, positive
 from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
 from metalm.progress import Phase, say
@@ -45,7 +45,9 @@ def add_commands(commands: Any) -> None:
     )
     evaluate.add_argument("pipeline", nargs="?", type=Path, help="as of train")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
-    evaluate.add_argument("--samples", type=int, default=64, help="samples to generate per held-out source")
+    evaluate.add_argument(
+        "--samples", type=natural, default=64, help="samples to generate per held-out source"
+    )
     evaluate.set_defaults(run=_evaluate)
 
 

@@ -263,6 +263,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     data = config.data
     if not data.sources:
         yield "data.sources is empty"
+    if "all" in data.sources:
+        yield "data.sources.all: loss/all is the loss of all sources: choose another name"
     if data.spans.min_length > data.spans.max_length:
         yield (
             f"data.spans.min_length = {data.spans.min_length} is above "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -18,23 +20,30 @@ AVERAGE_SUFFIX = "/average"
 
 
 def held_out_losses(
-    model: EvaluatedModel, topology: Topology, corpus: Corpus, objective: Objective
+    model: EvaluatedModel,
+    topology: Topology,
+    corpus: Corpus,
+    objective: Objective,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The loss per trained token of each held-out source; of pairs also with the images or clips exchanged.
 
     Keys: `SOURCE` and, for pairs, `SOURCE/wrong_image` or `SOURCE/wrong_audio`; with an objective whose loss
     has parts, also `SOURCE/PART`.
 
+    Args:
+        beat: is called after every batch.
+
     Collective: all ranks.
     """
     losses: dict[str, float] = {}
     for name, source in corpus.held_out.items():
         with Phase(f"measuring the loss on {name}"):
-            losses |= _measure(model, topology, corpus, objective, source, name, wrong_media=False)
+            losses |= _measure(model, topology, corpus, objective, source, name, beat, wrong_media=False)
         if source.media is not None:
             key = f"{name}/wrong_{source.media.name}"
             with Phase(f"measuring the loss on {key}"):
-                losses |= _measure(model, topology, corpus, objective, source, key, wrong_media=True)
+                losses |= _measure(model, topology, corpus, objective, source, key, beat, wrong_media=True)
     return losses
 
 
@@ -45,6 +54,7 @@ def _measure(
     objective: Objective,
     source: Source,
     key: str,
+    beat: Callable[[], None],
     *,
     wrong_media: bool,
 ) -> dict[str, float]:
@@ -69,6 +79,7 @@ def _measure(
             totals[key] += torch.stack([losses.weighted.double().sum(), weights])
             for part, measured in losses.parts.items():
                 totals[f"{key}/{part}"] = totals.get(f"{key}/{part}", 0.0) + measured
+            beat()
     for total in totals.values():
         dist.all_reduce(total, group=topology.replica_group)
     return {name: float(total[0] / total[1].clamp(min=1)) for name, total in totals.items()}

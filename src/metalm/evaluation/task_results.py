@@ -96,20 +96,24 @@ def rows_of(results: Iterable[TaskResult]) -> Iterator[str]:
 
 
 def _summary(results: Sequence[TaskResult]) -> Iterator[str]:
-    """Of tasks in several templates their mean and best; of clusters of several tasks the mean over these."""
-    by_task: dict[tuple[str, str, int], dict[str, list[float]]] = {}
+    """Of tasks in several templates their mean and best; of clusters of several tasks the mean over these.
+
+    A cluster with a task in several splits has none: which of them would count?
+    """
+    by_task: dict[tuple[str, str, str], dict[tuple[str, str], list[float]]] = {}
     for one in results:
         metric = next(iter(one.scores))
-        of_task = by_task.setdefault((one.cluster, metric, one.shots), {})
-        of_task.setdefault(one.task, []).append(one.scores[metric].value)
-    for (cluster, metric, shots), tasks in by_task.items():
-        for task, values in tasks.items():
+        wording = f"{one.shots} shots" if one.template == IN_CONTEXT else "as finetuned"
+        of_task = by_task.setdefault((one.cluster, metric, f"{wording}, by {one.scored_by}"), {})
+        of_task.setdefault((one.task, one.split), []).append(one.scores[metric].value)
+    for (cluster, metric, how), tasks in by_task.items():
+        for (task, split), values in tasks.items():
             if len(values) > 1:
-                yield f"| {task}, {shots} shots | {metric} | {_mean(values):.4f} | {max(values):.4f} |"
-        if len(tasks) > 1:
+                yield f"| {task}, {split}, {how} | {metric} | {_mean(values):.4f} | {max(values):.4f} |"
+        if len({task for task, _ in tasks}) == len(tasks) > 1:
             means = [_mean(values) for values in tasks.values()]
             best = [max(values) for values in tasks.values()]
-            yield f"| cluster {cluster}, {shots} shots | {metric} | {_mean(means):.4f} | {_mean(best):.4f} |"
+            yield f"| cluster {cluster}, {how} | {metric} | {_mean(means):.4f} | {_mean(best):.4f} |"
 
 
 def _mean(values: Sequence[float]) -> float:

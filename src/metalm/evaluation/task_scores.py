@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from metalm.data.documents.example import Example
 from metalm.document import Document
-from metalm.errors import BadSample, ConfigError, DataError, MetaLMError
+from metalm.errors import BadSample, DataError, MetaLMError
 from metalm.evaluation.answering import Answerer
+from metalm.evaluation.answers_file import ELSEWHERE, AnswersFile
 from metalm.evaluation.likelihoods import Likelihood
 from metalm.evaluation.task_results import TaskResult, rows_of, table
-from metalm.outputs import require_folder_place
+from metalm.file_lock import taking_turns
+from metalm.outputs import require_folder_place, writing
 from metalm.progress import Phase
 from metalm.regular_files import read_regular, replace_file
 from metalm.tasks.metrics import Answered, measure
@@ -31,9 +35,11 @@ from metalm.tasks.task_file import IN_CONTEXT, TaskFile
 from metalm.tasks.ways import TaskSettings, Way
 
 RESULTS_NAME = "results.json"
+LOCK_NAME = ".results.lock"
 QUESTIONS_AT_ONCE = 64
 CHOICE_METRICS = ("exact_match", "macro_f1", "matthews")
 """Metrics that an option which was chosen by its likelihood can be scored with."""
+Made = TypeVar("Made")
 
 
 class Evaluated(NamedTuple):
@@ -52,6 +58,7 @@ def evaluate_tasks(
     model: Evaluated,
     out: Path,
     report: Callable[[str], None],
+    beat: Callable[[], None] = lambda: None,
 ) -> list[TaskResult]:
     """Ask all of the tasks in all ways; write `answers/*.jsonl`, `results.json` and `results.md` to a folder.
 
@@ -60,24 +67,24 @@ def evaluate_tasks(
     Args:
         model: what is evaluated: answers of another are refused.
         report: is told of progress, by the first process.
+        beat: is called after every group of questions, in all.
 
     Raises:
-        ConfigError: a task cannot be asked so, or the folder holds answers of something else.
-        DataError: a task's data cannot be used.
+        ConfigError: a task cannot be asked so, or the folder holds answers of something else, or cannot be
+            written.
+        BusyError: another evaluation is asking the same.
+        DataError: a task's data cannot be used, or an answer's likelihood is nan.
     """
     for task in tasks:
         settings.check(task)
     results = []
-    written = {one.way: one for one in _read_results(out / RESULTS_NAME, model)} if answerer.is_first else {}
     asked = [(task, way) for task in tasks for way in settings.ways(task)]
     for task, way in asked:
-        result = _evaluate(answerer, task, way, settings, model, out, report)
+        result = _evaluate(answerer, task, way, settings, model, out, report, beat)
         results.append(result)
         if answerer.is_first:
             report(next(iter(rows_of([result]))))
-            written.pop(result.way, None)
-            written[result.way] = result
-            _write_results(out, list(written.values()), model)
+        _by_first(answerer, partial(_add_result, out, result, model))
     return results
 
 
@@ -94,11 +101,15 @@ def _of_model(entry: Mapping[str, Any]) -> Evaluated:
     return Evaluated(entry.get("model", ""), entry.get("weights", ""))
 
 
-def _write_results(out: Path, results: Sequence[TaskResult], model: Evaluated) -> None:
+def _add_result(out: Path, result: TaskResult, model: Evaluated) -> None:
+    """Write a result to those that are there, which another evaluation may have written just now."""
     about = {"model": model.name, "weights": model.fingerprint}
-    entries = [about | one.as_json() for one in results]
-    replace_file(out / RESULTS_NAME, json.dumps(entries, indent=1) + "\n")
-    replace_file(out / "results.md", table(results, model.name))
+    with writing(out, ELSEWHERE), taking_turns(out / LOCK_NAME):
+        others = [one for one in _read_results(out / RESULTS_NAME, model) if one.way != result.way]
+        results = [*others, result]
+        entries = [about | one.as_json() for one in results]
+        replace_file(out / RESULTS_NAME, json.dumps(entries, indent=1) + "\n")
+        replace_file(out / "results.md", table(results, model.name))
 
 
 def require_out(answerer: Answerer, out: Path) -> None:
@@ -109,14 +120,21 @@ def require_out(answerer: Answerer, out: Path) -> None:
 
     Collective: all processes that answer.
     """
-    problem = None
+    _by_first(answerer, partial(require_folder_place, out, ELSEWHERE))
+
+
+def _by_first(answerer: Answerer, do: Callable[[], Made]) -> Made:
+    """What the first process makes, in all; what it cannot go on from, none does."""
+    made: Made | MetaLMError | None = None
     if answerer.is_first:
         try:
-            require_folder_place(out, "name another folder with --out")
-        except ConfigError as error:
-            problem = error
-    if (problem := answerer.agreed(problem)) is not None:
-        raise problem
+            made = do()
+        except MetaLMError as error:
+            made = error
+    made = answerer.agreed(made)
+    if isinstance(made, MetaLMError):
+        raise made
+    return cast(Made, made)
 
 
 def _evaluate(
@@ -127,6 +145,7 @@ def _evaluate(
     model: Evaluated,
     out: Path,
     report: Callable[[str], None],
+    beat: Callable[[], None],
 ) -> TaskResult:
     split, tally = settings.split or task.evaluated_on, Tally()
     needs_alone = way.scored_by == "likelihood" and way.normalise == "answer_context"
@@ -137,9 +156,8 @@ def _evaluate(
         records = drawn(asker.records, settings.limit, settings.seed)
     name = f"{task.task}-{split}-{way.template.id}-{way.num_shots}shot-{way.scored_by}"
     splits = {split, asked.shots_from or split} if way.num_shots else {split}
-    sizes = {one: data.sizes(one) for one in sorted(splits)}
-    about = _fingerprint(task, way, settings, split, model) | {"data": sizes}
-    answers = answerer.agreed(_read_answers(out / "answers" / f"{name}.jsonl", about))
+    about = _fingerprint(task, way, settings, split, model)
+    about["data"] = {one: data.digests(one) for one in sorted(splits)}
     maker = answerer.maker(settings.readers, settings.overflow)
 
     def ask(group: Sequence[TaskRecord]) -> dict[str, dict[str, Any]]:
@@ -153,19 +171,22 @@ def _evaluate(
         made = [_Made.of(question, maker.make, way, task) for question in questions]
         return new | _answer(answerer, made, way, task, maker.read)
 
-    waiting = [record for record in records if record.key not in answers]
-    # A group is asked as a whole wherever it is: an answer depends a little on what is in a batch with it.
-    groups = [waiting[at : at + QUESTIONS_AT_ONCE] for at in range(0, len(waiting), QUESTIONS_AT_ONCE)]
-    with Phase(name, len(waiting), "questions") as phase:
-        for first in range(0, len(groups), answerer.num_shares):
-            own = first + answerer.share
-            for new in _of_all(answerer, partial(ask, groups[own] if own < len(groups) else [])):
-                answers |= new
-                phase.advance(len(new))
-                if answerer.is_first and new:
-                    _append(out / "answers" / f"{name}.jsonl", about, new)
-            if answerer.is_first and len(groups) > 1:
-                report(f"{name}: {len(answers):,} of {len(records):,} questions")
+    with closing(AnswersFile(out / "answers" / f"{name}.jsonl", about)) as file:
+        answers = _by_first(answerer, file.open)
+        # A group is asked as a whole wherever it is: an answer depends a little on what is in its batch.
+        groups = [records[at : at + QUESTIONS_AT_ONCE] for at in range(0, len(records), QUESTIONS_AT_ONCE)]
+        waiting = [[record for record in group if record.key not in answers] for group in groups]
+        waiting = [group for group in waiting if group]
+        with Phase(name, sum(map(len, waiting)), "questions") as phase:
+            for first in range(0, len(waiting), answerer.num_shares):
+                own = first + answerer.share
+                for new in _of_all(answerer, partial(ask, waiting[own] if own < len(waiting) else [])):
+                    answers |= new
+                    phase.advance(len(new))
+                    _by_first(answerer, partial(file.append, new))
+                beat()
+                if answerer.is_first and len(waiting) > 1:
+                    report(f"{name}: {len(answers):,} of {len(records):,} questions")
     return _scored(task, way, split, [answers[record.key] for record in records], tally)
 
 
@@ -228,6 +249,11 @@ def _answer(
             answer["prediction"] = _before_what_follows(task.decode.answer(said[0]), way)
         else:
             scores = _normalised(said, question, way.normalise)
+            if any(map(math.isnan, scores)):
+                raise DataError(
+                    f"{task.task}: the likelihood of an answer to {question.key} is nan: look for nan in the "
+                    "model's weights, or take another precision"
+                )
             best = max(range(len(scores)), key=lambda number: scores[number])
             answer["prediction"] = question.option_texts[best]
             answer["scores"] = scores
@@ -298,31 +324,3 @@ def _fingerprint(
         "readers": dict(settings.readers) if settings.readers is not None else None,
         "overflow": settings.overflow,
     }
-
-
-def _read_answers(path: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The answers that are there, by their questions' keys; a torn last line is none.
-
-    Raises:
-        ConfigError: they are of something else.
-    """
-    if not path.exists():
-        return {}
-    try:
-        first, *answers = [json.loads(line) for line in path.read_text().split("\n")[:-1]] or [about]
-        if first == about:
-            return dict(answers)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} holds no answers ({error}): remove it, or choose another --out") from None
-    raise ConfigError(f"{path} holds answers of another model, task, data or setting: choose another --out")
-
-
-def _append(path: Path, about: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)  # a torn last line goes
-        lines = [] if whole else [json.dumps(about)]
-        lines += [json.dumps(one) for one in answers.items()]
-        file.write("".join(f"{line}\n" for line in lines).encode())

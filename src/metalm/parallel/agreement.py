@@ -22,6 +22,9 @@ class Verdict(enum.IntEnum):
     GO_ON = 0
     STOP = 1
     FAIL = 2
+    """To end with an error; what was trained up to here is sound."""
+    LOST = 3
+    """To end with an error, and leave the run's folder alone: it is another's."""
 
 
 def agree(own: Verdict, news: bool, topology: Topology) -> tuple[Verdict, bool]:

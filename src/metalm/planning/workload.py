@@ -95,7 +95,9 @@ def _row_of_examples(
 def _text_spans(config: RunConfig) -> EncoderWork:
     spans = config.data.spans
     elements = spans.fraction * config.data.sequence_length
-    return EncoderWork(elements, elements * (spans.min_length + 1 + spans.max_length) / 2, 0.0)
+    return EncoderWork(
+        elements, elements * (min(spans.min_length + 1, spans.max_length) + spans.max_length) / 2, 0.0
+    )
 
 
 def _row_of_pairs(

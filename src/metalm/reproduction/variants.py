@@ -15,6 +15,7 @@ from metalm.errors import DataError
 from metalm.reproduction.groups import check_groups
 from metalm.tasks.data_files import DataFiles
 from metalm.tasks.filters import as_text
+from metalm.tasks.mixture import lacking
 from metalm.tasks.readers import read_records
 from metalm.tasks.records import TaskData
 from metalm.tasks.rendering import render
@@ -56,10 +57,15 @@ def write_worded(tasks: Sequence[Path], data: Path, out: Path, most: int) -> int
 
     Returns:
         How many there are.
+
+    Raises:
+        DataError: a task has no training side, or no wording for finetuning.
     """
     texts = []
     for path in tasks:
         task = load_task(path)
+        if what := lacking(task, "train", "first"):
+            raise DataError(f"{path}: the task has {what}")
         template = task.templates_for("finetuning")[0]
         for record in TaskData(task, data).records("train", most=most):
             parts = render(task, template, record, record.answers[0]).parts
@@ -71,12 +77,17 @@ def write_worded(tasks: Sequence[Path], data: Path, out: Path, most: int) -> int
 
 def write_encoded(path: Path, out: Path) -> None:
     """A task of which all but the answer is encoded, so that the decoder goes on from the last vector (PAPER
-    section 6): `out/TASK.yaml`, on the same data."""
+    section 6): `out/TASK.yaml`, on the same data.
+
+    Raises:
+        DataError: a wording has several spans.
+    """
     content = read_yaml(path)
-    for template in (*content["templates"], *([content["icl"]] if "icl" in content else [])):
-        template["span"] = [*template["span"], *template.pop("plain", [])]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
+    for template in _templates(content):
+        if "spans" in template:
+            raise DataError(f"{path}: a wording has several spans, and what is behind them belongs to none")
+        template["span"] = [*template.get("span", []), *template.pop("plain", [])]
+    _write_task(out / path.name, content)
 
 
 def write_shuffled(path: Path, data: Path, out: Path, seed: int) -> None:
@@ -125,17 +136,38 @@ def _write_dealt(path: Path, data: Path, out: Path, seed: int, *, split: str, ke
         first = Path(pattern).parts[0]
         if (folder / first).is_dir() and not (own / first).exists():
             (own / first).symlink_to((folder / first).absolute())
-    (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
+    _write_task(out / path.name, content)
 
 
 def write_blind(path: Path, out: Path) -> None:
-    """A task without its images, of which only the texts can be answered: `out/TASK.yaml`."""
+    """A task without its images, of which only the texts can be answered: `out/TASK.yaml`.
+
+    Raises:
+        DataError: the task has no images.
+    """
     content = read_yaml(path)
-    for template in (*content["templates"], *([content["icl"]] if "icl" in content else [])):
-        template["span"] = [line for line in template["span"] if isinstance(line, str)]
-    del content["data"]["media"]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / path.name).write_text(yaml.safe_dump(content, sort_keys=False))
+    if not content["data"].pop("media", None):
+        raise DataError(f"{path}: the task has no images")
+    for template in _templates(content):
+        if "spans" in template:
+            template["spans"] = [_texts(lines) for lines in template["spans"] if _texts(lines)]
+        else:
+            template["span"] = _texts(template.get("span", []))
+    _write_task(out / path.name, content)
+
+
+def _templates(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """All wordings of a task file."""
+    return [*content["templates"], *([content["icl"]] if "icl" in content else [])]
+
+
+def _texts(lines: Sequence[Any]) -> list[str]:
+    return [line for line in lines if isinstance(line, str)]
+
+
+def _write_task(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def _write(path: Path, lines: Iterator[str]) -> None:

@@ -34,8 +34,7 @@ def draw_answers(task: TaskFile, root: Path, answers: Path, count: int, columns:
         ConfigError: the file holds no answers to the task.
         DataError: the task's data cannot be read, or none of the answers is about an image.
     """
-    said = _answers(answers)
-    split = next(iter(said)).partition(":")[0]
+    split, said = _answers(answers)
     pictures: list[np.ndarray] = []
     for record in TaskData(task, root).records(split):
         answer = said.get(record.key)
@@ -62,15 +61,16 @@ def draw_answers(task: TaskFile, root: Path, answers: Path, count: int, columns:
     return _grid(pictures, columns)
 
 
-def _answers(path: Path) -> dict[str, dict[str, Any]]:
-    """By the record's key."""
+def _answers(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The split that they are of, and the answers by their records' keys."""
     try:
-        found = dict(json.loads(line) for line in path.read_text().splitlines()[1:])
-    except (OSError, ValueError, TypeError) as error:
+        about, *answers = [json.loads(line) for line in path.read_text().splitlines()] or [{"split": ""}]
+        split, found = str(about["split"]), dict(answers)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ConfigError(f"{path} holds no answers of an evaluation of tasks: {error}") from None
     if not found:
         raise ConfigError(f"{path} holds no answers")
-    return found
+    return split, found
 
 
 def _grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:

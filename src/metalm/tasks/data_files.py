@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import hashlib
 import io
 import lzma
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +32,7 @@ _UNREADABLE = (
     zipfile.BadZipFile,
 )
 """What damaged or encrypted files raise."""
+_BUFFER_BYTES = 1 << 16
 
 
 class DataFiles:
@@ -58,19 +61,17 @@ class DataFiles:
         return found
 
     def open(self, name: str) -> IO[bytes]:
-        """A file, to be read from its front.
+        """A file, to be read from its front; reading raises DataError as well.
 
         Raises:
             DataError: it cannot be read.
         """
         path = self.folder / name
-        try:
+        with _reading(path):
             if path.is_file():
-                return path.open("rb")
+                return _Checked.buffered(path.open("rb", buffering=0), path)
             if name in self._members:
-                return self._members[name]()
-        except _UNREADABLE as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
+                return _Checked.buffered(self._members[name](), path)
         raise DataError(f"{path} is not there")
 
     def read(self, name: str) -> bytes:
@@ -80,28 +81,32 @@ class DataFiles:
             DataError: it cannot be read.
         """
         with self.open(name) as handle:
-            try:
-                return handle.read()
-            except _UNREADABLE as error:
-                raise DataError(f"{self.folder / name} cannot be read: {error}") from None
+            return handle.read()
 
     def all_names(self, patterns: Sequence[str]) -> Iterator[str]:
         """The files of several patterns, in the order of these."""
         for pattern in patterns:
             yield from self.names(pattern)
 
-    def sizes(self, patterns: Sequence[str]) -> dict[str, int]:
-        """Bytes of the files of several patterns by name; of those that are not unpacked, of the archive.
+    def digests(self, patterns: Sequence[str]) -> dict[str, str]:
+        """SHA-256, hexadecimal, over names and contents of the files of each pattern; of those that are not
+        unpacked, of the archive.
 
         Raises:
-            DataError: a pattern names no file, and there is no archive.
+            DataError: a pattern names no file, and there is no archive; or a file cannot be read.
         """
-        found: dict[str, int] = {}
+        found: dict[str, str] = {}
         for pattern in patterns:
             names = self._unpacked(pattern)
             if not names and self._archive is not None and self._archive.is_file():
-                names = [str(self._archive.relative_to(self.folder))]  # not opened, which may take long
-            found |= {name: (self.folder / name).stat().st_size for name in names or self.names(pattern)}
+                names = [str(self._archive.relative_to(self.folder))]  # not unpacked, which may take long
+            whole = hashlib.sha256()
+            for name in names or self.names(pattern):
+                path = self.folder / name
+                with _reading(path):
+                    about = path.stat()
+                    whole.update(f"{name}\0{_digest(path, about.st_size, about.st_mtime_ns)}\n".encode())
+            found[pattern] = whole.hexdigest()
         return found
 
     def _unpacked(self, pattern: str) -> list[str]:
@@ -132,6 +137,50 @@ class DataFiles:
             }
         except _UNREADABLE as error:
             raise DataError(f"{self._archive} is no zip or tar file: {error}") from None
+
+
+class _Checked(io.RawIOBase):
+    """A file whose damage shows when it is read."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+
+    @classmethod
+    def buffered(cls, file: IO[bytes], path: Path) -> IO[bytes]:
+        """The file, so that DataError is raised where it cannot be read."""
+        return io.BufferedReader(cls(file, path), _BUFFER_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _reading(self._path):
+            content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        with _reading(self._path):
+            return self._file.read()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    """Of a file's content, as long as its size and its time of change stay."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _quickly_read(tar: tarfile.TarFile) -> tarfile.TarFile:

@@ -67,12 +67,18 @@ class TaskExamples:
                         yield TaskExample(share, unusable.cause, place)
 
     def _templates(self, key: str) -> Sequence[Template]:
-        if self.wordings == "first":
-            return self.task.templates_for("finetuning")[:1]
-        fitting = self.task.templates_for("instruction_tuning")
+        fitting = self.task.templates_for(_use(self.wordings))
         if self.wordings == "drawn":
             return [random.Random(f"{self.seed} {self.task.task} {key}").choice(fitting)]
-        return fitting
+        return fitting[:1] if self.wordings == "first" else fitting
+
+
+def lacking(task: TaskFile, split: str, wordings: Wordings) -> str | None:
+    """What a task lacks to be trained on so, in words; None: nothing."""
+    if split not in task.data.splits:
+        return f"no split {split} (it has {', '.join(task.data.splits)})"
+    use = _use(wordings)
+    return None if task.templates_for(use) else f"no wording for {use}"
 
 
 def choose_tasks(
@@ -97,3 +103,8 @@ def choose_tasks(
     if not chosen:
         raise ConfigError("no task is left: all clusters are held out")
     return chosen
+
+
+def _use(wordings: Wordings) -> str:
+    """What the templates are for that examples are worded in."""
+    return "finetuning" if wordings == "first" else "instruction_tuning"

@@ -85,9 +85,8 @@ class TaskData:
             ConfigError: there is no such split, or the files lack a column.
             DataError: a file is missing or damaged, or no record can be used.
         """
+        self.task.require_split(split)
         data = self.task.data
-        if split not in data.splits:
-            raise ConfigError(f"{self.task.task} has no split {split}; it has {', '.join(data.splits)}")
         tally = Tally() if tally is None else tally
         limit = data.take.get(split) if most is None else most
         seed = f"{self._seed} {self.task.task} {split}"
@@ -99,14 +98,16 @@ class TaskData:
         tally.kept += len(kept)
         return kept
 
-    def sizes(self, split: str) -> dict[str, int]:
-        """Bytes of the files of a split by name, as `DataFiles.sizes`: other data have others.
+    def digests(self, split: str) -> dict[str, str]:
+        """Of the files of a split, as `DataFiles.digests`: other data have others.
 
         Raises:
-            DataError: a file is missing.
+            ConfigError: there is no such split.
+            DataError: a file is missing, or cannot be read.
         """
+        self.task.require_split(split)
         data = self.task.data
-        return self.files.sizes(data.files_of(data.hold_out[split].of if split in data.hold_out else split))
+        return self.files.digests(data.files_of(data.hold_out[split].of if split in data.hold_out else split))
 
     def _usable(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
         data = self.task.data
@@ -131,11 +132,11 @@ class TaskData:
 
     def _of_file(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
         for number, content in enumerate(read_records(self.task.data, self.files, split)):
-            made = (
-                content
-                if isinstance(content, BadRecord)
-                else self._make(content, f"{split}:{number}", number)
-            )
+            key = f"{split}:{number}"
+            try:
+                made = content if isinstance(content, BadRecord) else self._make(content, key, number)
+            except RecursionError:
+                made = BadRecord("nested_too_deep", key)
             if isinstance(made, BadRecord):
                 tally.drop(made)
             else:

@@ -14,6 +14,7 @@ from metalm.data.documents.example import Example
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import MEDIA
 from metalm.modalities.image import write_png
+from metalm.outputs import writing
 from metalm.progress import Phase
 from metalm.tasks.metrics import find_metric
 from metalm.tasks.readers import BadRecord, check_reader
@@ -91,7 +92,10 @@ def show_task(
             yield f"--- {record.key}, {template.id}"
             yield shown(example, in_colour=in_colour)
             if pictures is not None:
-                _write_media(example, pictures, f"{task.task}-{record.key}-{template.id}".replace(":", "-"))
+                with writing(pictures, "name another folder with --pictures"):
+                    _write_media(
+                        example, pictures, f"{task.task}-{record.key}-{template.id}".replace(":", "-")
+                    )
 
 
 def shown(example: Example, *, in_colour: bool = False) -> str:

@@ -155,9 +155,14 @@ class Template(Section):
         """Lines of each span."""
         return (self.span,) if self.span else self.spans
 
+    def read_lines(self) -> Iterator[Line]:
+        """The lines of spans, then those that the decoder reads."""
+        yield from (line for lines in self.all_spans for line in lines)
+        yield from self.plain
+
     def fields(self) -> Iterator[str]:
         """The fields that it names, without filters."""
-        for line in (*(line for lines in self.all_spans for line in lines), *self.plain, self.target):
+        for line in (*self.read_lines(), self.target):
             if isinstance(line, dict):
                 yield from line.values()
             else:
@@ -165,8 +170,7 @@ class Template(Section):
 
     def filters(self) -> Iterator[str]:
         """The filters that it names."""
-        lines = (*(line for lines in self.all_spans for line in lines), *self.plain, self.target)
-        for line in lines:
+        for line in (*self.read_lines(), self.target):
             if isinstance(line, str):
                 for _, filters in placeholders(line):
                     yield from filters
@@ -303,6 +307,14 @@ class TaskFile(Section):
             if name.strip() not in self.maps and name.strip() not in NAMES:
                 known = ", ".join([*self.maps, *NAMES])
                 raise ValueError(f"{where}: there is no filter {name.strip()!r}; there are {known}")
+
+    def require_split(self, split: str) -> None:
+        """
+        Raises:
+            ConfigError: there is no such split.
+        """
+        if split not in self.data.splits:
+            raise ConfigError(f"{self.task} has no split {split}; it has {', '.join(self.data.splits)}")
 
     def templates_for(self, use: str) -> list[Template]:
         """Those of `finetuning`, `instruction_tuning` or `evaluation`."""

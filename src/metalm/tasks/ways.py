@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from metalm.errors import ConfigError
 from metalm.tasks.metrics import find_metric
-from metalm.tasks.task_file import TaskFile, Template
+from metalm.tasks.task_file import ANSWER, TaskFile, Template, placeholders
 
 ScoredBy = Literal["likelihood", "generation"]
 
@@ -49,6 +49,10 @@ class TaskSettings:
             ConfigError: the task cannot be asked so.
         """
         if self.shots is not None:
+            if self.templates is not None:
+                raise ConfigError(
+                    "--shots asks in the in-context wording, and --templates in others: give one"
+                )
             if task.icl is None:
                 raise ConfigError(f"{task.task} has no icl section, so it has no wording for --shots")
             by = self.scored_by or task.icl.score
@@ -58,13 +62,28 @@ class TaskSettings:
             ways = [Way(template, 0, self.scored_by or "generation", "none") for template in templates]
         if task.options is None and any(way.scored_by == "likelihood" for way in ways):
             raise ConfigError(f"{task.task} has no options to compare by their likelihood")
+        for way in ways:
+            if way.scored_by == "generation" and not _asks_for_answer(task, way.template):
+                raise ConfigError(
+                    f"{task.task}: the wording {way.template.id} is for comparing options by likelihood: "
+                    "what is generated in it is not the answer as the references have it"
+                )
         return ways
 
     def check(self, task: TaskFile) -> None:
         """
         Raises:
-            ConfigError: the task cannot be asked so, or there is no such metric, or no package for it.
+            ConfigError: the task cannot be asked so, or there is no such split or metric, or no package.
         """
         self.ways(task)
+        task.require_split(self.split or task.evaluated_on)
         for name in task.metrics:
             find_metric(name).require()
+
+
+def _asks_for_answer(task: TaskFile, template: Template) -> bool:
+    """Whether what a perfect model generates in a wording is the answer; of options, letter for letter."""
+    names = {ANSWER} if task.options is not None else {ANSWER, task.answer}
+    read = {name for line in template.read_lines() if isinstance(line, str) for name, _ in placeholders(line)}
+    learnt = [filters for name, filters in placeholders(template.target) if name in names]
+    return not names & read and bool(learnt) and not (learnt[0] and task.options is not None)

@@ -9,6 +9,8 @@ from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
 from metalm.evaluation.generation import generate_samples
 from metalm.objectives import build_objective
+from metalm.outputs import require_folder_place
+from metalm.parallel.agreement import together
 from metalm.progress import Phase
 from metalm.regular_files import replace_file
 from metalm.training.checkpoint import CheckpointStore
@@ -24,7 +26,7 @@ def evaluate(joined: Joined, num_samples: int) -> int:
 
     Raises:
         CheckpointError: the run has no whole checkpoint.
-        ConfigError: the run has no held-out source.
+        ConfigError: the run has no held-out source, or its folder cannot be written.
 
     Collective: all ranks.
     """
@@ -33,6 +35,9 @@ def evaluate(joined: Joined, num_samples: int) -> int:
         raise ConfigError("data.evaluation has no source to evaluate on")
     objective = build_objective(config)
     with open_session(joined) as session:
+        with together():
+            if session.is_first:
+                require_folder_place(session.run_folder / "logs", "evaluate as a user who may write there")
         engines, checkpoint = load_newest(corpus, session)
         step = checkpoint.step
         session.log.open()

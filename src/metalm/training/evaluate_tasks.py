@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from metalm.checkpoint.manifest import MANIFEST_NAME
 from metalm.config import RunConfig
 from metalm.config.schema import TasksConfig
 from metalm.data.corpus import Corpus
+from metalm.errors import ConfigError
 from metalm.evaluation.answering import EngineAnswerer
-from metalm.evaluation.task_results import figures
-from metalm.evaluation.task_scores import Evaluated, evaluate_tasks, require_out
+from metalm.evaluation.answers_file import ELSEWHERE
+from metalm.evaluation.task_results import TaskResult, figures
+from metalm.evaluation.task_scores import Evaluated, evaluate_tasks
+from metalm.objectives import build_objective
+from metalm.outputs import require_folder_place
+from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
 from metalm.tasks.task_file import TaskFile, load_task
 from metalm.tasks.ways import TaskSettings
@@ -25,14 +31,25 @@ from metalm.training.monitor.sink import About
 from metalm.training.monitor.tensorboard import TensorBoard
 from metalm.training.session import open_session
 
+logger = logging.getLogger(__name__)
+
 
 def score_in_training(
-    engines: Engines, topology: Topology, corpus: Corpus, wanted: TasksConfig, out: Path
+    engines: Engines,
+    topology: Topology,
+    corpus: Corpus,
+    wanted: TasksConfig,
+    out: Path,
+    beat: Callable[[], None],
 ) -> dict[str, float]:
     """What a run has reached on its tasks: see `figures`.
 
     Args:
         out: folder of answers and results, which is emptied first.
+        beat: is called while it goes on.
+
+    Raises:
+        ConfigError, DataError: as `evaluate_tasks`, on all ranks alike.
 
     Collective: all ranks.
     """
@@ -41,7 +58,10 @@ def score_in_training(
     answerer = EngineAnswerer(engines, topology, corpus, batch_size=wanted.batch_size)
     tasks = [load_task(name) for name in wanted.names]
     model = Evaluated(out.name, "as it is being trained")
-    return figures(evaluate_tasks(answerer, tasks, task_settings(wanted), model, out, lambda line: None))
+    results = evaluate_tasks(
+        answerer, tasks, task_settings(wanted), model, out, report=lambda line: None, beat=beat
+    )
+    return figures(results)
 
 
 def evaluate_run(
@@ -50,7 +70,7 @@ def evaluate_run(
     """Evaluate a run on tasks.
 
     Args:
-        out: where answers and results go; default: `tasks/step_N` in the run's folder.
+        out: where answers, results and logs go; default: `tasks/step_N` in the run's folder, and its own.
         batch_size: documents that a data-parallel rank takes at once.
 
     Raises:
@@ -60,23 +80,37 @@ def evaluate_run(
     Collective: all ranks.
     """
     corpus = joined.corpus
+    objective = build_objective(corpus.config)
+    if not objective.generates:
+        raise ConfigError(f"a run of {objective.name} generates nothing, so that it answers no task")
     with open_session(joined) as session:
+        with together():
+            if session.is_first:
+                require_folder_place(out or session.run_folder / "tasks", ELSEWHERE)
         engines, checkpoint = load_newest(corpus, session)
         step = checkpoint.step
-        session.log.open()
+        session.log.open(out)
         answerer = EngineAnswerer(engines, session.topology, corpus, batch_size=batch_size)
         place = out or session.run_folder / "tasks" / f"step_{step:08d}"
         model = Evaluated(
             f"{session.run_folder} at step {step}", _fingerprint(corpus.config, checkpoint.folder)
         )
-        require_out(answerer, place)
         results = evaluate_tasks(answerer, tasks, settings, model, place, print)
         if session.is_first and corpus.config.monitor.sinks.tensorboard:
-            board = TensorBoard(corpus.config, session.run_folder)
-            board.reopen()
-            scores = {f"tasks/{name}": score for name, score in figures(results).items()}
-            board.write(step, scores, About.TASKS)
-            board.close()
+            _show(results, step, corpus.config, session.run_folder)
+
+
+def _show(results: Sequence[TaskResult], step: int, config: RunConfig, run_folder: Path) -> None:
+    """Put the scores on the run's TensorBoard, if this user may write there."""
+    try:
+        require_folder_place(run_folder / "tensorboard", "it lacks these scores")
+    except ConfigError as problem:
+        logger.warning(problem)
+        return
+    board = TensorBoard(config, run_folder)
+    board.reopen()
+    board.write(step, {f"tasks/{name}": score for name, score in figures(results).items()}, About.TASKS)
+    board.close()
 
 
 def _fingerprint(config: RunConfig, checkpoint: Path) -> str:

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from deepspeed.comm.torch import build_shm_op
+
+from metalm.file_lock import taking_turns
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +44,10 @@ def prepare_extensions() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _COMPILED).exists():
         logger.warning("compiling an extension of DeepSpeed in %s, once: this takes some minutes", folder)
-    with _locked(folder / "metalm.lock"):
+    with taking_turns(folder / "metalm.lock"):
         for stale in folder.glob("*/lock"):
             stale.unlink(missing_ok=True)
         build_shm_op()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ import yaml
 
 from metalm.checkpoint.state import Progress, RunFacts, RunState
 from metalm.config import RunConfig
+from metalm.config.schema import TasksConfig
 from metalm.config.secrets import without_secrets
 from metalm.errors import FaultError, MetaLMError
 from metalm.evaluation.generation import generate_samples
@@ -123,13 +125,15 @@ class _Run:
 
     def train(self) -> int:
         self._announce()
-        if self._step == 0 or self._was_killed_before_evaluating():
+        if self._step == 0 or self._has_not_evaluated():
             self._evaluate()
         is_first = True
         while self._step < self._config.training.steps:
             with Phase("the first step", told=True) if is_first else nullcontext():
                 upcoming, self._upcoming = self._upcoming or self._fetch(), None
                 if upcoming.verdict is Verdict.FAIL:
+                    self._save_what_is_new()
+                if upcoming.verdict in (Verdict.FAIL, Verdict.LOST):
                     raise_together(upcoming.error)
                 if upcoming.verdict is Verdict.STOP:
                     return self._stop_early()
@@ -143,7 +147,8 @@ class _Run:
             if self._is_due(self._config.checkpoint.every_steps):
                 last = self._step == self._config.training.steps
                 self._save(background=self._config.checkpoint.background and not last)
-            self._evaluate()
+            if self._upcoming is None or self._upcoming.verdict is Verdict.GO_ON:
+                self._evaluate()  # else the run ends now, and its next start evaluates what it goes on from
         return self._ending.done()
 
     def close(self) -> None:
@@ -183,7 +188,8 @@ class _Run:
     def _own_verdict(self, error: MetaLMError | None) -> tuple[Verdict, MetaLMError | None]:
         """What this rank asks for before a step, and why, given what came of reading its data."""
         if self._lock is not None and self._lock.is_lost():
-            error = FaultError(f"a later start of this job has taken the run {self._session.run_folder}")
+            taken = FaultError(f"a later start of this job has taken the run {self._session.run_folder}")
+            return Verdict.LOST, taken
         if error is not None:
             return Verdict.FAIL, error
         return (Verdict.STOP if self._stop.is_asked() else Verdict.GO_ON), None
@@ -289,7 +295,7 @@ class _Run:
         if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
             self._watchdog.beat("evaluating")
             with self._monitor.apart("evaluate", self._step):
-                losses = measure_held_out(*parts, self._objective)
+                losses = measure_held_out(*parts, self._objective, partial(self._watchdog.beat, "evaluating"))
             if session.is_first and losses:
                 self._monitor.write_evaluation(self._step, losses)
             if self._best is not None:
@@ -306,24 +312,36 @@ class _Run:
 
         if monitor.tasks is not None and self._step and self._is_due(monitor.tasks.every_steps):
             self._watchdog.beat("scoring tasks")
-            out = session.run_folder / "tasks" / f"step_{self._step:08d}"
-            with self._monitor.apart("tasks", self._step):
-                scores = score_in_training(*parts, monitor.tasks, out)
-            if session.is_first:
-                self._monitor.write_scores(self._step, scores)
+            self._score(monitor.tasks)
             self._watchdog.beat(f"step {self._step + 1}")
 
-    def _was_killed_before_evaluating(self) -> bool:
+    def _score(self, tasks: TasksConfig) -> None:
+        """Score the run on its tasks; where they cannot be, that is told, and the training goes on."""
+        session = self._session
+        out = session.run_folder / "tasks" / f"step_{self._step:08d}"
+        beat = partial(self._watchdog.beat, "scoring tasks")
+        try:
+            with self._monitor.apart("tasks", self._step):
+                parts = (self._engines, session.topology, session.corpus)
+                scores = score_in_training(*parts, tasks, out, beat)
+        except MetaLMError as error:  # all ranks meet the same one
+            logger.error("tasks are not scored at step %d: %s; the training goes on", self._step, error)
+            return
+        if session.is_first:
+            self._monitor.write_scores(self._step, scores)
+
+    def _has_not_evaluated(self) -> bool:
         """Whether the checkpoint that the run resumed from was saved, but its evaluation not written."""
-        config = self._config
-        if not config.data.evaluation or not self._is_due(config.monitor.evaluate_every_steps):
+        data, monitor = self._config.data, self._config.monitor
+        wanted = ["held_out/"] if data.evaluation and self._is_due(monitor.evaluate_every_steps) else []
+        wanted += ["tasks/"] if monitor.tasks and self._is_due(monitor.tasks.every_steps) else []
+        if not wanted:
             return False
         is_missing = [False]
         if self._session.is_first:
-            of_step = [
-                entry for entry in read_metrics(self._session.run_folder) if entry["step"] == self._step
-            ]
-            is_missing = [not any(name.startswith("held_out/") for entry in of_step for name in entry)]
+            entries = read_metrics(self._session.run_folder)
+            names = [name for entry in entries if entry["step"] == self._step for name in entry]
+            is_missing = [not all(any(name.startswith(kind) for name in names) for kind in wanted)]
         dist.broadcast_object_list(is_missing)
         return is_missing[0]
 
@@ -361,10 +379,14 @@ class _Run:
             self._saved_step = None
             logger.error("%s; the training goes on", problem)
 
-    def _stop_early(self) -> int:
+    def _save_what_is_new(self) -> None:
+        """Before the run ends: what was trained since the last checkpoint, if anything."""
         self._tell_failed_save(self._store.finish())
         if self._saved_step != self._step and self._step:
             self._save(background=False)
+
+    def _stop_early(self) -> int:
+        self._save_what_is_new()
         reason = self._stop.reason()
         if self._session.is_first:
             self._stop.clear()

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from logging.handlers import MemoryHandler
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from metalm.data.corpus import Corpus
-from metalm.errors import MetaLMError
+from metalm.errors import ConfigError, MetaLMError
+from metalm.outputs import writing
 from metalm.parallel.launch import Launch
 from metalm.parallel.topology import Topology, build_topology, close_topology
 from metalm.training.joining import Joined
@@ -64,7 +65,8 @@ def open_session(joined: Joined) -> Iterator[Session]:
     except MetaLMError:
         raise
     except Exception:
-        log.open()
+        with suppress(ConfigError):  # what there is to tell is the fault
+            log.open()
         raise
     finally:
         close_topology()
@@ -101,13 +103,22 @@ class RunLog:
             "rank %d of %d, started by %s", launch.rank, launch.world_size, launch.launcher
         )
 
-    def open(self) -> None:
-        """Write what was kept, and all that follows, to the rank's file."""
+    def open(self, elsewhere: Path | None = None) -> None:
+        """Write what was kept, and all that follows, to the rank's file.
+
+        Args:
+            elsewhere: a folder that has it instead of the run's.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
         kept, self._kept = self._kept, None
         if kept is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        log_file = logging.FileHandler(self._path)
+        path = self._path if elsewhere is None else elsewhere / "logs" / self._path.name
+        with writing(path, "start this as a user who may write there, such as the run's owner"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log_file = logging.FileHandler(path)
         log_file.setFormatter(self._form)
         kept.setTarget(log_file)
         kept.flush()

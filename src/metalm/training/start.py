@@ -137,17 +137,18 @@ def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
     """What a run starts from; the checkpoints are hashed.
 
     Raises:
-        ConfigError: the checkpoint to go on from is of another model or tokenizer.
+        ConfigError: the checkpoint to go on from is of another model or tokenizer, or `training.steps` is
+            not beyond it.
         CheckpointError: a checkpoint is missing or damaged.
 
     Collective: all ranks.
     """
     config = corpus.config
     folder = store.newest_whole()
-    if folder is None and config.initialize.run is not None:
-        folder = store.find_whole(config.initialize.run)
     if folder is not None:
         return go_on_from(folder, corpus, store)
+    if config.initialize.run is not None:
+        return _go_on_in_new_run(store.find_whole(config.initialize.run), corpus, store)
     initial = {}
     for component, path in (("decoder", config.initialize.decoder), ("encoders", config.initialize.encoders)):
         if path is None:
@@ -159,6 +160,17 @@ def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
             reader.parameters(component)  # refused if it has no such component
         initial[component] = reader
     return Start(initial=initial)
+
+
+def _go_on_in_new_run(folder: Path, corpus: Corpus, store: CheckpointStore) -> Start:
+    start = go_on_from(folder, corpus, store)
+    last = corpus.config.training.steps
+    if start.checkpoint is not None and start.checkpoint.step >= last:
+        raise ConfigError(
+            f"training.steps = {last} leaves nothing to train: initialize.run goes on from step "
+            f"{start.checkpoint.step} of {folder}, which counts; give a larger number"
+        )
+    return start
 
 
 def go_on_from(folder: Path, corpus: Corpus, store: CheckpointStore) -> Start:

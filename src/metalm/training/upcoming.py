@@ -32,7 +32,7 @@ class Upcoming:
     verdict: Verdict
     """What the ranks have agreed on: only GO_ON has micro-batches."""
     error: MetaLMError | None
-    """Of this rank, where they have agreed on FAIL."""
+    """Of this rank, where they have agreed on FAIL or LOST."""
     save_failed: bool
     """Whether any rank could not write what it had to save."""
     batches: list[SemiCausalBatch]

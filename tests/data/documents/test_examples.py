@@ -194,6 +194,25 @@ def test_a_document_longer_than_a_row_is_refused_or_its_texts_are_cut_alike(make
         make_maker(readers, "cut_right", length=10).make(example)
 
 
+@pytest.mark.parametrize(("overflow", "kept"), [("cut_left", "bcde"), ("cut_right", "abcd")])
+def test_a_text_that_the_decoder_reads_instead_of_an_encoder_is_cut_to_the_row(
+    tokenizer: Tokenizer, make_maker: MakeMaker, overflow: Overflow, kept: str
+) -> None:
+    for asked, following in (("abcde", "\n\nis"), ("abcde", "is"), ("abcde\n\n", "is")):
+        example = Example((encoded(asked), ExamplePart(following), trained("z")))
+        whole = make_maker({}, overflow).make(example).document
+        plain = make_maker({}, "split").make(example).document
+        assert [part.tokens.tolist() for part in whole.parts if len(part)] != []
+        ids = [token for part in whole.parts for token in part.tokens.tolist()]
+        assert ids == [token for part in plain.parts for token in part.tokens.tolist()]
+        made = make_maker({}, overflow, length=len(whole) - 1).make(example)
+        row = lay_out([made.document], tokenizer)
+        assert tokenizer.decode(row.tokens) == f"{kept}\n\nisz"
+        assert made.overflowed_tokens == 1
+    with pytest.raises(BadSample, match="too_long"):
+        make_maker({}, "split", length=len(whole) - 1).make(example)
+
+
 @pytest.mark.parametrize("overflow", ["split", "cut_left", "cut_right"])
 def test_an_encoder_with_a_tokenizer_of_its_own_reads_its_tokens(
     tokenizer: Tokenizer, make_maker: MakeMaker, tmp_path: Path, overflow: Overflow

@@ -79,3 +79,10 @@ def test_spans_are_ordered_disjoint_and_inside_one_body(
     for start, end in spans:
         assert smallest < end - start <= smallest + extra
         assert any(first <= start and end <= last for first, last in bodies)
+
+
+def test_limits_that_are_one_give_spans_of_that_length() -> None:
+    config = SpanConfig(fraction=0.9, min_length=32, max_length=32)
+    spans = np.concatenate(rows := sampled(config, [(1, 97), (99, 131), (133, 160)], 192))
+    assert set((spans[:, 1] - spans[:, 0]).tolist()) == {32}
+    assert all((row[1:, 0] >= row[:-1, 1]).all() and row[-1, 1] <= 131 for row in rows if len(row))

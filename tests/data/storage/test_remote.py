@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from pydantic import ValidationError
 
@@ -353,3 +354,14 @@ def test_closing_ends_the_programs(tmp_path: Path) -> None:
     stream.close()
     assert stream._pipe.proc.returncode is not None
     assert time.monotonic() - began < 5
+
+
+def test_a_program_that_stalls_ends_with_those_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "STALL_S", 0.2)
+    with RemoteShard("pipe:sleep 617 | cat") as shard:
+        with pytest.raises(TimeoutError, match="nothing came"):
+            shard.read(1)
+        programs = psutil.Process(shard._pipe.proc.pid).children(recursive=True)
+    assert len(programs) == 2
+    _, alive = psutil.wait_procs(programs, timeout=10)
+    assert not alive

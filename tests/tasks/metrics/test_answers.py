@@ -108,8 +108,10 @@ def test_exact_match_minds_case_but_not_white_space_around(name: str) -> None:
         Answered("Yes", ("yes",)),
         Answered("", ("",)),
         Answered("caf\u00e9", ("cafe\u0301",)),
+        Answered("first\n\nthen second", ("first\nthen second",)),
+        Answered("first then second", ("first\nthen second",)),
     ]
-    assert METRICS[name].per_example(answered).tolist() == [1, 0, 1, 0]
+    assert METRICS[name].per_example(answered).tolist() == [1, 0, 1, 0, 1, 0]
 
 
 def test_a_set_scores_the_mean_of_its_examples() -> None:

@@ -48,7 +48,7 @@ class ExampleMaker:
             sequence_length: a document has at most so many positions.
             overflow: what becomes of a text that is longer than its encoder's `max_text_positions`. `split`:
                 consecutive spans; `cut_left`, `cut_right`: it loses its beginning or its end, and more of it
-                where the row is too short.
+                where the row is too short. A text that the decoder reads instead is cut to the row alone.
 
         Raises:
             ConfigError: the encoder of text reads none, or one of images or clips does not read those.
@@ -61,7 +61,7 @@ class ExampleMaker:
             if modality != TEXT and encoders[name].section(modality) is None:
                 raise ConfigError(f"encoder {name} does not read any {modality}: name another as its reader")
         self._text_reader = self._readers.get(TEXT)
-        self._longest_text, self._own = 0, None
+        self._longest_text, self._own = sequence_length, None
         if self._text_reader is not None:
             self._longest_text = encoders[self._text_reader].max_text_positions
             if not self._longest_text:
@@ -84,7 +84,7 @@ class ExampleMaker:
             ConfigError: no reader of its images or clips.
         """
         pieces = self._pieces(example)
-        texts = [piece for piece in pieces if isinstance(piece, _EncodedText)]
+        texts = [piece for piece in pieces if isinstance(piece, _GivenText)]
         longest = self._sequence_length - left_free
         room = longest - 1 - (not is_open)
         room -= sum(len(piece) for piece in pieces if isinstance(piece, Part))
@@ -138,9 +138,9 @@ class ExampleMaker:
         readers = [name for modality, name in self._readers.items() if modality != TEXT]
         return max((self._media_readers[name].max_vectors for name in readers), default=0)
 
-    def _pieces(self, example: Example) -> list[Part | _EncodedText]:
-        """Parts, and texts that the encoder reads; neighbouring ones of the example are one."""
-        pieces: list[Part | _EncodedText] = []
+    def _pieces(self, example: Example) -> list[Part | _GivenText]:
+        """Parts, and texts that can be cut; neighbouring ones of the example are one."""
+        pieces: list[Part | _GivenText] = []
         waiting: list[str] = []  # encoded texts, for what follows them ends the run
         for part in (*example.parts, None):
             if part is not None and part.is_encoded and part.modality == TEXT:
@@ -154,13 +154,17 @@ class ExampleMaker:
                 pieces.append(self._plain(part) if part.modality == TEXT else self._media(part))
         return pieces
 
-    def _encoded(self, text: str, following: ExamplePart | None) -> list[Part | _EncodedText]:
+    def _encoded(self, text: str, following: ExamplePart | None) -> list[Part | _GivenText]:
+        keeps_end = self._overflow == "cut_left"
+        given = _GivenText(text, self._text_reader, self._tokenizer, self._own, keeps_end)
         if self._text_reader is not None:
-            keeps_end = self._overflow == "cut_left"
-            return [_EncodedText(text, self._text_reader, self._tokenizer, self._own, keeps_end)]
-        if not _is_apart(text, following):
-            text += BLANK_LINE
-        return [self._tokens(text, 0.0)]
+            return [given]
+        needs_end = not _begins_apart(following)
+        if needs_end:
+            given = replace(given, text=text.removesuffix(BLANK_LINE))
+        if self._overflow == "split":
+            return [self._tokens(given.text + BLANK_LINE * needs_end, 0.0)]
+        return [given, *([self._tokens(BLANK_LINE, 0.0)] if needs_end else [])]
 
     def _plain(self, part: ExamplePart) -> Part:
         assert isinstance(part.content, str)
@@ -187,11 +191,11 @@ class ExampleMaker:
 
 
 @dataclass(frozen=True)
-class _EncodedText:
-    """A text that an encoder reads, however long it is."""
+class _GivenText:
+    """A text that an encoder reads, or the decoder in its place, however long it is."""
 
     text: str
-    reader: str
+    reader: str | None
     shared: Tokenizer
     own: SpanRetokenizer | None
     """Where the encoder has a tokenizer of its own."""
@@ -235,21 +239,19 @@ class _EncodedText:
         return Part(TEXT, same, self.reader, weight=0.0, content=ids)
 
 
-def _is_apart(text: str, following: ExamplePart | None) -> bool:
-    """Whether a text that was to be encoded is told apart from what follows it."""
-    if text.endswith(BLANK_LINE):
-        return True
+def _begins_apart(following: ExamplePart | None) -> bool:
+    """Whether what follows a text that was to be encoded is told apart from it."""
     if following is None:
         return False
     content = following.content
     return not isinstance(content, str) or content.startswith(BLANK_LINE)
 
 
-def _positions(texts: list[_EncodedText], limit: int) -> int:
+def _positions(texts: list[_GivenText], limit: int) -> int:
     return sum(len(text.cut(limit)) for text in texts)
 
 
-def _largest_fitting(texts: list[_EncodedText], limit: int, room: int) -> int:
+def _largest_fitting(texts: list[_GivenText], limit: int, room: int) -> int:
     """The largest length to which all texts are cut so that they have room together.
 
     Raises:

@@ -30,8 +30,8 @@ class SpanSampler:
         """The spans of a row, in order.
 
         A window is as long as the largest span, or as the body where that is shorter (but longer than the
-        smallest). Lengths are uniform in (min_length, window]. Where the bodies hold too few windows for
-        the fraction, all of them are taken.
+        smallest). Lengths are uniform in (min_length, window]; all are the same where both limits are. Where
+        the bodies hold too few windows for the fraction, all of them are taken.
 
         Args:
             bodies: start and end of every document's tokens without `<s>` and `</d>`.
@@ -41,7 +41,7 @@ class SpanSampler:
         Returns:
             Start and end (exclusive) of each span.
         """
-        shortest = self._min + 1
+        shortest = min(self._min + 1, self._max)
         tilings, num_windows, capacity = [], 0, 0.0
         for start, end in bodies:
             length = end - start

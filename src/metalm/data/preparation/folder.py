@@ -12,7 +12,6 @@ command goes on with the units that have no receipt, and writes the same bytes a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -27,6 +26,7 @@ from metalm.data.preparation.tally import Tally, format_table
 from metalm.data.storage.index import INDEX_NAME, build_index
 from metalm.data.storage.index_document import read_document
 from metalm.errors import ConfigError, DataError
+from metalm.file_lock import try_lock
 
 DROPPED_NAME = "dropped.jsonl"
 MAX_SHOWN_PER_CAUSE = 1000
@@ -59,10 +59,8 @@ class PreparationFolder:
         except OSError as error:
             raise ConfigError(f"cannot write into {self.path}: {error.strerror}") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(f"another preparation is writing {self.path}: wait, or stop it") from error
+            if try_lock(lock) is False:
+                raise ConfigError(f"another preparation is writing {self.path}: wait, or stop it")
             if has_shards:
                 require_equal_plans(self.path, json.loads(self._plan_file.read_bytes()), plan)
             else:

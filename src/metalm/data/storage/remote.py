@@ -16,6 +16,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
 
+import psutil
+
 from metalm.config.schema import SHARD_URL_PATTERN
 from metalm.errors import ConfigError, DataError
 
@@ -118,8 +120,12 @@ class RemoteShard:
                 return
 
     def close(self) -> None:
-        """Ends the program, wherever it is."""
-        self._pipe.proc.terminate()
+        """Ends the program, wherever it is, with those that it has started."""
+        if self._pipe.proc.poll() is None:
+            shell = psutil.Process(self._pipe.proc.pid)
+            for program in (*shell.children(recursive=True), shell):
+                with suppress(psutil.NoSuchProcess):
+                    program.terminate()
         with suppress(OSError):  # that it was terminated is no error
             self._pipe.close()
 

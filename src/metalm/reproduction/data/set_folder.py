@@ -11,7 +11,6 @@ OUTPUT/NAME/SHA256SUMS        of all other files, as `sha256sum --check` takes i
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from metalm.errors import BusyError, DataError, FaultError
+from metalm.file_lock import try_lock
 from metalm.reproduction.data.getting import sha256_of
 from metalm.reproduction.data.packages import Package
 
@@ -129,10 +129,9 @@ def _claimed(output: Path) -> Iterator[None]:
     """Keeps other programs out: of what is fetched, too."""
     descriptor = os.open(output, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(descriptor) is False:
+            raise BusyError(f"another program is writing into {output}: wait for it")
         yield
-    except BlockingIOError:
-        raise BusyError(f"another program is writing into {output}: wait for it") from None
     finally:
         os.close(descriptor)
 
