@@ -220,7 +220,7 @@ def test_processes_that_share_an_export_write_what_one_does(trained: Trained, tm
     for num_ranks in (1, 2):
         trained.answers(trained.export, task, outs[num_ranks], *asked, num_ranks=num_ranks)
     expected = folder_content(outs[1])
-    assert len(expected) == 3
+    assert len(expected) == 4  # answers, results twice, and their lock
     assert folder_content(outs[2]) == expected
     shutil.copytree(outs[2], outs[3])
     (file,) = (outs[3] / "answers").iterdir()
