@@ -17,6 +17,7 @@ from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
 from metalm.data.preparation.folder import describe_shards
+from metalm.data.preparation.shard_arguments import check_numbers
 from metalm.data.preparation.text_arguments import add_text_arguments, text_fields
 from metalm.data.preparation.text_shards import PAPER_DROPS, SubsetFilter, prepare_text
 
@@ -53,8 +54,7 @@ def main() -> None:
         "--backend", choices=("auto", "gigatoken", "huggingface"), default="auto", help="of the tokenizer"
     )
     options = parser.parse_args()
-    if options.processes < 1 or options.shard_mib <= 0 or options.first_number < 0:
-        parser.error("--processes and --shard-mib must be positive, --first-number not negative")
+    check_numbers(parser, options, [])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     started = time.monotonic()

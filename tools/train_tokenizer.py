@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
-from metalm.commands.argument_types import positive
+from metalm.commands.argument_types import mebibytes, positive
 from metalm.data.preparation.text_arguments import add_text_arguments, text_fields
 from metalm.data.preparation.tokenizer_training import training_texts
 from metalm.data.tokenizer import train_tokenizer
@@ -26,7 +26,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--sample-mib",
-        type=float,
+        type=mebibytes,
         default=1024,
         help="text to train on, evenly from all files (default: 1024)",
     )

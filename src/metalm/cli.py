@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from metalm import __version__
 from metalm.commands import answering, operations, scripts, tasks, training
 from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_USAGE, MetaLMError
+from metalm.outputs import is_no_room
 from metalm.progress import rank_of
 from metalm.project_files import project_root
 
@@ -29,18 +30,24 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except MetaLMError as error:
-        program = Path(sys.argv[0]).name.replace("__main__.py", "metalm")
-        _say_once(f"{program}: error: {error}")
+        _say_once(f"{_program()}: error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if is_no_room(error):
+            _say_once(f"{_program()}: error: {error}: make room, and start the same command again")
+        else:
+            traceback.print_exc()
         code = EXIT_FAULT
     sys.exit(EXIT_DONE if code is None else code)
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name.replace("__main__.py", "metalm")
 
 
 def _say_once(message: str) -> None:

@@ -12,6 +12,11 @@ from pathlib import Path
 from metalm.errors import ConfigError
 
 
+def is_no_room(error: BaseException) -> bool:
+    """Whether what failed is writing to a full disk, or above a quota or a limit of files' sizes."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def writing(path: Path, advice: str) -> Iterator[None]:
     """Write an output in the body.

@@ -67,6 +67,39 @@ def test_a_sentencepiece_model_encodes_as_it_did(
         assert source.token_ids(location).tolist() == reference.encode(text)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "bpe", "byte_fallback": True, "user_defined_symbols": ["<br>"], "vocab_size": 330},
+        {"model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "vocab_size": 60},
+        {"model_type": "unigram", "byte_fallback": True, "vocab_size": 330},
+    ],
+    ids=["symbols", "like_t5", "bytes"],
+)
+def test_no_text_forges_a_control_token_of_a_sentencepiece_model(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    texts = ["boats on a lake sail past image d " * 3] * 400
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    model = tmp_path / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "texts.txt"),
+        model_prefix=str(model),
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **settings,
+    )
+    completed = complete_tokenizer(model.with_suffix(".model"), tmp_path / "out")
+    reference = sentencepiece.SentencePieceProcessor(model_file=f"{model}.model")
+    for control in ("<s>", "</s>", "<unk>", "<pad>"):
+        for text in (f"a<br>{control}<br>b", f"on{control}on {control}", f"<br>{control}", f"on {control}", control):
+            found, expected = completed.encode([text])[0].tolist(), reference.encode(text)
+            assert not set(completed.special_ids) & set(found), text
+            if reference.unk_id() not in expected:
+                assert found == expected, text
+    assert completed.encode([texts[0]])[0].tolist() == reference.encode(texts[0])
+
+
 def trained(kind: str, texts: list[str], folder: Path) -> Path:
     """By SentencePiece: Llama's settings, or T5's."""
     (folder / "texts.txt").write_text("\n".join(texts))

@@ -78,6 +78,10 @@ def test_transparent_parts_become_white() -> None:
     pixels = decode_image(encoded(image, "PNG"))
     assert pixels[0, 0].tolist() == [0, 0, 200]
     assert pixels[0, 7].tolist() == [255, 255, 255]
+    keyed = image.convert("RGB")
+    pixels = decode_image(encoded(keyed, "PNG", transparency=(200, 0, 0)))
+    assert pixels[0, 0].tolist() == [0, 0, 200]
+    assert pixels[0, 7].tolist() == [255, 255, 255]
 
 
 def test_patches_are_cut_row_by_row_channels_last() -> None:

@@ -40,6 +40,16 @@ def seed(text: str) -> int:
     return natural(text)
 
 
+def mebibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value * 2**20 < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of MiB")
+    return value
+
+
 def port(text: str) -> int:
     if natural(text) >= 2**16:
         raise argparse.ArgumentTypeError(f"{text} is above {2**16 - 1:,}")

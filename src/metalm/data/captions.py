@@ -24,7 +24,7 @@ def read_captions(text: bytes | memoryview, description: bytes | memoryview) -> 
     if not found and text:
         found = usable_captions([decode_utf8(text)])
     if not found:
-        found = usable_captions([fields.get("caption")])
+        found = usable_captions(listed(fields.get("caption")))
     if not found:
         raise BadSample("missing_caption")
     return found

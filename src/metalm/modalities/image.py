@@ -417,7 +417,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _opaque(image: Pillow.Image) -> Pillow.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.has_transparency_data:
         layer = image.convert("RGBA")

@@ -174,6 +174,29 @@ def test_boxes_in_a_turn_or_beside_the_turns_are_text(
     ]
 
 
+def test_keys_that_a_table_fills_with_null_are_none(
+    tmp_path: Path, media: Path, tokenizer: Tokenizer
+) -> None:
+    empty = {"role": None, "content": None, "from": None, "value": None}
+    given = [
+        {"conversations": [empty | {"role": "user", "content": "Hi"}, empty | {"from": "gpt", "value": "A"}]},
+        {
+            "images": [],
+            "image": "train/fox.jpg",
+            "messages": [
+                {"role": "user", "content": "<image>What?"},
+                {"role": "assistant", "content": "A fox."},
+            ],
+        },
+    ]
+    prepare([write_lines(tmp_path / "a.jsonl", given)], tmp_path / "out", media_folder=media)
+    found = [contents(example) for example in read(tmp_path / "out", tokenizer)]
+    picture = (media / "train/fox.jpg").read_bytes()
+    assert found == [[("Hi", False), ("A", True)], [(picture, False), ("What?", False), ("A fox.", True)]]
+    with pytest.raises(ConfigError, match="begun from other input"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", media_folder=tmp_path)
+
+
 def test_bad_boxes_are_counted(tmp_path: Path) -> None:
     def of(box: Any) -> dict[str, Any]:
         turns = [("user", "where?"), ("assistant", [{"type": "box", "box": box}])]

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -224,6 +225,52 @@ def test_bad_rows_of_parquet_are_counted_with_their_places(images: Path, tmp_pat
     ]
 
 
+def test_a_caption_column_that_is_named_is_the_one_that_is_read(
+    images: Path, read_samples: ReadSamples, tmp_path: Path
+) -> None:
+    rows = [{"path": "one.jpg", "captions": ["old"], "new": ["first", "second"], "meta.text": "other"}]
+    (images / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), images / "table.parquet")
+    for name in ("table.jsonl", "table.parquet"):
+        for column, expected in ((None, ["old"]), ("new", ["first", "second"]), ("meta.text", ["other"])):
+            out = tmp_path / f"{name} {column}"
+            prepare_image_text([images / name], out, caption_column=column)
+            assert [captions_of(sample) for sample in read_samples(out).values()] == [expected]
+
+
+def test_rows_without_a_path_or_captions_are_counted(images: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"path": "one.jpg", "caption": "x"},
+        {"path": "two.png", "captions": []},
+        {"path": None, "caption": "x"},
+        {"path": None, "caption": "y"},
+        {"path": "three.png", "caption": ["x", "y"]},
+    ]
+    shutil.copy(images / "two.png", images / "three.png")
+    (images / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = prepare_image_text([images / "table.jsonl"], tmp_path / "out")
+    assert (report["images"], report["captions"]) == (2, 3)
+    assert report["dropped"] == {"missing_caption": 1, "missing_path": 2}
+
+
+def test_annotations_of_images_that_a_coco_file_lacks_are_left_out(images: Path, tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": 1, "file_name": "one.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 7, "caption": "y"}],
+    }
+    (images / "subset.json").write_text(json.dumps(content))
+    assert prepare_image_text([images / "subset.json"], tmp_path / "out")["captions"] == 1
+
+
+def test_another_folder_of_images_is_another_preparation(images: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.parquet"
+    parquet.write_table(pyarrow.table({"path": ["one.jpg", "two.png"], "caption": ["x", "y"]}), table)
+    shutil.copy(images / "one.jpg", tmp_path)
+    assert prepare_image_text([table], tmp_path / "out")["dropped"] == {"missing_image": 1}
+    with pytest.raises(ConfigError, match="begun from other input"):
+        prepare_image_text([table], tmp_path / "out", media_folder=images)
+
+
 def test_parquet_is_split_by_row_groups_and_whatever_works_on_it_writes_the_same(
     images: Path, read_samples: ReadSamples, tmp_path: Path
 ) -> None:
@@ -405,7 +452,7 @@ def test_other_captions_need_another_folder(table: Path, tmp_path: Path) -> None
         ("empty.jsonl", "", "lists no image"),
         ("rows.jsonl", "{", "line 1: not JSON"),
         ("rows.jsonl", "[]", "expected an object"),
-        ("rows.csv", "file,text\na.jpg,x\n", "there is no 'caption'; it has file, text"),
+        ("rows.csv", "file,text\na.jpg,x\n", "there is no 'captions' or 'caption'; it has file, text"),
         ("coco.json", '{"images": []}', "no COCO captions file"),
         ("latin.csv", b"path,caption\na.jpg,\xe9\n", "is not UTF-8"),
     ],

@@ -178,7 +178,7 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
 
 def _opaque(image: Any) -> Any:
     """RGB, with white behind what is transparent."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.has_transparency_data:
         layer = image.convert("RGBA")

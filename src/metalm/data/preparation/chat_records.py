@@ -73,8 +73,8 @@ def _turn(
     if not isinstance(message, dict):
         raise BadSample("bad_turns")
     # Data sets of either form have messages with the keys of the other.
-    role = message.get(role_key, message.get("role", message.get("from")))
-    content = message.get(content_key, message.get("content", message.get("value")))
+    role = _first(message, role_key, "role", "from")
+    content = _first(message, content_key, "content", "value")
     if not isinstance(role, str) or role.lower() not in (*ASKING_ROLES, *ANSWERING_ROLES):
         raise BadSample("unknown_role")
     if isinstance(content, str):
@@ -136,9 +136,15 @@ def _instruction(record: Mapping[str, Any]) -> list[Turn]:
 def _beside(record: Mapping[str, Any], modality: str) -> list[Any]:
     for key in (f"{modality}s", modality):
         found = record.get(key)
-        if found is not None:
-            return list(found) if isinstance(found, (list, tuple)) else [found]
+        listed = list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+        if listed:
+            return listed
     return []
+
+
+def _first(message: Mapping[str, Any], *keys: str) -> Any:
+    """The value of the first key that has one: tables fill those of other rows with null."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
 
 
 def _box(corners: Any) -> str:

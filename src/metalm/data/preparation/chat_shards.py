@@ -11,6 +11,7 @@ from metalm.data.documents.chats import TrainedAnswers, chat_example
 from metalm.data.documents.example import Example
 from metalm.data.preparation.chat_records import turns_of
 from metalm.data.preparation.example_shards import SHARD_BYTES, ExampleTask, prepare_examples
+from metalm.data.preparation.folder import named_folder
 from metalm.data.preparation.media_files import MediaFiles, open_media_files
 from metalm.data.preparation.record_tasks import record_tasks
 from metalm.errors import BadSample, ConfigError, MetaLMError
@@ -74,6 +75,7 @@ def prepare_chats(
         "inputs": [path.name for path in inputs],
         "sizes": [path.stat().st_size for path in inputs],
         "train": train,
+        **named_folder(media_folder),
         **settings,
         "first_number": first_number,
     }

@@ -15,7 +15,10 @@ _SPECIAL = 2
 
 @dataclass(frozen=True)
 class DocumentCutter:
-    """Cuts between parts, and texts between words. Nothing is lost but the blanks at the cuts."""
+    """Cuts between parts, and texts between words, or within a word that is longer than a piece.
+
+    Nothing is lost but the blanks at the cuts.
+    """
 
     tokenizer: Tokenizer
     positions: int
@@ -27,7 +30,7 @@ class DocumentCutter:
         """The pieces of a document, in their order.
 
         Raises:
-            BadSample: `too_long`, an image or a single word.
+            BadSample: `too_long`, an image or a single letter.
         """
         pieces: list[Example] = []
         parts: list[ExamplePart] = []
@@ -35,7 +38,7 @@ class DocumentCutter:
         for part in document.parts:
             rest: ExamplePart | None = part
             while rest is not None:
-                head, size, rest_after = self._head(rest, room)
+                head, size, rest_after = self._head(rest, room, within_words=room == whole)
                 if head is None:
                     if room == whole:
                         raise BadSample("too_long")
@@ -47,7 +50,9 @@ class DocumentCutter:
                 rest = rest_after
         return [*pieces, Example(tuple(parts))] if parts else pieces
 
-    def _head(self, part: ExamplePart, room: int) -> tuple[ExamplePart | None, int, ExamplePart | None]:
+    def _head(
+        self, part: ExamplePart, room: int, *, within_words: bool
+    ) -> tuple[ExamplePart | None, int, ExamplePart | None]:
         """What of a part has room, its positions, and what is left of it."""
         if part.modality != TEXT:
             fits = self.image_positions <= room
@@ -56,15 +61,19 @@ class DocumentCutter:
         size = self._size(part.content)
         if size <= room:
             return part, size, None
-        text = self._beginning(part.content, room, size)
+        text = self._beginning(part.content, room, size, within_words=within_words)
         rest = part.content[len(text) :].strip()
         if not text.strip():
             return None, 0, part
         head = ExamplePart(text.rstrip(), is_trained=True)
         return head, self._size(text.rstrip()), ExamplePart(rest, is_trained=True) if rest else None
 
-    def _beginning(self, text: str, room: int, size: int) -> str:
-        """The longest beginning of a text of `size` tokens, to the end of a word, that has room."""
+    def _beginning(self, text: str, room: int, size: int, *, within_words: bool) -> str:
+        """The longest beginning of a text of `size` tokens, to the end of a word, that has room.
+
+        Args:
+            within_words: where not even one word has, to any letter.
+        """
         low, high = 0, min(len(text), 2 * len(text) * max(room, 0) // size + 16)
         while high - low > 1:
             middle = (low + high) // 2
@@ -72,9 +81,10 @@ class DocumentCutter:
                 low = middle
             else:
                 high = middle
+        longest = low
         while low and not (text[low - 1].isspace() or text[low : low + 1].isspace()):
             low -= 1
-        return text[:low]
+        return text[:low] if text[:low].strip() or not within_words else text[:longest]
 
     def _size(self, text: str) -> int:
         return len(self.tokenizer.encode([text])[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +38,10 @@ def gigatoken_encoder(definition: bytes) -> PieceEncoder:
     import gigatoken  # isort: skip
     import awkward
 
-    # Without its added tokens, gigatoken treats their strings in a text as text, as `Tokenizer` does.
-    plain_definition = json.dumps({**json.loads(definition), "added_tokens": []})
+    # Without the special ones, gigatoken treats their strings in a text as text, as `Tokenizer` does.
+    content = json.loads(definition)
+    content["added_tokens"] = [token for token in _added_tokens(content) if not token.get("special")]
+    plain_definition = json.dumps(content)
     model = gigatoken.Tokenizer.from_json(plain_definition)
 
     def encode(pieces: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -57,8 +60,13 @@ def why_not_gigatoken(tokenizer: Tokenizer, sample: Sequence[str]) -> str | None
         return "not installed"
     except (ValueError, TypeError, RuntimeError) as error:
         return f"cannot read this tokenizer ({error})"
-    texts = [*HARD_TEXTS, *sample]
+    added = [token.get("content", "") for token in _added_tokens(json.loads(tokenizer.definition))]
+    texts = [*HARD_TEXTS, *(f"a{token}b {token} c" for token in added), *sample]
     for text, expected, found in zip(texts, tokenizer.encode(texts), fast.encode(texts), strict=True):
         if not np.array_equal(expected, found):
             return f"gives other ids for {text[:40]!r}"
     return None
+
+
+def _added_tokens(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return content.get("added_tokens") or []

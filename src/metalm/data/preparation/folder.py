@@ -150,6 +150,11 @@ class PreparationFolder:
         return file.is_file() and file.stat().st_size == shard["size"]
 
 
+def named_folder(media_folder: Path | None) -> dict[str, str]:
+    """What a plan holds of the folder of its images and clips, where one is named."""
+    return {} if media_folder is None else {"media_folder": str(media_folder.absolute())}
+
+
 def require_equal_plans(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Refuse to go on with a preparation that was begun otherwise.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from metalm.config.model_schema import TEXT
 from metalm.data.documents.example import Example
 from metalm.data.preparation.document_cutting import DocumentCutter
 from metalm.data.preparation.example_shards import SHARD_BYTES, ExampleTask, prepare_examples
+from metalm.data.preparation.folder import named_folder
 from metalm.data.preparation.interleaved_records import IMAGE, document_of
 from metalm.data.preparation.media_files import open_media_files
 from metalm.data.preparation.pair_sources import table_rows
@@ -137,7 +139,8 @@ def prepare_interleaved(
     plan = {
         "form": "interleaved",
         "inputs": [[path.name, path.stat().st_size] for path in inputs],
-        "image_table": None if image_table is None else image_table.stat().st_size,
+        "image_table": None if image_table is None else hashlib.sha256(image_table.read_bytes()).hexdigest(),
+        **named_folder(media_folder),
         "row_size": row_size and [fingerprint, row_size.positions, row_size.image_positions],
         **settings,
         "first_number": first_number,

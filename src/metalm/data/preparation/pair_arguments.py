@@ -22,7 +22,9 @@ def add_pair_arguments(parser: argparse.ArgumentParser, modality: Media) -> None
         default="path",
         help="of a table; of parquet, with the files or their paths (default: path)",
     )
-    parser.add_argument("--caption-column", default="caption", help="of a table (default: caption)")
+    parser.add_argument(
+        "--caption-column", help="of a table or parquet (default: captions, where there is one, or caption)"
+    )
     parser.add_argument(
         f"--shard-{units}",
         dest="pairs_per_unit",

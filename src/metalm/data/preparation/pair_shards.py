@@ -116,7 +116,7 @@ def prepare_pairs(
     settings: Mapping[str, Any],
     media_folder: Path | None = None,
     path_column: str = "path",
-    caption_column: str = "caption",
+    caption_column: str | None = None,
     pairs_per_unit: int = 4096,
     shard_bytes: int = 512 << 20,
     first_number: int = 0,
@@ -130,7 +130,7 @@ def prepare_pairs(
         convert: checks a file, and makes its member of it.
         settings: those of `convert`; with others, an interrupted call does not go on.
         media_folder: what paths of COCO files and tables are relative to; default: their folder.
-        path_column, caption_column: of tables.
+        path_column, caption_column: of tables and parquet; of captions None: `captions`, or `caption`.
         pairs_per_unit: most files per shard, except that tars and row groups of the input are kept together.
         shard_bytes: largest size of a shard.
         first_number: of the first input, in names of shards and keys of samples, as in `prepare_text`.
@@ -146,7 +146,7 @@ def prepare_pairs(
     """
     if not inputs:
         raise ConfigError("no input was given")
-    columns = {"path_column": path_column, "caption_column": caption_column}
+    columns: dict[str, Any] = {"path_column": path_column, "caption_column": caption_column}
     tasks: list[PairTask] = []
     for number, source in enumerate(Phase.over("listing the inputs", inputs, "inputs"), start=first_number):
         tasks += _tasks(
@@ -208,7 +208,8 @@ def _digest(tasks: Sequence[PairTask]) -> str:
         if isinstance(task, TarredPairs):
             digest.update(f"{task.tar.name} {task.tar.stat().st_size}\n".encode())
         elif isinstance(task, ParquetPairs):
-            read = (task.path.name, task.path.stat().st_size, task.groups)
+            beside = [] if task.media_folder == task.path.parent else [str(task.media_folder.absolute())]
+            read = (task.path.name, task.path.stat().st_size, task.groups, *beside)
             digest.update(f"{read} {task.media_column} {task.caption_column}\n".encode())
         else:
             for record in task.records:

@@ -29,6 +29,8 @@ from metalm.regular_files import open_regular, read_regular
 
 COCO_SUFFIX = ".json"
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+CAPTION_COLUMNS = ("captions", "caption")
+"""Of tables and parquet, where none is named: the first that has any."""
 _STATISTICS_SUFFIX = "_stats.json"
 """What img2dataset writes beside its folders."""
 
@@ -124,7 +126,7 @@ def list_records(
     modality: Media,
     *,
     path_column: str,
-    caption_column: str,
+    caption_column: str | None,
     media_folder: Path | None = None,
 ) -> list[PairRecord]:
     """The files of a folder, a COCO file or a table. Their paths are relative to `media_folder`; without one,
@@ -168,8 +170,11 @@ def _folder_records(source: Path, modality: Media) -> list[PairRecord]:
     ]
 
 
-def read_list(source: Path, root: Path, path_column: str, caption_column: str) -> list[PairRecord]:
+def read_list(source: Path, root: Path, path_column: str, caption_column: str | None) -> list[PairRecord]:
     """What a COCO file or a table lists, with paths relative to `root`.
+
+    Args:
+        path_column, caption_column: as of `prepare_pairs`.
 
     Raises:
         DataError: it cannot be read, or has another form.
@@ -189,7 +194,8 @@ def _coco_records(source: Path, root: Path) -> list[PairRecord]:
         content = json.loads(read_regular(source))
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
-            captions[annotation["image_id"]] += usable_captions([annotation["caption"]])
+            found = usable_captions([annotation["caption"]])
+            captions.get(annotation["image_id"], []).extend(found)  # subsets may list fewer images
         return [
             PairRecord(root / image["file_name"], tuple(captions[image["id"]])) for image in content["images"]
         ]
@@ -202,21 +208,30 @@ def _coco_records(source: Path, root: Path) -> list[PairRecord]:
         ) from error
 
 
-def _table_records(source: Path, root: Path, path_column: str, caption_column: str) -> list[PairRecord]:
+def _table_records(
+    source: Path, root: Path, path_column: str, caption_column: str | None
+) -> list[PairRecord]:
     captions: dict[str, list[str]] = {}
     lines: dict[str, int] = {}
+    without_path: list[PairRecord] = []
     for line, row in table_rows(source):
-        try:
-            found = listed(row["captions"]) if row.get("captions") else [row[caption_column]]
-            path = str(row[path_column])
-            captions.setdefault(path, []).extend(usable_captions(found))
-            lines.setdefault(path, line)
-        except KeyError as error:
+        columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+        named = [column for column in columns if column in row]
+        if not named or path_column not in row:
+            lacking = repr(path_column) if named else " or ".join(map(repr, columns))
             raise DataError(
-                f"{source}, line {line}: there is no {error}; it has {', '.join(map(str, row))}. Name the "
+                f"{source}, line {line}: there is no {lacking}; it has {', '.join(map(str, row))}. Name the "
                 "columns with --path-column and --caption-column."
-            ) from error
-    return [PairRecord(root / path, tuple(texts), lines[path]) for path, texts in captions.items()]
+            )
+        path = row[path_column]
+        if not isinstance(path, str) or not path:
+            without_path.append(PairRecord(source, (), line, absent="missing_path"))
+            continue
+        found = next(filter(None, (usable_captions(listed(row[column])) for column in named)), [])
+        captions.setdefault(path, []).extend(found)
+        lines.setdefault(path, line)
+    records = [PairRecord(root / path, tuple(texts), lines[path]) for path, texts in captions.items()]
+    return [*records, *without_path]
 
 
 def table_rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -14,15 +14,12 @@ from typing import Any
 import numpy as np
 
 from metalm.data.captions import listed, usable_captions
-from metalm.data.preparation.pair_sources import Pair, PairRecord, read_record
+from metalm.data.preparation.pair_sources import CAPTION_COLUMNS, Pair, PairRecord, read_record
 from metalm.data.preparation.parquet_rows import ParquetFile, RowGroup, runs_of_groups
 from metalm.data.preparation.tally import Place
 from metalm.data.storage.shard_scan import MAX_MEMBER_BYTES
 from metalm.errors import DataError
 from metalm.modalities import Media
-
-CAPTIONS_COLUMN = "captions"
-"""Of several captions a row, where there is one; as in tables."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def parquet_tasks(
     *,
     run_bytes: int,
     path_column: str,
-    caption_column: str,
+    caption_column: str | None,
     media_folder: Path | None,
 ) -> Iterator[ParquetPairs]:
     """The tasks of a parquet file.
@@ -88,7 +85,7 @@ def parquet_tasks(
         modality: of its images or clips.
         run_bytes: of a task, before compression.
         path_column: has them, or their paths; where there is none of that name, the modality's own is taken.
-        caption_column: has the captions; `captions` comes before it.
+        caption_column: has the captions; None: `captions`, or `caption`.
         media_folder: what paths are relative to; None: the folder of the file.
 
     Raises:
@@ -96,9 +93,9 @@ def parquet_tasks(
         DataError: it cannot be read, or lacks a column.
     """
     with ParquetFile(source) as file:
-        names = list(dict.fromkeys(leaf.split(".")[0] for leaf in file.columns))
-        found = []
-        for wanted in ((path_column, modality.name), (CAPTIONS_COLUMN, caption_column)):
+        names, found = file.names, []
+        captions = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+        for wanted in ((path_column, modality.name), captions):
             if not (there := [name for name in wanted if name in names]):
                 raise DataError(
                     f"{source}: there is no column {' or '.join(dict.fromkeys(wanted))}; it has "
@@ -106,7 +103,7 @@ def parquet_tasks(
                 )
             found.append(there[0])
         groups = file.groups()
-        leaves = [leaf for leaf in file.columns if leaf.split(".")[0] == found[0]]
+        leaves = [leaf for leaf in file.columns if leaf == found[0] or leaf.startswith(f"{found[0]}.")]
         sizes = np.sum([file.column_bytes(leaf) for leaf in leaves], axis=0)
         for position, run in enumerate(runs_of_groups(sizes, run_bytes)):
             yield ParquetPairs(

@@ -30,6 +30,7 @@ class ParquetFile:
 
     Attributes:
         columns: names of its columns without those that hold others; a dot stands before one within one.
+        names: of its columns, those within others left out.
     """
 
     def __init__(self, path: Path, *, texts: Sequence[str] = ()) -> None:
@@ -55,6 +56,7 @@ class ParquetFile:
             schema = self._metadata.schema
             leaves = [schema.column(number) for number in range(len(schema))]
             self.columns = {leaf.path: number for number, leaf in enumerate(leaves)}
+            self.names: list[str] = schema.to_arrow_schema().names
             self._file = parquet.ParquetFile(
                 path,
                 metadata=self._metadata,
@@ -137,6 +139,11 @@ class ParquetFile:
                 found = batch.to_pylist()
             except UnicodeDecodeError:
                 found = [_plain_row(batch, number) for number in range(len(batch))]
+            except (OverflowError, ValueError) as error:
+                raise DataError(
+                    f"cannot read {self.path}, row group {group.number} has what is no plain value: {error}; "
+                    "leave columns out that are not needed"
+                ) from None
             yield from found
 
     @contextmanager

@@ -65,7 +65,7 @@ class ParquetText:
 
 def _scalars(batch: Any, path: str) -> Iterator[Any]:
     """The values of a column, each as a scalar of pyarrow; None: what it would lie in is null."""
-    name, *keys = path.split(".")
+    name, *keys = [path] if path in batch.schema.names else path.split(".")
     for scalar in batch.column(name):
         for key in keys:
             scalar = scalar[key] if scalar is not None and scalar.is_valid else None

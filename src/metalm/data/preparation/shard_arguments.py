@@ -36,3 +36,5 @@ def check_numbers(
         has_first and options.first_number < 0
     ):
         parser.error("all numbers must be positive" + ("; --first-number may be 0" if has_first else ""))
+    if options.shard_mib * 2**20 < 1:
+        parser.error("--shard-mib is less than a byte")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +52,8 @@ class ShardWriter:
         if kind is None:
             self._finish()
         elif self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a full disk, again
+                self._file.close()
             self._partial_path.unlink(missing_ok=True)
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from metalm.errors import MetaLMError
+from metalm.outputs import is_no_room
 
 Task = TypeVar("Task")
 Advance = Callable[[float], None]
@@ -40,6 +41,7 @@ def run_tasks(
 
     Raises:
         MetaLMError: what a task raised; or a worker died.
+        OSError: there is no room to write.
         RuntimeError: a task raised anything else; the message holds its stack trace.
     """
     if processes == 1 or len(tasks) == 1:
@@ -89,7 +91,7 @@ def _receive(connection: Connection, worker: BaseProcess) -> float | None:
         message = connection.recv()
     except (EOFError, ConnectionResetError):
         raise _death(worker) from None
-    if isinstance(message, MetaLMError):
+    if isinstance(message, MetaLMError | OSError):
         raise message
     if isinstance(message, str):
         raise RuntimeError(f"a preparation process failed:\n{message}")
@@ -119,7 +121,7 @@ def _serve(connection: Connection, run_task: Callable[[Task, Advance], None]) ->
                 connection.send(error)
             except (BrokenPipeError, ConnectionResetError):
                 raise
-            except Exception:
-                connection.send(traceback.format_exc())
+            except Exception as error:
+                connection.send(error if is_no_room(error) else traceback.format_exc())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has no more work, or is gone

@@ -52,7 +52,9 @@ PILE_FIELDS = TextFields()
 
 
 def value_at(record: Any, path: str) -> Any:
-    """What a record has at a path such as `meta.pile_set_name`; None: nothing."""
+    """What a record has at a path such as `meta.pile_set_name`, or by that whole name; None: nothing."""
+    if isinstance(record, dict) and path in record:
+        return record[path]
     for key in path.split("."):
         record = record.get(key) if isinstance(record, dict) else None
     return record

@@ -37,5 +37,5 @@ def training_texts(
             size += document.num_bytes
             yield document.text
     for table in caption_tables:
-        for record in read_list(table, table.parent, "path", "caption"):
+        for record in read_list(table, table.parent, "path", None):
             yield from record.captions or ()
