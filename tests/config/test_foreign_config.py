@@ -168,7 +168,7 @@ data:
     text: {path: x, readers: {text: text}, weight: 2.5}
     pairs: {path: y, readers: {image: image, text: image}, url: "https://host/{shard}"}
 training: {steps: 10, global_batch_size: 8, micro_batch_size: 2, optimizer: {betas: [0.9, 0.95]}, schedule: {warmup_steps: 2}}
-initialize: {new: [a, b]}
+initialize: {decoder: runs/other, new: [a, b]}
 """  # noqa: E501
 
 

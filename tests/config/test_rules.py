@@ -33,6 +33,17 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.decoder.positions=learned", "max_positions = None is below data.sequence_length"),
         ("model.decoder.max_positions=512", "is the length of learned positions, not of sinusoidal ones"),
         ("model.decoder.rope_scaling={factor: 2}", "rope_scaling is for positions: rope, not sinusoidal"),
+        ("model.decoder.rope_base=5", "model.decoder.rope_base is for positions: rope, not sinusoidal"),
+        ("model.encoders.text.rope_base=5", "encoders.text.rope_base is for positions: rope, not learned"),
+        (
+            "initialize.new=[encoders.x.*]",
+            "initialize.new is of a run that starts from initialize.decoder",
+        ),
+        ("data.sources.all={path: data/all, readers: {}}", "loss/all is the loss of all sources"),
+        (
+            "training.schedule={decay: constant, final_fraction: 0.1}",
+            "final_fraction = 0.1 is given, but training.schedule.decay is constant",
+        ),
         (
             "model.decoder={positions: rope, rope_scaling: {factor: 2, low_frequency_factor: 4}}",
             "low_frequency_factor = 4.0 is not below high_frequency_factor = 4.0",

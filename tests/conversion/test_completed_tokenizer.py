@@ -92,7 +92,13 @@ def test_no_text_forges_a_control_token_of_a_sentencepiece_model(
     completed = complete_tokenizer(model.with_suffix(".model"), tmp_path / "out")
     reference = sentencepiece.SentencePieceProcessor(model_file=f"{model}.model")
     for control in ("<s>", "</s>", "<unk>", "<pad>"):
-        for text in (f"a<br>{control}<br>b", f"on{control}on {control}", f"<br>{control}", f"on {control}", control):
+        for text in (
+            f"a<br>{control}<br>b",
+            f"on{control}on {control}",
+            f"<br>{control}",
+            f"on {control}",
+            control,
+        ):
             found, expected = completed.encode([text])[0].tolist(), reference.encode(text)
             assert not set(completed.special_ids) & set(found), text
             if reference.unk_id() not in expected:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers import Trainer, TrainingArguments
 
 from conversion.cases import PROMPTS, prompt_images, prompt_text, run_config
 from conversion.conftest import Workshop
@@ -137,3 +138,45 @@ def test_lora_trains_merges_and_comes_back(workshop: Workshop, model, inputs, tm
             if not torch.equal(tensor, before[name]):
                 changed.add(name.split(".")[-2])
     assert changed == set(modules)
+
+
+def test_trainer_evaluates_predicts_and_finds_its_best(model, inputs, tmp_path: Path) -> None:
+    batch = dict(inputs) | {"labels": labels_of(inputs)}
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            remove_unused_columns=False,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=[{}] * 8,
+        eval_dataset=[{}] * 8,
+        data_collator=lambda _: dict(batch),
+    )
+    with torch.no_grad():
+        before = float(model.eval()(**batch).loss)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
+    trainer.train()
+    assert trainer.state.best_metric == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert trainer.state.best_metric < before
+    predicted = trainer.predict([{}] * 8)
+    assert predicted.predictions.shape == (4, *inputs["input_ids"].shape[1:], model.config.vocab_size)
+    assert (predicted.label_ids == batch["labels"].numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_with_joint_layers_runs_under_autocast(model, inputs, dtype: torch.dtype) -> None:
+    exact = model(**inputs, labels=labels_of(inputs)).loss
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(**inputs, labels=labels_of(inputs)).loss
+    loss.backward()
+    assert float(loss) == pytest.approx(float(exact), rel=0.02)

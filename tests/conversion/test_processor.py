@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,12 @@ def test_saved_again_it_is_the_same(processor, workshop, tmp_path: Path) -> None
     expected, found = processor(text=prompt, images=images), again(text=prompt, images=images)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_special_tokens_that_were_added_later_are_tokens(workshop: Workshop) -> None:
+    processor = copy.deepcopy(workshop.processor("deepnorm"))
+    processor.tokenizer.add_tokens(["<x>", "<x>>"], special_tokens=True)
+    for text in ("fox <x> dog", "<x>><x>"):
+        expected = processor.tokenizer(text)["input_ids"]
+        assert processor(text=text)["input_ids"].tolist()[0] == expected
+        assert processor.tokenizer.convert_tokens_to_ids("<x>") in expected

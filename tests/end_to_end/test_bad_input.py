@@ -182,3 +182,14 @@ def test_what_the_second_node_lacks_ends_both_with_its_message(pipeline: list[st
     assert "metalm: error: no tokenizer at absent" in first
     assert "rank 1: metalm: error: no tokenizer at absent" in second
     assert not (tmp_path / "runs").exists()
+
+
+def test_no_secret_of_an_override_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    secret = "data.sources.text.url=https://user:hunter2@host/{shard}?signature=hunter2"
+    mapping = "data.sources.more={path: a, url: 'pipe:KEY=hunter2 cat {shard}'}"
+    words = ("train", "pipelines/demo.yaml", "--dry-run", "--without-data", "--ranks", "2")
+    code, output = metalm(*words, secret, mapping)
+    assert code == 0, output
+    assert "hunter2" not in output
+    assert "data.sources.text.url=https://host/{shard}" in output

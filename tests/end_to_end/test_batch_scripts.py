@@ -121,7 +121,7 @@ def test_parts_are_joined_though_the_task_that_joined_them_was_killed(tmp_path: 
             "SLURM_CPUS_PER_TASK": "1",
             "METALM_PYTHON": python,
         }
-        words = [str(tmp_path / "out"), "--tokenizer", str(tokenizer), "--", *map(str, inputs)]
+        words = [str(tmp_path / "out"), f"--tokenizer={tokenizer}", "--", *map(str, inputs)]
         found = subprocess.run(
             ["bash", str(REPOSITORY / "slurm" / "prepare.sbatch"), "tools/prepare_text.py", *words],
             capture_output=True,
@@ -162,6 +162,16 @@ def test_data_are_copied_to_a_nodes_disk_again_only_where_they_differ(tmp_path: 
     assert copied["local disk/data/a.tar"] == b"other"
     assert copied["local disk/data/part 1/b.tar"] == copied["second/b.tar"] == b"part 1/b.tar"
     assert len(copied) == 3 + 3 + 2 and not list(tmp_path.rglob("*.partial"))
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "part 1").symlink_to(source / "part 1")
+    (links / "c.tar").symlink_to(source / "a.tar")
+    assert stage(f"{links}:{tmp_path / 'third'}").returncode == 0
+    assert (tmp_path / "third/part 1/b.tar").read_bytes() == b"part 1/b.tar"
+    assert not (tmp_path / "third/c.tar").is_symlink()
+    (links / "d.tar").symlink_to(tmp_path / "absent")
+    found = stage(f"{links}:{tmp_path / 'fourth'}")
+    assert (found.returncode, "d.tar is a link that leads nowhere" in found.stderr) == (65, True)
     found = stage(f"{tmp_path / 'absent'}:{disk}")
     assert (found.returncode, "is not of the form FROM:TO" in found.stderr) == (64, True)
 

@@ -79,6 +79,13 @@ def test_a_run_that_goes_on_from_another_needs_steps_beyond_it(
     code, output = train(tiny_data, tmp_path, "none", *words, "training.steps=3")
     assert (code, "Traceback" in output) == (64, False), output
     assert "training.steps = 3 leaves nothing to train: initialize.run goes on from step 3" in output
+    for more, message, expected in (
+        (("training.steps=3",), "training.steps = 3 leaves nothing to train", 64),
+        (("training.steps=4", "model.decoder.hidden_size=64"), "is of another model than the config's", 64),
+        (("training.steps=4", "checkpoint.resume=required"), "checkpoint.resume is `required`", 65),
+    ):  # a dry run says what the start would
+        code, output = train(tiny_data, tmp_path, "none", *words, *more, "--dry-run")
+        assert (code, message in output, "Traceback" in output) == (expected, True, False), output
     code, output = train(tiny_data, tmp_path, "one", *words, "training.steps=4")
     assert code == 0, output
 

@@ -56,6 +56,16 @@ def test_the_page_holds_result_curves_samples_layout_faults_and_versions(run: Pa
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
 
 
+def test_the_page_holds_no_secrets_of_the_config(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    url = "https://user:hunter2@bucket.example/pile/{shard}?X-Amz-Signature=SIGNED"
+    config["data"] = {"sources": {"pile": {"url": url}, "odd": None}, "evaluation": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    page = write_report(run).read_text()
+    assert "bucket.example/pile/{shard}" in page
+    assert "hunter2" not in page and "SIGNED" not in page
+
+
 def test_a_run_that_has_barely_begun_has_a_page_too(tmp_path: Path, run: Path) -> None:
     for name in ("tensorboard", "logs"):
         shutil.rmtree(run / name)

@@ -12,6 +12,7 @@ from metalm.commands.starting import join_ranks
 from metalm.errors import ConfigError
 from metalm.progress import Phase, say
 from metalm.project_files import project_root
+from metalm.shown_url import shown_override
 
 if TYPE_CHECKING:
     from metalm.config import RunConfig
@@ -97,7 +98,7 @@ def _evaluate(options: argparse.Namespace) -> int | None:
 
 def _named(options: argparse.Namespace) -> str:
     given = [] if options.pipeline is None else [str(options.pipeline)]
-    return " ".join([options.command, *given, *options.overrides])
+    return " ".join([options.command, *map(shown_override, [*given, *options.overrides])])
 
 
 def _pipeline(options: argparse.Namespace) -> Path:

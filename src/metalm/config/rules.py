@@ -9,7 +9,7 @@ from typing import Any
 
 from metalm.config.adapter_rules import adapter_problems
 from metalm.config.deepspeed_services import service_problems
-from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
+from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, DecoderConfig, EncoderConfig
 from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError, TopologyError
 
@@ -79,6 +79,11 @@ def check_topology(config: RunConfig, world_size: int) -> None:
         raise TopologyError(
             f"{world_size} rank(s) cannot be split into groups of parallel.tensor = {tensor} x "
             f"parallel.context = {context}: start a multiple of {config.parallel.rows_size}"
+        )
+    if config.monitor.profile_steps and max(config.monitor.profile_ranks, default=0) >= world_size:
+        raise TopologyError(
+            f"monitor.profile_ranks names rank {max(config.monitor.profile_ranks)}, but {world_size} rank(s) "
+            "are started: they are numbered from 0"
         )
     data = world_size // config.parallel.rows_size
     decoder, training = config.model.decoder, config.training
@@ -166,6 +171,7 @@ def _encoder_problems(where: str, encoder: EncoderConfig) -> Iterator[str]:
             f"{where}.num_heads = {encoder.num_heads} is not divisible by "
             f"num_kv_heads = {encoder.num_kv_heads}"
         )
+    yield from _unused_base(where, encoder)
     if encoder.positions == "rope" and encoder.media:
         yield f"{where}.positions: rope is of tokens in a line; an encoder of patches has learned positions"
     if encoder.positions == "rope" and encoder.head_size % 2:
@@ -241,6 +247,7 @@ def _position_problems(config: RunConfig) -> Iterator[str]:
         yield f"{where}.rope_share = {decoder.rope_share} leaves nothing of a head to turn"
     if decoder.positions != "rope" and decoder.rope_share != 1.0:
         yield f"{where}.rope_share is for positions: rope, not {decoder.positions}"
+    yield from _unused_base(where, decoder)
     if decoder.positions == "learned" and (decoder.max_positions or 0) < length:
         yield (
             f"{where}.max_positions = {decoder.max_positions} is below data.sequence_length = {length}, "
@@ -345,8 +352,15 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             yield f"training.optimizer.learning_rates.{group}.{name} is not in model.encoders ({known})"
 
 
+def _unused_base(where: str, model: DecoderConfig | EncoderConfig) -> Iterator[str]:
+    if model.positions != "rope" and model.rope_base != type(model).model_fields["rope_base"].default:
+        yield f"{where}.rope_base is for positions: rope, not {model.positions}"
+
+
 def _decay_problems(config: RunConfig) -> Iterator[str]:
     training, schedule, where = config.training, config.training.schedule, "training.schedule"
+    if schedule.decay == "constant" and schedule.final_fraction:
+        yield f"{where}.final_fraction = {schedule.final_fraction} is given, but {where}.decay is constant"
     if schedule.decay_steps is None:
         return
     if schedule.decay == "constant":
@@ -365,6 +379,8 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
             "initialize.run goes on with all of a checkpoint: leave initialize.decoder, initialize.encoders "
             "and initialize.new out, or initialize.run"
         )
+    elif initialize.new and not (initialize.decoder or initialize.encoders):
+        yield "initialize.new is of a run that starts from initialize.decoder or initialize.encoders"
     if best is None:
         return
     source = best.figure.split("/")[1]

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from metalm.config.schema import RunConfig
+from metalm.shown_url import shown_url
 
 
 def without_secrets(config: RunConfig) -> dict[str, Any]:
     """The config as plain values, of each `url` only what names a place."""
-    content = config.model_dump(mode="json")
-    for sources in (content["data"]["sources"], content["data"]["evaluation"]):
-        for source in sources.values():
-            if source["url"] is not None:
+    return redacted(config.model_dump(mode="json"))
+
+
+def redacted(content: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a config, also of an older version, of each `url` only what names a place."""
+    shown = copy.deepcopy(content)
+    data = shown.get("data")
+    for group in ("sources", "evaluation"):
+        sources = data.get(group) if isinstance(data, dict) else None
+        for source in sources.values() if isinstance(sources, dict) else ():
+            if isinstance(source, dict) and isinstance(source.get("url"), str):
                 source["url"] = shown_url(source["url"])
-    return content
-
-
-def shown_url(template: str) -> str:
-    """The `url` of a source without the user and the query of an address, or the words of a command."""
-    if template.startswith("pipe:"):
-        return "pipe:... {shard}"
-    parts = urlsplit(template)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+    return shown

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from metalm.config.secrets import redacted
 from metalm.operations.history import all_metrics, read_attempts
 from metalm.operations.report_curves import draw_curves
 from metalm.operations.status import CONFIG_NAME, fields_of
@@ -76,7 +77,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
 def _config(run_folder: Path) -> dict[str, Any]:
     path = run_folder / CONFIG_NAME
     content = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    return redacted(content) if isinstance(content, dict) else {}
 
 
 def _layout(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

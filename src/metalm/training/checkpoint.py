@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from metalm.checkpoint.folders import find_checkpoint
-from metalm.checkpoint.manifest import LATEST_NAME, check_files, read_manifest
+from metalm.checkpoint.manifest import check_files, read_manifest
 from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, partial_folder
 from metalm.checkpoint.publishing import begin_checkpoint
 from metalm.checkpoint.reader import CheckpointReader, damaged, is_lane_file, read_lane_states
@@ -21,6 +21,7 @@ from metalm.errors import CheckpointError, FaultError
 from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
+from metalm.training.going_on import require_to_begin
 from metalm.training.owned_ranges import optimizer_step
 from metalm.training.provenance import provenance
 from metalm.training.saving import HostBuffers, RunningSave, SaveJob
@@ -162,16 +163,9 @@ class CheckpointStore:
                 f"none of the {len(published)} checkpoint(s) in {self._folder} is whole; "
                 "remove the folder to start from scratch"
             )
-        latest = self._folder / LATEST_NAME
         with together():
-            if self.is_first and latest.exists():
-                raise CheckpointError(
-                    f"{latest} is there, but no checkpoint is; remove it to start from scratch"
-                )
-        if self._run_config.checkpoint.resume == "required":
-            raise CheckpointError(
-                f"there is no checkpoint in {self._folder}, and checkpoint.resume is `required`"
-            )
+            if self.is_first:
+                require_to_begin(self._folder, self._run_config)
         return None
 
     def find_whole(self, path: Path) -> Path:

@@ -13,6 +13,7 @@ from metalm.planning.report import describe_batch, describe_memory
 from metalm.progress import Phase
 from metalm.run_lock import find_holder
 from metalm.training.check_start import check_start
+from metalm.training.going_on import check_going_on
 
 
 def describe_plan(config: RunConfig, world_size: int) -> str:
@@ -32,13 +33,13 @@ def dry_run(config: RunConfig, world_size: int, *, with_data: bool) -> int:
         with_data: whether tokenizer, shards and weights to start from are there to be checked.
 
     Raises:
-        TopologyError, ConfigError, DataError, CheckpointError: as `check_start`.
+        TopologyError, ConfigError, DataError, CheckpointError: as `check_start` and `check_going_on`.
     """
     print_plan(config, world_size)
     if with_data:
         with Phase("checking what is read"):
-            check_start(config, world_size)
-        print("what is read: checked")
+            check_going_on(check_start(config, world_size))
+        print("what is read: checked, but the contents of weights")
     else:
         print("what is read: not checked (--without-data)")
     return EXIT_DONE

@@ -14,18 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from metalm.checkpoint.folders import remove_leftovers
 from metalm.checkpoint.names import CHECKPOINTS_NAME, CONFIG_NAME
 from metalm.checkpoint.reader import CheckpointReader
-from metalm.checkpoint.state import RunState, first_mistake
-from metalm.config import ModelConfig, RunConfig, write_config
+from metalm.checkpoint.state import RunState
+from metalm.config import RunConfig, write_config
 from metalm.data.corpus import Corpus
 from metalm.data.lanes import owned_lanes
 from metalm.data.loader import TrainingData
-from metalm.errors import CheckpointError, ConfigError
+from metalm.errors import CheckpointError
 from metalm.objectives import Objective
 from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
@@ -34,18 +31,13 @@ from metalm.run_lock import RunLock
 from metalm.training.average import begin_average
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
+from metalm.training.going_on import refuse_another_model, require_steps
 from metalm.training.provenance import provenance
 from metalm.training.session import Session
 from metalm.training.watchdog import Watchdog
 from metalm.training.weights import adopt, restore
 
 logger = logging.getLogger(__name__)
-
-_FREE_TO_CHANGE = (
-    *("dropout", "recompute", "trained_layers", "trained_connector", "pretrained.path"),
-    "decoder.start",
-)
-"""Ends of keys of the model's section that may differ from start to start: the weights keep their meaning."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +140,10 @@ def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
     if folder is not None:
         return go_on_from(folder, corpus, store)
     if config.initialize.run is not None:
-        return _go_on_in_new_run(store.find_whole(config.initialize.run), corpus, store)
+        start = go_on_from(store.find_whole(config.initialize.run), corpus, store)
+        if start.checkpoint is not None:
+            require_steps(config, start.checkpoint.folder, start.checkpoint.state)
+        return start
     initial = {}
     for component, path in (("decoder", config.initialize.decoder), ("encoders", config.initialize.encoders)):
         if path is None:
@@ -160,17 +155,6 @@ def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
             reader.parameters(component)  # refused if it has no such component
         initial[component] = reader
     return Start(initial=initial)
-
-
-def _go_on_in_new_run(folder: Path, corpus: Corpus, store: CheckpointStore) -> Start:
-    start = go_on_from(folder, corpus, store)
-    last = corpus.config.training.steps
-    if start.checkpoint is not None and start.checkpoint.step >= last:
-        raise ConfigError(
-            f"training.steps = {last} leaves nothing to train: initialize.run goes on from step "
-            f"{start.checkpoint.step} of {folder}, which counts; give a larger number"
-        )
-    return start
 
 
 def go_on_from(folder: Path, corpus: Corpus, store: CheckpointStore) -> Start:
@@ -185,7 +169,7 @@ def go_on_from(folder: Path, corpus: Corpus, store: CheckpointStore) -> Start:
     reader = store.open(folder)
     with together():
         if store.is_first:
-            _refuse_another_model(corpus, reader)
+            refuse_another_model(corpus, reader.folder, reader.files, reader.state)
     return Start(checkpoint=reader)
 
 
@@ -208,66 +192,6 @@ def load_start(start: Start, config: RunConfig, topology: Topology, engines: Eng
         restore(start.checkpoint, engines, topology)
     logger.info("resumed from %s", start.checkpoint.folder)
     return start.checkpoint.state
-
-
-def _refuse_another_model(corpus: Corpus, reader: CheckpointReader) -> None:
-    """Refuse to go on from a checkpoint whose weights mean something else under this config.
-
-    Raises:
-        ConfigError: naming every key that differs.
-        CheckpointError: the checkpoint's config cannot be read.
-    """
-    advice = (
-        "\ngive the run's own values; or start a new run from its weights: another run.name, with "
-        f"initialize.decoder and initialize.encoders={reader.folder}"
-    )
-    if CONFIG_NAME in reader.files:
-        changes = list(_changes("model", _model_of(reader), corpus.config.model.model_dump(mode="json")))
-        if changes:
-            lines = [f"  {key}: {old} in the checkpoint, {new} in the config" for key, old, new in changes]
-            raise ConfigError(
-                "\n".join([f"{reader.folder} is of another model than the config's:", *lines]) + advice
-            )
-    tokenizer = corpus.tokenizer
-    if reader.state.tokenizer not in (None, tokenizer.fingerprint):
-        raise ConfigError(
-            f"data.tokenizer: {corpus.config.data.tokenizer} ({tokenizer.fingerprint[:16]}) is not the "
-            f"tokenizer that {reader.folder} was trained with ({reader.state.tokenizer[:16]}): "
-            "ids mean other tokens" + advice
-        )
-
-
-def _model_of(reader: CheckpointReader) -> dict[str, Any]:
-    """The model's section of the config that a checkpoint was written with; later keys have their default."""
-    path = reader.path_of(CONFIG_NAME)
-    try:
-        section = yaml.safe_load(path.read_text())["model"]
-        return ModelConfig.model_validate(section).model_dump(mode="json")
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{path} is of another version of this program: model.{first_mistake(error)}"
-        ) from None
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Keys whose values differ, with both values.
-
-    What transformers says of a pretrained model has other keys in other versions: those of both count.
-    """
-    if isinstance(old, dict) and isinstance(new, dict):
-        is_foreign = key.endswith((".pretrained.definition", ".pretrained.processor"))
-        for name in old.keys() & new.keys() if is_foreign else dict.fromkeys([*old, *new]):
-            yield from _changes(f"{key}.{name}", old.get(name), new.get(name))
-    elif old != new and not key.endswith(tuple(f".{name}" for name in _FREE_TO_CHANGE)):
-        yield key, _shown(old), _shown(new)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "absent"
-    return "present" if isinstance(value, dict) else repr(value)
 
 
 def _own_lane_states(

@@ -68,7 +68,7 @@ class MetaLMConfig(PreTrainedConfig):
     """
 
     model_type = "metalm"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - Trainer adds to such a list
 
     def __init__(
         self,

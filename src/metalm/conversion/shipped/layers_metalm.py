@@ -213,7 +213,7 @@ class MetaLMRoutedFeedForward(nn.ModuleDict):
         for name in ("joint", "vision", "language"):
             if name in self:
                 chosen = routes[name] & ~taken
-                output[chosen] = self[name](hidden[chosen])
+                output[chosen] = self[name](hidden[chosen]).to(output.dtype)  # another one under autocast
                 taken = taken | chosen
         return output
 

@@ -328,7 +328,6 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         past_key_values: Cache | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given; arguments as `MetaLMModel.forward`, and:
@@ -338,8 +337,10 @@ class MetaLMForConditionalGeneration(MetaLMPreTrainedModel, GenerationMixin):
                 the tokens inside a span after its first.
             logits_to_keep: so many last positions, or the positions of a vector; 0 for all.
             num_items_in_batch: what the summed loss is divided by; None: the mean over the labels.
-            shift_labels: [B, S], in place of `labels`, already moved to the positions that predict them.
+            kwargs: `shift_labels` [B, S], in place of `labels`, already moved to the positions that predict
+                them. It has no name above: Trainer evaluates only where it is given all labels that have.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -319,7 +319,9 @@ class MetaLMProcessor(ProcessorMixin):
     @property
     def _marks(self) -> re.Pattern[str]:
         """A marker or special token, with the backslashes before it."""
-        special = [re.escape(token) for token in self.tokenizer.all_special_tokens]
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted({*self.tokenizer.all_special_tokens, *added}, key=lambda one: (-len(one), one))
+        special = [re.escape(token) for token in longest_first]
         return re.compile(
             r"(\\*)("
             + "|".join(

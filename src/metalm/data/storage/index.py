@@ -26,7 +26,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from metalm.config.secrets import shown_url
 from metalm.data.storage.index_document import INDEX_VERSION, read_document
 from metalm.data.storage.locations import SampleLocation, out_of_place, readable_formats
 from metalm.data.storage.remote import RemoteShard, attempt, shard_url
@@ -45,6 +44,7 @@ from metalm.modalities import Modality, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES
 from metalm.progress import Phase
 from metalm.regular_files import open_regular
+from metalm.shown_url import shown_url
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import logging
 import os
 from collections.abc import Callable, Collection
 
-from metalm.config.secrets import shown_url
 from metalm.data.storage.index import ShardIndex, check_shard_size
 from metalm.data.storage.locations import SUFFIXES, SampleLocation
 from metalm.data.storage.remote import RemoteShard, attempt, shard_url
 from metalm.data.storage.tar import BLOCK, is_header_of
 from metalm.errors import DataError
+from metalm.shown_url import shown_url
 
 logger = logging.getLogger(__name__)
 
