@@ -41,10 +41,7 @@ def seed(text: str) -> int:
 
 
 def mebibytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 1 <= value * 2**20 < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of MiB")
     return value
@@ -57,10 +54,7 @@ def port(text: str) -> int:
 
 
 def temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if value != 0 and not LOWEST_TEMPERATURE <= value < math.inf:
         raise argparse.ArgumentTypeError(
             f"{text!r}: give 0 for the likeliest tokens, or {LOWEST_TEMPERATURE} or more to sample"
@@ -73,3 +67,10 @@ def readers(text: str) -> dict[str, str]:
     if not all(name and encoder for name, _, encoder in pairs):
         raise argparse.ArgumentTypeError(f"{text!r}: say who reads what, such as text=E1,image=E2")
     return {name: encoder for name, _, encoder in pairs}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -39,7 +39,7 @@ LOCK_NAME = ".results.lock"
 QUESTIONS_AT_ONCE = 64
 CHOICE_METRICS = ("exact_match", "macro_f1", "matthews")
 """Metrics that an option which was chosen by its likelihood can be scored with."""
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
 class Evaluated(NamedTuple):
@@ -123,9 +123,9 @@ def require_out(answerer: Answerer, out: Path) -> None:
     _by_first(answerer, partial(require_folder_place, out, ELSEWHERE))
 
 
-def _by_first(answerer: Answerer, do: Callable[[], Made]) -> Made:
+def _by_first(answerer: Answerer, do: Callable[[], Value]) -> Value:
     """What the first process makes, in all; what it cannot go on from, none does."""
-    made: Made | MetaLMError | None = None
+    made: Value | MetaLMError | None = None
     if answerer.is_first:
         try:
             made = do()
@@ -134,7 +134,7 @@ def _by_first(answerer: Answerer, do: Callable[[], Made]) -> Made:
     made = answerer.agreed(made)
     if isinstance(made, MetaLMError):
         raise made
-    return cast(Made, made)
+    return cast(Value, made)
 
 
 def _evaluate(
