@@ -18,7 +18,9 @@ RIGHT = "<box> 12 11 20 19 </box>"
 
 
 def answers(path: Path, *lines: object) -> Path:
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in ({"model": "a"}, *lines)))
+    path.write_text(
+        "".join(f"{json.dumps(line)}\n" for line in ({"model": "a", "split": "validation"}, *lines))
+    )
     return path
 
 
