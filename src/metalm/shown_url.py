@@ -9,7 +9,10 @@ def shown_url(template: str) -> str:
     """The `url` of a source without the user and the query of an address, or the words of a command."""
     if template.startswith("pipe:"):
         return "pipe:... {shard}"
-    parts = urlsplit(template)
+    try:
+        parts = urlsplit(template)
+    except ValueError:  # it is no address, which the config's own check says
+        return "..."
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 
 

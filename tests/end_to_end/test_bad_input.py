@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distributed.ranks import run_command
+from metalm.shown_url import shown_override
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -193,3 +194,7 @@ def test_no_secret_of_an_override_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
     assert code == 0, output
     assert "hunter2" not in output
     assert "data.sources.text.url=https://host/{shard}" in output
+
+
+def test_an_override_that_is_no_address_is_shown_as_none() -> None:
+    assert shown_override("data.sources.text.url=http://[hunter2/{shard}") == "data.sources.text.url=..."
