@@ -30,3 +30,9 @@ def test_without_one_gradient_it_is_from_the_first_step_on(found: dict[str, Any]
         assert any(line.startswith(bias) for line in first) and second
         assert not any("word_embeddings" in line for line in first + second)
         assert found[pair]["losses"] == pytest.approx(found["1,unified"]["losses"], abs=1e-5)
+
+
+def test_padding_behind_partitions_is_none() -> None:
+    results = run_ranks("drift_padded", 6)
+    assert sum(result["padded"] for result in results) > 0
+    assert [result["drift"] for result in results] == [[]] * len(results)

@@ -140,3 +140,11 @@ def test_linear_layers_go_through_it_where_mkl_is_slow(tmp_path: Path) -> None:
 def test_intel_s_cpus_and_those_who_switch_it_off_keep_pytorch_s_own(tmp_path: Path) -> None:
     assert run_program(tmp_path, "GenuineIntel") == "False"
     assert run_program(tmp_path, "AuthenticAMD", METALM_ONEDNN="0") == "False"
+
+
+@needs_onednn
+def test_windows_that_overlap_are_left_to_pytorch() -> None:
+    signal, right = draw(1000), draw(400, 80, seed=1)
+    for hop in (1, 160):
+        windows = signal.unfold(0, 400, hop)
+        assert torch.allclose(windows @ right, windows.contiguous() @ right, atol=1e-4)

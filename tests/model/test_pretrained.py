@@ -21,6 +21,7 @@ from metalm.errors import ConfigError
 from metalm.kernels.attention import backend_counts, reset_backend_counts
 from metalm.modalities.audio import ClipReader
 from metalm.modalities.image import cut_patches
+from metalm.model.encoder_parameters import encoder_adapter_weights
 from metalm.model.pretrained import PretrainedEncoder, count_parameters, load_weights, trained_names
 from reference.pretrained import AUDIO, MEAN, STD, VISION, save_pretrained, vision_model
 
@@ -373,6 +374,7 @@ def test_lora_stands_beside_the_modules_that_it_names(kind: str, tmp_path: Path)
     trained = {name for name, p in encoder.named_parameters() if p.requires_grad and "connector" not in name}
     assert len(trained) == 2 * 3 and all(f".{name}.lora_" in n for n in trained)
     assert count_parameters(config.model_dump_json())[0] == 3 * 2 * (32 + 32)
+    assert encoder_adapter_weights(config) == 3 * 2 * (32 + 32)
     plain = loaded(config_of(tmp_path))
     plain.connector = encoder.connector
     for parameter in encoder.parameters():

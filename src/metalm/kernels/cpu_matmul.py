@@ -91,4 +91,11 @@ def _is_ours(left: Tensor, right: Tensor) -> bool:
         and left.dim() == right.dim() == 2
         and left.shape[1] == right.shape[0]
         and left.numel() * right.shape[1] >= _FEWEST
+        and not _overlaps(left)
+        and not _overlaps(right)
     )
+
+
+def _overlaps(matrix: Tensor) -> bool:
+    """Whether its rows are windows that begin one behind another, which oneDNN has no form for."""
+    return matrix.stride() == (1, 1) and min(matrix.shape) > 1

@@ -23,6 +23,11 @@ def count_encoder_adapter(encoder: EncoderConfig) -> int:
     )
 
 
+def encoder_adapter_layer(encoder: EncoderConfig) -> int:
+    """What of the adapter of an encoder of ours one element passes in one layer: one of its feed-forwards."""
+    return sum(map(sum, _sizes(encoder).values()))
+
+
 def _sizes(config: DecoderConfig | EncoderConfig) -> dict[str, tuple[int, int]]:
     """By adapted map of one layer, the parameters that are split and repeated if it is tensor-parallel."""
     adapter = config.adapter

@@ -6,7 +6,7 @@ import math
 
 from metalm.config import EncoderConfig, ModelConfig
 from metalm.modalities import modality_of_encoder
-from metalm.model.adapter_parameters import count_encoder_adapter
+from metalm.model.adapter_parameters import count_encoder_adapter, encoder_adapter_layer
 
 
 def count_encoder(encoder: EncoderConfig, config: ModelConfig) -> int:
@@ -54,6 +54,15 @@ def encoder_layer_weights(encoder: EncoderConfig) -> int:
         hidden * (_qkv_rows(encoder) + hidden)
         + _feed_forward_maps(encoder) * hidden * encoder.feed_forward_size
     )
+
+
+def encoder_adapter_weights(encoder: EncoderConfig) -> int:
+    """Weights of the adapter that one element passes, in all layers."""
+    if encoder.adapter is None:
+        return 0
+    if encoder.pretrained is not None:  # beside an adapter nothing else is trained
+        return _count_pretrained(encoder)[0]
+    return encoder.num_layers * encoder_adapter_layer(encoder)
 
 
 def _count_pretrained(encoder: EncoderConfig) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from metalm.config import DecoderConfig, EncoderConfig, ModelConfig
 from metalm.modalities import modality_of_encoder
-from metalm.model.adapter_parameters import count_decoder_adapter, count_encoder_adapter
-from metalm.model.encoder_parameters import encoder_layer_weights
+from metalm.model.adapter_parameters import count_decoder_adapter
+from metalm.model.encoder_parameters import encoder_adapter_weights, encoder_layer_weights
 from metalm.model.parameters import decoder_layer_weights
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def encoder_flops(work: EncoderWork, name: str, config: ModelConfig) -> float:
     """Operations of one encoder's forward pass, with its connector."""
     encoder = config.encoders[name]
     linear = 2 * encoder.num_layers * encoder_layer_weights(encoder)
-    linear += 2 * count_encoder_adapter(encoder)
+    linear += 2 * encoder_adapter_weights(encoder)
     total = work.elements * (linear + _connector_flops(encoder, config.decoder.hidden_size))
     total += 4 * encoder.num_layers * encoder.hidden_size * work.pairs
     return float(total + _patch_flops(work, encoder))

@@ -17,7 +17,7 @@ from torch import Tensor
 from metalm.parallel.sharding import sharding_of
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
-from metalm.training.owned_ranges import is_partitioned
+from metalm.training.owned_ranges import is_partitioned, owned_part
 
 _CHUNK = 2**20
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -75,7 +75,7 @@ def _replicas(engines: Engines) -> Iterator[_Replica]:
                 yield _Replica(full_name, parameter.detach(), "world" if is_whole else "data")
             elif component == "decoder" and is_whole:
                 # Taken apart over the data-parallel ranks, each tensor-parallel rank's copy by itself.
-                yield _Replica(full_name, parameter.ds_tensor.detach(), "tensor")
+                yield _Replica(full_name, owned_part(engine, parameter), "tensor")
 
 
 def _any_differs(hashes: Tensor, differ_elsewhere: bool, group: dist.ProcessGroup) -> bool:

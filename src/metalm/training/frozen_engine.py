@@ -37,7 +37,10 @@ class FrozenEngine:
         self._stage = int(content["zero_optimization"]["stage"])
         self._offload: Any = None
         if self._stage == 3:
-            engine, *_ = deepspeed.initialize(model=module, config=dict(content), mpu=mpu)
+            zero = dict(content["zero_optimization"])
+            zero.pop("zero_hpz_partition_size", None)  # the copies of a node are an optimizer's
+            settings = {**content, "zero_optimization": zero}
+            engine, *_ = deepspeed.initialize(model=module, config=settings, mpu=mpu)
             self._offload = engine.optimizer  # without an optimizer: what shards and gathers weights
         else:
             if content["bf16"]["enabled"]:

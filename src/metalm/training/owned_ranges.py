@@ -124,6 +124,9 @@ def push_masters(engine: Any) -> None:
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
     optimizer.checkpoint_event_epilogue()
+    for parameter in engine.module.parameters():
+        # A node's copy (`zero_hpz_partition_size`): DeepSpeed lets go of those of trained parameters alone.
+        parameter.ds_secondary_tensor = None
 
 
 def optimizer_step(engine: Any) -> float:
@@ -173,13 +176,20 @@ def _data_group(engine: Any) -> dist.ProcessGroup:
     return group
 
 
+def owned_part(engine: Any, parameter: Any) -> Tensor:
+    """The weights that ZeRO 3 keeps here of a parameter, without the padding that nothing is written to."""
+    _, size = _partition(engine, parameter)
+    part: Tensor = parameter.ds_tensor.detach()[: max(size, 0)]
+    return part
+
+
 def _partition_of(engine: Any, parameter: Any) -> OwnedRange | None:
     """What ZeRO 3 keeps here of a parameter."""
     start, size = _partition(engine, parameter)
     if size <= 0:
         return None
     if not parameter.requires_grad:
-        return OwnedRange(start, {"master": parameter.ds_tensor.data[:size]})
+        return OwnedRange(start, {"master": owned_part(engine, parameter)})
     states = {
         state: (
             safe_get_local_fp32_param(parameter)
