@@ -9,8 +9,8 @@ from metalm.config import RunConfig
 
 
 def changed_config(folder: str, shape: dict[str, Any], pair: str = "1,1") -> RunConfig:
-    """The tiny run on a layout: `tensor`, `micro_batch_size`, perhaps `sequence_parallel` and `options`,
-    and `changes` of the config by dotted key."""
+    """The tiny run on a layout: `tensor`, `micro_batch_size`, perhaps `sequence_parallel`, `options`,
+    the decoder's own `deepspeed` file, and `changes` of the config by dotted key."""
     decoder, encoders = pair.split(",")
     content = tiny_config(
         folder,
@@ -18,7 +18,7 @@ def changed_config(folder: str, shape: dict[str, Any], pair: str = "1,1") -> Run
         micro_batch_size=shape["micro_batch_size"],
         sequence_parallel=shape.get("sequence_parallel", False),
         options=shape.get("options", "paper"),
-        decoder=f"deepspeed_configs/decoder_zero{decoder}.json",
+        decoder=shape.get("deepspeed", f"deepspeed_configs/decoder_zero{decoder}.json"),
         encoders=f"deepspeed_configs/encoders_zero{encoders}.json",
     ).model_dump(mode="json", exclude_unset=True)
     for key, value in shape.get("changes", {}).items():

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed.fork_server import ENVIRONMENT, Program
+from held_port import hold_port, port_of
 
 _POLL_S = 0.01
 
@@ -27,7 +25,8 @@ class Ranks:
         """Start `-m MODULE ARGUMENTS` or `SCRIPT ARGUMENTS`; a single rank gets no launch variables."""
         self.words = list(words)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
-        job = {} if num_ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self._held = hold_port()
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_of(self._held))} if num_ranks > 1 else {}
         self.processes = []
         for rank in range(num_ranks):
             own = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)} if job else {}
@@ -60,6 +59,7 @@ class Ranks:
         finally:
             for rank in range(len(self.processes)):
                 self.kill(rank)
+            self._held.close()
         return [process.wait() for process in self.processes]
 
     def output(self) -> str:
@@ -127,12 +127,3 @@ def run_command(command: list[str], timeout_s: int, **environment: str) -> tuple
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, output
-
-
-def free_port() -> int:
-    """A free port outside the range for outgoing connections, which might take it before rank 0 listens."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

@@ -120,6 +120,24 @@ def test_a_run_goes_on_with_the_decoder_frozen_and_trained_again(tmp_path: Path)
         last = f"resume:{run}/checkpoints/step_{step + 1:08d}"
 
 
+@pytest.mark.parametrize("trained_layers", [1, "none"])
+def test_copies_of_a_node_are_those_of_the_weights_that_were_loaded(
+    trained_layers: object, tmp_path: Path
+) -> None:
+    """`zero_hpz_partition_size` with frozen layers, which no optimizer step renews."""
+    shape = {"tensor": 1, "micro_batch_size": 8, "steps": 2}
+    run_ranks("finetune_tiny", 1, str(tmp_path / "first"), json.dumps(shape), "new", "1,1")
+    start = f"weights:{tmp_path}/first/zero_1_1/checkpoints/step_00000002"
+    shape["changes"] = {"run.seed": 6, "model.decoder.trained_layers": trained_layers}
+    _, alone = train_alone(tmp_path / "alone", shape, start)
+    settings = tmp_path / "decoder.json"
+    settings.write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}')
+    shape |= {"micro_batch_size": 4, "deepspeed": str(settings)}
+    (copied,) = run_ranks("finetune_tiny", 2, str(tmp_path / "copied"), json.dumps(shape), start, "3,1")
+    assert copied["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert copied["drift"] == []
+
+
 LORA = {
     "model.decoder.adapter": {"kind": "lora", "rank": 3, "alpha": 12},
     "model.encoders.text.adapter": {

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from distributed.ranks import Ranks, run_program
+from held_port import hold_port, port_of
 
 
 def script(folder: Path, text: str) -> list[str]:
@@ -32,6 +35,18 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     )
     ranks = Ranks(words, 2)
     assert ranks.wait(timeout_s=60) == [3, -signal.SIGKILL]
+
+
+def test_a_held_port_is_given_to_nobody_but_its_server() -> None:
+    with hold_port() as held:
+        address = ("127.0.0.1", port_of(held))
+        with socket.socket() as probe, pytest.raises(OSError, match="in use"):
+            probe.bind(address)
+        with hold_port() as other:
+            assert port_of(other) != port_of(held)
+        store = TCPStore(*address, is_master=True, wait_for_workers=False)
+        store.set("key", "value")
+        assert TCPStore(*address, is_master=False).get("key") == b"value"
 
 
 def test_a_traceback_and_its_code_are_those_of_an_interpreter(tmp_path: Path) -> None:

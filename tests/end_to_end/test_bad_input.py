@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributed.ranks import run_command
+from held_port import hold_port, port_of
 from metalm.shown_url import shown_override
 
 REPOSITORY = Path(__file__).parents[2]
@@ -166,19 +166,17 @@ def test_a_layout_that_does_not_fit_is_said_once_by_many_ranks(pipeline: list[st
 
 def test_what_the_second_node_lacks_ends_both_with_its_message(pipeline: list[str], tmp_path: Path) -> None:
     """Each node's first rank reads for it; here the tokenizer is not on the second one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "metalm", "train", *pipeline]
     processes = []
-    for rank in range(2):
-        launch = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        environment = {**os.environ, **launch, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        lacks = ["data.tokenizer=absent"] if rank else []
-        processes.append(
-            subprocess.Popen([*command, *lacks], env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    first, second = (process.communicate(timeout=120)[1] for process in processes)
+    with hold_port() as held:
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_of(held))}
+        for rank in range(2):
+            environment = {**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            lacks = ["data.tokenizer=absent"] if rank else []
+            processes.append(
+                subprocess.Popen([*command, *lacks], env=environment, stderr=subprocess.PIPE, text=True)
+            )
+        first, second = (process.communicate(timeout=120)[1] for process in processes)
     assert [process.returncode for process in processes] == [65, 65], (first, second)
     assert "metalm: error: no tokenizer at absent" in first
     assert "rank 1: metalm: error: no tokenizer at absent" in second

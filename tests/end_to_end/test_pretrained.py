@@ -33,13 +33,14 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run with our own encoder of images, a frozen RoBERTa and AST, a ViT whose last layer is
-    trained, and a Wav2Vec2 that is trained as a whole."""
+    """The tiny run with our own encoder of images, a frozen RoBERTa, an AST with LoRA beside it, a ViT whose
+    last layer is trained, and a Wav2Vec2 that is trained as a whole."""
     folder = tmp_path_factory.mktemp("pretrained")
     for name in PRETRAINED:
         save_pretrained(name, folder / name)
     save_tokenizer(folder / "roberta")
     prepare_tones(folder)
+    lora = {"rank": 2, "targets": ["q_proj", "v_proj"]}
     ear = {"path": str(folder / "wav2vec2-masked"), "clip_seconds": 0.05}
     shards = str(folder / "shards")
     heard = {
@@ -54,7 +55,7 @@ def pipeline(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "text": None,
                 "roberta": {"pretrained": {"path": str(folder / "roberta")}, "trained_layers": "none"},
                 "vit": {"pretrained": {"path": str(folder / "vit")}, "trained_layers": 1},
-                "ast": {"pretrained": {"path": str(folder / "ast")}, "trained_layers": "none"},
+                "ast": {"pretrained": {"path": str(folder / "ast")}, "adapter": lora},
                 "ear": {"pretrained": ear, "connector": "feed_forward"},
             }
         },
@@ -141,6 +142,8 @@ def test_what_is_trained_has_moved_and_nothing_else(pipeline: Path, alone: Path)
                 assert parameter.startswith(("pooler.", "masked_spec_embed"))
             elif not torch.equal(mine, value.detach()):
                 moved.add(f"{name}.{parameter}")
+    adapters = {n for n in found if n.startswith("encoders.ast.") and ".lora_" in n}
+    assert len(adapters) == 2 * 2 * 3 and all(bool(found[name].any()) for name in adapters)
     last = [n for n, _ in models["vit"].named_parameters() if n.startswith(("layers.2.", "layernorm."))]
     # The bias of the keys shifts all scores of a query alike: its gradient is nothing.
     trained = {f"vit.{n}" for n in last}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from held_port import hold_port, port_of
 from metalm.errors import EXIT_DONE, EXIT_NODE
 from metalm.operations.node_report import Gpu, NodeReport
 from metalm.operations.preflight_limits import Limits, find_problems
@@ -23,15 +22,6 @@ from metalm.planning.shipped_calibration import shipped_calibration
 
 RANK = [sys.executable, "-m", "metalm", "preflight"]
 QUICK = ("--mebibytes", "4", "--deadline-s", "120", "--write-mib-s", "0")
-
-
-def free_port() -> int:
-    """Not one that Linux gives to outgoing connections: it would be taken before rank 0 listens there."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def environment_of(rank: int, nodes: Sequence[str], port: int) -> dict[str, str]:
@@ -53,20 +43,22 @@ def run_nodes(
     run_folder: Path, *options: str, nodes: dict[str, dict[str, str]], absent: str = ""
 ) -> tuple[set[int], str]:
     """One rank per node, each with its own environment: the ranks' exit codes, and rank 0's output."""
-    port, processes = free_port(), []
-    for rank, (node, own) in enumerate(nodes.items()):
-        if node == absent:
-            continue
-        processes.append(
-            subprocess.Popen(
-                [*RANK, str(run_folder), *QUICK, "--bad-nodes", str(run_folder.parent / "bad"), *options],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**environment_of(rank, list(nodes), port), **own},
+    command = [*RANK, str(run_folder), *QUICK, "--bad-nodes", str(run_folder.parent / "bad"), *options]
+    processes = []
+    with hold_port() as held:
+        for rank, (node, own) in enumerate(nodes.items()):
+            if node == absent:
+                continue
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env={**environment_of(rank, list(nodes), port_of(held)), **own},
+                )
             )
-        )
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
     return {process.returncode for process in processes}, outputs[0]
 
 
@@ -133,7 +125,7 @@ def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
 
 
 def test_a_rank_whose_first_node_goes_away_ends(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", free_port())) as first_node:
+    with socket.create_server(("127.0.0.1", 0)) as first_node:
         _, port = first_node.getsockname()
         rank = subprocess.Popen(
             [*RANK, str(tmp_path / "run"), *QUICK, "--deadline-s", "5"],
