@@ -18,6 +18,8 @@ from metalm.planning.plan import Plan, plan_run
 from metalm.planning.report import describe_cost
 from metalm.planning.shipped_calibration import shipped_calibration
 
+ZERO_HEAD = {"mask": "causal", "head_size": 0, "forward_tflops": 1.0, "both_tflops": 1.0}
+
 
 def written(tmp_path: Path, **content: Any) -> Path:
     path = tmp_path / "measured.json"
@@ -69,6 +71,7 @@ def test_a_shape_between_two_has_a_rate_between_theirs_and_at_one_its_own(tmp_pa
     ("content", "message"),
     [
         ({"figures": {"speed": {"value": 1, "low": 1, "high": 1}}}, "unknown: speed"),
+        ({"attention": [ZERO_HEAD]}, "head_size is 0"),
         ({"products": [{"rows": 1, "inner": 1, "columns": 1, "tflops": 0}]}, "tflops is 0"),
         ({"figures": {"memory": {"value": -1, "low": 1, "high": 1}}}, "value is -1"),
         ({"links": [{"ranks": 2}]}, "missing"),

@@ -77,10 +77,11 @@ def evaluate_tasks(
     """
     for task in tasks:
         settings.check(task)
+    evaluation = _Evaluation(answerer, settings, model, out, report, beat)
     results = []
     asked = [(task, way) for task in tasks for way in settings.ways(task)]
     for task, way in asked:
-        result = _evaluate(answerer, task, way, settings, model, out, report, beat)
+        result = evaluation.ask(task, way)
         results.append(result)
         if answerer.is_first:
             report(next(iter(rows_of([result]))))
@@ -137,41 +138,56 @@ def _by_first(answerer: Answerer, do: Callable[[], Value]) -> Value:
     return cast(Value, made)
 
 
-def _evaluate(
-    answerer: Answerer,
-    task: TaskFile,
-    way: Way,
-    settings: TaskSettings,
-    model: Evaluated,
-    out: Path,
-    report: Callable[[str], None],
-    beat: Callable[[], None],
-) -> TaskResult:
-    split, tally = settings.split or task.evaluated_on, Tally()
-    needs_alone = way.scored_by == "likelihood" and way.normalise == "answer_context"
-    asked = Asked(way.template, way.num_shots, task.icl.shots_from if task.icl else None, needs_alone)
-    data = TaskData(task, settings.data)
-    asker = Asker(data, split, asked, seed=settings.seed, tally=tally)
-    with Phase(f"reading {task.task}"):
-        records = drawn(asker.records, settings.limit, settings.seed)
-    name = f"{task.task}-{split}-{way.template.id}-{way.num_shots}shot-{way.scored_by}"
-    splits = {split, asked.shots_from or split} if way.num_shots else {split}
-    about = _fingerprint(task, way, settings, split, model)
-    about["data"] = {one: data.digests(one) for one in sorted(splits)}
-    maker = answerer.maker(settings.readers, settings.overflow)
+@dataclass(frozen=True)
+class _Evaluation:
+    """A model that is asked into one folder."""
 
-    def ask(group: Sequence[TaskRecord]) -> dict[str, dict[str, Any]]:
-        new: dict[str, dict[str, Any]] = {}
-        questions = []
-        for record in group:
-            try:
-                questions.append(asker.question(record))
-            except UnusableRecord as unusable:
-                new[record.key] = {"skipped": unusable.cause, "why": str(unusable)}
-        made = [_Made.of(question, maker.make, way, task) for question in questions]
-        return new | _answer(answerer, made, way, task, maker.read)
+    answerer: Answerer
+    settings: TaskSettings
+    model: Evaluated
+    out: Path
+    report: Callable[[str], None]
+    beat: Callable[[], None]
 
-    with closing(AnswersFile(out / "answers" / f"{name}.jsonl", about)) as file:
+    def ask(self, task: TaskFile, way: Way) -> TaskResult:
+        """The scores of a task in one way; what its file of answers has is not asked again."""
+        split, tally = self.settings.split or task.evaluated_on, Tally()
+        needs_alone = way.scored_by == "likelihood" and way.normalise == "answer_context"
+        asked = Asked(way.template, way.num_shots, task.icl.shots_from if task.icl else None, needs_alone)
+        data = TaskData(task, self.settings.data)
+        asker = Asker(data, split, asked, seed=self.settings.seed, tally=tally)
+        with Phase(f"reading {task.task}"):
+            records = drawn(asker.records, self.settings.limit, self.settings.seed)
+        name = f"{task.task}-{split}-{way.template.id}-{way.num_shots}shot-{way.scored_by}"
+        splits = {split, asked.shots_from or split} if way.num_shots else {split}
+        about = _fingerprint(task, way, self.settings, split, self.model)
+        about["data"] = {one: data.digests(one) for one in sorted(splits)}
+        maker = self.answerer.maker(self.settings.readers, self.settings.overflow)
+
+        def ask(group: Sequence[TaskRecord]) -> dict[str, dict[str, Any]]:
+            new: dict[str, dict[str, Any]] = {}
+            questions = []
+            for record in group:
+                try:
+                    questions.append(asker.question(record))
+                except UnusableRecord as unusable:
+                    new[record.key] = {"skipped": unusable.cause, "why": str(unusable)}
+            made = [_Made.of(question, maker.make, way, task) for question in questions]
+            return new | _answer(self.answerer, made, way, task, maker.read)
+
+        with closing(AnswersFile(self.out / "answers" / f"{name}.jsonl", about)) as file:
+            answers = self._answers(name, records, ask, file)
+        return _scored(task, way, split, [answers[record.key] for record in records], tally)
+
+    def _answers(
+        self,
+        name: str,
+        records: Sequence[TaskRecord],
+        ask: Callable[[Sequence[TaskRecord]], dict[str, dict[str, Any]]],
+        file: AnswersFile,
+    ) -> dict[str, dict[str, Any]]:
+        """By key, the answers of a file, and those of the records that it lacks, which are written to it."""
+        answerer = self.answerer
         answers = _by_first(answerer, file.open)
         # A group is asked as a whole wherever it is: an answer depends a little on what is in its batch.
         groups = [records[at : at + QUESTIONS_AT_ONCE] for at in range(0, len(records), QUESTIONS_AT_ONCE)]
@@ -184,10 +200,10 @@ def _evaluate(
                     answers |= new
                     phase.advance(len(new))
                     _by_first(answerer, partial(file.append, new))
-                beat()
+                self.beat()
                 if answerer.is_first and len(waiting) > 1:
-                    report(f"{name}: {len(answers):,} of {len(records):,} questions")
-    return _scored(task, way, split, [answers[record.key] for record in records], tally)
+                    self.report(f"{name}: {len(answers):,} of {len(records):,} questions")
+        return answers
 
 
 def _of_all(answerer: Answerer, ask: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:

@@ -247,13 +247,16 @@ def write_links(path: Path, speeds: Sequence[LinkSpeeds], *, ranks_per_node: int
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+_NEVER_ZERO = ("head_size", "tflops", "forward_tflops", "both_tflops", "bytes_per_s", "ranks")
+
+
 def _check_positive(entries: Sequence[Any]) -> None:
     for entry in entries:
         for name, value in dataclasses.asdict(entry).items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}")
-            if name in ("tflops", "forward_tflops", "both_tflops", "bytes_per_s", "ranks") and not value:
+            if name in _NEVER_ZERO and not value:
                 raise ValueError(f"{name} is 0")
 
 
