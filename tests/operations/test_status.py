@@ -161,24 +161,81 @@ def test_a_run_that_has_not_come_to_its_first_step(run: Path) -> None:
     assert found["checkpoint"] == "none"
 
 
+def submit(folder: Path, at: float) -> None:
+    config = folder / f"submitted/{at:.0f}/config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text("training: {steps: 1000}\n")
+    os.utime(config, (at, at))
+
+
 def test_a_run_that_was_submitted_waits_for_its_first_start(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "logs").mkdir(parents=True)
     (folder / "submitted").mkdir()
     with pytest.raises(ConfigError, match="no run folder"):  # what sbatch has refused is taken away
         describe_run(folder, NOW)
-    config = folder / "submitted/20270115-080000/config.yaml"
-    config.parent.mkdir()
-    config.write_text("training: {steps: 1000}\n")
-    os.utime(config, (NOW - 90, NOW - 90))
+    submit(folder, NOW - 90)
     waiting = "waiting for its first start (submitted 1 min 30 s ago)"
     assert described(folder)["state"] == waiting
     (row,) = describe(tmp_path, NOW).splitlines()[1:]
     assert re.fullmatch(rf"run +-/1,000 .*{re.escape(waiting)}", row)
-    (folder / "logs/job-7.log").touch()
+    log = folder / "logs/job-7.log"
+    log.touch()
+    os.utime(log, (NOW - 30, NOW - 30))
     assert re.match(r"started, nothing on record yet .*: see .*/logs/job-7\.log", described(folder)["state"])
     (folder / "logs/attempts.jsonl").write_text(start(NOW - 20))
     assert described(folder)["state"] == "running (job 7 on gpu[1-2], 16 ranks)"
+
+
+def test_a_run_that_has_failed_and_was_submitted_again_waits(run: Path) -> None:
+    submit(run, NOW - 120)
+    (run / "logs/job-7.log").touch()
+    os.utime(run / "logs/job-7.log", (NOW - 100, NOW - 100))
+    (run / "logs/attempts.jsonl").write_text(start(NOW - 110) + end(NOW - 5, 70, "no memory", False))
+    assert described(run)["state"].startswith("ended 5 s ago, job 7: no memory")
+    submit(run, NOW - 3)
+    assert described(run)["state"] == "waiting for its next start (submitted 3 s ago)"
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for squeue that prints a file and counts how often it is asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    jobs = folder / "jobs"
+    jobs.touch()
+    squeue = folder / "squeue"
+    squeue.write_text(f'#!/bin/bash\necho "$*" >>{folder}/asked\ncat {jobs}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return jobs
+
+
+def test_slurm_is_asked_about_runs_that_wait(tmp_path: Path, queue: Path) -> None:
+    runs = tmp_path / "runs"
+    for name in ("a", "b"):
+        submit(runs / name, NOW - 90)
+    waits = "its first start (submitted 1 min 30 s ago)"
+    queue.write_text(
+        f"12|PENDING|Priority|{runs.absolute()}/a/submitted/20270115-080000/slurm/pretrain.sbatch one two\n"
+        f"13|PENDING|Dependency|{runs.absolute()}/ab/submitted/20270115-080000/slurm/pretrain.sbatch\n"
+    )
+    first, second = describe(runs, NOW).splitlines()[1:]
+    assert first.endswith(f"waiting for {waits}; job 12 is pending: Priority")
+    gone = f"gone: it was waiting for {waits}, and no job of `metalm submit` for it is in Slurm's queue"
+    assert second.endswith(f"{gone}; nothing is saved")
+    assert len((queue.parent / "asked").read_text().splitlines()) == 1
+
+
+def test_a_job_that_is_queued_again_is_known_by_its_number(run: Path, queue: Path) -> None:
+    (run / "logs/attempts.jsonl").write_text(start(NOW - 110) + end(NOW - 5, 75, "time limit", True))
+    waits = "waiting to start again (ended 5 s ago, job 7: time limit)"
+    queue.write_text("6|RUNNING|None|other.sbatch\n7|PENDING|BeginTime|slurm/pretrain.sbatch x.yaml\n")
+    assert described(run)["state"] == f"{waits}; job 7 is pending: BeginTime"
+    queue.write_text("")  # a successor of a job that `metalm submit` did not make may be there
+    assert described(run)["state"] == waits
+    (queue.parent / "squeue").write_text("#!/bin/bash\necho slurm_load_jobs error >&2\nexit 1\n")
+    assert described(run)["state"] == waits
 
 
 def test_no_run() -> None:

@@ -207,6 +207,20 @@ def test_a_job_that_is_queued_again_runs_what_was_submitted(
     assert "submitted" in facts["JobName"]
 
 
+def test_status_tells_what_slurm_says_of_a_run_that_waits(cluster: VirtualCluster, pipeline: Path) -> None:
+    run = pipeline.parent / "Läufe von heute/held"
+    words = (str(pipeline), f"run.folder={run.parent}", "run.name=held", "--nodes=2", "--ranks-per-node=1")
+    said = cluster.command(sys.executable, "tools/submit.py", *words, "--sbatch=--hold")
+    (job,) = re.findall(r"Submitted batch job (\d+)", said)
+
+    def state() -> str:
+        return cluster.command(sys.executable, "-m", "metalm", "status", str(run))
+
+    assert re.search(rf"waiting for its first start .*; job {job} is pending: JobHeldUser", state())
+    cluster.command("scancel", job)
+    assert re.search(r"gone: it was waiting for its first start .*; nothing is saved", state())
+
+
 def test_finetuning_starts_from_another_run(
     cluster: VirtualCluster, pipeline: Path, alone: Path, reference: dict[int, float], tmp_path: Path
 ) -> None:

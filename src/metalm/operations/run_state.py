@@ -1,13 +1,15 @@
-"""Whether a run is at work, and if not, how it has ended: from what its starts have left in its folder."""
+"""Whether a run is at work, and if not, how it has ended: from what its starts have left in its folder, and
+of one that waits, from Slurm's queue."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from metalm.errors import EXIT_DATA, EXIT_DONE, EXIT_RESTART, EXIT_USAGE
 from metalm.operations.history import Attempt
+from metalm.operations.slurm_queue import SlurmQueue
 from metalm.run_ends import RunEnd, last_end
 from metalm.run_folder import STOP_NAME, SUBMITTED_NAME
 from metalm.run_lock import Holder, last_holder
@@ -65,16 +67,19 @@ def state_of(
     total: int | None,
     saved_step: int | None,
     now: float,
+    queue: SlurmQueue,
 ) -> RunState:
     """The state of a run at a time.
 
     A live holder of the run's lock means that it is at work. Else the newest counts of: the end that the
-    batch script recorded, which knows whether the job comes back; that which the trainer recorded; and a lock
-    whose holder is gone. Where a job has begun after these, or there are none, the run's signs of life count.
+    batch script recorded, which knows whether the job comes back; that which the trainer recorded; a lock
+    whose holder is gone; and a submission. Where a job has begun after these, or there are none, the run's
+    signs of life count.
 
     Args:
         total: steps of the whole run.
         saved_step: of its newest checkpoint.
+        queue: is asked about a run that waits.
     """
     last = attempts[-1] if attempts else None
     held = last_holder(run_folder, now)
@@ -98,11 +103,15 @@ def state_of(
         found.append((last.began, _guessed(run_folder, last, pace, saved_step, f"{asked}{where}", now)))
     elif last is not None and last.ended is not None:
         found.append((last.ended, _of_job(last, last.ended, asked, again, now)))
+    if (submission := last_submission(run_folder)) is not None:
+        submitted = submission.stat().st_mtime
+        if pace is None or pace.time < submitted:
+            which = "next" if found or pace or saved_step is not None else "first"
+            found.append((submitted, _submitted(run_folder, submitted, which, asked, now)))
     if not found:
-        if pace is None and saved_step is None and (submitted := last_submission(run_folder)) is not None:
-            return _submitted(run_folder, span(now - submitted.stat().st_mtime), asked)
         return _guessed(run_folder, last, pace, saved_step, f"{asked}{where}", now)
-    return max(found, key=lambda entry: entry[0])[1]
+    state = max(found, key=lambda entry: entry[0])[1]
+    return _in_queue(state, run_folder, last, again, queue)
 
 
 def last_submission(run_folder: Path) -> Path | None:
@@ -110,12 +119,13 @@ def last_submission(run_folder: Path) -> Path | None:
     return max((run_folder / SUBMITTED_NAME).glob("*/config.yaml"), default=None)
 
 
-def _submitted(run_folder: Path, ago: str, asked: str) -> RunState:
-    """Of a run whose jobs have put nothing on record; one that is refused at its start says so in its log."""
-    if (log := max((run_folder / "logs").glob("job-*.log"), default=None)) is not None:
-        about = f", nothing on record yet{asked} (submitted {ago} ago): see {log}"
-        return RunState("started", about, goes_on=True)
-    return RunState("waiting", f" for its first start{asked} (submitted {ago} ago)", goes_on=True)
+def _submitted(run_folder: Path, submitted: float, which: str, asked: str, now: float) -> RunState:
+    """Of a run whose job has put nothing on record; one that is refused at its start says so in its log."""
+    ago = f"submitted {span(now - submitted)} ago"
+    logs = (run_folder / "logs").glob("job-*.log")
+    if (log := max((log for log in logs if log.stat().st_mtime >= submitted), default=None)) is not None:
+        return RunState("started", f", nothing on record yet{asked} ({ago}): see {log}", goes_on=True)
+    return RunState("waiting", f" for its {which} start{asked} ({ago})", goes_on=True)
 
 
 def _of_job(last: Attempt, ended: float, asked: str, again: str, now: float) -> RunState:
@@ -124,6 +134,27 @@ def _of_job(last: Attempt, ended: float, asked: str, again: str, now: float) -> 
     if last.comes_back:
         return RunState("waiting", f" to start again{asked} (ended {ago})", goes_on=True)
     return RunState("ended", f" {ago} (exit code {last.code}){again}")
+
+
+def _in_queue(
+    state: RunState, run_folder: Path, last: Attempt | None, again: str, queue: SlurmQueue
+) -> RunState:
+    """A state with what Slurm says of the job, where the run waits for one.
+
+    A job that was never submitted by `metalm submit` may have a successor that is not known here.
+    """
+    if state.name != "waiting":
+        return state
+    try:
+        job = queue.job_of(run_folder, () if last is None else (last.job,))
+    except LookupError:
+        return state
+    if job is not None:
+        return replace(state, details=f"{state.details}; {job}")
+    if last_submission(run_folder) is None:
+        return state
+    was = f"was waiting{state.details}, and no job of `metalm submit` for it is in Slurm's queue"
+    return RunState("gone", f": it {was}{again}")
 
 
 def _of_trainer(end: RunEnd, again: str, now: float) -> RunState:

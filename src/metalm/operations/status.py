@@ -18,6 +18,7 @@ from metalm.checkpoint.names import list_checkpoints, step_of
 from metalm.errors import ConfigError, MetaLMError
 from metalm.operations.history import ATTEMPTS_NAME, Attempt, newest_metrics, read_attempts
 from metalm.operations.run_state import Pace, RunState, last_submission, pace_of, span, state_of
+from metalm.operations.slurm_queue import SlurmQueue
 
 CONFIG_NAME = "config.yaml"
 _SHOWN_RESTARTS = 5
@@ -26,7 +27,7 @@ _GREEN, _YELLOW, _RED = 32, 33, 31
 _COLOURS = {
     **dict.fromkeys(("running", "done"), _GREEN),
     **dict.fromkeys(("waiting", "started", "stopped"), _YELLOW),
-    **dict.fromkeys(("failed", "killed", "silent", "ended", "cannot"), _RED),
+    **dict.fromkeys(("failed", "killed", "gone", "silent", "ended", "cannot"), _RED),
 }
 """Of a terminal, by the first word of a state."""
 
@@ -134,17 +135,20 @@ def _reading(folder: Path) -> Iterator[None]:
         raise UnreadableRun(folder, f"{type(error).__name__}: {error}".replace("\n", " ")) from error
 
 
-def read_run(folder: Path, now: float) -> Run:
+def read_run(folder: Path, now: float, queue: SlurmQueue | None = None) -> Run:
     """What a run's folder tells at a time.
+
+    Args:
+        queue: where it is asked for several runs.
 
     Raises:
         ConfigError: there is no run in this folder, or it cannot be read.
     """
     with _reading(folder):
-        return _read_run(folder, now)
+        return _read_run(folder, now, queue or SlurmQueue())
 
 
-def _read_run(folder: Path, now: float) -> Run:
+def _read_run(folder: Path, now: float, queue: SlurmQueue) -> Run:
     if not is_run(folder):
         raise ConfigError(f"{folder} is no run folder: it has neither {CONFIG_NAME} nor a start on record")
     attempts, lines = read_attempts(folder), newest_metrics(folder)
@@ -154,7 +158,7 @@ def _read_run(folder: Path, now: float) -> Run:
     total, pace = _total_steps(config), pace_of(lines, attempts)
     checkpoint = next(reversed(list_checkpoints(folder / "checkpoints")), None)
     saved = None if checkpoint is None else step_of(checkpoint)
-    state = state_of(folder, attempts, pace, total, saved, now)
+    state = state_of(folder, attempts, pace, total, saved, now, queue)
     return Run(folder, attempts, total, lines, checkpoint, pace, state)
 
 
@@ -201,11 +205,12 @@ def _fields_of(run_folder: Path, now: float) -> dict[str, str]:
 
 def describe_runs(folders: Sequence[Path], now: float, *, coloured: bool = False) -> str:
     """A table of runs, a line each: step, loss, time left, checkpoint and state."""
+    queue = SlurmQueue()
     rows = [("run", "step", "loss", "left", "saved", "state")]
     for folder in folders:
         try:
             with _reading(folder):
-                rows.append(_row(read_run(folder, now)))
+                rows.append(_row(read_run(folder, now, queue)))
         except UnreadableRun as unreadable:
             rows.append((folder.name, "-", "-", "-", "-", f"cannot be read: {unreadable.cause}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
