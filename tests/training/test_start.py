@@ -17,7 +17,7 @@ from checkpoint.test_damage import rewrite
 from distributed.tiny import tiny_config
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.state import RunFacts
-from metalm.config import RunConfig, config_content
+from metalm.config import RunConfig, config_content, write_config
 from metalm.data.corpus import Corpus
 from metalm.data.tokenizer import load_tokenizer, train_tokenizer
 from metalm.errors import CheckpointError, ConfigError
@@ -26,6 +26,7 @@ from metalm.model.initialization import initialize_parameters
 from metalm.training import engines as engines_module
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
+from metalm.training.going_on import check_going_on
 from metalm.training.start import decide_start, load_start
 
 OTHER_ENCODER = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_text_positions": 8}
@@ -64,6 +65,15 @@ def config_with(folder: Path, **changes: Any) -> RunConfig:
             section = section[name]
         section[last] = value
     return RunConfig.model_validate(content)
+
+
+def start_of(corpus: Corpus, topology: Any) -> None:
+    run = corpus.config.run
+    decide_start(corpus, CheckpointStore(run.folder / run.name, corpus.config, topology))
+
+
+def dry_start_of(corpus: Corpus, topology: Any) -> None:
+    check_going_on(corpus)
 
 
 def refuse(*arguments: Any) -> Any:
@@ -276,6 +286,56 @@ def test_what_leaves_the_weights_their_meaning_may_change(
     start = decide_start(Corpus(config_with(tmp_path, **{key: value})), store)
     assert start.checkpoint is not None
     assert start.checkpoint.folder == tmp_path / "tiny" / "checkpoints" / "step_00000004"
+
+
+@pytest.mark.parametrize("check", [start_of, dry_start_of])
+def test_weights_that_were_trained_under_other_keys_are_taken_with_a_warning(
+    topology: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, check: Any
+) -> None:
+    """Their shapes tell nothing of it: heads, positions, ids."""
+    source = config_with(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    write_config(source, tmp_path / "tiny" / "config.yaml", {})
+    facts = RunFacts(tokenizer=load_tokenizer(source.data.tokenizer).fingerprint)
+    CheckpointStore(tmp_path / "tiny", source, topology).save(build_engines(source, topology), 4, None, facts)
+    caplog.clear()
+    train_tokenizer(["other words than those"], 300, tmp_path / "other")
+    sources = {component: str(tmp_path / "tiny") for component in ("decoder", "encoders")}
+    new = {"run__name": "new", "initialize": sources | {"new": ["encoders.other.*"]}}
+    changes = {
+        "model__decoder__num_heads": 8,
+        "model__decoder__dropout": 0.1,
+        "model__encoders__text__positions": "rope",
+        "model__encoders__other": OTHER_ENCODER,
+    }
+    check(Corpus(config_with(tmp_path, **new)), topology)
+    assert not caplog.records
+    check(Corpus(config_with(tmp_path, **new, **changes)), topology)
+    decoder, encoders = (record.getMessage() for record in caplog.records)
+    found = [line.strip() for line in decoder.splitlines()[1:] + encoders.splitlines()[1:]]
+    assert found == [
+        "model.decoder.num_heads: 4 in the checkpoint, 8 in the config",
+        "model.encoders.text.positions: 'learned' in the checkpoint, 'rope' in the config",
+    ]
+    caplog.clear()
+    check(Corpus(config_with(tmp_path, **new, data__tokenizer=str(tmp_path / "other"))), topology)
+    assert all("other is not the checkpoint's: ids mean" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == 2
+    caplog.clear()
+    checkpoint = tmp_path / "tiny" / "checkpoints" / "step_00000004"
+    rewrite(checkpoint, "config.yaml", b"model: {vocab_size: 300, decoder: {number_of_layers: 2}}")
+    check(Corpus(config_with(tmp_path, **new)), topology)
+    assert "initialize.decoder: the config is not compared: " in caplog.text
+
+
+@pytest.mark.parametrize("check", [start_of, dry_start_of])
+@pytest.mark.usefixtures("store")
+def test_encoders_that_are_not_there_give_no_weights(topology: Any, tmp_path: Path, check: Any) -> None:
+    new = {"run__name": "new", "initialize": {"encoders": str(tmp_path / "tiny")}}
+    with pytest.raises(CheckpointError, match=r"has no component 'encoders' \(it has: decoder\)"):
+        check(Corpus(config_with(tmp_path, **new)), topology)
+    with pytest.raises(CheckpointError, match="the model has no encoders to start from"):
+        check(Corpus(config_with(tmp_path, **new, model__encoders={})), topology)
 
 
 def test_a_config_of_another_version_is_said(store: CheckpointStore, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Nothing here reads weights, or needs torch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from metalm.checkpoint.state import STATE_NAME, RunState, first_mistake, parse_s
 from metalm.config import ModelConfig, RunConfig
 from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = (
     *("dropout", "recompute", "trained_layers", "trained_connector", "pretrained.path"),
@@ -41,12 +44,22 @@ def check_going_on(corpus: Corpus) -> None:
         require_to_begin(run_folder / CHECKPOINTS_NAME, config)
     source = run_folder if is_own else config.initialize.run
     if source is None:
+        for component, path in initial_weights(config).items():
+            folder = find_checkpoint(path)
+            state = parse_state(read_regular_file(folder / STATE_NAME), str(folder / STATE_NAME))
+            check_initial_weights(corpus, component, folder, read_manifest(folder), state)
         return
     folder = find_checkpoint(source)
     state = parse_state(read_regular_file(folder / STATE_NAME), str(folder / STATE_NAME))
     refuse_another_model(corpus, folder, read_manifest(folder), state)
     if not is_own:
         require_steps(config, folder, state)
+
+
+def initial_weights(config: RunConfig) -> dict[str, Path]:
+    """By component, where a new run takes its weights from."""
+    paths = {"decoder": config.initialize.decoder, "encoders": config.initialize.encoders}
+    return {component: path for component, path in paths.items() if path is not None}
 
 
 def require_to_begin(checkpoints: Path, config: RunConfig) -> None:
@@ -107,6 +120,60 @@ def refuse_another_model(corpus: Corpus, folder: Path, files: Collection[str], s
             f"tokenizer that {folder} was trained with ({state.tokenizer[:16]}): "
             "ids mean other tokens" + advice
         )
+
+
+def check_initial_weights(
+    corpus: Corpus, component: str, folder: Path, files: Collection[str], state: RunState
+) -> None:
+    """Check weights to begin with; where they were trained with another tokenizer or other keys, warn.
+
+    That may be intended, as with a longer context to come. Where shapes differ, the start refuses them.
+
+    Args:
+        component: `decoder` or `encoders`.
+        folder: of the checkpoint.
+        files: that its manifest lists.
+        state: that it holds.
+
+    Raises:
+        CheckpointError: the model, or the checkpoint, has no such component.
+    """
+    if component == "encoders" and not corpus.config.model.encoders:
+        raise CheckpointError(f"the model has no encoders to start from {folder}")
+    if component not in state.zero_stages:
+        known = ", ".join(state.zero_stages)
+        raise CheckpointError(f"checkpoint {folder} has no component {component!r} (it has: {known})")
+    lines: list[str] = []
+    if CONFIG_NAME in files:
+        try:
+            lines += _other_keys(component, _model_of(folder / CONFIG_NAME), corpus.config.model)
+        except CheckpointError as error:  # such as of an older version, whose weights are as good
+            logger.warning("initialize.%s: the config is not compared: %s", component, error)
+    if state.tokenizer not in (None, corpus.tokenizer.fingerprint):
+        lines.append(
+            f"data.tokenizer: {corpus.config.data.tokenizer} is not the checkpoint's: ids mean other tokens"
+        )
+    if lines:
+        logger.warning(
+            "initialize.%s: %s was trained with other values than the config's, and may mean something else "
+            "with these; give its own, unless that is intended:\n  %s",
+            component,
+            folder,
+            "\n  ".join(lines),
+        )
+
+
+def _other_keys(component: str, old: dict[str, Any], config: ModelConfig) -> Iterator[str]:
+    """What is said of the keys of a component that differ; of encoders, of those that are in both models."""
+    was, now = old[component], config.model_dump(mode="json")[component]
+    if component == "encoders":
+        was, now = (
+            {name: was[name] for name in was if name in now},
+            {name: now[name] for name in now if name in was},
+        )
+    for key, before, here in _changes(f"model.{component}", was, now):
+        if not key.endswith(".adapter"):  # of adapters the start has its own words
+            yield f"{key}: {before} in the checkpoint, {here} in the config"
 
 
 def _model_of(path: Path) -> dict[str, Any]:

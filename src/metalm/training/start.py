@@ -22,7 +22,6 @@ from metalm.config import RunConfig, write_config
 from metalm.data.corpus import Corpus
 from metalm.data.lanes import owned_lanes
 from metalm.data.loader import TrainingData
-from metalm.errors import CheckpointError
 from metalm.objectives import Objective
 from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
@@ -31,7 +30,12 @@ from metalm.run_lock import RunLock
 from metalm.training.average import begin_average
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
-from metalm.training.going_on import refuse_another_model, require_steps
+from metalm.training.going_on import (
+    check_initial_weights,
+    initial_weights,
+    refuse_another_model,
+    require_steps,
+)
 from metalm.training.provenance import provenance
 from metalm.training.session import Session
 from metalm.training.watchdog import Watchdog
@@ -145,14 +149,11 @@ def decide_start(corpus: Corpus, store: CheckpointStore) -> Start:
             require_steps(config, start.checkpoint.folder, start.checkpoint.state)
         return start
     initial = {}
-    for component, path in (("decoder", config.initialize.decoder), ("encoders", config.initialize.encoders)):
-        if path is None:
-            continue
-        if component == "encoders" and not config.model.encoders:
-            raise CheckpointError(f"the model has no {component} to start from {path}")
+    for component, path in initial_weights(config).items():
         reader = store.open(store.find_whole(path))
         with together():
-            reader.parameters(component)  # refused if it has no such component
+            if store.is_first:
+                check_initial_weights(corpus, component, reader.folder, reader.files, reader.state)
         initial[component] = reader
     return Start(initial=initial)
 
