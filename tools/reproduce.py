@@ -8,10 +8,13 @@ Example: python tools/reproduce.py --only b
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
+from metalm.errors import ConfigError
+from metalm.outputs import require_folder_place
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import check_data, jobs_of, sets_of
 from metalm.reproduction.claims import CLAIMS, USUAL
@@ -19,7 +22,7 @@ from metalm.reproduction.jobs import Marks
 from metalm.reproduction.queue import Queue, run_alone
 from metalm.reproduction.readme import write_into
 from metalm.reproduction.report import write_report
-from metalm.reproduction.results import results_of
+from metalm.reproduction.results import ClaimResults, results_of
 from metalm.reproduction.slurm import write_arrays
 from metalm.reproduction.this_machine import Precision, Scale, usual_parallel, usual_precision
 
@@ -31,7 +34,8 @@ def main() -> None:
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
-        help="of all training; default: bf16 on a GPU and on CPUs that multiply it, else fp32",
+        help="of all training; default: that of what is done in OUT, else bf16 on a GPU and on CPUs that "
+        "multiply it, else fp32",
     )
     parser.add_argument("--seeds", type=int, default=3, help="of each arm (default: %(default)s)")
     parser.add_argument(
@@ -46,7 +50,9 @@ def main() -> None:
     parser.add_argument(
         "--slurm", action="store_true", help="write job arrays to OUT/slurm, and start nothing"
     )
-    parser.add_argument("--report", action="store_true", help="report what is done, and start nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="report what is done of all claims, and start nothing"
+    )
     parser.add_argument(
         "--readme",
         type=Path,
@@ -56,12 +62,15 @@ def main() -> None:
     )
     parser.add_argument("--job", metavar="NAME", help="run one job, as a task of a Slurm array does")
     options = parser.parse_args()
-    letters = options.only.split(",")
+    letters = list(dict.fromkeys(options.only.split(",")))
     if unknown := [letter for letter in letters if letter not in CLAIMS]:
         parser.error(f"there is no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}")
-    if options.seeds < 1 or (options.jobs or 1) < 1:
+    if options.seeds < 1 or (options.jobs is not None and options.jobs < 1):
         parser.error("--seeds and --jobs must be positive")
-    precision = options.precision or usual_precision(options.scale)
+    if options.readme is not None and not options.readme.is_file():
+        raise ConfigError(f"there is no file {options.readme}: give --readme the README that has the table")
+    marks = Marks(options.out)
+    precision = options.precision or marks.precision() or usual_precision(options.scale)
     setting = Setting(options.data, options.out, options.scale, options.seeds, precision)
     claims = [CLAIMS[letter](setting) for letter in letters]
     if options.sets:
@@ -69,13 +78,13 @@ def main() -> None:
         return
     jobs = jobs_of(claims, setting)
     if options.list:
-        marks = Marks(options.out)
         for job in jobs:
             print(f"{job.name:<36}{job.minutes:6.1f} min{'  done' if marks.read(job) else ''}")
         total = sum(job.minutes for job in jobs)
         print(f"{len(jobs)} jobs, {total:.0f} minutes of one core of a CPU at its scale, in bf16")
         return
     check_data(claims, setting)
+    require_folder_place(options.out, "choose another --out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.job is not None:
         run_alone(jobs, options.job, options.out, print)
@@ -88,11 +97,22 @@ def main() -> None:
     if not options.report and options.readme is None:
         Queue(jobs, options.out, _say).run(options.jobs or usual_parallel(options.scale))
     results = [results_of(claim, setting) for claim in claims]
-    write_report(results, jobs, setting, _say)
+    together = sorted([*results, *_others(letters, setting)], key=lambda one: one.claim.letter)
+    write_report(together, setting, _say)
     for one in results:
         _say(f"{one.claim.letter}: {one.claim.title}: {one.verdict}")
     if options.readme is not None:
         write_into(options.readme, results, setting, CLAIMS)
+
+
+def _others(letters: Sequence[str], setting: Setting) -> Iterator[ClaimResults]:
+    """Further claims of which there are results, for the report of all."""
+    for letter, claim in CLAIMS.items():
+        if letter not in letters:
+            try:
+                yield results_of(claim(setting), setting)
+            except ConfigError as error:
+                _say(f"{letter} is left out of the report: {error}")
 
 
 def _say(line: str) -> None:

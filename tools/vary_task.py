@@ -2,8 +2,8 @@
 
 texts: the training side's texts, as Pile-like JSON Lines. worded: its examples as worded, for a tokenizer.
 encoded: tasks of which all but the answer is encoded. shuffled: with the training answers of other records.
-mismatched: with the test images of other records. blind: without images. That no `group` of records is on two
-sides is checked.
+mismatched: with the test images of other records. blind: without images. All but encoded and blind check
+that no `group` of records is on two sides.
 
 Example: python tools/vary_task.py shuffled data/real/vader/tasks/vader_films.yaml --out data/shuffled
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metalm.reproduction.arms import Arm, Scoring, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Curve, Series
-from metalm.reproduction.jobs import Job
+from metalm.reproduction.jobs import Job, Marks
 
 TESTED = Scoring("test", (Path("invented.yaml"),))
 
@@ -39,7 +39,9 @@ def claim(tried: str = "") -> Claim:
 
 
 def write_scores(setting: Setting, series: Series, values: Sequence[float]) -> None:
-    """One seed each, with a curve of losses."""
+    """One seed each, with a curve of losses; their jobs are done."""
+    marks, jobs = Marks(setting.out), {job.name: job for job in series.arm.jobs(setting)}
+    (setting.out / "jobs").mkdir(parents=True, exist_ok=True)
     for seed, value in enumerate(values, 1):
         run = setting.out / series.arm.name / f"seed_{seed}"
         folder = TESTED.folder(run)
@@ -56,3 +58,4 @@ def write_scores(setting: Setting, series: Series, values: Sequence[float]) -> N
             }
         )
         (run / "logs/metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries))
+        marks.write(jobs[f"{series.arm.name}/seed_{seed}"], seconds=60.0)

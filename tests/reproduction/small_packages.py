@@ -150,6 +150,15 @@ def make_openmoji() -> bytes:
             code = f"1F{number:03d}-{who}"
             table += f'x,{code},people-body,person-role,{who} at work {number},"a, b",\n'
             drawings[f"package/color/svg/{code}.svg"] = f"<svg>{code}</svg>".encode()
+    for number in range(40):
+        for place in ("island", "coast"):  # under one flag
+            code = f"1E{number:03d}-{place}"
+            table += f"x,{code},flags,country-flag,flag: {place} {number},,\n"
+            drawings[f"package/color/svg/{code}.svg"] = f"<svg>flag {number}</svg>".encode()
+        for who in ("man", "woman"):
+            code = f"1D{number:03d}-{who}"
+            table += f"x,{code},people-body,person,{who}: hair {number},,\n"
+            drawings[f"package/color/svg/{code}.svg"] = f"<svg>{code}</svg>".encode()
     table += "x,1F999-1,people-body,person-role,man: dark skin tone,,5\n"
     return tarred({"package/data/openmoji.csv": table.encode(), **drawings}, "gz")
 

@@ -8,6 +8,7 @@ import random
 import re
 import sys
 import types
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from metalm.data.preparation.text_files import documents, open_text_files
 from metalm.errors import ConfigError
 from metalm.modalities import MEDIA
 from metalm.modalities.image import encode_png
-from metalm.reproduction.data import bigbench, wordnet
+from metalm.reproduction.data import bigbench, openmoji, wordnet
 from metalm.reproduction.data.sets import SETS, fetch_set
 from metalm.reproduction.data.splitting import connected, normalised, side_of, split_by_group
 from metalm.tasks.readers import MediaFile
@@ -46,7 +47,7 @@ def _drawings_are_made_to_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def svg_to_bytes(*, svg_string: str, width: int, dpi: float, **_: Any) -> list[int]:
         assert (width, dpi) == (128, 96.0)
-        return list(encode_png(picture(sum(svg_string.encode()))))
+        return list(encode_png(picture(zlib.crc32(svg_string.encode()))))
 
     vars(package)["svg_to_bytes"] = svg_to_bytes
     monkeypatch.setitem(sys.modules, "resvg_py", package)
@@ -255,6 +256,31 @@ def test_pairs_are_as_the_tool_for_pairs_reads_them(
     assert not any(
         "dark skin" in caption or "oiseau" in caption for side in SIDES for caption in captions[side]
     )
+
+
+def test_no_picture_is_on_two_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are called: two places may have one flag."""
+    folder = fetched("openmoji", tmp_path, monkeypatch) / "openmoji/pairs"
+    side_of: dict[bytes, str] = {}
+    for side in SIDES:
+        for row in lines(folder / f"{side}.jsonl"):
+            assert side_of.setdefault((folder / row["path"]).read_bytes(), side) == side
+    assert len(side_of) == 40 * (2 + 1 + 2) and set(side_of.values()) == set(SIDES)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("man: bald", "bald"),
+        ("woman and man holding hands", "holding hands"),
+        ("woman firefighter", "firefighter"),
+        ("flag: Man and Biosphere", "man and biosphere"),
+        ("kiss: woman, man", "kiss"),
+        ("person", "person"),
+    ],
+)
+def test_who_does_it_makes_no_group(name: str, group: str) -> None:
+    assert openmoji._group(name) == group
 
 
 def test_drawings_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

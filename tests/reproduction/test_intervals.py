@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metalm.reproduction.intervals import Interval, interval, is_at_chance, judge, judge_all
+from metalm.reproduction.intervals import Interval, chance_of, interval, judge, judge_all
 
 
 @pytest.mark.parametrize("values", [[0.7, 0.8], [0.61, 0.64, 0.6], [0.5, 0.9, 0.4, 0.8, 0.6]])
@@ -47,6 +47,7 @@ def test_a_claim_is_shown_by_all_of_its_comparisons_and_contradicted_by_one() ->
 
 def test_guesses_are_at_chance_and_knowledge_is_not() -> None:
     draws = np.random.default_rng(0).binomial(1000, 0.5, size=3) / 1000
-    assert is_at_chance(interval(list(draws)), 0.5, 1000)
-    assert not is_at_chance(interval([0.60, 0.61, 0.62]), 0.5, 1000)
-    assert not is_at_chance(interval([0.40, 0.41, 0.39]), 0.5, 1000)
+    assert chance_of(interval(list(draws)), 0.5, 1000) == "at chance"
+    assert chance_of(interval([0.60, 0.61, 0.62]), 0.5, 1000) == "above chance"
+    assert chance_of(interval([0.40, 0.41, 0.39]), 0.5, 1000) == "below chance"
+    assert chance_of(interval([0.99]), 0.5, 1000) == "one seed"

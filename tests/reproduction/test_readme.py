@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from metalm.errors import ConfigError
+from metalm.errors import EXIT_USAGE, ConfigError
 from metalm.project_files import project_root
 from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Claim
@@ -39,13 +39,10 @@ def ran(
 ) -> Claim:
     """A claim whose jobs were done by a commit."""
     found = CLAIMS[letter](setting)
+    monkeypatch.setattr("metalm.reproduction.jobs.git_commit", lambda: commit * 40)
     for series, values in ((METALM, metalm), (GPT, [0.60, 0.63, 0.61]), (SHUFFLED, [0.49, 0.52, 0.50])):
         write_scores(setting, series, values)
-    monkeypatch.setattr("metalm.reproduction.jobs.git_commit", lambda: commit * 40)
-    (setting.out / "jobs").mkdir()
-    marks = Marks(setting.out)
-    marks.write(found.shared[0], seconds=90.0)
-    marks.write(next(METALM.arm.jobs(setting)), seconds=60.0)
+    Marks(setting.out).write(found.shared[0], seconds=90.0)
     return found
 
 
@@ -81,7 +78,7 @@ def test_claims_that_were_run_elsewhere_keep_their_rows_and_figures(
     assert f"commit {'a' * 12} (x), {'b' * 12} (y)." in told
     kept = json.loads((tmp_path / "tools/measured/reproduction_cpu.json").read_text())
     assert kept["y"]["series"]["m, test"]["by_seed"] == {"1": 0.59, "2": 0.63, "3": 0.60}
-    assert kept["x"]["minutes"] == 2.5
+    assert kept["x"]["minutes"] == 10.5
     assert kept["x"]["arms"]["m"] == {"rate": 0.001, "tokens": 5120, "examples": 77}
     assert [curve["arm"] for curve in kept["x"]["curves"]] == ["m", "g", "s"]
 
@@ -92,10 +89,9 @@ def test_the_table_says_in_which_precision_its_claims_were_trained(
     narrow = Setting(tmp_path, tmp_path / "first", "cpu", 3, "bf16")
     one = ran(narrow, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
     assert "3 seeds at scale `cpu`, in bf16; " in write(readme, narrow, one)
-    # It is told by what was run, not by what this machine would run.
-    reported = replace(narrow, precision="fp32")
-    write_report([results_of(one, reported)], list(one.jobs(reported)), reported, lambda line: None)
+    write_report([results_of(one, narrow)], narrow, lambda line: None)
     assert "Scale cpu, in bf16, 3 seeds." in (narrow.out / "report.md").read_text()
+    assert Marks(narrow.out).precision() == "bf16"
     wide = Setting(tmp_path, tmp_path / "second", "cpu", 3, "fp32")
     told = write(readme, wide, ran(wide, "y", [0.59, 0.63, 0.60], "a", monkeypatch))
     assert "3 seeds at scale `cpu`, in bf16 (x), fp32 (y); " in told
@@ -154,18 +150,56 @@ def test_figures_that_are_none_are_refused(
     assert (readme.read_text(), kept.read_text()) == (before, content)
 
 
+def test_a_kept_claim_that_has_changed_is_not_shown_as_not_done(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Setting(tmp_path, tmp_path / name, "cpu", 3) for name in ("first", "second"))
+    write(readme, second, ran(second, "y", [0.59, 0.63, 0.60], "b", monkeypatch))
+    kept = tmp_path / "tools/measured/reproduction_cpu.json"
+    kept.write_text(kept.read_text().replace('"g, test"', '"g, tests"'))
+    before = readme.read_text()
+    with pytest.raises(ConfigError, match="no figures of today's claim y: run and report it again"):
+        write(readme, first, ran(first, "x", [0.80, 0.82, 0.81], "a", monkeypatch))
+    assert readme.read_text() == before
+
+
+def tool(monkeypatch: pytest.MonkeyPatch, *words: object) -> object:
+    """The exit code of tools/reproduce.py on the made-up claims."""
+    monkeypatch.setattr("metalm.reproduction.claims.CLAIMS", CLAIMS)
+    monkeypatch.setattr("metalm.reproduction.claim.check_data", lambda claims, setting: None)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(project_root() / "tools/reproduce.py"), run_name="__main__")
+    return ended.value.code
+
+
 def test_the_tool_reports_into_a_readme(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the precision of what is done, and with the other claims of which there are results."""
+    setting = Setting(tmp_path, tmp_path / "out", "cpu", 3, "bf16")
+    ran(setting, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
+    monkeypatch.setattr("metalm.reproduction.this_machine.usual_precision", lambda scale: "fp32")
+    typed = ["--only", "x", "--report", "--readme", readme, "--data", tmp_path, "--out", setting.out]
+    assert tool(monkeypatch, *typed) == 0
+    assert "x: An invented claim: shown" in capsys.readouterr().out
+    assert "| x: MetaLM above GPT |" in readme.read_text()
+    assert "| y: MetaLM above GPT |" not in readme.read_text()
+    assert "## y. An invented claim" in (setting.out / "report.md").read_text()
+
+
+def test_results_of_another_scale_get_into_no_readme(
     readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setting = Setting(tmp_path, tmp_path / "out", "cpu", 3)
     ran(setting, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
-    monkeypatch.setattr("metalm.reproduction.claims.CLAIMS", CLAIMS)
-    monkeypatch.setattr("metalm.reproduction.claim.check_data", lambda claims, setting: None)
-    typed = ["--only", "x", "--report", "--readme", readme, "--data", tmp_path, "--out", setting.out]
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, typed)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(project_root() / "tools/reproduce.py"), run_name="__main__")
-    assert ended.value.code == 0
-    assert "x: An invented claim: shown" in capsys.readouterr().out
-    assert "| x: MetaLM above GPT |" in readme.read_text()
-    assert (setting.out / "report.html").is_file()
+    readme.write_text("\n".join(markers("gpu")))
+    typed = ["--only", "x", "--scale", "gpu", "--data", tmp_path, "--out", setting.out]
+    assert tool(monkeypatch, *typed, "--readme", readme, "--report") == EXIT_USAGE
+    assert "was made with other settings or pipelines than today's" in capsys.readouterr().err
+    assert readme.read_text() == "\n".join(markers("gpu"))
+    assert tool(monkeypatch, *typed, "--readme", tmp_path / "absent.md") == EXIT_USAGE
+    assert "there is no file" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert tool(monkeypatch, "--only", "x", "--data", tmp_path, "--out", tmp_path / "file/out") == EXIT_USAGE
+    assert "choose another --out" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,9 @@ def setting(tmp_path: Path) -> Setting:
 
 
 def report(setting: Setting, tried: str = "") -> tuple[str, str]:
-    jobs = jobs_of([claim(tried)], setting)
-    (setting.out / "jobs").mkdir(exist_ok=True)
-    Marks(setting.out).write(jobs[0], seconds=90.0)
-    write_report([results_of(claim(tried), setting)], jobs, setting, lambda line: None)
+    shared, *_ = jobs_of([claim(tried)], setting)
+    Marks(setting.out).write(shared, seconds=90.0)
+    write_report([results_of(claim(tried), setting)], setting, lambda line: None)
     return (setting.out / "report.md").read_text(), (setting.out / "report.html").read_text()
 
 
@@ -77,6 +77,22 @@ def test_what_was_tried_is_said_where_a_claim_is_not_shown(setting: Setting) -> 
 def test_a_leak_is_named(setting: Setting) -> None:
     write_scores(setting, SHUFFLED, [0.70, 0.71, 0.72])
     assert "IS ABOVE CHANCE" in report(setting)[0]
+    write_scores(setting, SHUFFLED, [0.30, 0.30, 0.31])
+    assert "is below chance, so that nothing leaks" in report(setting)[0]
+
+
+def test_what_is_asked_in_part_is_no_seed(setting: Setting) -> None:
+    """An evaluation of several tasks writes its results after each."""
+    (setting.out / "jobs/m--seed_3.json").unlink()
+    markdown, _ = report(setting)
+    assert "80.0, 82.0; 2 of 3 seeds" in markdown
+    row = next(line for line in markdown.splitlines() if line.startswith("| x: MetaLM above GPT"))
+    assert "(m; 2 of 3 seeds)" in row and row.endswith("| not done |")
+
+
+def test_results_of_other_settings_are_refused(setting: Setting) -> None:
+    with pytest.raises(ConfigError, match="m/seed_1 was made with other settings"):
+        results_of(claim(), replace(setting, scale="gpu"))
 
 
 def test_half_of_a_comparison_has_no_verdict(tmp_path: Path) -> None:
@@ -99,4 +115,4 @@ def test_a_comparison_without_all_its_seeds_has_no_verdict(tmp_path: Path) -> No
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     setting = Setting(tmp_path, tmp_path, "cpu", 3)
     with pytest.raises(ConfigError, match="there are no scores"):
-        write_report([results_of(claim(), setting)], [], setting, print)
+        write_report([results_of(claim(), setting)], setting, print)

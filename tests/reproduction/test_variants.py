@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from metalm.errors import DataError
+from metalm.errors import ConfigError, DataError
 from metalm.reproduction.groups import check_groups
 from metalm.reproduction.random_encoder import write_random_encoder
 from metalm.reproduction.variants import (
@@ -138,6 +138,28 @@ def test_a_record_without_a_group_is_refused(task: Path, tmp_path: Path) -> None
     (tmp_path / "invented/test.jsonl").write_text('{"text": "x", "label": "yes"}\n')
     with pytest.raises(DataError, match="the record has no 'group'"):
         check_groups(load_task(task), tmp_path)
+
+
+def test_every_variant_that_reads_records_looks_at_their_groups(task: Path, tmp_path: Path) -> None:
+    file = tmp_path / "invented/test.jsonl"
+    train = tmp_path / "invented/train.jsonl"
+    file.write_text(train.read_text())
+    for write in (
+        lambda out: write_worded([task], tmp_path, out / "texts.jsonl", most=5),
+        lambda out: write_shuffled(task, tmp_path, out, seed=0),
+    ):
+        with pytest.raises(DataError, match="is in .* and in .*, so what is tested would be known"):
+            write(tmp_path / "out")
+
+
+def test_a_field_or_a_side_that_is_not_there_is_said(task: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no field 'nosuch'; the task has text"):
+        write_texts([task], tmp_path, ["nosuch"], tmp_path / "texts.jsonl", seed=0)
+    content = yaml.safe_load(task.read_text())
+    del content["data"]["files"]["train"]
+    task.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="has no split train"):
+        write_shuffled(task, tmp_path, tmp_path / "out", seed=0)
 
 
 def test_a_random_encoder_has_the_shape_of_the_real_one_and_nothing_of_its_weights(tmp_path: Path) -> None:

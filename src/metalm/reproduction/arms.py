@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from metalm.errors import ConfigError
-from metalm.reproduction.jobs import Command, Job, metalm, pipeline, tool
+from metalm.reproduction.jobs import PRECISION, Command, Job, Marks, metalm, pipeline, tool
 from metalm.reproduction.this_machine import Precision, Scale
 
 SEARCH_SEED = 0
-PRECISION = "training.precision"
-"""The key that each training is given."""
 ON_GPU = (
     "data.workers=1",
     "checkpoint.every_steps=1000",
@@ -50,7 +48,7 @@ class Setting:
             name: of the pipeline, without `.yaml`.
         """
         named = (f"run.folder={folder.parent}", f"run.name={folder.name}")
-        own = (*named, f"run.seed={seed}", f"{PRECISION}={self.precision}")
+        own = (*named, f"run.seed={seed}", f"{PRECISION}{self.precision}")
         return metalm("train", pipeline(name), *own, *(ON_GPU if self.scale == "gpu" else ()), *overrides)
 
     def steps_on_gpu(self, steps: int) -> tuple[str, ...]:
@@ -170,10 +168,13 @@ class Arm:
         """All, each behind what it needs."""
         for rate in self.grid:
             yield self._job(setting, f"rate_{rate:g}", SEARCH_SEED, self.needs, rate)
+        yield from self._seed_jobs(setting).values()
+
+    def _seed_jobs(self, setting: Setting) -> dict[int, Job]:
         searcher = self.rate_of or self
-        tried = tuple(f"{searcher.name}/rate_{rate:g}" for rate in searcher.grid)
-        for seed in range(1, setting.seeds + 1):
-            yield self._job(setting, f"seed_{seed}", seed, (*self.needs, *tried), None)
+        needs = (*self.needs, *(f"{searcher.name}/rate_{rate:g}" for rate in searcher.grid))
+        seeds = range(1, setting.seeds + 1)
+        return {seed: self._job(setting, f"seed_{seed}", seed, needs, None) for seed in seeds}
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -213,11 +214,20 @@ class Arm:
             found[rate] = score.value
         return max(found, key=lambda rate: found[rate])
 
+    def done_runs(self, setting: Setting) -> dict[int, Path]:
+        """The folders of the seeds whose jobs are done: others may have been asked in part.
+
+        Raises:
+            ConfigError: they were done with other settings or pipelines than today's.
+        """
+        marks = Marks(setting.out)
+        done = [seed for seed, job in self._seed_jobs(setting).items() if marks.is_done(job)]
+        return {seed: setting.out / self.name / f"seed_{seed}" for seed in done}
+
     def scores(self, setting: Setting, scoring: str) -> dict[int, Score]:
-        """What is there, by seed."""
+        """Of the seeds that are done; see `done_runs`."""
         (asked,) = [one for one in self.scorings if one.name == scoring]
-        runs = {seed: setting.out / self.name / f"seed_{seed}" for seed in range(1, setting.seeds + 1)}
-        found = {seed: read_score(run, asked) for seed, run in runs.items()}
+        found = {seed: read_score(run, asked) for seed, run in self.done_runs(setting).items()}
         return {seed: score for seed, score in found.items() if score is not None}
 
 

@@ -15,6 +15,8 @@ from metalm.tasks.metrics.optional import optional
 
 LEVEL = 0.95
 Verdict = Literal["shown", "not shown", "contradicted"]
+Chance = Literal["at chance", "below chance", "above chance", "one seed"]
+"""Of an arm that can know nothing. `one seed` tells nothing of how far seeds are apart."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,16 @@ def judge_all(verdicts: Iterable[Verdict]) -> Verdict:
     return "shown" if found == {"shown"} else "not shown"
 
 
-def is_at_chance(scores: Interval, chance: float, num_questions: int) -> bool:
-    """Whether accuracies are no better than `chance`: that of the most frequent answer, or of a guess.
+def chance_of(scores: Interval, chance: float, num_questions: int) -> Chance:
+    """Where accuracies are, as to `chance`: the share of the most frequent answer, or of a guess.
 
-    The interval over seeds has to touch what such guesses reach on so many questions, two standard errors to
-    both sides: all seeds are scored on the same questions.
+    They are at it if the interval over seeds touches what such guesses reach on so many questions, two
+    standard errors to both sides: all seeds are scored on the same questions. Below it is an arm that often
+    gives another answer than the most frequent one.
     """
+    if scores.count < 2:
+        return "one seed"
     reach = 2 * math.sqrt(chance * (1 - chance) / num_questions)
-    return scores.low <= chance + reach and scores.high >= chance - reach
+    if scores.low > chance + reach:
+        return "above chance"
+    return "below chance" if scores.high < chance - reach else "at chance"

@@ -19,6 +19,8 @@ from metalm.reproduction.this_machine import machine
 
 Command = tuple[str, ...]
 PIPELINES = "pipelines/reproduce"
+PRECISION = "training.precision="
+"""How the word of a command begins that tells a training's precision."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ class Done:
     commit: str | None
     machine: str
 
+    @property
+    def precisions(self) -> set[str]:
+        """Of its trainings."""
+        words = (word for command in self.commands for word in command)
+        return {word.removeprefix(PRECISION) for word in words if word.startswith(PRECISION)}
+
 
 class Marks:
     """Which jobs are done, by files in `jobs/`, beside what the jobs have said."""
@@ -85,11 +93,12 @@ class Marks:
     def read(self, job: Job) -> Done | None:
         """What was kept when it was done."""
         path = self._path(job, ".json")
-        if not path.is_file():
-            return None
-        content: dict[str, Any] = json.loads(path.read_text())
-        content["commands"] = [tuple(command) for command in content["commands"]]
-        return Done(**content)
+        return _done(path) if path.is_file() else None
+
+    def precision(self) -> str | None:
+        """What the trainings that are done were run in; None: there are none."""
+        found = {word for path in self._folder.glob("*.json") for word in _done(path).precisions}
+        return min(found, default=None)
 
     def write(self, job: Job, seconds: float) -> None:
         """It is done."""
@@ -102,6 +111,12 @@ class Marks:
 
     def _path(self, job: Job, suffix: str) -> Path:
         return self._folder / (job.name.replace("/", "--") + suffix)
+
+
+def _done(path: Path) -> Done:
+    content: dict[str, Any] = json.loads(path.read_text())
+    content["commands"] = [tuple(command) for command in content["commands"]]
+    return Done(**content)
 
 
 def with_needs(names: Sequence[str], jobs: Iterable[Job]) -> tuple[Job, ...]:

@@ -43,7 +43,7 @@ def write_into(
 
     Raises:
         ConfigError: no claim is whole; the README has no place for the table, or claims in it of which there
-            are no figures; or what is kept beside it holds something else.
+            are no figures; or what is kept beside it holds something else, as of a claim that has changed.
     """
     measured = MEASURED.format(scale=setting.scale)
     picture, kept_at = (readme.parent / f"{measured}{suffix}" for suffix in (".png", ".json"))
@@ -54,6 +54,11 @@ def write_into(
     together = [
         ClaimResults(claim(setting), kept[letter]) for letter, claim in claims.items() if letter in kept
     ]
+    if changed := [one.claim.letter for one in together if one.verdict == "not done"]:
+        raise ConfigError(
+            f"{kept_at} has no figures of today's claim {', '.join(changed)}: run and report it again, or "
+            "take it out there"
+        )
     content = written_into(readme.read_text(), together, setting.scale, f"{measured}.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_all(together, picture)

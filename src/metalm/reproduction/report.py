@@ -9,13 +9,14 @@ from pathlib import Path
 
 from metalm.errors import ConfigError
 from metalm.progress import Phase
+from metalm.regular_files import replace_file
 from metalm.reproduction.arms import Setting
-from metalm.reproduction.claim import Series
+from metalm.reproduction.claim import Claim, Series, jobs_of
 from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.intervals import Interval
-from metalm.reproduction.jobs import Job, Marks
+from metalm.reproduction.jobs import Marks
 from metalm.reproduction.pictures import draw_all, draw_claim
-from metalm.reproduction.results import ClaimResults, precisions
+from metalm.reproduction.results import ClaimResults, Measured, precisions
 from metalm.reproduction.sections import Block, Picture, Section, Table, as_markdown, as_page
 
 TITLE = "The paper's claims in small"
@@ -25,12 +26,16 @@ RULE = (
     "is shown if all of its comparisons are, contradicted if one is. Each arm's learning rate is chosen on "
     "validation with a seed of its own; an arm on shuffled labels must fall to chance."
 )
+_CHANCE = {
+    "at chance": "has fallen to chance",
+    "below chance": "is below chance, so that nothing leaks",
+    "above chance": "IS ABOVE CHANCE: something leaks",
+    "one seed": "cannot be held against chance by one seed",
+}
 ALL_NAME = "claims.png"
 
 
-def write_report(
-    results: Sequence[ClaimResults], jobs: Sequence[Job], setting: Setting, say: Callable[[str], None]
-) -> None:
+def write_report(results: Sequence[ClaimResults], setting: Setting, say: Callable[[str], None]) -> None:
     """Write `report.md`, `report.html` and their pictures into the folder of all.
 
     Raises:
@@ -44,10 +49,10 @@ def write_report(
         picture = setting.out / f"claim_{one.claim.letter}.png"
         draw_claim(one, picture)
         sections.append(_section(one, setting, picture))
-    sections.append(_circumstances(jobs, setting))
+    sections.append(_circumstances([one.claim for one in results], setting))
     draw_all(results, setting.out / ALL_NAME)
-    (setting.out / "report.md").write_text(as_markdown(TITLE, sections))
-    (setting.out / "report.html").write_text(as_page(TITLE, sections))
+    replace_file(setting.out / "report.md", as_markdown(TITLE, sections))
+    replace_file(setting.out / "report.html", as_page(TITLE, sections))
     say(f"{setting.out / 'report.md'} and report.html")
 
 
@@ -79,7 +84,15 @@ def shown(scores: Interval) -> str:
 
 def _score(results: ClaimResults, series: Series) -> str:
     found = results.measured.get(series)
-    return "not done" if found is None else f"{shown(found.scores)} ({series.arm.name})"
+    return (
+        "not done" if found is None else f"{shown(found.scores)} ({series.arm.name}{_part(found, results)})"
+    )
+
+
+def _part(found: Measured, results: ClaimResults) -> str:
+    """Where not all seeds are done, how many are."""
+    done, asked = len(found.by_seed), results.figures.seeds
+    return "" if done == asked else f"; {done} of {asked} seeds"
 
 
 def _section(results: ClaimResults, setting: Setting, picture: Path) -> Section:
@@ -95,7 +108,7 @@ def _section(results: ClaimResults, setting: Setting, picture: Path) -> Section:
                 "what it is",
                 f"{claim.metric}, %",
                 "by seed",
-                "questions",
+                "questions asked",
                 "learning rate",
                 "examples seen",
             ),
@@ -103,9 +116,8 @@ def _section(results: ClaimResults, setting: Setting, picture: Path) -> Section:
         ),
         Picture(picture, f"scores and learning curves of claim {claim.letter}"),
     ]
-    for check, is_at_chance in results.at_chance.items():
-        found = "has fallen to chance" if is_at_chance else "IS ABOVE CHANCE: something leaks"
-        blocks.append(f"{check.series.arm.about}: {found} ({100 * check.chance:.1f}%).")
+    for check, found in results.at_chance.items():
+        blocks.append(f"{check.series.arm.about}: {_CHANCE[found]} ({100 * check.chance:.1f}%).")
     if results.verdict in ("not shown", "contradicted") and claim.tried:
         blocks.append(f"What was tried: {claim.tried}")
     blocks += [f"Data: {_source(setting, name)}" for name in claim.sets]
@@ -123,7 +135,7 @@ def _rows(results: ClaimResults) -> Iterator[tuple[str, ...]]:
             series.key,
             series.arm.about,
             shown(found.scores),
-            ", ".join(f"{100 * value:.1f}" for value in found.by_seed.values()),
+            ", ".join(f"{100 * value:.1f}" for value in found.by_seed.values()) + _part(found, results),
             f"{found.questions:,}",
             f"{facts.rate:g}" if facts else "",
             f"{facts.examples:,} in {facts.tokens:,} tokens" if facts else "",
@@ -141,8 +153,8 @@ def _source(setting: Setting, name: str) -> str:
     return f"{name}: {'; '.join(told)}"
 
 
-def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
-    marks = Marks(setting.out)
+def _circumstances(claims: Sequence[Claim], setting: Setting) -> Section:
+    jobs, marks = jobs_of(claims, setting), Marks(setting.out)
     done = [(job, found) for job in jobs if (found := marks.read(job)) is not None]
     total = sum(found.seconds for _, found in done)
     rows = tuple((job.name, f"{found.seconds / 60:.1f}") for job, found in done)
@@ -154,7 +166,8 @@ def _circumstances(jobs: Sequence[Job], setting: Setting) -> Section:
         (
             f"Commit {', '.join(commits)}; {'; '.join(machines)}.",
             f"Scale {setting.scale}, in {trained_in}, {setting.seeds} seeds.",
-            f"{len(done)} of {len(jobs)} jobs are done, in {total / 60:.0f} minutes of wall time in all.",
+            f"{len(done)} of {len(jobs)} jobs are done, in {total / 60:.0f} minutes of wall time "
+            "in all, each since its last start.",
             Table(("job", "minutes"), rows),
         ),
     )

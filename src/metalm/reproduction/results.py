@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from metalm.reproduction.arms import PRECISION, Arm, Setting
+from metalm.reproduction.arms import Arm, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
-from metalm.reproduction.intervals import Interval, Verdict, interval, is_at_chance, judge, judge_all
+from metalm.reproduction.intervals import Chance, Interval, Verdict, chance_of, interval, judge, judge_all
 from metalm.reproduction.jobs import Done, Marks
 from metalm.training.monitor.json_lines import read_metrics
 
+_SEEN = re.compile(r"data/\w+/(tokens|samples)")
+"""Figures of a run: what it has read of a source."""
 HELD_OUT = "held_out/tasks"
 """The figure of a run that its curve is of: the loss of the answers of validation."""
 
@@ -120,17 +122,21 @@ class ClaimResults:
         return judge_all(one.verdict for one in self.judged)
 
     @property
-    def at_chance(self) -> Mapping[ChanceCheck, bool]:
+    def at_chance(self) -> Mapping[ChanceCheck, Chance]:
         """Of the arms on shuffled answers that are there."""
         return {
-            check: is_at_chance(found.scores, check.chance, found.questions)
+            check: chance_of(found.scores, check.chance, found.questions)
             for check in self.claim.chance
             if (found := self.measured.get(check.series)) is not None
         }
 
 
 def results_of(claim: Claim, setting: Setting) -> ClaimResults:
-    """Read a claim's runs."""
+    """Read a claim's runs that are done.
+
+    Raises:
+        ConfigError: they were done with other settings or pipelines than today's.
+    """
     marks = Marks(setting.out)
     done = [mark for job in claim.jobs(setting) if (mark := marks.read(job)) is not None]
     origins = {(one.commit or "unknown", one.machine) for one in done}
@@ -148,8 +154,7 @@ def results_of(claim: Claim, setting: Setting) -> ClaimResults:
 
 def precisions(done: Sequence[Done]) -> tuple[str, ...]:
     """What the trainings of jobs that are done were run in, each once."""
-    words = {word for one in done for command in one.commands for word in command}
-    return tuple(sorted(word.partition("=")[2] for word in words if word.startswith(f"{PRECISION}=")))
+    return tuple(sorted({word for one in done for word in one.precisions}))
 
 
 def _measure(series: Series, setting: Setting) -> Measured | None:
@@ -165,7 +170,7 @@ def _measure(series: Series, setting: Setting) -> Measured | None:
 def _loss_curve(arm: Arm, setting: Setting) -> LossCurve | None:
     """The held-out losses of an arm's seeds at the steps that all of them have; None where there are none."""
     runs = []
-    for folder in _seeds(arm, setting):
+    for folder in arm.done_runs(setting).values():
         runs.append({entry["step"]: entry[HELD_OUT] for entry in read_metrics(folder) if HELD_OUT in entry})
     if not runs:
         return None
@@ -175,17 +180,14 @@ def _loss_curve(arm: Arm, setting: Setting) -> LossCurve | None:
 
 
 def _facts(arm: Arm, setting: Setting) -> ArmFacts | None:
-    folders = _seeds(arm, setting)
-    if not folders:
+    first = next(iter(arm.done_runs(setting).values()), None)
+    if first is None:
         return None
-    seen = [entry for entry in read_metrics(folders[0]) if "data/tasks/samples" in entry]
-    if not seen:
-        return None
-    return ArmFacts(
-        arm.chosen_rate(setting), int(seen[-1]["data/tasks/tokens"]), int(seen[-1]["data/tasks/samples"])
-    )
-
-
-def _seeds(arm: Arm, setting: Setting) -> list[Path]:
-    folders = [setting.out / arm.name / f"seed_{seed}" for seed in range(1, setting.seeds + 1)]
-    return [folder for folder in folders if folder.is_dir()]
+    seen: Mapping[str, Any] = {}
+    for entry in read_metrics(first):
+        seen = entry if any(_SEEN.fullmatch(key) for key in entry) else seen
+    totals = {"tokens": 0, "samples": 0}
+    for key, value in seen.items():
+        if found := _SEEN.fullmatch(key):
+            totals[found[1]] += int(value)
+    return ArmFacts(arm.chosen_rate(setting), totals["tokens"], totals["samples"])

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from metalm.config.plain_files import read_yaml
-from metalm.errors import DataError
+from metalm.errors import ConfigError, DataError
 from metalm.reproduction.groups import check_groups
 from metalm.tasks.data_files import DataFiles
 from metalm.tasks.filters import as_text
@@ -34,11 +34,17 @@ def write_texts(tasks: Sequence[Path], data: Path, fields: Sequence[str], out: P
         fields: those of each record that are texts, a text for each.
 
     Raises:
+        ConfigError: a task has no training side, or no such field.
         DataError: see `check_groups`.
     """
     found: dict[str, None] = {}
     for path in tasks:
         task = load_task(path)
+        task.require_split("train")
+        if unknown := [name for name in fields if name not in task.data.fields]:
+            raise ConfigError(
+                f"{path}: there is no field {unknown[0]!r}; the task has {', '.join(task.data.fields)}"
+            )
         check_groups(task, data)
         for record in TaskData(task, data).records("train"):
             found |= dict.fromkeys(as_text(record.fields[name]) for name in fields)
@@ -59,13 +65,14 @@ def write_worded(tasks: Sequence[Path], data: Path, out: Path, most: int) -> int
         How many there are.
 
     Raises:
-        DataError: a task has no training side, or no wording for finetuning.
+        DataError: a task has no training side, or no wording for finetuning; see also `check_groups`.
     """
     texts = []
     for path in tasks:
         task = load_task(path)
         if what := lacking(task, "train", "first"):
             raise DataError(f"{path}: the task has {what}")
+        check_groups(task, data)
         template = task.templates_for("finetuning")[0]
         for record in TaskData(task, data).records("train", most=most):
             parts = render(task, template, record, record.answers[0]).parts
@@ -116,10 +123,17 @@ def write_mismatched(path: Path, data: Path, out: Path, seed: int) -> None:
 
 
 def _write_dealt(path: Path, data: Path, out: Path, seed: int, *, split: str, key: str) -> None:
-    """A task in one split of which the values of a key are dealt among the records."""
+    """A task in one split of which the values of a key are dealt among the records.
+
+    Raises:
+        ConfigError: there is no such split.
+        DataError: the records are no JSON Lines; see also `check_groups`.
+    """
     task = load_task(path)
+    task.require_split(split)
     if task.data.reader != JSON_LINES:
         raise DataError(f"{path}: only tasks of JSON Lines can be shuffled")
+    check_groups(task, data)
     folder, own = data / task.data.folder, out / task.task
     for name in task.data.files:
         records: list[Any] = list(read_records(task.data, DataFiles(folder, task.data.archive), name))

@@ -21,7 +21,7 @@ TRAINED_ON = {"cpu": 10_000, "gpu": 20_000}
 STEPS = {"cpu": 300, "gpu": 3000}
 """Of eight rows of 512 positions: about one epoch, and five."""
 QUESTIONS = {"cpu": 2000, "gpu": 5000}
-SHARE_OF_TRUE = 2498 / 5000
+SHARE_OF_TRUE = 2490 / 5000
 """The most frequent answer among the questions that are tested on."""
 
 

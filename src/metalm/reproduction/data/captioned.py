@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from metalm.errors import ConfigError, DataError
 from metalm.reproduction.data.set_folder import SetFolder
-from metalm.reproduction.data.splitting import split_by_group
+from metalm.reproduction.data.splitting import connected, split_by_group
 
 SIDE_PIXELS = 128
 """Of the longer side of a drawing."""
@@ -26,7 +27,14 @@ class Captioned:
 
 
 def write_captioned(pictures: Sequence[Captioned], task: str, folder: SetFolder) -> None:
-    """Write pictures into `pairs/`, with a list of each side there, and the task of captioning."""
+    """Write pictures into `pairs/`, with a list of each side there, and the task of captioning.
+
+    Groups in which the same picture stands, such as the flags of two places, are one.
+    """
+    firsts = connected([(picture.group, hashlib.sha256(picture.content).digest()) for picture in pictures])
+    pictures = [
+        replace(one, group=pictures[first].group) for one, first in zip(pictures, firsts, strict=True)
+    ]
     for picture in pictures:
         folder.write(f"pairs/{picture.path}", picture.content)
     sides = {

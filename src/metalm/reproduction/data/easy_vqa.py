@@ -15,7 +15,7 @@ from metalm.errors import DataError
 from metalm.reproduction.data.archives import read_members
 from metalm.reproduction.data.packages import EASY_VQA
 from metalm.reproduction.data.set_folder import SetFolder
-from metalm.reproduction.data.splitting import side_of
+from metalm.reproduction.data.splitting import owners_split
 
 PACKAGES = (EASY_VQA,)
 DATA = "easy_vqa/data/"
@@ -35,15 +35,8 @@ def write(files: dict[str, Path], folder: SetFolder) -> None:
         if name.endswith(".png")
     }
     seen = {name: hashlib.sha256(content).hexdigest() for name, content in pictures.items()}
-    tested = {digest for name, digest in seen.items() if name.startswith("test/")}
-    records = {owner: _records(found, owner, seen) for owner in ("train", "test")}
-    others = [record for record in records["train"] if record["group"] not in tested]
-    sides = {
-        "train": [record for record in others if side_of(record["group"]) != "validation"],
-        "validation": [record for record in others if side_of(record["group"]) == "validation"],
-        "test": records["test"],
-    }
-    folder.write_task("easy_vqa", sides, label="answer")
+    train, test = (_records(found, owner, seen) for owner in ("train", "test"))
+    folder.write_task("easy_vqa", owners_split(train, test), label="answer")
     folder.write_zip("images.zip", pictures.items())
 
 

@@ -17,7 +17,7 @@ from metalm.reproduction.data.archives import read_members
 from metalm.reproduction.data.packages import FASHION_MNIST
 from metalm.reproduction.data.photographs import yes_no
 from metalm.reproduction.data.set_folder import SetFolder
-from metalm.reproduction.data.splitting import side_of
+from metalm.reproduction.data.splitting import owners_split
 
 PACKAGES = (FASHION_MNIST,)
 KINDS = (
@@ -56,14 +56,7 @@ def write(files: dict[str, Path], folder: SetFolder) -> None:
             for (name, png), label in zip(named.items(), labels, strict=True)
             for record in yes_no(name, png, KINDS[label], KINDS)
         ]
-    tested = {record["group"] for record in records["test"]}
-    others = [record for record in records["train"] if record["group"] not in tested]
-    sides = {
-        "train": [record for record in others if side_of(record["group"]) != "validation"],
-        "validation": [record for record in others if side_of(record["group"]) == "validation"],
-        "test": records["test"],
-    }
-    folder.write_task("fashion_mnist_yes_no", sides, "label")
+    folder.write_task("fashion_mnist_yes_no", owners_split(**records), "label")
     folder.write_zip("images.zip", pictures.items())
 
 

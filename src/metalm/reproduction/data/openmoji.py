@@ -20,7 +20,7 @@ from metalm.reproduction.data.splitting import normalised
 
 PACKAGES = (OPENMOJI,)
 TABLE, DRAWINGS = "package/data/openmoji.csv", "package/color/svg/"
-_PEOPLE = re.compile(r"\b(man|men|woman|women|person|people|boy|girl)\b")
+_PEOPLE = re.compile(r"\b(and )?(man|men|woman|women|person|people|boy|girl)\b")
 
 
 def write(files: dict[str, Path], folder: SetFolder) -> None:
@@ -52,4 +52,5 @@ def write(files: dict[str, Path], folder: SetFolder) -> None:
 def _group(name: str) -> str:
     """A name without who does it, and without what is behind the colon, unless that is all it says."""
     what, _, detail = name.partition(":")
-    return " ".join(normalised(_PEOPLE.sub("", detail if what == "flag" else what)).split()) or name
+    parts = (detail,) if what == "flag" else (what, detail)
+    return next(filter(None, (normalised(_PEOPLE.sub("", part)) for part in parts)), name)

@@ -27,7 +27,7 @@ from metalm.reproduction.data.getting import sha256_of
 from metalm.reproduction.data.packages import Package
 
 SOURCE_NAME, SUMS_NAME = "SOURCE.json", "SHA256SUMS"
-FORM = 1
+FORM = 2
 """Counted up when what is written changes."""
 _TASK_FILES = Path(__file__).parent / "task_files"
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
@@ -51,6 +51,24 @@ def split_by_group(
     for item in sorted(items, key=lambda item: place_of(f"order {(unit or group)(item)}")):
         sides[side_of(group(item))].append(item)
     return {side: kept[: (most or {}).get(side, len(kept))] for side, kept in sides.items()}
+
+
+def owners_split(
+    train: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Any]]:
+    """Three sides of an owner's two: validation is taken from training, whole groups each.
+
+    Records of training whose group, such as the same picture, is in the test are left out.
+
+    Args:
+        train, test: records with their `group`.
+    """
+    tested = {record["group"] for record in test}
+    others = [record for record in train if record["group"] not in tested]
+    sides: dict[str, list[Any]] = {"train": [], "validation": []}
+    for record in others:
+        sides["validation" if side_of(record["group"]) == "validation" else "train"].append(record)
+    return sides | {"test": list(test)}
 
 
 def connected(rows: Sequence[Iterable[Hashable]]) -> list[int]:
