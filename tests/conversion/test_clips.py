@@ -107,8 +107,10 @@ def test_samples_are_heard_as_their_file_is(processor) -> None:
     expected = processor(text="<audio>", audio=file_of(integers, 8_000))["audio_values"]
     floats = integers / 32768
     forms = [{"array": one, "sampling_rate": 8_000} for one in (integers, floats, floats.tolist())]
+    forms.append({"array": floats, "sampling_rate": None})
     for given in (*forms, integers, [floats]):
-        options = {} if isinstance(given, dict) else {"sampling_rate": 8_000}
+        tells = isinstance(given, dict) and given["sampling_rate"] is not None
+        options = {} if tells else {"sampling_rate": 8_000}
         found = processor(text="<audio>", audio=given, **options)["audio_values"]
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
@@ -149,7 +151,8 @@ def nonsense(samples: np.ndarray) -> dict[str, Any]:
         ("<audio>", CUT, "cannot be decoded|ends after"),
         ("<audio>", nonsense(np.zeros((2, 900))), r"shape \[2, 900\], expected one channel"),
         ("<audio>", nonsense(np.full(900, np.nan)), "no numbers, or far beyond"),
-        ("<audio>", nonsense(np.zeros(900, np.uint8)), "uint8, expected floats or signed integers"),
+        ("<audio>", nonsense(np.zeros(900, np.uint8)), "uint8, expected floats in -1..1 or int8 to int32"),
+        ("<audio>", nonsense(np.zeros(900, np.int64)), "int64, expected floats in -1..1 or int8 to int32"),
         ("<audio>", {"array": np.zeros(900), "sampling_rate": 3}, "is 3, expected hertz"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -21,7 +21,7 @@ from metalm.data.storage.shard_scan import FORMATS
 from metalm.errors import BadSample, ConfigError
 from metalm.modalities import aac
 from metalm.modalities.aac import _DECODER, decode_aac
-from metalm.modalities.audio import decode_clip, prepare_clip
+from metalm.modalities.audio import Clip, decode_clip, encode_wav, prepare_clip
 from mutations import mutate_bytes
 
 RunTool = Callable[..., tuple[int, str, str]]
@@ -49,11 +49,21 @@ def test_a_clip_is_cut_and_resampled() -> None:
     np.testing.assert_allclose(clip.samples[500:-500], expected[500:-500], atol=2e-3)
 
 
+def test_what_is_louder_than_flac_holds_is_kept_as_it_is() -> None:
+    loud = encode_wav(Clip(3 * decode_clip(wav(1.0, 48_000)).samples, 48_000))
+    suffix, data = prepare_clip(loud, 16_000, None)
+    assert suffix == "wav"
+    expected = decode_clip(prepare_clip(wav(1.0, 48_000), 16_000, None)[1]).samples
+    np.testing.assert_allclose(decode_clip(data).samples, 3 * expected, atol=1e-3)
+    assert np.abs(3 * expected).max() > 1
+
+
 def test_what_cannot_be_kept_is_a_bad_sample() -> None:
     with pytest.raises(BadSample, match="unsupported_rate"):
         prepare_clip(wav(0.5, 99_999), None, 0.1)
-    with pytest.raises(BadSample, match="short_audio"):
-        prepare_clip(wav(0.0, 16_000), None, None)
+    for empty, rate, most in ((wav(0.0, 16_000), 8_000, None), (wav(0.5, 16_000), None, 1e-9)):
+        with pytest.raises(BadSample, match="short_audio"):
+            prepare_clip(empty, rate, most)
     with pytest.raises(BadSample, match="undecodable_audio"):
         prepare_clip(b"ID3 is no format of ours", None, None)
 

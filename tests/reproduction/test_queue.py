@@ -225,3 +225,20 @@ def test_a_queue_or_job_that_is_stopped_ends_when_its_command_has_saved(way: str
     process.terminate()
     assert process.wait(timeout=30) != 0
     assert (tmp_path / "saved").exists()
+
+
+def test_where_the_project_is_makes_no_difference_but_a_folder_beside_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = Marks(tmp_path)
+    (tmp_path / "jobs").mkdir()
+
+    def fingerprint(root: str, out: str) -> str:
+        monkeypatch.setattr("metalm.reproduction.jobs.project_root", lambda: tmp_path / root)
+        command = (sys.executable, str(tmp_path / root / "tools/any.py"), str(tmp_path / out))
+        marks.write(Job("a", lambda: [command]), 1.0)
+        done = marks.read(Job("a", list))
+        assert done is not None
+        return done.fingerprint
+
+    assert fingerprint("one", "one-out") == fingerprint("other", "one-out") != fingerprint("one", "-out")

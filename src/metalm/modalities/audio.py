@@ -323,24 +323,27 @@ def prepare_clip(data: bytes, sampling_rate: int | None, max_seconds: float | No
     """Decodes a clip in full, and gives the suffix and the content of its shard member.
 
     The bytes stay as they are unless the clip is longer than wanted, of a higher sampling rate or in AAC:
-    then it is cut, resampled and encoded as FLAC, 16 bits, one channel.
+    then it is cut, resampled and encoded as FLAC, 16 bits, one channel; as WAV of floats, where it was one
+    that goes beyond -1..1, which FLAC would clip.
 
     Raises:
-        BadSample: as `decode_clip`, `decode_aac` and `encode_flac`; `short_audio` if it is empty.
+        BadSample: as `decode_clip`, `decode_aac` and `encode_flac`; `short_audio` if nothing is left.
         ConfigError: as `decode_aac`.
     """
     is_aac = aac.is_aac(data)
     clip = _decode_aac(data) if is_aac else decode_clip(data)
-    if not len(clip.samples):
-        raise BadSample("short_audio")
     wanted = clip
     if max_seconds is not None:
         wanted = Clip(clip.samples[: round(max_seconds * clip.sampling_rate)], clip.sampling_rate)
     if sampling_rate is not None and clip.sampling_rate > sampling_rate:
         wanted = resample(wanted, sampling_rate)
+    if not len(wanted.samples):
+        raise BadSample("short_audio")
     is_whole = len(wanted.samples) == len(clip.samples) and wanted.sampling_rate == clip.sampling_rate
     if is_whole and not is_aac:
         return audio_format(data), data
+    if not is_aac and audio_format(data) == "wav" and np.abs(clip.samples).max() > 1:
+        return "wav", encode_wav(wanted)
     return "flac", encode_flac(wanted)
 
 

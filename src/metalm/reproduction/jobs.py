@@ -173,8 +173,8 @@ def pipeline(name: str) -> Path:
 def _fingerprint(commands: Sequence[Command]) -> str:
     digest = hashlib.sha256()
     for command in commands:
-        # Where Python and the project are makes no difference.
-        words = [word.replace(sys.executable, "").replace(str(project_root()), "") for word in command]
+        # Where Python and the project are makes no difference; a folder beside it may begin with its name.
+        words = [word.replace(sys.executable, "").replace(f"{project_root()}/", "/") for word in command]
         digest.update(json.dumps(words).encode())
         for word in command:
             if word.endswith(".yaml") and Path(word).parent == project_root() / PIPELINES:

@@ -34,6 +34,7 @@ SAMPLING_RATES = range(1_000, 400_001)
 MAX_VALUES = 100_000_000
 """Decoded at once, of all channels."""
 MAX_AMPLITUDE = 1000.0
+MAX_SAMPLE_BYTES = 4
 MAX_FILE_BYTES, URL_TIMEOUT_S = 256 << 20, 60
 _UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile answers for a FLAC that was written to a pipe
 
@@ -127,8 +128,8 @@ def open_clip(clip: Any, sampling_rate: int | None = None, *, longest_s: float) 
     """A clip at its own sampling rate, of one channel.
 
     Args:
-        clip: samples [n], floats in -1..1 or integers over their whole range, as an array or in a dictionary
-            of `array` and `sampling_rate`; or the path or the bytes of a file, or its URL.
+        clip: samples [n], floats in -1..1 or integers of up to 32 bits over their whole range, as an array or
+            in a dictionary of `array` and `sampling_rate`; or the path or the bytes of a file, or its URL.
         sampling_rate: of samples that do not tell their own, in hertz.
         longest_s: of a file no more than so many seconds are decoded.
 
@@ -139,7 +140,7 @@ def open_clip(clip: Any, sampling_rate: int | None = None, *, longest_s: float) 
     if isinstance(clip, Waveform):
         return clip
     if isinstance(clip, Mapping):
-        array, sampling_rate = clip.get("array"), clip.get("sampling_rate", sampling_rate)
+        array, sampling_rate = clip.get("array"), clip.get("sampling_rate") or sampling_rate
         clip = next((clip[name] for name in ("bytes", "path") if clip.get(name)), clip)
         clip = clip if array is None else array
     if isinstance(clip, str) and clip.startswith(("http://", "https://", "data:")):
@@ -193,10 +194,12 @@ def _of_array(samples: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"the samples of a clip have shape {list(samples.shape)}, expected one channel: take their mean"
         )
-    if np.issubdtype(samples.dtype, np.signedinteger):
+    if np.issubdtype(samples.dtype, np.signedinteger) and samples.itemsize <= MAX_SAMPLE_BYTES:
         samples = samples / -float(np.iinfo(samples.dtype).min)
     elif not np.issubdtype(samples.dtype, np.floating):
-        raise ValueError(f"the samples of a clip are {samples.dtype}, expected floats or signed integers")
+        raise ValueError(
+            f"the samples of a clip are {samples.dtype}, expected floats in -1..1 or int8 to int32"
+        )
     samples = samples.astype(np.float32)
     _check_amplitude(samples)
     return samples
