@@ -12,10 +12,14 @@ import datetime
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from metalm.cli import ToolParser, run_tool
+from metalm.commands.argument_types import positive
 from metalm.commands.starting import set_up_libraries
+from metalm.outputs import require_file_place
 from metalm.progress import Phase
 from metalm.project_files import project_root
 
@@ -24,9 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="JSON")
     parser.add_argument(
-        "--beside", type=int, default=1, help="copies that measure at once, sharing cores and memory"
+        "--beside", type=positive, default=1, help="copies that measure at once, sharing cores and memory"
     )
-    parser.add_argument("--threads", type=int, help="of each copy, on CPU")
+    parser.add_argument("--threads", type=positive, help="of each copy, on CPU")
     parser.add_argument(
         "--processor-time",
         action="store_true",
@@ -37,15 +41,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    copies = [
-        subprocess.Popen([*_command(arguments), f"{arguments.out}.copy{number}"])
-        for number in range(1, arguments.beside)
-    ]
-    measure(arguments)
-    for number, copy in enumerate(copies, 1):
-        copy.kill()
-        copy.wait()
-        Path(f"{arguments.out}.copy{number}").unlink(missing_ok=True)
+    require_file_place(arguments.out, "name another file")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as copies:
+        for number in range(1, arguments.beside):
+            copy = copies.enter_context(subprocess.Popen([*_command(arguments), f"{folder}/{number}.json"]))
+            copies.callback(copy.kill)
+        measure(arguments)
     print(arguments.out)
     return 0
 

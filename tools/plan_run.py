@@ -71,12 +71,11 @@ def main() -> int:
     if arguments.search:
         found = search_layouts(*given, caption_tokens=arguments.caption_tokens)
         print(describe_search(found, config))
-        plans = found.plans[:SHOWN_LAYOUTS]
+        plans = found.plans[:SHOWN_LAYOUTS] or ([found.smallest] if found.smallest else [])
     else:
         plans = [plan_run(*given, caption_tokens=arguments.caption_tokens)]
-    if plans:
-        print(f"\n{describe_batch(plans[0])}\n\n{describe_memory(plans[0])}\n\n{describe_cost(plans[0])}")
-    if arguments.plot and plans:
+    print(f"\n{describe_batch(plans[0])}\n\n{describe_memory(plans[0])}\n\n{describe_cost(plans[0])}")
+    if arguments.plot:
         plot_memory(plans, arguments.plot)
     return 0
 

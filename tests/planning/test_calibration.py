@@ -74,13 +74,19 @@ def test_a_shape_between_two_has_a_rate_between_theirs_and_at_one_its_own(tmp_pa
         ({"attention": [ZERO_HEAD]}, "head_size is 0"),
         ({"products": [{"rows": 1, "inner": 1, "columns": 1, "tflops": 0}]}, "tflops is 0"),
         ({"figures": {"memory": {"value": -1, "low": 1, "high": 1}}}, "value is -1"),
+        ({"figures": {"memory": {"value": 0, "low": 0, "high": 0}}}, "memory is 0"),
+        ({"figures": {"kernel": {"value": 3, "low": 4, "high": 5}}}, "kernel is 3, not between"),
+        ({"figures": {"kernel": {"value": "x", "low": "x", "high": "x"}}}, "value is 'x'"),
         ({"links": [{"ranks": 2}]}, "missing"),
+        ({"links": [{"ranks": "2", "spans_nodes": True, "latency_s": 0.1, "bytes_per_s": 1.0}]}, "is '2'"),
+        ({"device": "NVIDIA H200"}, "measured on NVIDIA H200, and the plan is of H100"),
+        ({"device": DEVICES["cpu"].name}, "measured on one rank on a few CPU cores"),
     ],
 )
 def test_a_file_of_something_else_is_refused_with_what_writes_one(
     content: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"(?s){message}.*tools/calibrate.py"):
+    with pytest.raises(ConfigError, match=f"(?s){message}.*write one with tools/calibrate.py"):
         overlay(shipped_calibration(find_device("h100")), written(tmp_path, **content))
 
 

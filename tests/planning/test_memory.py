@@ -106,14 +106,8 @@ def test_bytes_and_traffic_equal_those_of_real_engines(
             assert sum(result["sent"].values()) == pytest.approx(sent, rel=0.02)
 
 
-@pytest.mark.parametrize(("trained_layers", "share"), [("all", 1.0), (2, 0.85), ("none", 0.69)])
-def test_frozen_layers_keep_less_for_the_backward_pass_and_hold_no_gradients(
-    trained_layers: int | str, share: float, topology: Topology
-) -> None:
-    """What autograd keeps is measured; the share is of what it keeps of a decoder that is trained whole."""
-    content = planned_config().model_dump()
-    content["model"]["decoder"]["trained_layers"] = trained_layers
-    config = RunConfig.model_validate(content)
+def forward(config: RunConfig, topology: Topology) -> tuple[Decoder, EncoderBank, torch.Tensor, int]:
+    """The model, its losses on a micro-batch, and how many bytes autograd has kept for the way back."""
     decoder = Decoder(config.model, config.data.sequence_length, topology)
     encoders = EncoderBank(config.model)
     batch = measured_batches(config, 0, 1)[0]
@@ -126,7 +120,39 @@ def test_frozen_layers_keep_less_for_the_backward_pass_and_hold_no_gradients(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = decoder(batch, encoders({name: s.shares[0] for name, s in batch.encoders.items()}))
     weights = {p.untyped_storage().data_ptr() for module in (decoder, encoders) for p in module.parameters()}
-    measured = sum(size for pointer, size in kept.items() if pointer not in weights)
+    return decoder, encoders, losses, sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"connector": "feed_forward"},
+        {"connector": "feed_forward", "trained_layers": "none"},
+        {"connector": "linear", "trained_layers": "none"},
+        {"trained_layers": "none", "trained_connector": False},
+    ],
+)
+def test_connectors_keep_what_they_read_and_their_inner_layers(
+    changes: dict[str, object], topology: Topology
+) -> None:
+    content = planned_config().model_dump()
+    for encoder in content["model"]["encoders"].values():
+        encoder |= changes
+    config = RunConfig.model_validate(content)
+    plan = plan_run(config, 1, find_device("cpu"))
+    *_, measured = forward(config, topology)
+    assert plan.bytes_by_kind["activations"] == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(("trained_layers", "share"), [("all", 1.0), (2, 0.85), ("none", 0.69)])
+def test_frozen_layers_keep_less_for_the_backward_pass_and_hold_no_gradients(
+    trained_layers: int | str, share: float, topology: Topology
+) -> None:
+    """What autograd keeps is measured; the share is of what it keeps of a decoder that is trained whole."""
+    content = planned_config().model_dump()
+    content["model"]["decoder"]["trained_layers"] = trained_layers
+    config = RunConfig.model_validate(content)
+    decoder, _, losses, measured = forward(config, topology)
     plan = plan_run(config, 1, find_device("cpu"))
     assert plan.bytes_by_kind["activations"] == pytest.approx(measured, rel=0.02)
     whole = plan_run(planned_config(), 1, find_device("cpu"))

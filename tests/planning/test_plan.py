@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from distributed.planned import measured_batches, planned_config
@@ -122,6 +125,47 @@ def test_a_search_without_room_names_the_smallest_need() -> None:
     assert found.smallest is not None
     assert not found.smallest.fits
     assert found.smallest.config.model.decoder.recompute
+
+
+def test_the_search_tries_the_config_s_own_sizes_too() -> None:
+    config = planned_config()
+    content = config.model_dump()
+    content["training"] |= {"micro_batch_size": 3, "global_batch_size": 12}
+    content["data"]["lanes"] = 12
+    found = search_layouts(type(config).model_validate(content), 4, find_device("h100"))
+    assert {plan.config.training.micro_batch_size for plan in found.plans} == {1, 2, 3, 4}
+
+
+def test_a_search_without_a_layout_says_why() -> None:
+    with pytest.raises(TopologyError, match="7"):
+        search_layouts(planned_config(), 7, find_device("h100"))
+
+
+def test_a_broken_json_is_passed_over_unless_it_is_the_config_s(tmp_path: Path) -> None:
+    for name in ("decoder_zero1.json", "encoders_zero1.json"):
+        shutil.copy(Path("deepspeed_configs") / name, tmp_path / name)
+    broken = tmp_path / "decoder_mine.json"
+    broken.write_text("{broken")
+    config = planned_config(
+        decoder=str(tmp_path / "decoder_zero1.json"), encoders=str(tmp_path / "encoders_zero1.json")
+    )
+    assert search_layouts(config, 2, find_device("h100")).plans
+    deepspeed = config.deepspeed.model_copy(update={"decoder": broken})
+    with pytest.raises(ConfigError, match="decoder_mine"):
+        search_layouts(config.model_copy(update={"deepspeed": deepspeed}), 2, find_device("h100"))
+
+
+def test_host_memory_of_offloaded_optimizers_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "decoder_offload.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    plan = plan_run(planned_config(decoder=str(path)), 4, find_device("h100"))
+    engine = plan.engines["decoder"]
+    assert engine.held.optimizer == 0
+    assert engine.host_bytes == 12 * -(-engine.count.trained_per_rank // 4)
+    assert "host memory     0.0 GiB a rank for masters and moments, 0.0 for 4 of a node" in describe_cost(
+        plan
+    )
+    assert "host memory" not in describe_cost(plan_run(planned_config(), 4, find_device("h100")))
 
 
 def test_devices_are_found_by_both_names() -> None:

@@ -37,8 +37,8 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if STEP_NAME.fullmatch(path.name) and path.is_dir():
-        return path
+    if STEP_NAME.fullmatch(path.resolve().name) and path.is_dir():  # also as `.`, or by a link
+        return path.resolve() if path.name != path.resolve().name else path
     if path.name == BEST_NAME and not path.is_dir():
         best = read_best(path.parent)
         if best is None or not (path.parent / best.folder).is_dir():
@@ -129,9 +129,10 @@ def _remove_all(folders: Sequence[Path]) -> list[Path]:
 
 
 def _remove_nameless(folder: Path) -> Path:
+    """The folder, which loses its name first."""
     nameless = folder
     if not folder.name.endswith(PARTIAL_SUFFIX):
         nameless = folder.with_name(folder.name + PARTIAL_SUFFIX)
         folder.replace(nameless)
     remove(nameless)
-    return nameless
+    return folder

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from metalm.checkpoint.reader import CheckpointReader
+from metalm.errors import CheckpointError
 from metalm.progress import Phase
 
 
@@ -46,7 +47,12 @@ def describe_checkpoint(reader: CheckpointReader) -> str:
 def compare_checkpoints(
     first: CheckpointReader, second: CheckpointReader, state: str
 ) -> Iterator[Difference]:
-    """Every parameter of either that has the state, one at a time."""
+    """Every parameter of either that has the state, one at a time.
+
+    Raises:
+        CheckpointError: none has it.
+    """
+    num_compared = 0
     for component in dict.fromkeys([*first.components(), *second.components()]):
         shapes = [
             {
@@ -59,6 +65,7 @@ def compare_checkpoints(
             for reader in (first, second)
         ]
         names = dict.fromkeys([*shapes[0], *shapes[1]])
+        num_compared += len(names)
         for name in Phase.over(f"comparing the {component}", names, "parameters"):
             if shapes[0].get(name) != shapes[1].get(name):
                 yield Difference(component, name, math.inf, math.inf)
@@ -67,3 +74,5 @@ def compare_checkpoints(
             norm = torch.linalg.vector_norm(one - two)
             relative = float(norm / torch.linalg.vector_norm(one).clamp(min=1e-30))
             yield Difference(component, name, float((one - two).abs().max()), relative)
+    if not num_compared:
+        raise CheckpointError(f"neither {first.folder} nor {second.folder} holds a state {state!r}")

@@ -6,6 +6,7 @@ a cache it generates as it did then. The folder is replaced as a whole, or it st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -83,7 +84,8 @@ def refresh_export(folder: Path, report: Report = print) -> None:
     finally:
         if before.exists() and not folder.exists():
             before.replace(folder)
-        (folder / MARKER_NAME).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing may be written, nothing is left
+            (folder / MARKER_NAME).unlink(missing_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
 

@@ -75,7 +75,7 @@ def status(folder: Path, watch_s: float | None = None) -> int:
     Raises:
         ConfigError: there is no run in this folder, or the one that it is cannot be read.
     """
-    coloured = sys.stdout.isatty()
+    coloured = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed before the start
     while True:
         text = describe(folder, time.time(), coloured=coloured)
         print(f"{_CLEAR if watch_s is not None and coloured else ''}{text}", flush=True)

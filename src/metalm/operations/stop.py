@@ -38,7 +38,7 @@ def stop(run_folder: Path) -> int:
         state = None  # what cannot be read may be at work all the same
     word = path.with_name(f"{path.name}.{os.getpid()}")  # moved, so that nobody reads half of it
     with writing(path, "ask as a user who may write into the run's folder, such as its owner"):
-        word.write_text(f"{getpass.getuser()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        word.write_text(f"{_user()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         word.replace(path)
     if state is not None and not state.goes_on:
         print(
@@ -47,3 +47,11 @@ def stop(run_folder: Path) -> int:
         return 0
     print(f"{run_folder} saves and ends after its step; `metalm status {run_folder}` tells when")
     return 0
+
+
+def _user() -> str:
+    """The user's name, or number where there is none, as in containers with users of their own."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())

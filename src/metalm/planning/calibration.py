@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high, median_low
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from metalm.errors import ConfigError
+from metalm.planning.devices import device_of_name
 
 if TYPE_CHECKING:
     from metalm.parallel.bandwidth import LinkSpeeds
@@ -112,6 +113,10 @@ _SLOWER_WHEN_HIGH = {
 }
 
 
+_RATES = ("products", "attention", "links inside nodes", "links between nodes", "memory")
+"""What work is divided by."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """All that turns work into time, of one device."""
@@ -182,7 +187,7 @@ def overlay(calibration: Calibration, path: Path) -> Calibration:
     """A calibration with what a file holds in place of its own.
 
     Raises:
-        ConfigError: the file cannot be read or holds something else.
+        ConfigError: the file cannot be read, is of another device, or holds something else.
     """
     try:
         content = json.loads(path.read_text())
@@ -191,6 +196,11 @@ def overlay(calibration: Calibration, path: Path) -> Calibration:
         known = {"device", "precision", "products", "attention", "links", "figures", "source"}
         if unknown := sorted(content.keys() - known) + sorted(content.get("figures", {}).keys() - FIGURES):
             raise ValueError(f"unknown: {', '.join(unknown)}")
+        measured_on = device_of_name(str(content.get("device", calibration.device)))
+        if measured_on is not None and measured_on != device_of_name(calibration.device):
+            raise ValueError(
+                f"measured on {content['device']}, and the plan is of {calibration.device} (--gpu)"
+            )
         source = f"{path.name}: {content.get('source', 'measured')}"
         tables: dict[str, Any] = {
             "products": tuple(Product(**entry) for entry in content.get("products", ())),
@@ -201,10 +211,15 @@ def overlay(calibration: Calibration, path: Path) -> Calibration:
             name: Figure(**{"source": source} | entry) for name, entry in content.get("figures", {}).items()
         }
         _check_positive([*tables["products"], *tables["attention"], *tables["links"], *figures.values()])
+        for name, figure in figures.items():
+            if not figure.low <= figure.value <= figure.high:
+                raise ValueError(f"{name} is {figure.value}, not between its low and high")
+            if name in _RATES and not figure.low:
+                raise ValueError(f"{name} is 0")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path} is no calibration: {error}; write one with tools/calibrate.py, tools/check_gpu.py or "
-            "metalm preflight --calibration"
+            f"{path} is no calibration for this: {error}; write one with tools/calibrate.py, "
+            "tools/check_gpu.py or metalm preflight --calibration"
         ) from None
     changed = {name: table for name, table in tables.items() if table}
     if "attention" in changed:  # masks that were not measured keep their rates
@@ -251,8 +266,16 @@ _NEVER_ZERO = ("head_size", "tflops", "forward_tflops", "both_tflops", "bytes_pe
 
 
 def _check_positive(entries: Sequence[Any]) -> None:
+    """
+    Raises:
+        ValueError: a value is of another type than its field, or no number that can be.
+    """
     for entry in entries:
+        kinds = get_type_hints(type(entry))
         for name, value in dataclasses.asdict(entry).items():
+            kind = kinds[name] | int if isinstance(0.0, kinds[name]) else kinds[name]
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{name} is {value!r}")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}")

@@ -101,6 +101,12 @@ def find_device(name: str) -> Device:
     return DEVICES[name]
 
 
+def device_of_name(name: str) -> Device | None:
+    """The device of a name of its own, or one that a driver reports; None where the table has none."""
+    own = next((device for device in DEVICES.values() if device.name == name), None)
+    return own or device_by_driver_name(name)
+
+
 def device_by_driver_name(reported: str) -> Device | None:
     """The device of a name such as `NVIDIA H100 80GB HBM3`, None where the table has none."""
     return next((DEVICES[key] for part, key in _CUDA_NAMES.items() if part in reported), None)

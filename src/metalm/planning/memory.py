@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from metalm.config import EncoderConfig, RunConfig
+from metalm.config import RunConfig
 from metalm.loss_chunks import chunk_positions
 from metalm.model.flops import Work, trains_output
 from metalm.model.parameters import ParameterCount, count_decoder, count_encoders
@@ -56,6 +56,12 @@ class EnginePlan:
     """Ranks that ZeRO shards over."""
     held: Bytes
 
+    @property
+    def host_bytes(self) -> int:
+        """Masters and moments that a rank keeps in host memory."""
+        shard = math.ceil(self.count.trained_per_rank / self.shards)
+        return MASTER_AND_MOMENTS * shard if self.zero.offloads_optimizer else 0
+
 
 def element_size(config: RunConfig) -> int:
     """Bytes of a weight, gradient or activation."""
@@ -90,8 +96,10 @@ def plan_engines(config: RunConfig, world_size: int, micro_batch: Work) -> dict[
     }
     if config.model.encoders:
         kept = sum(
-            encoder_activations(encoder, share_elements(micro_batch, name, config.parallel.rows_size), size)
-            for name, encoder in config.model.encoders.items()
+            encoder_activations(
+                config, name, share_elements(micro_batch, name, config.parallel.rows_size), size
+            )
+            for name in config.model.encoders
         )
         zero = zero_settings(config.deepspeed.encoders)
         count = count_encoders(config.model)
@@ -177,15 +185,20 @@ def exchanged_key_heads(config: RunConfig) -> int:
     return parallel.tensor * math.lcm(heads // parallel.tensor, parallel.context)
 
 
-def encoder_activations(encoder: EncoderConfig, elements: int, size: int) -> float:
-    """What autograd keeps of one encoder for one share of so many elements."""
+def encoder_activations(config: RunConfig, name: str, elements: int, size: int) -> float:
+    """What autograd keeps of one encoder and its connector for one share of so many elements."""
+    encoder = config.model.encoders[name]
+    if not encoder.is_trained:
+        return 0.0
     hidden = encoder.hidden_size
+    # What the connector reads, and what its inner layers' activations read and give.
+    connector = hidden + 4 * config.model.decoder.hidden_size * (encoder.connector == "feed_forward")
     trained = encoder.num_layers - (0 if encoder.adapter is not None else encoder.num_frozen_layers)
     # Both norms' inputs and outputs, query, attended; key, value; what the feed-forward keeps.
     layer = 6 * hidden + 2 * encoder.key_value_heads * encoder.head_size
     layer += INNER_KEPT[encoder.activation] * encoder.feed_forward_size
     layers = trained * hidden + layer * min(trained, 1) if encoder.recompute else trained * layer
-    return size * elements * (layers + hidden)
+    return size * elements * (layers + connector)
 
 
 def _engine(

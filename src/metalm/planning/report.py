@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from metalm.config import RunConfig
 from metalm.config.model_schema import TEXT
 from metalm.model.encoder_parameters import (
@@ -72,6 +74,7 @@ def describe_cost(plan: Plan) -> str:
         f"device          {device.name}, {plan.world_size} of them, {device.per_node} a node",
         f"memory          {plan.total_bytes / GIB:.1f} GiB of {plan.limit_bytes / GIB:.1f} usable a rank: "
         f"{verdict}",
+        *_host_memory(plan),
         f"FLOPs           {plan.model_flops:.3e} a step, {plan.executed_flops:.3e} executed by a rank",
         "sent per step   by one rank",
     ]
@@ -103,6 +106,14 @@ def describe_cost(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _host_memory(plan: Plan) -> Iterator[str]:
+    """Of masters and moments that are offloaded: a line, if there are any."""
+    if held := sum(engine.host_bytes for engine in plan.engines.values()) / GIB:
+        ranks = min(plan.world_size, plan.device.per_node)
+        of_node = f"{ranks * held:.1f} for {ranks} of a node"
+        yield f"host memory     {held:.1f} GiB a rank for masters and moments, {of_node}"
+
+
 def describe_search(found: Found, base: RunConfig) -> str:
     """The best layouts, with what to type for each."""
     lines = [
@@ -132,8 +143,9 @@ def describe_search(found: Found, base: RunConfig) -> str:
 def _assumptions(plan: Plan) -> list[str]:
     calibration = plan.calibration
     captions = f"; captions of {plan.caption_tokens} tokens" if _has_pairs(plan.config) else ""
-    if any(source.overflow is not None for source in plan.config.data.sources.values()):
-        captions += f"; examples of {EXAMPLE_TOKENS} tokens of text, half of it encoded"
+    if examples := [one for one in plan.config.data.sources.values() if one.overflow is not None]:
+        captions += f"; examples of {EXAMPLE_TOKENS} tokens of text"
+        captions += ", half of it encoded" if any(TEXT in one.readers for one in examples) else ""
     assumed = [
         *(f"{name}: {calibration.sources[name]}" for name in ("products", "attention", "links")),
         "limits deviate independently of each other; data in time",

@@ -40,15 +40,22 @@ def search_layouts(
 ) -> Found:
     """All layouts of a run on so many devices: TP, micro-batch, DeepSpeed JSONs, recomputation.
 
-    The global batch and all that decides the losses stay as they are. Sequence parallelism is on wherever
-    it was, and with TP 1 off. The JSONs are those beside the ones that the config names, of the same engine.
+    Sizes are powers of two, and the config's own. The global batch and all that decides the losses stay as
+    they are. Sequence parallelism is on wherever it was, and with TP 1 off. The JSONs are those beside the
+    ones that the config names, of the same engine.
+
+    Raises:
+        TopologyError: no layout divides the run over so many devices.
+        ConfigError: a JSON that the config names cannot be read.
     """
     plans: list[Plan] = []
     tried, too_large, smallest = 0, 0, None
+    refused: TopologyError | None = None
     for candidate in Phase.over("planning layouts", list(_candidates(config, world_size)), "layouts"):
         try:
             plan = plan_run(candidate, world_size, device, calibration, caption_tokens=caption_tokens)
-        except TopologyError:
+        except TopologyError as error:
+            refused = error
             continue
         tried += 1
         if plan.fits:
@@ -57,6 +64,8 @@ def search_layouts(
         too_large += 1
         if smallest is None or plan.total_bytes < smallest.total_bytes:
             smallest = plan
+    if not tried and refused is not None:
+        raise refused
     return Found(sorted(plans, key=_badness), tried, too_large, smallest)
 
 
@@ -82,14 +91,14 @@ def _badness(plan: Plan) -> tuple[float, float]:
 
 
 def _candidates(config: RunConfig, world_size: int) -> Iterator[RunConfig]:
-    tensors = [t for t in _powers_of_two(world_size) if world_size % t == 0]
-    micro_batches = list(_powers_of_two(config.training.global_batch_size))
+    tensors = {t for t in _powers_of_two(world_size) if world_size % t == 0} | {config.parallel.tensor}
+    micro_batches = {*_powers_of_two(config.training.global_batch_size), config.training.micro_batch_size}
     decoder_files = _files_beside(config, config.deepspeed.decoder)
     encoder_files = _files_beside(config, config.deepspeed.encoders) if config.model.encoders else [None]
     recompute = (False, "selective", True)
     encoder_recompute = (False, True) if config.model.encoders else (False,)
     for tensor, size, decoder_file, encoder_file, keep, keep_encoders in product(
-        tensors, micro_batches, decoder_files, encoder_files, recompute, encoder_recompute
+        sorted(tensors), sorted(micro_batches), decoder_files, encoder_files, recompute, encoder_recompute
     ):
         deepspeed = {"decoder": decoder_file} | ({"encoders": encoder_file} if encoder_file else {})
         encoders = {
@@ -116,10 +125,12 @@ def _files_beside(config: RunConfig, path: Path) -> list[Path]:
     engine = path.stem.split("_")[0]
     found = []
     for file in sorted({path, *path.parent.glob(f"{engine}_*.json")}):
-        content = load_deepspeed_json(file)
         try:
+            content = load_deepspeed_json(file)
             check_config(config, content, content)
         except ConfigError:
+            if file == path:
+                raise
             continue
         found.append(file)
     return found

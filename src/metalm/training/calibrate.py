@@ -12,6 +12,7 @@ import io
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from metalm.planning.devices import DEVICES, device_by_driver_name
 from metalm.planning.plan import plan_run
 from metalm.planning.shipped_calibration import shipped_calibration
 from metalm.progress import say
+from metalm.regular_files import replace_file
 from metalm.training.engines import build_engines
 from metalm.training.guards import StepGuard
 from metalm.training.step import TrainStep
@@ -75,7 +77,7 @@ def calibrate(device: torch.device, clock: Clock, jsons: Path, path: Path, sourc
         device: of this process, which runs alone or beside copies of itself.
         clock: seconds.
         jsons: the folder of DeepSpeed files.
-        path: of the JSON file.
+        path: of the JSON file, which is written when all is measured.
         source: what was measured, where and when.
 
     Collective: a process group is opened and closed.
@@ -94,10 +96,12 @@ def calibrate(device: torch.device, clock: Clock, jsons: Path, path: Path, sourc
     }
     # How far a shape or a mask lies off what is between the measured ones.
     content["figures"] |= {"products": _about(1.0, 0.08), "attention": _about(1.0, 0.15)}
-    path.write_text(json.dumps(content, indent=1))
     steps = _told("steps", partial(measure_steps, device, clock, jsons))
-    content["figures"] |= solve_steps(steps, overlay(shipped_calibration(listed), path))
-    path.write_text(json.dumps(content, indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = Path(folder) / "kernels.json"
+        kernels.write_text(json.dumps(content))
+        content["figures"] |= solve_steps(steps, overlay(shipped_calibration(listed), kernels))
+    replace_file(path, json.dumps(content, indent=1))
 
 
 def _told(what: str, measure: Callable[[], Measured]) -> Measured:

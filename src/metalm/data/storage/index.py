@@ -18,8 +18,9 @@ import multiprocessing
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -39,9 +40,11 @@ from metalm.data.storage.shard_scan import (
     scan_shard,
     scan_stream,
 )
-from metalm.errors import DataError
+from metalm.errors import BusyError, DataError
+from metalm.file_lock import try_lock
 from metalm.modalities import Modality, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES
+from metalm.outputs import require_folder_place
 from metalm.progress import Phase
 from metalm.regular_files import open_regular
 from metalm.shown_url import shown_url
@@ -154,6 +157,8 @@ def build_index(
         max_member_bytes: a sample with a larger member is left out.
 
     Raises:
+        BusyError: another process is indexing the folder.
+        ConfigError: the index cannot be written into the folder.
         DataError: no folder, no shard or no usable sample in it, token members of two sizes or without
             a fingerprint.
     """
@@ -163,19 +168,16 @@ def build_index(
         shard_names = _local_shards(folder)
         scan = functools.partial(_scan_file, folder, kind=kind, max_member_bytes=max_member_bytes)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         scan = functools.partial(scan_remote, url, kind=kind, max_member_bytes=max_member_bytes)
-    partial = folder / "index.records.partial"
-    try:
-        with partial.open("wb") as file:
-            with Phase(f"indexing {folder}", len(shard_names), "shards") as phase:
-                scanned = phase.each(_scan_all(shard_names, scan, processes))
-                shards, tokens, digest = _write_records(file, folder, scanned)
+    require_folder_place(folder, "index it where it may be written, such as by another user")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _opened_alone(folder / "index.records.partial") as (file, partial):
+        with Phase(f"indexing {folder}", len(shard_names), "shards") as phase:
+            scanned = phase.each(_scan_all(shard_names, scan, processes))
+            shards, tokens, digest = _write_records(file, folder, scanned)
         _check_content(folder, kind, shards, tokens, tokenizer_fingerprint)
         records_name = f"index-{digest[:16]}.records"
         partial.replace(folder / records_name)
-    finally:
-        partial.unlink(missing_ok=True)
     token_format = next(iter(tokens), None)
     document = {
         "version": INDEX_VERSION,
@@ -192,6 +194,26 @@ def build_index(
         if stale.name != records_name:
             stale.unlink()
     return open_index(folder, check_sizes=url is None)
+
+
+@contextmanager
+def _opened_alone(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """An empty file that no other process writes to, to be given another name; removed if that fails.
+
+    Raises:
+        BusyError: another process writes to it.
+    """
+    with path.open("ab") as file:
+        opened = os.fstat(file.fileno()).st_ino
+        # Who has published it under another name keeps it locked until then.
+        if try_lock(file) is False or not (path.exists() and path.stat().st_ino == opened):
+            raise BusyError(f"{path.parent} is being indexed by another process: wait for it")
+        try:
+            file.truncate(0)
+            yield file, path
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def open_index(folder: Path | str, *, check_sizes: bool = True) -> ShardIndex:

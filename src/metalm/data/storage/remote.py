@@ -59,10 +59,17 @@ def shard_url(template: str, name: str) -> str:
 
 
 def expand_names(patterns: Sequence[str]) -> list[str]:
-    """Names of shards from brace patterns such as `pile-{00000..00099}.tar`, in order."""
+    """Names of shards from brace patterns such as `pile-{00000..00099}.tar`, in order.
+
+    Raises:
+        ConfigError: the braces of one do not match.
+    """
     from webdataset.shardlists import expand_urls
 
-    return [name for pattern in patterns for name in expand_urls(pattern)]
+    try:
+        return [name for pattern in patterns for name in expand_urls(pattern)]
+    except ValueError as error:
+        raise ConfigError(f"{' '.join(patterns)} is no pattern of names: {error}") from None
 
 
 class RemoteShard:
