@@ -7,14 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from metalm.checkpoint.format import AVERAGE, STATES
 from metalm.cli import ToolParser, run_tool
 from metalm.progress import Phase
-
-with Phase("loading torch"):
-    from metalm.checkpoint.folders import find_checkpoint
-    from metalm.checkpoint.format import AVERAGE, STATES
-    from metalm.checkpoint.inspection import compare_checkpoints, describe_checkpoint
-    from metalm.checkpoint.reader import CheckpointReader
 
 
 def main() -> None:
@@ -24,6 +19,11 @@ def main() -> None:
     parser.add_argument("--state", choices=(*STATES, AVERAGE), default="master", help="what is compared")
     parser.add_argument("--no-verify", action="store_true", help="do not hash the files")
     options = parser.parse_args()
+
+    with Phase("loading torch"):
+        from metalm.checkpoint.folders import find_checkpoint
+        from metalm.checkpoint.inspection import compare_checkpoints, describe_checkpoint
+        from metalm.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(find_checkpoint(options.checkpoint), verify=not options.no_verify)
     print(reader.folder)

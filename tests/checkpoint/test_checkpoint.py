@@ -202,6 +202,12 @@ def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
     assert (same.name, same.largest, same.relative) == ("w", 0.0, 0.0)
 
 
+def test_a_state_that_neither_has_is_no_agreement(tmp_path: Path) -> None:
+    readers = [CheckpointReader(make_checkpoint(tmp_path, step)) for step in (1, 2)]
+    with pytest.raises(CheckpointError, match="neither .*step_00000001 nor .* holds a state 'average'"):
+        list(compare_checkpoints(*readers, "average"))
+
+
 def test_a_parameter_of_another_shape_differs_without_end(tmp_path: Path) -> None:
     one = CheckpointReader(make_checkpoint(tmp_path, 1))
     two = CheckpointReader(make_checkpoint(tmp_path, 2, shape=(6, 8), partition_dim=1))

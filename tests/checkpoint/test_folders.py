@@ -45,6 +45,19 @@ def test_a_newest_one_that_lacks_a_file_is_passed_over(
         find_checkpoint(tmp_path)
 
 
+def test_a_step_is_one_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoints", 6)
+    (tmp_path / "mine").symlink_to(folder)
+    assert find_checkpoint(tmp_path / "mine") == folder
+    monkeypatch.chdir(folder)
+    assert find_checkpoint(Path()) == folder
+
+
+def test_what_is_pruned_is_named_as_it_was(tmp_path: Path) -> None:
+    older, _ = (make_checkpoint(tmp_path, step) for step in (1, 2))
+    assert prune_checkpoints(tmp_path, keep_last=1, keep_every_steps=None) == [older]
+
+
 def test_folders_that_only_look_like_steps_are_none(tmp_path: Path) -> None:
     real = make_checkpoint(tmp_path, 3)
     for name in ("step_٠٠٠٠٠٠٠٩", "step_000000003", "step_9", "step_00000009.partial", "step_00000010.old"):
@@ -87,7 +100,7 @@ def test_of_a_checkpoint_that_was_moved_and_linked_back_the_link_goes(tmp_path: 
     (run / "step_00000007.partial").symlink_to(cold)
     make_checkpoint(run, 2)
     gone = prune_checkpoints(run, keep_last=1, keep_every_steps=None)
-    assert sorted(path.name for path in gone) == ["step_00000001.partial", "step_00000007.partial"]
+    assert sorted(path.name for path in gone) == ["step_00000001", "step_00000007.partial"]
     assert list_checkpoints(run) == [step_folder(run, 2)]
     CheckpointReader(cold / "step_00000001", verify=True)
 

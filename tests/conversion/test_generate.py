@@ -122,6 +122,24 @@ def test_a_mistake_in_a_turn_leaves_the_conversation_as_it_was(
     assert answers == expected
 
 
+def test_paths_are_taken_as_terminals_paste_them_and_texts_only_as_unicode(
+    workshop: Workshop, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, said = workshop.exported(KIND), list[str]()
+    named = tmp_path / "a picture.png"
+    named.write_bytes(image.read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (named, f'"{named}"', f"'{named}'", "~/a picture.png"):
+        chat_with_folder(folder, iter([f"/image {path}", "fox"]), said.append, max_new_tokens=4)
+    assert len(said) == 4 and len(set(said)) == 1 and not said[0].startswith("error")
+    turns = ["/image", "fox", "caf\udce9", "fox"]
+    said.clear()
+    chat_with_folder(folder, iter(turns), said.append, max_new_tokens=4)
+    assert said[0] == "error: /image needs the path of a file behind it"
+    assert said[2] == "error: the prompt is no Unicode text: give it in UTF-8"
+    assert not said[3].startswith("error")
+
+
 def test_no_code_of_the_folder_runs(workshop: Workshop, tmp_path: Path) -> None:
     shutil.copytree(workshop.exported(KIND), tmp_path / "copy")
     for path in (tmp_path / "copy").glob("*.py"):

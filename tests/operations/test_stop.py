@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import signal
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def test_a_jobs_own_request_is_replaced(tmp_path: Path, capsys: pytest.CaptureFi
     assert "before" not in capsys.readouterr().out
     assert (tmp_path / "stop").read_text().startswith(f"{getpass.getuser()} 20")
     assert {path.name for path in tmp_path.iterdir()} == {"logs", "stop"}
+
+
+def test_a_user_without_a_name_may_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run as any number."""
+
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    (tmp_path / "logs").mkdir()
+    stop(tmp_path)
+    assert (tmp_path / "stop").read_text().startswith(f"{os.getuid()} 20")
 
 
 def test_a_run_that_is_not_the_users_to_write(tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if STEP_NAME.fullmatch(path.resolve().name) and path.is_dir():  # also as `.`, or by a link
-        return path.resolve() if path.name != path.resolve().name else path
+    for folder in (path, path.resolve()):  # the second as `.`, or behind a link
+        if STEP_NAME.fullmatch(folder.name) and folder.is_dir():
+            return folder
     if path.name == BEST_NAME and not path.is_dir():
         best = read_best(path.parent)
         if best is None or not (path.parent / best.folder).is_dir():

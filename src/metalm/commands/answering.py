@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 from metalm.commands.argument_types import port, positive, seed, temperature
+from metalm.errors import ConfigError
 from metalm.progress import Phase
 
 
@@ -68,6 +70,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     if options.web:
+        if options.pictures is not None:
+            raise ConfigError("--pictures is for the terminal: with --web the page shows them")
         with Phase("loading transformers"):
             from metalm.conversion.chat_page import serve_page
 
@@ -83,6 +87,8 @@ def _chat(options: argparse.Namespace) -> None:
     with Phase("loading transformers"):
         from metalm.conversion.chat import chat_with_folder
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused, and no more
     chat_with_folder(
         options.folder,
         iter(sys.stdin.readline, ""),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -48,7 +47,7 @@ def join_ranks(prepare: Callable[[int], Corpus]) -> Joined:
 def set_up_libraries() -> None:
     """Set what the libraries of training read when they are imported, and who multiplies matrices on CPU.
 
-    DeepSpeed gets its device. Megatron's notes on what is not installed stay off the terminal.
+    DeepSpeed gets its device.
     """
     import torch
 
@@ -56,7 +55,6 @@ def set_up_libraries() -> None:
 
     multiply_by_onednn()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     from metalm.parallel.megatron_import import import_megatron
 
     import_megatron()

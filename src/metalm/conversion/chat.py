@@ -15,8 +15,8 @@ from metalm.modalities import MEDIA
 from metalm.modalities.boxes import boxes_in, pointed_at
 from metalm.modalities.image import decode_image, encode_png
 
-COMMANDS = {f"/{one.noun} ": one.name for one in MEDIA.values()}
-"""What a line begins with that names a file, `/image ` and `/clip `, and the modality of that."""
+COMMANDS = {f"/{one.noun}": one.name for one in MEDIA.values()}
+"""What a line begins with that names a file, `/image` and `/clip`, and the modality of that."""
 FORGET_COMMAND = "/forget"
 
 
@@ -125,9 +125,12 @@ def chat_with_folder(
             conversation.forget()
             waiting = []
             continue
-        named = [command for command in COMMANDS if turn.startswith(command)]
-        if named:
-            waiting.append(Shown(COMMANDS[named[0]], Path(turn.removeprefix(named[0]).strip())))
+        command, _, named = turn.partition(" ")
+        if command in COMMANDS:
+            if path := _path(named):
+                waiting.append(Shown(COMMANDS[command], path))
+            else:
+                say(f"error: {command} needs the path of a file behind it")
             continue
         if not turn and not waiting:
             continue
@@ -143,6 +146,14 @@ def chat_with_folder(
         except (ConfigError, DataError) as error:
             say(f"error: {error}")
         waiting = []
+
+
+def _path(named: str) -> Path | None:
+    """A path as it is typed, or as terminals paste it: in quotes, or with `~`; None: there is none."""
+    named = named.strip()
+    if len(named) > 1 and named[0] == named[-1] and named[0] in "'\"":
+        named = named[1:-1]
+    return Path(named).expanduser() if named else None
 
 
 def _written(picture: bytes, folder: Path, number: int) -> Path:

@@ -98,6 +98,8 @@ class FolderModel:
             ConfigError: prompt, images and clips do not fit the model or each other.
             DataError: a file is missing, or is no image or clip.
         """
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ConfigError("the prompt is no Unicode text: give it in UTF-8")
         contents = [read_image(path) for path in images]
         sounds = [self._read_clip(path) for path in clips]
         is_marked = self._processor.num_clips(prompt) > 0

@@ -238,6 +238,30 @@ def test_pieces_hold_whole_words_and_whole_images(tokenizer: Tokenizer) -> None:
         DocumentCutter(tokenizer, positions=20, image_positions=19).cut(Example((image,)))
 
 
+def test_a_book_is_not_tokenised_anew_for_each_of_its_pieces(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = 0
+    measure = DocumentCutter._size
+
+    def count(cutter: DocumentCutter, text: str) -> int:
+        nonlocal letters
+        letters += len(text)
+        return measure(cutter, text)
+
+    monkeypatch.setattr(DocumentCutter, "_size", count)
+    cutter = DocumentCutter(tokenizer, positions=34, image_positions=10)
+    spent = []
+    for times in (100, 400):
+        book = "the fox jumps over the lazy dog " * times
+        letters = 0
+        pieces = cutter.cut(Example((ExamplePart(book, is_trained=True),)))
+        texts = [str(part.content) for piece in pieces for part in piece.parts]
+        assert " ".join(texts).split() == book.split()
+        spent.append(letters)
+    assert spent[1] < 5 * spent[0]
+
+
 def test_wrong_options_are_refused(
     images: Path, tokenizer_folder: Path, run_tool: RunTool, tmp_path: Path
 ) -> None:
@@ -250,6 +274,14 @@ def test_wrong_options_are_refused(
     (tmp_path / "t.csv").write_text("link,path\n1,2\n")
     with pytest.raises(DataError, match=r"t\.csv has no column 'url': it needs `url` and `path`"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", image_table=tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("url,path\n")
+    for table, message in (
+        ("t.csv", "has no rows"),
+        ("t.txt", r"is no table of images: expected one of \.csv"),
+    ):
+        (tmp_path / "t.txt").write_text("url,path\n1,2\n")
+        with pytest.raises(DataError, match=message):
+            prepare([tmp_path / "a.jsonl"], tmp_path / "out", image_table=tmp_path / table)
     with pytest.raises(DataError, match=r"a\.txt: expected a file of records that ends in \.jsonl"):
         (tmp_path / "a.txt").write_text("")
         prepare([tmp_path / "a.txt"], tmp_path / "out")

@@ -9,17 +9,20 @@ import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
 
 from metalm.data.sources import open_source
+from metalm.data.storage import index as index_module
 from metalm.data.storage.index import build_index, open_index
 from metalm.data.storage.shard_scan import RECORD, scan_shard
 from metalm.data.tokenizer import Tokenizer
-from metalm.errors import DataError
+from metalm.errors import BusyError, ConfigError, DataError
 from metalm.modalities.image import decode_image
+from permissions import as_users_are
 
 FINGERPRINT = "f" * 64
 
@@ -68,6 +71,42 @@ def test_processes_give_the_same_index(text_source: Callable[..., Path]) -> None
         json.loads(before)["records"],
         "index.json",
     ]
+
+
+def test_two_that_index_one_folder_do_not_write_one_file(
+    text_source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = text_source([3, 4])
+    fingerprint = open_index(folder).tokenizer_fingerprint
+    before = (folder / "index.json").read_bytes()
+    scan, seen = index_module._scan_file, []
+
+    def beside(*arguments: Any, **options: Any) -> Any:
+        if not seen:
+            seen.append(True)
+            with pytest.raises(BusyError, match="is being indexed by another process: wait for it"):
+                build_index(folder, kind="text", tokenizer_fingerprint=fingerprint)
+        return scan(*arguments, **options)
+
+    monkeypatch.setattr(index_module, "_scan_file", beside)
+    build_index(folder, kind="text", tokenizer_fingerprint=fingerprint)
+    assert seen
+    assert (folder / "index.json").read_bytes() == before
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_it_is_read(
+    text_source: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = text_source([3])
+    fingerprint = open_index(folder).tokenizer_fingerprint
+    folder.chmod(0o555)
+    with as_users_are(), pytest.raises(ConfigError, match="index it where it may be written"):
+        build_index(folder, kind="text", tokenizer_fingerprint=fingerprint)
+    folder.chmod(0o755)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="index it where it may be written"):
+        build_index(tmp_path / "file/x", kind="text", url="pipe:cat {shard}", shard_names=["a.tar"])
 
 
 def test_shards_of_img2dataset_are_read(

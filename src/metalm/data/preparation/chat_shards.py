@@ -12,7 +12,7 @@ from metalm.data.documents.example import Example
 from metalm.data.preparation.chat_records import turns_of
 from metalm.data.preparation.example_shards import SHARD_BYTES, ExampleTask, prepare_examples
 from metalm.data.preparation.folder import named_folder
-from metalm.data.preparation.media_files import MediaFiles, open_media_files
+from metalm.data.preparation.media_files import open_media_files
 from metalm.data.preparation.record_tasks import record_tasks
 from metalm.errors import BadSample, ConfigError, MetaLMError
 from metalm.modalities import Convert
@@ -69,7 +69,7 @@ def prepare_chats(
     tasks: list[ExampleTask] = []
     for number, path in enumerate(Phase.over("listing the inputs", inputs, "inputs"), start=first_number):
         root = path.parent if media_folder is None else media_folder
-        MediaFiles(root)  # what is not there shows here
+        open_media_files(root)  # what is not there shows here
         tasks += record_tasks(number, path, ChatForm(root, train))
     plan = {
         "inputs": [path.name for path in inputs],

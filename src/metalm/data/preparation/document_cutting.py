@@ -11,6 +11,8 @@ from metalm.errors import BadSample
 
 _SPECIAL = 2
 """`<s>` and `</d>` of every piece."""
+_LETTERS_A_TOKEN = 16
+"""More than most texts have."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,25 @@ class DocumentCutter:
             fits = self.image_positions <= room
             return (part if fits else None), self.image_positions, None
         assert isinstance(part.content, str)
-        size = self._size(part.content)
+        window, size = self._window(part.content, room)
         if size <= room:
             return part, size, None
-        text = self._beginning(part.content, room, size, within_words=within_words)
+        text = self._beginning(window, room, size, within_words=within_words)
         rest = part.content[len(text) :].strip()
         if not text.strip():
             return None, 0, part
         head = ExamplePart(text.rstrip(), is_trained=True)
         return head, self._size(text.rstrip()), ExamplePart(rest, is_trained=True) if rest else None
+
+    def _window(self, text: str, room: int) -> tuple[str, int]:
+        """A beginning of a text that has no room, with its tokens, or all of a text that has.
+
+        A book is not tokenised anew for each of its pieces.
+        """
+        length = _LETTERS_A_TOKEN * max(room, 1)
+        while (size := self._size(text[:length])) <= room and length < len(text):
+            length *= 2
+        return text[:length], size
 
     def _beginning(self, text: str, room: int, size: int, *, within_words: bool) -> str:
         """The longest beginning of a text of `size` tokens, to the end of a word, that has room.

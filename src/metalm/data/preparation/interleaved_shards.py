@@ -77,15 +77,22 @@ def _cutter(row_size: RowSize) -> DocumentCutter:
     return DocumentCutter(load_tokenizer(row_size.tokenizer), row_size.positions, row_size.image_positions)
 
 
+_TABLES = (".csv", ".tsv", ".jsonl")
+
+
 @functools.lru_cache(maxsize=4)
 def _image_paths(table: Path) -> dict[str, str]:
     """By link.
 
     Raises:
-        DataError: the table cannot be read, or lacks a column.
+        DataError: the table cannot be read, lacks a column, or has no rows.
     """
+    if table.suffix not in _TABLES:
+        raise DataError(f"{table} is no table of images: expected one of {', '.join(_TABLES)}")
     try:
-        return {str(row["url"]): str(row["path"]) for _, row in table_rows(table)}
+        if paths := {str(row["url"]): str(row["path"]) for _, row in table_rows(table)}:
+            return paths
+        raise DataError(f"{table} has no rows")
     except KeyError as error:
         raise DataError(f"{table} has no column {error}: it needs `url` and `path`") from None
     except OSError as error:
