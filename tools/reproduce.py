@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from metalm.cli import ToolParser, run_tool
+from metalm.commands.argument_types import positive
 from metalm.errors import ConfigError
 from metalm.outputs import require_folder_place
 from metalm.reproduction.arms import Setting
@@ -37,9 +38,11 @@ def main() -> None:
         help="of all training; default: that of what is done in OUT, else bf16 on a GPU and on CPUs that "
         "multiply it, else fp32",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="of each arm (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, help="of each arm; default: 3, of some on CPU 5")
     parser.add_argument(
-        "--jobs", type=int, help="at once; default: one for each core on CPU, three for four cores on a GPU"
+        "--jobs",
+        type=positive,
+        help="at once; default: one for each core on CPU, three for four cores on a GPU",
     )
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
@@ -65,8 +68,6 @@ def main() -> None:
     letters = list(dict.fromkeys(options.only.split(",")))
     if unknown := [letter for letter in letters if letter not in CLAIMS]:
         parser.error(f"there is no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}")
-    if options.seeds < 1 or (options.jobs is not None and options.jobs < 1):
-        parser.error("--seeds and --jobs must be positive")
     if options.readme is not None and not options.readme.is_file():
         raise ConfigError(f"there is no file {options.readme}: give --readme the README that has the table")
     marks = Marks(options.out)
@@ -90,8 +91,8 @@ def main() -> None:
         run_alone(jobs, options.job, options.out, print)
         return
     if options.slurm:
-        words = ["--only", options.only, "--scale", options.scale, "--seeds", options.seeds]
-        words += ["--precision", precision]
+        words = ["--only", options.only, "--scale", options.scale, "--precision", precision]
+        words += ["--seeds", options.seeds] if options.seeds is not None else []
         print(write_arrays(jobs, setting, [*words, "--data", options.data, "--out", options.out]))
         return
     if not options.report and options.readme is None:

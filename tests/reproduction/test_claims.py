@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,17 @@ def test_jobs_stand_behind_what_they_need_and_have_names_of_their_own(letter: st
     assert sum(map(len, in_order(jobs))) == len(jobs)
     assert len(jobs) == len(list(claim.jobs(setting)))
     assert {f"{series.arm.name}/seed_3" for series in claim.series()} <= {job.name for job in jobs}
+
+
+def test_arms_have_as_many_seeds_as_asked_for_or_as_their_verdict_usually_needs(setting: Setting) -> None:
+    def seeds(arm: str, **changes: Any) -> int:
+        own = replace(setting, **{"seeds": None} | changes)
+        names = [job.name for job in jobs_of([CLAIMS["f"](own)], own)]
+        return sum(name.startswith(f"{arm}/seed_") for name in names)
+
+    assert (seeds("f_joint_100"), seeds("f_patches_100"), seeds("f_joint_10")) == (5, 5, 3)
+    assert seeds("f_joint_100", scale="gpu") == 3
+    assert seeds("f_joint_100", seeds=1) == seeds("f_joint_10", seeds=1) == 1
 
 
 @pytest.mark.parametrize("letter", CLAIMS)

@@ -17,6 +17,7 @@ from metalm.reproduction.jobs import PRECISION, Command, Job, Marks, metalm, pip
 from metalm.reproduction.this_machine import Precision, Scale
 
 SEARCH_SEED = 0
+USUAL_SEEDS = 3
 ON_GPU = (
     "data.workers=1",
     "checkpoint.every_steps=1000",
@@ -33,7 +34,8 @@ class Setting:
     """Where tools/fetch_data.py has written the data sets."""
     out: Path
     scale: Scale
-    seeds: int
+    seeds: int | None = None
+    """Of each arm; None: as many as it usually has."""
     precision: Precision = "fp32"
     """Of all training and scoring."""
 
@@ -163,6 +165,7 @@ class Arm:
     rate_of: Arm | None = None
     minutes: float = 2.0
     """Of one run with its scores, on one core."""
+    usual_seeds: int = USUAL_SEEDS
 
     def jobs(self, setting: Setting) -> Iterator[Job]:
         """All, each behind what it needs."""
@@ -173,8 +176,12 @@ class Arm:
     def _seed_jobs(self, setting: Setting) -> dict[int, Job]:
         searcher = self.rate_of or self
         needs = (*self.needs, *(f"{searcher.name}/rate_{rate:g}" for rate in searcher.grid))
-        seeds = range(1, setting.seeds + 1)
+        seeds = range(1, self.num_seeds(setting) + 1)
         return {seed: self._job(setting, f"seed_{seed}", seed, needs, None) for seed in seeds}
+
+    def num_seeds(self, setting: Setting) -> int:
+        """How many are trained."""
+        return setting.seeds or self.usual_seeds
 
     @property
     def grid(self) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from metalm.reproduction.arms import Setting
 from metalm.reproduction.claim import Claim
 from metalm.reproduction.pictures import draw_all
 from metalm.reproduction.report import verdict_table
-from metalm.reproduction.results import ClaimResults, Figures
+from metalm.reproduction.results import ClaimResults, Figures, numbers_of_seeds
 from metalm.reproduction.sections import markdown_table
 from metalm.reproduction.this_machine import Scale
 
@@ -92,12 +92,11 @@ def written_into(readme: str, results: Sequence[ClaimResults], scale: Scale, pic
             f"the README's table has claim {', '.join(sorted(lost))}, of which no figures are kept: report "
             "it, too, or take its rows out"
         )
-    seeds = sorted({one.figures.seeds for one in results})
     lines = [
         "",
         *markdown_table(verdict_table(results)),
         "",
-        f"{' or '.join(map(str, seeds))} seeds at scale `{scale}`, in {_precisions(results)}; "
+        f"{numbers_of_seeds(results)} at scale `{scale}`, in {_precisions(results)}; "
         f"{_machines(results)}; commit {_commits(results)}.",
         "",
         f"![scores with their intervals]({picture})",

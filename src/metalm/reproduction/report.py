@@ -11,12 +11,12 @@ from metalm.errors import ConfigError
 from metalm.progress import Phase
 from metalm.regular_files import replace_file
 from metalm.reproduction.arms import Setting
-from metalm.reproduction.claim import Claim, Series, jobs_of
+from metalm.reproduction.claim import Series, jobs_of
 from metalm.reproduction.data.set_folder import SOURCE_NAME
 from metalm.reproduction.intervals import Interval
 from metalm.reproduction.jobs import Marks
 from metalm.reproduction.pictures import draw_all, draw_claim
-from metalm.reproduction.results import ClaimResults, Measured, precisions
+from metalm.reproduction.results import ClaimResults, Measured, numbers_of_seeds, precisions
 from metalm.reproduction.sections import Block, Picture, Section, Table, as_markdown, as_page
 
 TITLE = "The paper's claims in small"
@@ -49,7 +49,7 @@ def write_report(results: Sequence[ClaimResults], setting: Setting, say: Callabl
         picture = setting.out / f"claim_{one.claim.letter}.png"
         draw_claim(one, picture)
         sections.append(_section(one, setting, picture))
-    sections.append(_circumstances([one.claim for one in results], setting))
+    sections.append(_circumstances(results, setting))
     draw_all(results, setting.out / ALL_NAME)
     replace_file(setting.out / "report.md", as_markdown(TITLE, sections))
     replace_file(setting.out / "report.html", as_page(TITLE, sections))
@@ -84,15 +84,12 @@ def shown(scores: Interval) -> str:
 
 def _score(results: ClaimResults, series: Series) -> str:
     found = results.measured.get(series)
-    return (
-        "not done" if found is None else f"{shown(found.scores)} ({series.arm.name}{_part(found, results)})"
-    )
+    return "not done" if found is None else f"{shown(found.scores)} ({series.arm.name}{_part(found)})"
 
 
-def _part(found: Measured, results: ClaimResults) -> str:
+def _part(found: Measured) -> str:
     """Where not all seeds are done, how many are."""
-    done, asked = len(found.by_seed), results.figures.seeds
-    return "" if done == asked else f"; {done} of {asked} seeds"
+    return "" if found.is_whole else f"; {len(found.by_seed)} of {found.seeds} seeds"
 
 
 def _section(results: ClaimResults, setting: Setting, picture: Path) -> Section:
@@ -135,7 +132,7 @@ def _rows(results: ClaimResults) -> Iterator[tuple[str, ...]]:
             series.key,
             series.arm.about,
             shown(found.scores),
-            ", ".join(f"{100 * value:.1f}" for value in found.by_seed.values()) + _part(found, results),
+            ", ".join(f"{100 * value:.1f}" for value in found.by_seed.values()) + _part(found),
             f"{found.questions:,}",
             f"{facts.rate:g}" if facts else "",
             f"{facts.examples:,} in {facts.tokens:,} tokens" if facts else "",
@@ -153,8 +150,8 @@ def _source(setting: Setting, name: str) -> str:
     return f"{name}: {'; '.join(told)}"
 
 
-def _circumstances(claims: Sequence[Claim], setting: Setting) -> Section:
-    jobs, marks = jobs_of(claims, setting), Marks(setting.out)
+def _circumstances(results: Sequence[ClaimResults], setting: Setting) -> Section:
+    jobs, marks = jobs_of([one.claim for one in results], setting), Marks(setting.out)
     done = [(job, found) for job in jobs if (found := marks.read(job)) is not None]
     total = sum(found.seconds for _, found in done)
     rows = tuple((job.name, f"{found.seconds / 60:.1f}") for job, found in done)
@@ -165,7 +162,7 @@ def _circumstances(claims: Sequence[Claim], setting: Setting) -> Section:
         "Where and how long",
         (
             f"Commit {', '.join(commits)}; {'; '.join(machines)}.",
-            f"Scale {setting.scale}, in {trained_in}, {setting.seeds} seeds.",
+            f"Scale {setting.scale}, in {trained_in}, {numbers_of_seeds(results)}.",
             f"{len(done)} of {len(jobs)} jobs are done, in {total / 60:.0f} minutes of wall time "
             "in all, each since its last start.",
             Table(("job", "minutes"), rows),

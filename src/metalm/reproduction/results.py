@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -26,6 +26,13 @@ class Measured:
 
     by_seed: Mapping[int, float]
     questions: int
+    seeds: int
+    """That were asked for."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of them are done."""
+        return len(self.by_seed) == self.seeds
 
     @cached_property
     def scores(self) -> Interval:
@@ -67,8 +74,6 @@ class Origin:
 class Figures:
     """All that was measured of a claim; what is not done yet is left out."""
 
-    seeds: int
-    """Of each arm, that were asked for."""
     minutes: float
     """Of all jobs that are done, what is shared with other claims included, one after another."""
     origins: tuple[Origin, ...]
@@ -107,7 +112,7 @@ class ClaimResults:
     def judged(self) -> tuple[Judged, ...]:
         """The comparisons of which both sides are there, with all seeds."""
         measured = self.measured
-        whole = {one for one, found in measured.items() if len(found.by_seed) == self.figures.seeds}
+        whole = {one for one, found in measured.items() if found.is_whole}
         return tuple(
             Judged(one, judge(measured[one.better].scores, measured[one.worse].scores))
             for one in self.claim.comparisons
@@ -141,7 +146,6 @@ def results_of(claim: Claim, setting: Setting) -> ClaimResults:
     done = [mark for job in claim.jobs(setting) if (mark := marks.read(job)) is not None]
     origins = {(one.commit or "unknown", one.machine) for one in done}
     figures = Figures(
-        setting.seeds,
         round(sum(one.seconds for one in done) / 60, 1),
         tuple(Origin(*one) for one in sorted(origins)),
         {one.key: found for one in claim.series() if (found := _measure(one, setting)) is not None},
@@ -164,7 +168,13 @@ def _measure(series: Series, setting: Setting) -> Measured | None:
         return None
     by_seed = {seed: score.value for seed, score in scores.items()}
     questions = next(iter(scores.values())).questions
-    return Measured(by_seed, questions)
+    return Measured(by_seed, questions, series.arm.num_seeds(setting))
+
+
+def numbers_of_seeds(results: Iterable[ClaimResults]) -> str:
+    """Of their arms, such as `3 or 5 seeds`."""
+    numbers = {found.seeds for one in results for found in one.measured.values()}
+    return f"{' or '.join(map(str, sorted(numbers)))} seeds"
 
 
 def _loss_curve(arm: Arm, setting: Setting) -> LossCurve | None:
