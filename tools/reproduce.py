@@ -7,8 +7,10 @@ Example: python tools/reproduce.py --only b
 
 from __future__ import annotations
 
+import argparse
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -35,8 +37,8 @@ def main() -> None:
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
-        help="of all training; default: that of what is done in OUT, else bf16 on a GPU and on CPUs that "
-        "multiply it, else fp32",
+        help="of all training; default: that of a claim's jobs that are done, else bf16 on a GPU and on CPUs "
+        "that multiply it, else fp32",
     )
     parser.add_argument("--seeds", type=positive, help="of each arm; default: 3, of some on CPU 5")
     parser.add_argument(
@@ -70,15 +72,14 @@ def main() -> None:
         parser.error(f"there is no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}")
     if options.readme is not None and not options.readme.is_file():
         raise ConfigError(f"there is no file {options.readme}: give --readme the README that has the table")
-    marks = Marks(options.out)
-    precision = options.precision or marks.precision() or usual_precision(options.scale)
-    setting = Setting(options.data, options.out, options.scale, options.seeds, precision)
+    setting = _setting(options, letters, options.seeds)
     claims = [CLAIMS[letter](setting) for letter in letters]
     if options.sets:
         print(" ".join(sets_of(claims)))
         return
     jobs = jobs_of(claims, setting)
     if options.list:
+        marks = Marks(options.out)
         for job in jobs:
             print(f"{job.name:<36}{job.minutes:6.1f} min{'  done' if marks.read(job) else ''}")
         total = sum(job.minutes for job in jobs)
@@ -91,14 +92,14 @@ def main() -> None:
         run_alone(jobs, options.job, options.out, print)
         return
     if options.slurm:
-        words = ["--only", options.only, "--scale", options.scale, "--precision", precision]
+        words = ["--only", options.only, "--scale", options.scale, "--precision", setting.precision]
         words += ["--seeds", options.seeds] if options.seeds is not None else []
         print(write_arrays(jobs, setting, [*words, "--data", options.data, "--out", options.out]))
         return
     if not options.report and options.readme is None:
         Queue(jobs, options.out, _say).run(options.jobs or usual_parallel(options.scale))
     results = [results_of(claim, setting) for claim in claims]
-    together = sorted([*results, *_others(letters, setting)], key=lambda one: one.claim.letter)
+    together = sorted([*results, *_others(letters, options)], key=lambda one: one.claim.letter)
     write_report(together, setting, _say)
     for one in results:
         _say(f"{one.claim.letter}: {one.claim.title}: {one.verdict}")
@@ -106,14 +107,24 @@ def main() -> None:
         write_into(options.readme, results, setting, CLAIMS)
 
 
-def _others(letters: Sequence[str], setting: Setting) -> Iterator[ClaimResults]:
+def _setting(options: argparse.Namespace, letters: Sequence[str], seeds: int | None) -> Setting:
+    """Of claims: in the precision that is asked for, or that their jobs that are done were run in."""
+    precision = options.precision or usual_precision(options.scale)
+    setting = Setting(options.data, options.out, options.scale, seeds, precision)
+    jobs = jobs_of([CLAIMS[letter](setting) for letter in letters], setting)
+    done = None if options.precision else Marks(options.out).precision(jobs)
+    return setting if done is None else replace(setting, precision=done)
+
+
+def _others(letters: Sequence[str], options: argparse.Namespace) -> Iterator[ClaimResults]:
     """Further claims of which there are results, for the report of all."""
     for letter, claim in CLAIMS.items():
         if letter not in letters:
+            setting = _setting(options, [letter], None)
             try:
                 yield results_of(claim(setting), setting)
             except ConfigError as error:
-                _say(f"{letter} is left out of the report: {error}")
+                _say(f"{letter} is left out of the report: {str(error).partition(':')[0]}")
 
 
 def _say(line: str) -> None:

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
+"""The last of a folder on NFS."""
 
 
 def try_lock(file: int | IO[bytes] | IO[str]) -> bool | None:
-    """Take the lock of an open file, without waiting.
+    """Take the lock of an open file or folder, without waiting.
 
     Returns:
         Whether it could be taken; None where the file system knows no locks.

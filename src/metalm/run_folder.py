@@ -15,5 +15,11 @@ METRICS_NAME = "metrics.jsonl"
 SUBMITTED_NAME = "submitted"
 """Holds a folder for each submission of the run to Slurm, with the config and the code of the job."""
 
+TEMPLATE_NAME = "template"
+"""Beside the config of a submission: the name of the batch script."""
+
+TRAINING_TEMPLATES = ("pretrain.sbatch", "finetune.sbatch")
+"""Batch scripts that start the run; others evaluate or convert it."""
+
 COMMIT_NAME = "COMMIT"
 """Beside the `src/` of a snapshot: the git commit it was taken from."""

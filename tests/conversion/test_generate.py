@@ -129,15 +129,17 @@ def test_paths_are_taken_as_terminals_paste_them_and_texts_only_as_unicode(
     named = tmp_path / "a picture.png"
     named.write_bytes(image.read_bytes())
     monkeypatch.setenv("HOME", str(tmp_path))
-    for path in (named, f'"{named}"', f"'{named}'", "~/a picture.png"):
+    pasted = str(named).replace(" ", "\\ ")
+    for path in (named, f'"{named}"', f"'{named}'", "~/a picture.png", pasted):
         chat_with_folder(folder, iter([f"/image {path}", "fox"]), said.append, max_new_tokens=4)
-    assert len(said) == 4 and len(set(said)) == 1 and not said[0].startswith("error")
-    turns = ["/image", "fox", "caf\udce9", "fox"]
+    assert len(said) == 5 and len(set(said)) == 1 and not said[0].startswith("error")
+    turns = ["/image", "fox", "caf\udce9", "/image ~nosuchuser/x.png", "fox", "fox"]
     said.clear()
     chat_with_folder(folder, iter(turns), said.append, max_new_tokens=4)
     assert said[0] == "error: /image needs the path of a file behind it"
     assert said[2] == "error: the prompt is no Unicode text: give it in UTF-8"
-    assert not said[3].startswith("error")
+    assert said[3] == "error: image ~nosuchuser/x.png does not exist"
+    assert not said[4].startswith("error")
 
 
 def test_no_code_of_the_folder_runs(workshop: Workshop, tmp_path: Path) -> None:

@@ -143,8 +143,10 @@ def test_intel_s_cpus_and_those_who_switch_it_off_keep_pytorch_s_own(tmp_path: P
 
 
 @needs_onednn
-def test_windows_that_overlap_are_left_to_pytorch() -> None:
-    signal, right = draw(1000), draw(400, 80, seed=1)
-    for hop in (1, 160):
-        windows = signal.unfold(0, 400, hop)
-        assert torch.allclose(windows @ right, windows.contiguous() @ right, atol=1e-4)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (1, 2), (160, 1), (1, 160), (160, 2), (7, 3)], ids=str)
+def test_windows_that_overlap_are_left_to_pytorch(strides: tuple[int, int]) -> None:
+    """On either side, as a layer over windows has them forwards and backwards."""
+    windows, right = draw(100_000).as_strided((200, 400), strides), draw(400, 80, seed=1)
+    for left, other in ((windows, right), (right.t(), windows.t()), (windows.t(), draw(200, 80, seed=2))):
+        wanted = left.contiguous() @ other.contiguous()
+        torch.testing.assert_close(cpu_matmul._mm(left, other), wanted, atol=1e-4, rtol=1e-4)

@@ -46,6 +46,16 @@ def end(at: float, code: int, cause: str, comes_back: bool, job: str = "7") -> s
     return json.dumps(entry | {"comes_back": comes_back, "step": 0}) + "\n"
 
 
+@pytest.fixture(autouse=True)
+def squeue(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in that finds no Slurm, wherever the tests run."""
+    path = tmp_path_factory.mktemp("bin") / "squeue"
+    path.write_text("#!/bin/bash\nexit 1\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(path.parent), prepend=":")
+    return path
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run of 1,000 steps that logged steps 10 to 100, one step a second, and saved step 80."""
@@ -198,16 +208,11 @@ def test_a_run_that_has_failed_and_was_submitted_again_waits(run: Path) -> None:
 
 
 @pytest.fixture
-def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for squeue that prints a file and counts how often it is asked."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    jobs = folder / "jobs"
+def queue(squeue: Path) -> Path:
+    """What squeue prints; beside it, how it was asked."""
+    jobs = squeue.with_name("jobs")
     jobs.touch()
-    squeue = folder / "squeue"
-    squeue.write_text(f'#!/bin/bash\necho "$*" >>{folder}/asked\ncat {jobs}\n')
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    squeue.write_text(f'#!/bin/bash\necho "$*" >>{squeue.parent}/asked\ncat {jobs}\n')
     return jobs
 
 
@@ -216,9 +221,10 @@ def test_slurm_is_asked_about_runs_that_wait(tmp_path: Path, queue: Path) -> Non
     for name in ("a", "b"):
         submit(runs / name, NOW - 90)
     waits = "its first start (submitted 1 min 30 s ago)"
+    script = "submitted/20270115-080000/code/slurm/pretrain.sbatch"
     queue.write_text(
-        f"12|PENDING|Priority|{runs.absolute()}/a/submitted/20270115-080000/slurm/pretrain.sbatch one two\n"
-        f"13|PENDING|Dependency|{runs.absolute()}/ab/submitted/20270115-080000/slurm/pretrain.sbatch\n"
+        f"12|PENDING|Priority|{runs.absolute()}/a/{script} one two\n"
+        f"13|PENDING|Dependency|{runs.absolute()}/ab/{script}\n"
     )
     first, second = describe(runs, NOW).splitlines()[1:]
     assert first.endswith(f"waiting for {waits}; job 12 is pending: Priority")
@@ -234,8 +240,35 @@ def test_a_job_that_is_queued_again_is_known_by_its_number(run: Path, queue: Pat
     assert described(run)["state"] == f"{waits}; job 7 is pending: BeginTime"
     queue.write_text("")  # a successor of a job that `metalm submit` did not make may be there
     assert described(run)["state"] == waits
-    (queue.parent / "squeue").write_text("#!/bin/bash\necho slurm_load_jobs error >&2\nexit 1\n")
-    assert described(run)["state"] == waits
+
+
+def test_a_run_is_the_same_behind_a_link(tmp_path: Path, queue: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "scratch")
+    submit(tmp_path / "scratch/my run", NOW - 90)
+    script = f"{tmp_path}/home/my run/submitted/1/code/slurm/finetune.sbatch {tmp_path}/x.yaml"
+    queue.write_text(f"12|PENDING|JobHeldUser|{script}\n")
+    for folder in ("scratch", "home"):
+        assert described(tmp_path / folder / "my run")["state"].endswith("job 12 is pending: JobHeldUser")
+
+
+def test_jobs_that_do_not_train_the_run_are_no_starts_of_it(run: Path, queue: Path) -> None:
+    (run / "logs/attempts.jsonl").write_text(start(NOW - 110) + end(NOW - 50, 70, "no memory", False))
+    submit(run, NOW - 3)
+    template = run / f"submitted/{NOW - 3:.0f}/template"
+    template.write_text("evaluate.sbatch\n")
+    assert described(run)["state"].startswith("ended 50 s ago, job 7: no memory")
+    template.write_text("pretrain.sbatch\n")
+    queue.write_text(f"12|RUNNING|None|{run.absolute()}/submitted/1/code/slurm/evaluate.sbatch x\n")
+    assert described(run)["state"].startswith("gone: it was waiting for its next start")
+
+
+def test_jobs_that_may_be_hidden_are_not_gone(
+    run: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(run, NOW + 1)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert described(run)["state"].startswith("waiting for its next start")
 
 
 def test_no_run() -> None:

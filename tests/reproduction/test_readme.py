@@ -91,7 +91,7 @@ def test_the_table_says_in_which_precision_its_claims_were_trained(
     assert "3 seeds at scale `cpu`, in bf16; " in write(readme, narrow, one)
     write_report([results_of(one, narrow)], narrow, lambda line: None)
     assert "Scale cpu, in bf16, 3 seeds." in (narrow.out / "report.md").read_text()
-    assert Marks(narrow.out).precision() == "bf16"
+    assert Marks(narrow.out).precision(one.jobs(narrow)) == "bf16"
     wide = Setting(tmp_path, tmp_path / "second", "cpu", 3, "fp32")
     told = write(readme, wide, ran(wide, "y", [0.59, 0.63, 0.60], "a", monkeypatch))
     assert "3 seeds at scale `cpu`, in bf16 (x), fp32 (y); " in told
@@ -181,7 +181,7 @@ def test_the_tool_reports_into_a_readme(
     ran(setting, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
     monkeypatch.setattr("metalm.reproduction.this_machine.usual_precision", lambda scale: "fp32")
     typed = ["--only", "x", "--report", "--readme", readme, "--data", tmp_path, "--out", setting.out]
-    assert tool(monkeypatch, *typed) == 0
+    assert tool(monkeypatch, *typed, "--seeds", "3") == 0
     assert "x: An invented claim: shown" in capsys.readouterr().out
     assert "| x: MetaLM above GPT |" in readme.read_text()
     assert "| y: MetaLM above GPT |" not in readme.read_text()

@@ -318,6 +318,10 @@ def test_weights_that_were_trained_under_other_keys_are_taken_with_a_warning(
         "model.encoders.text.positions: 'learned' in the checkpoint, 'rope' in the config",
     ]
     caplog.clear()
+    afresh = {"run__name": "new", "initialize": sources | {"new": ["encoders.text.connector.*"]}}
+    connector = {"model__encoders__text__connector": "feed_forward"}
+    check(Corpus(config_with(tmp_path, **afresh, **connector)), topology)
+    assert not caplog.records
     check(Corpus(config_with(tmp_path, **new, data__tokenizer=str(tmp_path / "other"))), topology)
     assert all("other is not the checkpoint's: ids mean" in record.getMessage() for record in caplog.records)
     assert len(caplog.records) == 2

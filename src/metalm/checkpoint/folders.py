@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    for folder in (path, path.resolve()):  # the second as `.`, or behind a link
+    for folder in (path, Path(os.path.realpath(path))):  # the second as `.`, or behind a link
         if STEP_NAME.fullmatch(folder.name) and folder.is_dir():
             return folder
     if path.name == BEST_NAME and not path.is_dir():

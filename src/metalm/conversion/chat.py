@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -149,11 +150,11 @@ def chat_with_folder(
 
 
 def _path(named: str) -> Path | None:
-    """A path as it is typed, or as terminals paste it: in quotes, or with `~`; None: there is none."""
+    """A path as it is typed, in quotes, with `~` or with backslashes before blanks; None: there is none."""
     named = named.strip()
     if len(named) > 1 and named[0] == named[-1] and named[0] in "'\"":
         named = named[1:-1]
-    return Path(named).expanduser() if named else None
+    return Path(os.path.expanduser(named.replace("\\ ", " "))) if named else None  # noqa: PTH111
 
 
 def _written(picture: bytes, folder: Path, number: int) -> Path:

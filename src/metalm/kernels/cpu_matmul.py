@@ -97,5 +97,6 @@ def _is_ours(left: Tensor, right: Tensor) -> bool:
 
 
 def _overlaps(matrix: Tensor) -> bool:
-    """Whether its rows are windows that begin one behind another, which oneDNN has no form for."""
-    return matrix.stride() == (1, 1) and min(matrix.shape) > 1
+    """Whether rows or columns share numbers, as windows over a line do, which oneDNN has no form for."""
+    (short, size), (long, _) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
+    return min(matrix.shape) > 1 and long < short * size

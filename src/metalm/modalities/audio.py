@@ -335,6 +335,8 @@ def prepare_clip(data: bytes, sampling_rate: int | None, max_seconds: float | No
     wanted = clip
     if max_seconds is not None:
         wanted = Clip(clip.samples[: round(max_seconds * clip.sampling_rate)], clip.sampling_rate)
+    # What a lossy codec or resampling adds to full scale is clipped, as players do.
+    is_loud = not is_aac and audio_format(data) == "wav" and bool((np.abs(wanted.samples) > 1).any())
     if sampling_rate is not None and clip.sampling_rate > sampling_rate:
         wanted = resample(wanted, sampling_rate)
     if not len(wanted.samples):
@@ -342,7 +344,7 @@ def prepare_clip(data: bytes, sampling_rate: int | None, max_seconds: float | No
     is_whole = len(wanted.samples) == len(clip.samples) and wanted.sampling_rate == clip.sampling_rate
     if is_whole and not is_aac:
         return audio_format(data), data
-    if not is_aac and audio_format(data) == "wav" and np.abs(clip.samples).max() > 1:
+    if is_loud:
         return "wav", encode_wav(wanted)
     return "flac", encode_flac(wanted)
 

@@ -11,7 +11,7 @@ from metalm.errors import EXIT_DATA, EXIT_DONE, EXIT_RESTART, EXIT_USAGE
 from metalm.operations.history import Attempt
 from metalm.operations.slurm_queue import SlurmQueue
 from metalm.run_ends import RunEnd, last_end
-from metalm.run_folder import STOP_NAME, SUBMITTED_NAME
+from metalm.run_folder import STOP_NAME, SUBMITTED_NAME, TEMPLATE_NAME, TRAINING_TEMPLATES
 from metalm.run_lock import Holder, last_holder
 
 QUIET_S = 300.0
@@ -115,8 +115,14 @@ def state_of(
 
 
 def last_submission(run_folder: Path) -> Path | None:
-    """The config of the run's last submission to Slurm; None: there is none."""
-    return max((run_folder / SUBMITTED_NAME).glob("*/config.yaml"), default=None)
+    """The config of the last job of the run that was submitted to Slurm to train it; None: there is none."""
+    configs = (run_folder / SUBMITTED_NAME).glob("*/config.yaml")
+    return max((config for config in configs if _trains(config.with_name(TEMPLATE_NAME))), default=None)
+
+
+def _trains(template: Path) -> bool:
+    """Whether a submission is of a job that trains; those of older versions do not tell."""
+    return not template.is_file() or template.read_text().strip() in TRAINING_TEMPLATES
 
 
 def _submitted(run_folder: Path, submitted: float, which: str, asked: str, now: float) -> RunState:
@@ -145,13 +151,15 @@ def _in_queue(
     """
     if state.name != "waiting":
         return state
+    submission = last_submission(run_folder)
     try:
-        job = queue.job_of(run_folder, () if last is None else (last.job,))
-    except LookupError:
+        user = (submission or run_folder).owner()
+        job = queue.job_of(run_folder, user, () if last is None else (last.job,))
+    except LookupError:  # also where the user has no name
         return state
     if job is not None:
         return replace(state, details=f"{state.details}; {job}")
-    if last_submission(run_folder) is None:
+    if submission is None:
         return state
     was = f"was waiting{state.details}, and no job of `metalm submit` for it is in Slurm's queue"
     return RunState("gone", f": it {was}{again}")

@@ -32,14 +32,14 @@ def stop(run_folder: Path) -> int:
     if asker and not asker.startswith("job "):
         print(f"{run_folder} has been asked to stop before: {asker}")
         return 0
-    try:
-        state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
-    except ConfigError:
-        state = None  # what cannot be read may be at work all the same
     word = path.with_name(f"{path.name}.{os.getpid()}")  # moved, so that nobody reads half of it
     with writing(path, "ask as a user who may write into the run's folder, such as its owner"):
         word.write_text(f"{_user()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         word.replace(path)
+    try:
+        state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
+    except ConfigError:
+        state = None  # what cannot be read may be at work all the same
     if state is not None and not state.goes_on:
         print(
             f"{run_folder} is not at work: {state}. Its next start will end at once, unless {path} is removed"

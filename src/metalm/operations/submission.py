@@ -20,7 +20,7 @@ from metalm.config import RunConfig
 from metalm.errors import ConfigError
 from metalm.progress import Phase
 from metalm.project_files import project_root
-from metalm.run_folder import COMMIT_NAME, SUBMITTED_NAME
+from metalm.run_folder import COMMIT_NAME, SUBMITTED_NAME, TEMPLATE_NAME
 
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "clusters")
 _WHOLE_NODES = ("#SBATCH --exclusive", "#SBATCH --mem=0")
@@ -121,6 +121,7 @@ class Submission:
             copied = self.folder / f"deepspeed_{engine}.json"
             shutil.copyfile(path, copied)
             config["deepspeed"][engine] = str(copied)
+        (self.folder / TEMPLATE_NAME).write_text(f"{self.template}\n")
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     @property

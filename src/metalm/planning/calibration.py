@@ -196,11 +196,13 @@ def overlay(calibration: Calibration, path: Path) -> Calibration:
         known = {"device", "precision", "products", "attention", "links", "figures", "source"}
         if unknown := sorted(content.keys() - known) + sorted(content.get("figures", {}).keys() - FIGURES):
             raise ValueError(f"unknown: {', '.join(unknown)}")
-        measured_on = device_of_name(str(content.get("device", calibration.device)))
+        device = content.get("device", calibration.device)
+        precision = content.get("precision", calibration.precision)
+        if not isinstance(device, str) or precision not in ("bf16", "fp32"):
+            raise ValueError(f"device is {device!r}, precision {precision!r}")
+        measured_on = device_of_name(device)
         if measured_on is not None and measured_on != device_of_name(calibration.device):
-            raise ValueError(
-                f"measured on {content['device']}, and the plan is of {calibration.device} (--gpu)"
-            )
+            raise ValueError(f"measured on {device}, and the plan is of {calibration.device} (--gpu)")
         source = f"{path.name}: {content.get('source', 'measured')}"
         tables: dict[str, Any] = {
             "products": tuple(Product(**entry) for entry in content.get("products", ())),
@@ -216,10 +218,10 @@ def overlay(calibration: Calibration, path: Path) -> Calibration:
                 raise ValueError(f"{name} is {figure.value}, not between its low and high")
             if name in _RATES and not figure.low:
                 raise ValueError(f"{name} is 0")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no calibration for this: {error}; write one with tools/calibrate.py, "
-            "tools/check_gpu.py or metalm preflight --calibration"
+            "tools/check_gpu.py (its calibration.json) or metalm preflight --calibration"
         ) from None
     changed = {name: table for name, table in tables.items() if table}
     if "attention" in changed:  # masks that were not measured keep their rates
@@ -231,11 +233,10 @@ def overlay(calibration: Calibration, path: Path) -> Calibration:
         others_links = tuple(link for link in calibration.links if link.spans_nodes not in kinds)
         changed["links"] = changed["links"] + others_links
     if "products" in changed:
-        changed["precision"] = content.get("precision", calibration.precision)
+        changed["precision"] = precision
     return dataclasses.replace(
         calibration,
         **changed,
-        device=content.get("device", calibration.device),
         figures=calibration.figures | figures,
         sources=calibration.sources | {name: source for name, table in tables.items() if table},
     )
@@ -262,7 +263,7 @@ def write_links(path: Path, speeds: Sequence[LinkSpeeds], *, ranks_per_node: int
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-_NEVER_ZERO = ("head_size", "tflops", "forward_tflops", "both_tflops", "bytes_per_s", "ranks")
+_NEVER_ZERO = ("head_size", "keys", "tflops", "forward_tflops", "both_tflops", "bytes_per_s", "ranks")
 
 
 def _check_positive(entries: Sequence[Any]) -> None:
@@ -279,7 +280,7 @@ def _check_positive(entries: Sequence[Any]) -> None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}")
-            if name in _NEVER_ZERO and not value:
+            if name in _NEVER_ZERO and value is not None and not value:
                 raise ValueError(f"{name} is 0")
 
 

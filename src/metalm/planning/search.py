@@ -50,12 +50,10 @@ def search_layouts(
     """
     plans: list[Plan] = []
     tried, too_large, smallest = 0, 0, None
-    refused: TopologyError | None = None
     for candidate in Phase.over("planning layouts", list(_candidates(config, world_size)), "layouts"):
         try:
             plan = plan_run(candidate, world_size, device, calibration, caption_tokens=caption_tokens)
-        except TopologyError as error:
-            refused = error
+        except TopologyError:
             continue
         tried += 1
         if plan.fits:
@@ -64,8 +62,8 @@ def search_layouts(
         too_large += 1
         if smallest is None or plan.total_bytes < smallest.total_bytes:
             smallest = plan
-    if not tried and refused is not None:
-        raise refused
+    if not tried:
+        plan_run(config, world_size, device, calibration, caption_tokens=caption_tokens)  # says why
     return Found(sorted(plans, key=_badness), tried, too_large, smallest)
 
 

@@ -93,12 +93,16 @@ class Marks:
     def read(self, job: Job) -> Done | None:
         """What was kept when it was done."""
         path = self._path(job, ".json")
-        return _done(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        content: dict[str, Any] = json.loads(path.read_text())
+        content["commands"] = [tuple(command) for command in content["commands"]]
+        return Done(**content)
 
-    def precision(self) -> str | None:
-        """What the trainings that are done were run in; None: there are none."""
-        found = {word for path in self._folder.glob("*.json") for word in _done(path).precisions}
-        return min(found, default=None)
+    def precision(self, jobs: Iterable[Job]) -> str | None:
+        """What the trainings of those that are done were run in; None: there are none."""
+        done = filter(None, map(self.read, jobs))
+        return min((word for one in done for word in one.precisions), default=None)
 
     def write(self, job: Job, seconds: float) -> None:
         """It is done."""
@@ -111,12 +115,6 @@ class Marks:
 
     def _path(self, job: Job, suffix: str) -> Path:
         return self._folder / (job.name.replace("/", "--") + suffix)
-
-
-def _done(path: Path) -> Done:
-    content: dict[str, Any] = json.loads(path.read_text())
-    content["commands"] = [tuple(command) for command in content["commands"]]
-    return Done(**content)
 
 
 def with_needs(names: Sequence[str], jobs: Iterable[Job]) -> tuple[Job, ...]:

@@ -5,6 +5,7 @@ Nothing here reads weights, or needs torch.
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -146,7 +147,7 @@ def check_initial_weights(
     lines: list[str] = []
     if CONFIG_NAME in files:
         try:
-            lines += _other_keys(component, _model_of(folder / CONFIG_NAME), corpus.config.model)
+            lines += _other_keys(component, _model_of(folder / CONFIG_NAME), corpus.config)
         except CheckpointError as error:  # such as of an older version, whose weights are as good
             logger.warning("initialize.%s: the config is not compared: %s", component, error)
     if state.tokenizer not in (None, corpus.tokenizer.fingerprint):
@@ -163,16 +164,21 @@ def check_initial_weights(
         )
 
 
-def _other_keys(component: str, old: dict[str, Any], config: ModelConfig) -> Iterator[str]:
-    """What is said of the keys of a component that differ; of encoders, of those that are in both models."""
-    was, now = old[component], config.model_dump(mode="json")[component]
+def _other_keys(component: str, old: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """What is said of the keys of a component that differ, but of parts that start afresh.
+
+    Encoders that are not in both models have none.
+    """
+    was, now = old[component], config.model.model_dump(mode="json")[component]
     if component == "encoders":
         was, now = (
             {name: was[name] for name in was if name in now},
             {name: now[name] for name in now if name in was},
         )
     for key, before, here in _changes(f"model.{component}", was, now):
-        if not key.endswith(".adapter"):  # of adapters the start has its own words
+        parameters = key.removeprefix("model.") + "."  # of this part of the model
+        is_new = any(fnmatch.fnmatchcase(parameters, pattern) for pattern in config.initialize.new)
+        if ".adapter." not in parameters and not is_new:  # of adapters the start has its own words
             yield f"{key}: {before} in the checkpoint, {here} in the config"
 
 

@@ -140,7 +140,8 @@ def open_clip(clip: Any, sampling_rate: int | None = None, *, longest_s: float) 
     if isinstance(clip, Waveform):
         return clip
     if isinstance(clip, Mapping):
-        array, sampling_rate = clip.get("array"), clip.get("sampling_rate") or sampling_rate
+        array, own_rate = clip.get("array"), clip.get("sampling_rate")
+        sampling_rate = sampling_rate if own_rate is None else own_rate
         clip = next((clip[name] for name in ("bytes", "path") if clip.get(name)), clip)
         clip = clip if array is None else array
     if isinstance(clip, str) and clip.startswith(("http://", "https://", "data:")):

@@ -23,7 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -171,49 +170,47 @@ def build_index(
         scan = functools.partial(scan_remote, url, kind=kind, max_member_bytes=max_member_bytes)
     require_folder_place(folder, "index it where it may be written, such as by another user")
     folder.mkdir(parents=True, exist_ok=True)
-    with _opened_alone(folder / "index.records.partial") as (file, partial):
-        with Phase(f"indexing {folder}", len(shard_names), "shards") as phase:
-            scanned = phase.each(_scan_all(shard_names, scan, processes))
-            shards, tokens, digest = _write_records(file, folder, scanned)
-        _check_content(folder, kind, shards, tokens, tokenizer_fingerprint)
-        records_name = f"index-{digest[:16]}.records"
-        partial.replace(folder / records_name)
-    token_format = next(iter(tokens), None)
-    document = {
-        "version": INDEX_VERSION,
-        "kind": kind,
-        "records": records_name,
-        "num_samples": sum(shard.num_samples for shard in shards),
-        "tokenizer_fingerprint": tokenizer_fingerprint if token_format else None,
-        "token_dtype": TOKEN_DTYPES[token_format].name if token_format else None,
-        "num_tokens": tokens.total(),
-        "shards": [asdict(shard) for shard in shards],
-    }
-    _replace(folder / INDEX_NAME, (json.dumps(document, indent=1) + "\n").encode())
-    for stale in folder.glob("index-*.records"):
-        if stale.name != records_name:
-            stale.unlink()
+    partial = folder / "index.records.partial"
+    with _alone(folder):
+        try:
+            shards, tokens, digest = _write_records(partial, shard_names, scan, processes)
+            _check_content(folder, kind, shards, tokens, tokenizer_fingerprint)
+            records_name = f"index-{digest[:16]}.records"
+            partial.replace(folder / records_name)
+        finally:
+            partial.unlink(missing_ok=True)
+        token_format = next(iter(tokens), None)
+        document = {
+            "version": INDEX_VERSION,
+            "kind": kind,
+            "records": records_name,
+            "num_samples": sum(shard.num_samples for shard in shards),
+            "tokenizer_fingerprint": tokenizer_fingerprint if token_format else None,
+            "token_dtype": TOKEN_DTYPES[token_format].name if token_format else None,
+            "num_tokens": tokens.total(),
+            "shards": [asdict(shard) for shard in shards],
+        }
+        _replace(folder / INDEX_NAME, (json.dumps(document, indent=1) + "\n").encode())
+        for stale in folder.glob("index-*.records"):
+            if stale.name != records_name:
+                stale.unlink()
     return open_index(folder, check_sizes=url is None)
 
 
 @contextmanager
-def _opened_alone(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """An empty file that no other process writes to, to be given another name; removed if that fails.
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep others from indexing a folder meanwhile, where its file system knows locks.
 
     Raises:
-        BusyError: another process writes to it.
+        BusyError: another process does.
     """
-    with path.open("ab") as file:
-        opened = os.fstat(file.fileno()).st_ino
-        # Who has published it under another name keeps it locked until then.
-        if try_lock(file) is False or not (path.exists() and path.stat().st_ino == opened):
-            raise BusyError(f"{path.parent} is being indexed by another process: wait for it")
-        try:
-            file.truncate(0)
-            yield file, path
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if try_lock(descriptor) is False:
+            raise BusyError(f"{folder} is being indexed by another process: wait for it")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_index(folder: Path | str, *, check_sizes: bool = True) -> ShardIndex:
@@ -333,27 +330,30 @@ def _scan_all(
 
 
 def _write_records(
-    file: BinaryIO,
-    folder: Path,
-    scanned: Iterable[tuple[Shard, np.ndarray]],
+    path: Path,
+    shard_names: Sequence[str],
+    scan: Callable[[str], tuple[Shard, np.ndarray]],
+    processes: int,
 ) -> tuple[list[Shard], Counter[str], str]:
     """Writes the records shard by shard; returns the shards, tokens by format, sha256 of the records."""
     shards: list[Shard] = []
     tokens: Counter[str] = Counter()
     digest = hashlib.sha256()
-    for shard, records in scanned:
-        content = records.tobytes()
-        file.write(content)
-        digest.update(content)
-        shards.append(shard)
-        for name, dtype in TOKEN_DTYPES.items():
-            sizes = records["main_size"][records["format"] == FORMATS.index(name)]
-            if len(sizes):
-                tokens[name] += int(sizes.sum(dtype=np.int64)) // dtype.itemsize
-        for cause, count in shard.skipped.items():
-            logger.warning("%s: %d left out (%s)", folder / shard.name, count, cause)
-    file.flush()
-    os.fsync(file.fileno())
+    folder = path.parent
+    with path.open("wb") as file, Phase(f"indexing {folder}", len(shard_names), "shards") as phase:
+        for shard, records in phase.each(_scan_all(shard_names, scan, processes)):
+            content = records.tobytes()
+            file.write(content)
+            digest.update(content)
+            shards.append(shard)
+            for name, dtype in TOKEN_DTYPES.items():
+                sizes = records["main_size"][records["format"] == FORMATS.index(name)]
+                if len(sizes):
+                    tokens[name] += int(sizes.sum(dtype=np.int64)) // dtype.itemsize
+            for cause, count in shard.skipped.items():
+                logger.warning("%s: %d left out (%s)", folder / shard.name, count, cause)
+        file.flush()
+        os.fsync(file.fileno())
     return shards, tokens, digest.hexdigest()
 
 
