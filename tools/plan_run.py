@@ -28,7 +28,7 @@ from metalm.planning.report import (
 )
 from metalm.planning.search import search_layouts
 from metalm.planning.shipped_calibration import shipped_calibration
-from metalm.planning.workload import CAPTION_TOKENS
+from metalm.planning.workload import USUAL, Assumed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,9 +47,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="measured figures, in place of the shipped ones; may be given several times",
     )
-    parser.add_argument(
-        "--caption-tokens", type=positive, default=CAPTION_TOKENS, help="mean length of a caption"
-    )
+    for option, default, about in (
+        ("--caption-tokens", USUAL.caption_tokens, "mean length of a caption"),
+        ("--example-tokens", USUAL.example_tokens, "mean length of the texts of an example"),
+        ("--example-media", USUAL.example_media, "images or clips of an example"),
+    ):
+        parser.add_argument(option, type=positive, default=default, help=f"{about} (default: %(default)s)")
     arguments, rest = parser.parse_known_args()
     # argparse does not take positional arguments up again after an option.
     if any(word.startswith("-") or "=" not in word for word in rest):
@@ -67,13 +70,14 @@ def main() -> int:
     calibration = shipped_calibration(device)
     for path in arguments.calibration:
         calibration = overlay(calibration, path)
+    assumed = Assumed(arguments.caption_tokens, arguments.example_tokens, arguments.example_media)
     given = (config, arguments.gpus, device, calibration)
     if arguments.search:
-        found = search_layouts(*given, caption_tokens=arguments.caption_tokens)
+        found = search_layouts(*given, assumed=assumed)
         print(describe_search(found, config))
         plans = found.plans[:SHOWN_LAYOUTS] or ([found.smallest] if found.smallest else [])
     else:
-        plans = [plan_run(*given, caption_tokens=arguments.caption_tokens)]
+        plans = [plan_run(*given, assumed=assumed)]
     print(f"\n{describe_batch(plans[0])}\n\n{describe_memory(plans[0])}\n\n{describe_cost(plans[0])}")
     if arguments.plot:
         plot_memory(plans, arguments.plot)

@@ -13,7 +13,7 @@ from metalm.planning.devices import device_by_driver_name, find_device
 from metalm.planning.plan import plan_run
 from metalm.planning.report import describe_cost
 from metalm.planning.search import overrides, search_layouts
-from metalm.planning.workload import mean_row, source_rows
+from metalm.planning.workload import Assumed, mean_row, source_rows
 from metalm.training.dry_run import describe_plan
 
 
@@ -50,7 +50,7 @@ def test_the_mean_row_weighs_the_sources() -> None:
     sources = sources | {"pairs": sources["pairs"].model_copy(update={"weight": 3.0})}
     data = config.data.model_copy(update={"spans": spans, "sources": sources})
     config = config.model_copy(update={"data": data})
-    row = mean_row(config, source_rows(config, caption_tokens=10))
+    row = mean_row(config, source_rows(config, Assumed(caption_tokens=10)))
     assert row.positions == pytest.approx(40 / 4 + 32 * 3 / 4)
     assert row.encoders["text"].elements == pytest.approx(0.25 * 40 / 4)
     assert row.encoders["image"].patches == pytest.approx(2 * 4 * 3 / 4)
@@ -67,7 +67,12 @@ def test_a_row_of_examples_holds_images_and_texts_of_which_half_is_encoded() -> 
     assert row.positions == 268
     assert row.encoders["image"].elements == row.encoders["image"].patches == 2 * 4
     assert row.encoders["text"].elements == 2 * 16
-    assert "examples of 128 tokens of text" in describe_cost(plan_run(config, 1, find_device("cpu")))
+    told = "examples of 128 tokens of text, half of it encoded, and 1 image(s) or clip(s)"
+    assert told in describe_cost(plan_run(config, 1, find_device("cpu")))
+    of_pages = mean_row(config, source_rows(config, Assumed(example_tokens=53, example_media=3)))
+    image, text = of_pages.encoders["image"], of_pages.encoders["text"]
+    assert (image.elements, image.pairs, image.patches) == (4 * 3 * 4, 4 * 3 * 4**2, 4 * 3 * 4)
+    assert (text.elements, text.pairs) == (4 * 16, 4 * 16**2)
 
 
 def test_time_is_the_sum_of_its_parts_and_lies_within_its_range() -> None:

@@ -17,7 +17,7 @@ from metalm.planning.devices import Device
 from metalm.planning.memory import KINDS, EnginePlan, plan_engines
 from metalm.planning.shipped_calibration import shipped_calibration
 from metalm.planning.timing import Cause, Setting, build_setting, step_parts, step_range
-from metalm.planning.workload import CAPTION_TOKENS, mean_row, scaled, source_rows
+from metalm.planning.workload import USUAL, Assumed, mean_row, scaled, source_rows
 
 CONTEXT_BYTES = 3 * 2**30
 """Held by the device's context, the communication library and the kernels."""
@@ -33,8 +33,8 @@ class Plan:
     world_size: int
     device: Device
     calibration: Calibration
-    caption_tokens: int
-    """Assumed mean length of a caption."""
+    assumed: Assumed
+    """Of the data."""
     rows: list[tuple[float, Work]]
     """Of each source: its share of the rows, and the work of one."""
     row: Work
@@ -119,7 +119,7 @@ def plan_run(
     device: Device,
     calibration: Calibration | None = None,
     *,
-    caption_tokens: int = CAPTION_TOKENS,
+    assumed: Assumed = USUAL,
 ) -> Plan:
     """Work out a run on so many ranks, one device each.
 
@@ -128,14 +128,14 @@ def plan_run(
         world_size: ranks.
         device: what each rank has.
         calibration: of the device; by default as shipped.
-        caption_tokens: mean length of a caption.
+        assumed: of the data.
 
     Raises:
         TopologyError: so many ranks cannot hold the run.
     """
     check_topology(config, world_size)
     training = config.training
-    rows = source_rows(config, caption_tokens)
+    rows = source_rows(config, assumed)
     row = mean_row(config, rows)
     micro_batch = scaled(row, training.micro_batch_size)
     engines = plan_engines(config, world_size, micro_batch)
@@ -145,7 +145,7 @@ def plan_run(
         world_size=world_size,
         device=device,
         calibration=calibration or shipped_calibration(device),
-        caption_tokens=caption_tokens,
+        assumed=assumed,
         rows=rows,
         row=row,
         engines=engines,

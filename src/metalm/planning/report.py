@@ -15,7 +15,6 @@ from metalm.model.encoder_parameters import (
 from metalm.planning.memory import KINDS
 from metalm.planning.plan import CONTEXT_BYTES, USABLE_SHARE, Plan
 from metalm.planning.search import Found, overrides
-from metalm.planning.workload import EXAMPLE_TOKENS
 
 GIB, MIB = 2**30, 2**20
 SHOWN_LAYOUTS = 10
@@ -142,10 +141,13 @@ def describe_search(found: Found, base: RunConfig) -> str:
 
 def _assumptions(plan: Plan) -> list[str]:
     calibration = plan.calibration
-    captions = f"; captions of {plan.caption_tokens} tokens" if _has_pairs(plan.config) else ""
+    means = plan.assumed
+    captions = f"; captions of {means.caption_tokens} tokens" if _has_pairs(plan.config) else ""
     if examples := [one for one in plan.config.data.sources.values() if one.overflow is not None]:
-        captions += f"; examples of {EXAMPLE_TOKENS} tokens of text"
-        captions += ", half of it encoded" if any(TEXT in one.readers for one in examples) else ""
+        readers = {modality for one in examples for modality in one.readers}
+        captions += f"; examples of {means.example_tokens} tokens of text"
+        captions += ", half of it encoded" if TEXT in readers else ""
+        captions += f", and {means.example_media} image(s) or clip(s)" if readers - {TEXT} else ""
     assumed = [
         *(f"{name}: {calibration.sources[name]}" for name in ("products", "attention", "links")),
         "limits deviate independently of each other; data in time",

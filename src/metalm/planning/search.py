@@ -14,7 +14,7 @@ from metalm.errors import ConfigError, TopologyError
 from metalm.planning.calibration import Calibration
 from metalm.planning.devices import Device
 from metalm.planning.plan import Plan, plan_run
-from metalm.planning.workload import CAPTION_TOKENS
+from metalm.planning.workload import USUAL, Assumed
 from metalm.progress import Phase
 
 
@@ -36,7 +36,7 @@ def search_layouts(
     device: Device,
     calibration: Calibration | None = None,
     *,
-    caption_tokens: int = CAPTION_TOKENS,
+    assumed: Assumed = USUAL,
 ) -> Found:
     """All layouts of a run on so many devices: TP, micro-batch, DeepSpeed JSONs, recomputation.
 
@@ -52,7 +52,7 @@ def search_layouts(
     tried, too_large, smallest = 0, 0, None
     for candidate in Phase.over("planning layouts", list(_candidates(config, world_size)), "layouts"):
         try:
-            plan = plan_run(candidate, world_size, device, calibration, caption_tokens=caption_tokens)
+            plan = plan_run(candidate, world_size, device, calibration, assumed=assumed)
         except TopologyError:
             continue
         tried += 1
@@ -63,7 +63,7 @@ def search_layouts(
         if smallest is None or plan.total_bytes < smallest.total_bytes:
             smallest = plan
     if not tried:
-        plan_run(config, world_size, device, calibration, caption_tokens=caption_tokens)  # says why
+        plan_run(config, world_size, device, calibration, assumed=assumed)  # says why
     return Found(sorted(plans, key=_badness), tried, too_large, smallest)
 
 

@@ -1,12 +1,14 @@
-"""The mean work of a step: what its rows are expected to hold, from the config and three assumptions.
+"""The mean work of a step: what its rows are expected to hold, from the config and some assumptions.
 
-Documents of text fill a row (the most expensive case for attention), captions have a given mean length, and
-examples have one image or clip, if an encoder reads them, and a text of which half is encoded.
+Documents of text fill a row (the most expensive case for attention). Of captions and examples the mean length
+is assumed, and of examples how many images or clips they have, if an encoder reads them. Half of an example's
+text is encoded, if an encoder reads that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from metalm.config import RunConfig
 from metalm.config.model_schema import TEXT, EncoderConfig
@@ -14,18 +16,26 @@ from metalm.config.schema import SourceConfig
 from metalm.model.flops import EncoderWork, Work
 from metalm.objectives import build_objective
 
-CAPTION_TOKENS = 24
-"""Assumed mean length of a caption, where a plan is given no other."""
 
-EXAMPLE_TOKENS = 128
-"""Assumed mean length of the texts of an example, questions and answers together."""
+@dataclass(frozen=True)
+class Assumed:
+    """Means of what the data hold, where a plan is told no others."""
+
+    caption_tokens: int = 24
+    example_tokens: int = 128
+    """Of the texts of an example, such as questions and answers, together."""
+    example_media: int = 1
+    """Images or clips of an example."""
 
 
-def source_rows(config: RunConfig, caption_tokens: int = CAPTION_TOKENS) -> list[tuple[float, Work]]:
+USUAL = Assumed()
+
+
+def source_rows(config: RunConfig, assumed: Assumed = USUAL) -> list[tuple[float, Work]]:
     """Of each source: its share of the rows, and the work of one."""
     sources = config.data.sources.values()
     objective = build_objective(config)
-    rows = [objective.row_work(config, _source_row(config, source, caption_tokens)) for source in sources]
+    rows = [objective.row_work(config, _source_row(config, source, assumed)) for source in sources]
     weights = [source.weight for source in sources]
     if config.data.mixture_unit == "tokens":
         weights = [weight / row.positions for weight, row in zip(weights, rows, strict=True)]
@@ -57,14 +67,15 @@ def scaled(work: Work, factor: float) -> Work:
     return Work(work.positions * factor, work.pairs * factor, encoders)
 
 
-def _source_row(config: RunConfig, source: SourceConfig, caption_tokens: int) -> Work:
+def _source_row(config: RunConfig, source: SourceConfig, assumed: Assumed) -> Work:
     encoders, length = config.model.encoders, config.data.sequence_length
     readers = {modality: name for modality, name in source.readers.items() if name in encoders}
     busy = {name: EncoderWork(0.0, 0.0, 0.0) for name in encoders}
     if source.overflow is not None:
-        return _row_of_examples(encoders, readers, length, busy)
+        return _row_of_examples(encoders, readers, length, assumed, busy)
     if media := [name for modality, name in readers.items() if modality != TEXT]:
-        return _row_of_pairs(encoders[media[0]], media[0], readers.get(TEXT), length, caption_tokens, busy)
+        tokens = assumed.caption_tokens
+        return _row_of_pairs(encoders[media[0]], media[0], readers.get(TEXT), length, tokens, busy)
     if TEXT in readers:
         busy[readers[TEXT]] = _text_spans(config)
     return Work(length, length * (length + 1) / 2, busy)
@@ -74,21 +85,24 @@ def _row_of_examples(
     encoders: Mapping[str, EncoderConfig],
     readers: Mapping[str, str],
     length: int,
+    assumed: Assumed,
     busy: dict[str, EncoderWork],
 ) -> Work:
     media = next((name for modality, name in readers.items() if modality != TEXT), None)
     section = None if media is None else encoders[media].media
     patches = 0 if section is None else section.num_patches
-    size = min(patches + EXAMPLE_TOKENS + 2, length)
+    num_media = assumed.example_media
+    size = min(num_media * patches + assumed.example_tokens + 2, length)
     count = length / size
-    asked = {name: 0.0 for name in readers.values()}  # elements of one span
-    if TEXT in readers:
-        reader = readers[TEXT]
-        asked[reader] += min(EXAMPLE_TOKENS / 2, encoders[reader].max_text_positions)
+    spans: dict[str, list[float]] = {name: [0.0] for name in readers.values()}  # elements of an example's
     if media is not None:
-        asked[media] += patches
-    for name, span in asked.items():
-        busy[name] = EncoderWork(count * span, count * span**2, count * patches if name == media else 0.0)
+        spans[media] = [patches] * num_media
+    if TEXT in readers:  # the text is encoded with the last image or clip, where one encoder reads both
+        reader = readers[TEXT]
+        spans[reader][-1] += min(assumed.example_tokens / 2, encoders[reader].max_text_positions)
+    for name, sizes in spans.items():
+        cut = count * num_media * patches if name == media else 0.0
+        busy[name] = EncoderWork(count * sum(sizes), count * sum(one**2 for one in sizes), cut)
     return Work(length, count * size * (size + 1) / 2, busy)
 
 
