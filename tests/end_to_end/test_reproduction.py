@@ -102,7 +102,7 @@ def test_a_claim_goes_from_records_to_a_report(setting: Setting) -> None:
     assert measured.questions == 2
     assert measured.scores.mean in (0.0, 0.5, 1.0)
     assert [curve.steps for curve in found.figures.curves] == [(0, 2, 4)]
-    write_report([found], jobs, setting, said.append)
+    write_report([found], setting, said.append)
     assert "| arm, test | a tiny decoder |" in (setting.out / "report.md").read_text()
     config = (setting.out / "arm/seed_1/config.yaml").read_text()
     assert "seed: 1\n" in config
