@@ -10,6 +10,7 @@ from distributed.encoder_variants import VARIANTS, variant_config
 from distributed.finetuned import changed_config
 from distributed.tiny import LENGTH, OPTIONS, tiny_config
 from metalm.config import DecoderConfig, EncoderConfig, ImageConfig, ModelConfig, RelativeBiasConfig
+from metalm.errors import ConfigError
 from metalm.model.decoder import Decoder, decoder_draw
 from metalm.model.deepnorm import deepnorm_alpha, deepnorm_divisor
 from metalm.model.encoder import Encoder, EncoderBank, encoder_draw
@@ -154,3 +155,10 @@ def test_initial_weights_of_an_encoder_do_not_depend_on_the_others() -> None:
         initialize_parameters(bank, "encoders", 1, lambda name, one=one: encoder_draw(one, name), 0, 1)
         banks.append(dict(bank.named_parameters()))
     assert all(torch.equal(parameter, banks[0][name]) for name, parameter in banks[1].items())
+
+
+def test_an_encoder_cannot_have_a_name_that_modules_use() -> None:
+    config = tiny_config("unused").model
+    renamed = config.model_copy(update={"encoders": {"items": config.encoders["text"]}})
+    with pytest.raises(ConfigError, match=r"model\.encoders\.items: .*choose another name"):
+        EncoderBank(renamed)

@@ -236,7 +236,11 @@ def test_slurm_is_asked_about_runs_that_wait(tmp_path: Path, queue: Path) -> Non
 def test_a_job_that_is_queued_again_is_known_by_its_number(run: Path, queue: Path) -> None:
     (run / "logs/attempts.jsonl").write_text(start(NOW - 110) + end(NOW - 5, 75, "time limit", True))
     waits = "waiting to start again (ended 5 s ago, job 7: time limit)"
-    queue.write_text("6|RUNNING|None|other.sbatch\n7|PENDING|BeginTime|slurm/pretrain.sbatch x.yaml\n")
+    queue.write_text(
+        "6|RUNNING|None|other.sbatch\n"
+        "7|PENDING|BeginTime|slurm/pretrain.sbatch x.yaml\n"
+        f"a word|of|the site|{run.absolute()}/submitted/1/code/slurm/pretrain.sbatch x\n"
+    )
     assert described(run)["state"] == f"{waits}; job 7 is pending: BeginTime"
     queue.write_text("")  # a successor of a job that `metalm submit` did not make may be there
     assert described(run)["state"] == waits

@@ -60,7 +60,7 @@ def test_the_table_stands_between_its_markers_and_the_rest_stays(
     assert told.startswith(f"before\n{BEGIN}\n| claim |")
     assert told.endswith(f"{END}\nafter\n")
     assert "![scores with their intervals](tools/measured/reproduction_cpu.png)" in told
-    assert f"commit {'a' * 12}." in told
+    assert f"commit {'a' * 12}. Minutes of jobs, one after another: x 10." in told
     assert "old" not in told
     assert (tmp_path / "tools/measured/reproduction_cpu.png").read_bytes().startswith(b"\x89PNG")
     assert write(readme, setting, one) == told

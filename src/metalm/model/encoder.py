@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metalm.batch import EncoderShare
 from metalm.config import EncoderConfig, ModelConfig
+from metalm.errors import ConfigError
 from metalm.kernels import RelativeBias
 from metalm.modalities import modality_of_encoder
 from metalm.model.adapters import adapt_encoder, adapter_draw, is_adapter
@@ -136,7 +137,16 @@ class EncoderBank(nn.Module):
     """All encoders of a model: one module, because they share one ZeRO engine."""
 
     def __init__(self, config: ModelConfig) -> None:
+        """Build them.
+
+        Raises:
+            ConfigError: a module of torch has something else under an encoder's name.
+        """
         super().__init__()
+        if taken := [name for name in config.encoders if hasattr(nn.ModuleDict(), name)]:
+            raise ConfigError(
+                f"model.encoders.{taken[0]}: torch's modules use that word; choose another name"
+            )
         self.encoders = nn.ModuleDict(
             {name: _build_encoder(encoder, config) for name, encoder in config.encoders.items()}
         )

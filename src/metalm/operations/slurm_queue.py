@@ -80,4 +80,4 @@ def _ask(user: str) -> list[QueuedJob] | None:
         return None
     lines = done.stdout.decode(errors="replace").splitlines()
     cells = [line.split("|", 3) for line in lines]
-    return [QueuedJob(*found) for found in cells if len(found) == 4]
+    return [QueuedJob(*found) for found in cells if len(found) == 4 and found[0].isdecimal()]

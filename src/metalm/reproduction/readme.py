@@ -97,7 +97,8 @@ def written_into(readme: str, results: Sequence[ClaimResults], scale: Scale, pic
         *markdown_table(verdict_table(results)),
         "",
         f"{numbers_of_seeds(results)} at scale `{scale}`, in {_precisions(results)}; "
-        f"{_machines(results)}; commit {_commits(results)}.",
+        f"{_machines(results)}; commit {_commits(results)}. Minutes of jobs, one after another: "
+        f"{', '.join(f'{one.claim.letter} {one.figures.minutes:.0f}' for one in results)}.",
         "",
         f"![scores with their intervals]({picture})",
         "",
