@@ -24,13 +24,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset
-from bench_data_peers import installed_peers, pack
+from bench_data_peers import Peer, installed_peers, pack
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -114,18 +115,15 @@ def measure(root: Path, text_mb: float, num_photographs: int, rounds: int) -> di
     }
     for peer in peers:
         folder = root / peer.name / first
-        contests["samples/s"][peer.name] = lambda p=peer, f=folder: rate(p.documents(f), lambda _: 1)
-        contests["packed rows, Mtokens/s"][peer.name] = lambda p=peer, f=folder: (
-            rate(pack(p.documents(f), LENGTH), len) / 1e6
-        )
+        contests["samples/s"][peer.name] = partial(rate_of_documents, peer, folder)
+        contests["packed rows, Mtokens/s"][peer.name] = partial(rate_of_packed_documents, peer, folder)
     for name in PHOTOGRAPHS:
-        images = root / "webdataset" / name / "images"
         contest = contests[f"photographs of {name} to 224, /s"] = {
-            "metalm": lambda f=images: rate_of_images(f, tokenizer)
+            "metalm": partial(rate_of_images, root / "webdataset" / name / "images", tokenizer)
         }
         for peer in peers:
             if peer.images(root / peer.name / name) is not None:
-                contest[peer.name] = lambda p=peer, f=root / peer.name / name: rate(p.images(f), lambda _: 1)
+                contest[peer.name] = partial(rate_of_decoded_images, peer, root / peer.name / name)
     for what, contest in contests.items():
         taken: dict[str, list[float]] = {name: [] for name in contest}
         for _ in range(rounds):
@@ -134,7 +132,9 @@ def measure(root: Path, text_mb: float, num_photographs: int, rounds: int) -> di
         results[what] = {name: statistics.median(values) for name, values in taken.items()}
         print(what, {name: f"{value:,.4g}" for name, value in results[what].items()}, flush=True)
 
-    restores = {"metalm": [restore_in(config_of(root, own), len(documents), f) for f in FRACTIONS]}
+    restores: dict[str, list[float | None]] = {
+        "metalm": [restore_in(config_of(root, own), len(documents), f) for f in FRACTIONS]
+    }
     memory = {"metalm": in_fresh_process("memory_of_worker", root, own)}
     for peer in peers:
         folder = root / peer.name / first
@@ -231,6 +231,23 @@ def config_of(root: Path, folder: Path, *, lanes: int = 16, workers: int = 0) ->
 def open_data(config: RunConfig, states: dict | None = None) -> TrainingData:
     """All lanes, on this rank."""
     return TrainingData(Corpus(config), SemiCausal(), dp_rank=0, dp_size=1, tp_size=1, lane_states=states)
+
+
+def rate_of_documents(peer: Peer, folder: Path) -> float:
+    """Of a peer, per second."""
+    return rate(peer.documents(folder), lambda _: 1)
+
+
+def rate_of_packed_documents(peer: Peer, folder: Path) -> float:
+    """Of a peer, in millions of tokens per second."""
+    return rate(pack(peer.documents(folder), LENGTH), len) / 1e6
+
+
+def rate_of_decoded_images(peer: Peer, folder: Path) -> float:
+    """Of a peer, per second."""
+    images = peer.images(folder)
+    assert images is not None
+    return rate(images, lambda _: 1)
 
 
 def rate(items: Iterator[Any], amount: Callable[[Any], int]) -> float:
@@ -352,7 +369,7 @@ def memory_of_peer(name: str, folder: str) -> float:
     """Private MiB of a spawned DataLoader worker of the peer that has read a while."""
     (dataset,) = (peer.dataset(Path(folder)) for peer in installed_peers()[0] if peer.name == name)
     assert dataset is not None
-    loader = iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+    loader: Any = iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
     for _ in itertools.islice(loader, 3000):
         pass
     used = private_mib(loader._workers[0].pid)

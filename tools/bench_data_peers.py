@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import webdataset
@@ -167,11 +167,11 @@ class Streaming:
         next(iter(dataset))
         return time.perf_counter() - began
 
-    def dataset(self, folder: Path) -> IterableDataset:
+    def dataset(self, folder: Path) -> Any:
         """One epoch."""
         return self._open(folder / "text")
 
-    def _open(self, folder: Path) -> IterableDataset:
+    def _open(self, folder: Path) -> Any:
         from streaming import StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
@@ -227,7 +227,7 @@ class Energon:
         info = json.loads((folder / "text" / ".nv-meta" / ".info.json").read_text())
         return sum(info["shard_counts"].values())
 
-    def _loader(self, folder: Path) -> Iterator[bytes]:
+    def _loader(self, folder: Path) -> Any:
         from megatron import energon
 
         @energon.stateless
@@ -290,11 +290,11 @@ class LitData:
         next(iter(fresh))
         return time.perf_counter() - began
 
-    def dataset(self, folder: Path) -> IterableDataset:
+    def dataset(self, folder: Path) -> Any:
         """One epoch."""
         return self._open(folder / "text")
 
-    def _open(self, folder: Path) -> IterableDataset:
+    def _open(self, folder: Path) -> Any:
         from litdata import StreamingDataset
 
         return StreamingDataset(str(folder), shuffle=True, seed=1)

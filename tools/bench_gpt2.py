@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 LENGTH, MICRO_BATCH, MICRO_BATCHES = 2048, 4, 4
 
@@ -39,9 +40,10 @@ def measure(num_steps: int, *, compiled: bool) -> dict[str, float]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"vocab_size": 64128, "n_positions": LENGTH, "n_embd": 2048, "n_layer": 24, "n_head": 32}
-    undropped = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-    config = GPT2Config(**sizes, **undropped, use_cache=False, attn_implementation="sdpa")
+    given: dict[str, Any] = {"use_cache": False, "attn_implementation": "sdpa"}
+    given |= {"vocab_size": 64128, "n_positions": LENGTH, "n_embd": 2048, "n_layer": 24, "n_head": 32}
+    given |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    config = GPT2Config(**given)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = GPT2LMHeadModel(config)

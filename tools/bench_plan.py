@@ -99,7 +99,7 @@ def main() -> int:
                 continue
             plan = plan_run(config_of(**layout), RANKS, find_device("cpu"), known)
             of_ranks = [rank["layouts"][name] for rank in found]
-            record = {"layout": name, "predicted_s": plan.step_s, "link": link}
+            record: dict[str, Any] = {"layout": name, "predicted_s": plan.step_s, "link": link}
             record |= {"processor_s": max(one["processor_s"] for one in of_ranks)}
             record |= {"wall_s": max(one["wall_s"] for one in of_ranks), "parts_s": plan.parts_s}
             records.append(record)

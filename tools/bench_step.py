@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, ROWS = 4, 256, 4, 8192, 512, 4
@@ -41,15 +42,18 @@ def main() -> None:
     if arguments.side:
         serve(arguments)
         return
-    other = ("gpt2", ROOT / "src") if arguments.against is None else ("ours", arguments.against.resolve())
-    sides = [start("ours", ROOT / "src", arguments), start(*other, arguments)]
+    against = None if arguments.against is None else arguments.against.resolve()
+    sides = [
+        start("ours", ROOT / "src", arguments),
+        start("ours" if against else "gpt2", against or ROOT / "src", arguments),
+    ]
     seconds: list[list[tuple[float, float]]] = [[], []]
     for _ in range(WARM_UP_TURNS + arguments.turns):
         for side, times in zip(sides, seconds, strict=True):
             times.append(step(side))
     for side in sides:
         side.communicate()
-    found: dict[str, object] = {"peer": "GPT-2 of transformers" if other[0] == "gpt2" else str(other[1])}
+    found: dict[str, object] = {"peer": "GPT-2 of transformers" if against is None else str(against)}
     for clock, number in (("wall", 0), ("processor", 1)):
         for name, reduce in (("median", statistics.median), ("fastest", min)):
             ours, theirs = (reduce([pair[number] for pair in times[WARM_UP_TURNS:]]) for times in seconds)
@@ -151,15 +155,16 @@ def gpt2(arguments: argparse.Namespace) -> Callable[[], object]:
     from metalm.training.extensions import prepare_extensions
 
     prepare_extensions()
-    dropped = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), arguments.dropout)
-    sizes = {
+    given: dict[str, Any] = {"use_cache": False, "attn_implementation": "sdpa"}
+    given |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), arguments.dropout)
+    given |= {
         "vocab_size": VOCABULARY,
         "n_positions": LENGTH,
         "n_embd": WIDTH,
         "n_layer": LAYERS,
         "n_head": HEADS,
     }
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropped, use_cache=False, attn_implementation="sdpa"))
+    model = GPT2LMHeadModel(GPT2Config(**given))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),

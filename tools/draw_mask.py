@@ -75,7 +75,10 @@ def main() -> None:
         axis.set_title(f"row {row}: {int(mask.visible_pairs()[row])} visible pairs")
         axis.set_xlabel("key")
         axis.set_ylabel("query")
-    patches = [Patch(color=[part / 255 for part in colour], label=name) for name, colour in LEGEND.items()]
+    patches = [
+        Patch(color=(red / 255, green / 255, blue / 255), label=name)
+        for name, (red, green, blue) in LEGEND.items()
+    ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
     figure.suptitle(f"{KINDS[arguments.kind]} (blocks of {arguments.block_q} x {arguments.block_k})")
     figure.savefig(arguments.png, dpi=100)

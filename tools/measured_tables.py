@@ -50,7 +50,7 @@ def markdown_tables(path: Path) -> str:
 
 def attention_table(records: list[Record]) -> str:
     """A row for each mask, shape and pass, a column for each peer that ran."""
-    found = {
+    found: dict[tuple[Any, ...], str] = {
         (
             r["num_heads"],
             r["head_size"],
@@ -62,7 +62,7 @@ def attention_table(records: list[Record]) -> str:
         if "ms" in r
     }
     measured = {key[-1] for key in found} - {"interval"}  # which is one of the others, as chosen by itself
-    peers = [peer for peer in PEERS if peer in measured] + sorted(measured - PEERS.keys())
+    peers: list[str] = [peer for peer in PEERS if peer in measured] + sorted(measured - PEERS.keys())
     shapes = sorted({key[:2] for key in found}, key=lambda shape: -shape[1])
     rows = [
         [mask, f"{heads} x {size}", name, *(found.get((heads, size, mask, name, p), "-") for p in peers)]

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metalm.kernels.attention import interval_attention
+from metalm.kernels.attention import Backend, interval_attention
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.listed_blocks import list_blocks
 
 MASK_KINDS = ("causal", "packed documents", "semi-causal packed", "encoder", "images")
 _IMAGE = 256
-BACKENDS = ("flash4", "flash", "triton")
+BACKENDS: tuple[Backend, ...] = ("flash4", "flash", "triton")
 """Of ours, forced by name."""
 PEERS = ("interval", *BACKENDS, "flash4 direct", "sdpa dense", "sdpa per document", "flex", "flex flash")
 # Matrix products of head_size multiply-adds per visible pair: two forward, five backward.

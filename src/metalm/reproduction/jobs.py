@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from metalm.commit import git_commit
 from metalm.errors import ConfigError
 from metalm.project_files import project_root
-from metalm.reproduction.this_machine import machine
+from metalm.reproduction.this_machine import Precision, machine
 
 Command = tuple[str, ...]
 PIPELINES = "pipelines/reproduce"
@@ -99,10 +99,10 @@ class Marks:
         content["commands"] = [tuple(command) for command in content["commands"]]
         return Done(**content)
 
-    def precision(self, jobs: Iterable[Job]) -> str | None:
+    def precision(self, jobs: Iterable[Job]) -> Precision | None:
         """What the trainings of those that are done were run in; None: there are none."""
-        done = filter(None, map(self.read, jobs))
-        return min((word for one in done for word in one.precisions), default=None)
+        words = {word for one in filter(None, map(self.read, jobs)) for word in one.precisions}
+        return next((precision for precision in get_args(Precision) if precision in words), None)
 
     def write(self, job: Job, seconds: float) -> None:
         """It is done."""
