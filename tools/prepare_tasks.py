@@ -20,7 +20,7 @@ from metalm.data.preparation.shard_arguments import add_shard_arguments, check_n
 from metalm.errors import ConfigError
 from metalm.tasks.mixture import TaskExamples, Wordings, choose_tasks, lacking
 from metalm.tasks.records import TaskData
-from metalm.tasks.task_file import TaskFile, find_tasks, load_task
+from metalm.tasks.task_file import TaskFile, find_tasks, load_tasks
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     check_numbers(parser, options, [options.most])
     named = _words(options.tasks) if options.tasks else list(find_tasks())
-    tasks = [load_task(name) for name in named]
+    tasks = load_tasks(named)
     if not options.tasks or options.clusters or options.hold_out:
         clusters = _words(options.clusters) or (sorted({t.cluster for t in tasks}) if options.tasks else [])
         tasks = choose_tasks(tasks, clusters, _words(options.hold_out))

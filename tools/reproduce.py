@@ -67,17 +67,18 @@ def main() -> None:
     )
     parser.add_argument("--job", metavar="NAME", help="run one job, as a task of a Slurm array does")
     options = parser.parse_args()
+    options.data, options.out = options.data.absolute(), options.out.absolute()  # named one way in all jobs
     letters = list(dict.fromkeys(options.only.split(",")))
     if unknown := [letter for letter in letters if letter not in CLAIMS]:
         parser.error(f"there is no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}")
     if options.readme is not None and not options.readme.is_file():
         raise ConfigError(f"there is no file {options.readme}: give --readme the README that has the table")
-    setting = _setting(options, letters, options.seeds)
-    claims = [CLAIMS[letter](setting) for letter in letters]
+    settings = {letter: _setting(options, letter, options.seeds) for letter in letters}
+    claims = {letter: CLAIMS[letter](setting) for letter, setting in settings.items()}
     if options.sets:
-        print(" ".join(sets_of(claims)))
+        print(" ".join(sets_of(claims.values())))
         return
-    jobs = jobs_of(claims, setting)
+    jobs = jobs_of((claims[letter], setting) for letter, setting in settings.items())
     if options.list:
         marks = Marks(options.out)
         for job in jobs:
@@ -85,33 +86,43 @@ def main() -> None:
         total = sum(job.minutes for job in jobs)
         print(f"{len(jobs)} jobs, {total:.0f} minutes of one core of a CPU at its scale, in bf16")
         return
-    check_data(claims, setting)
+    only_reports = options.report or options.readme is not None
+    if not only_reports:
+        check_data(claims.values(), options.data)
     require_folder_place(options.out, "choose another --out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.job is not None:
         run_alone(jobs, options.job, options.out, print)
         return
     if options.slurm:
-        words = ["--only", options.only, "--scale", options.scale, "--precision", setting.precision]
+        first, *others = settings.values()
+        if any(one.precision != first.precision for one in others):
+            told = ", ".join(f"{letter} in {one.precision}" for letter, one in settings.items())
+            raise ConfigError(
+                f"their jobs that are done were run in more than one precision ({told}): write "
+                "the arrays of each with an --only of its own"
+            )
+        words = ["--only", options.only, "--scale", options.scale, "--precision", first.precision]
         words += ["--seeds", options.seeds] if options.seeds is not None else []
-        print(write_arrays(jobs, setting, [*words, "--data", options.data, "--out", options.out]))
+        print(write_arrays(jobs, first, [*words, "--data", options.data, "--out", options.out]))
         return
-    if not options.report and options.readme is None:
+    if not only_reports:
         Queue(jobs, options.out, _say).run(options.jobs or usual_parallel(options.scale))
-    results = [results_of(claim, setting) for claim in claims]
+    results = [results_of(claim, settings[letter]) for letter, claim in claims.items()]
     together = sorted([*results, *_others(letters, options)], key=lambda one: one.claim.letter)
-    write_report(together, setting, _say)
+    # Of the setting, scale and folders count here, which all have in common.
+    write_report(together, settings[letters[0]], _say)
     for one in results:
         _say(f"{one.claim.letter}: {one.claim.title}: {one.verdict}")
     if options.readme is not None:
-        write_into(options.readme, results, setting, CLAIMS)
+        write_into(options.readme, results, settings[letters[0]], CLAIMS)
 
 
-def _setting(options: argparse.Namespace, letters: Sequence[str], seeds: int | None) -> Setting:
-    """Of claims: in the precision that is asked for, or that their jobs that are done were run in."""
+def _setting(options: argparse.Namespace, letter: str, seeds: int | None) -> Setting:
+    """Of a claim: in the precision that is asked for, or that its jobs that are done were run in."""
     precision = options.precision or usual_precision(options.scale)
     setting = Setting(options.data, options.out, options.scale, seeds, precision)
-    jobs = jobs_of([CLAIMS[letter](setting) for letter in letters], setting)
+    jobs = CLAIMS[letter](setting).jobs(setting)
     done = None if options.precision else Marks(options.out).precision(jobs)
     return setting if done is None else replace(setting, precision=done)
 
@@ -120,7 +131,7 @@ def _others(letters: Sequence[str], options: argparse.Namespace) -> Iterator[Cla
     """Further claims of which there are results, for the report of all."""
     for letter, claim in CLAIMS.items():
         if letter not in letters:
-            setting = _setting(options, [letter], None)
+            setting = _setting(options, letter, None)
             try:
                 yield results_of(claim(setting), setting)
             except ConfigError as error:

@@ -90,7 +90,7 @@ def claim(setting: Setting) -> Claim:
 
 
 def test_a_claim_goes_from_records_to_a_report(setting: Setting) -> None:
-    jobs = jobs_of([claim(setting)], setting)
+    jobs = jobs_of([(claim(setting), setting)])
     said: list[str] = []
     queue.Queue(jobs, setting.out, said.append).run(1)
     assert [line.split()[1] for line in said if line.startswith("done")] == [

@@ -197,3 +197,46 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_task_is_asked(tmp
         require_out(Repeats(), tmp_path / "file/out")  # type: ignore[arg-type]
     require_out(Repeats(), tmp_path / "new/out")  # type: ignore[arg-type]
     assert not (tmp_path / "new").exists()
+
+
+def test_how_answers_are_scored_can_change_without_asking_again(tmp_path: Path) -> None:
+    """Records of one passage depend on each other where the task says so."""
+    write_task(tmp_path)
+    lines = [
+        {"question": f"who purrs in {n}?", "passage": n // 8, "right": "cat" if n < 8 else "dog"}
+        for n in range(16)
+    ]
+    (tmp_path / "pets/validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = TASK | {"data": TASK["data"] | {"fields": TASK["data"]["fields"] | {"passage": "passage"}}}
+    asked, model = TaskSettings(data=tmp_path, shots=(0,)), Evaluated("a model", "as it is")
+
+    class Silent(Repeats):
+        """A model that must not be asked."""
+
+        def continuations(self, prompts: Sequence[Any], *_: Any) -> Any:
+            raise AssertionError(prompts)
+
+    def errors(answerer: Repeats, **keys: Any) -> dict[str, float]:
+        (tmp_path / "pets.yaml").write_text(yaml.safe_dump(content | keys))
+        task = load_task(tmp_path / "pets.yaml")
+        (result,) = evaluate_tasks(answerer, [task], asked, model, tmp_path / "out", print)  # type: ignore[arg-type]
+        return {name: one.standard_error for name, one in result.scores.items()}
+
+    assert errors(Repeats())["exact_match"] == pytest.approx(0.5 / 16**0.5, rel=0.1)
+    found = errors(Silent(), drawn_together="passage", metrics=["exact_match", "squad_f1"])
+    assert found["exact_match"] == found["squad_f1"] == pytest.approx(0.5 / 2**0.5, rel=0.1)
+
+
+def test_an_option_that_was_chosen_is_scored_by_all_metrics_of_the_task(tmp_path: Path) -> None:
+    keys = {"options": {"cat": "a cat", "dog": "a dog"}, "metrics": ["accuracy", "squad_f1"]}
+    task = write_task(tmp_path).model_copy(update=keys)
+    asked, model = TaskSettings(data=tmp_path, scored_by="likelihood"), Evaluated("a model", "as it is")
+
+    class Chooses(Repeats):
+        """A model that takes the last option."""
+
+        def likelihoods(self, documents: Sequence[Any], *_: Any) -> list[Likelihood]:
+            return [Likelihood(float(number), 1) for number, _ in enumerate(documents)]
+
+    (result,) = evaluate_tasks(Chooses(), [task], asked, model, tmp_path / "out", print)  # type: ignore[arg-type]
+    assert {name: one.value for name, one in result.scores.items()} == {"accuracy": 0.0, "squad_f1": 0.0}

@@ -107,10 +107,10 @@ def test_a_node_with_another_torch_is_refused(tmp_path: Path) -> None:
 
 def test_a_node_with_a_gpu_short_is_refused(tmp_path: Path) -> None:
     nodes = {}
-    for node, count in (("a", 2), ("b", 1)):
+    for node, count, memory in (("a", 2, "[N/A], [N/A]"), ("b", 1, "81559, 4")):
         smi = tmp_path / node / "nvidia-smi"
         smi.parent.mkdir()
-        smi.write_text(f"#!/bin/sh\nyes 'NVIDIA X, 81559, 4, 41, 580.1' | head -n {count}\n")
+        smi.write_text(f"#!/bin/sh\nyes 'NVIDIA X, {memory}, 41, 580.1' | head -n {count}\n")
         smi.chmod(0o755)
         nodes[node] = {"PATH": f"{smi.parent}:{os.environ['PATH']}"}
     codes, output = run_nodes(tmp_path / "run", "--gpus", "2", nodes=nodes)

@@ -101,7 +101,7 @@ def test_arms_that_are_compared_are_given_the_same_number_of_rows(letter: str, s
 @pytest.mark.parametrize("letter", CLAIMS)
 def test_jobs_stand_behind_what_they_need_and_have_names_of_their_own(letter: str, setting: Setting) -> None:
     claim = CLAIMS[letter](setting)
-    jobs = jobs_of([claim], setting)
+    jobs = jobs_of([(claim, setting)])
     assert sum(map(len, in_order(jobs))) == len(jobs)
     assert len(jobs) == len(list(claim.jobs(setting)))
     assert {f"{series.arm.name}/seed_3" for series in claim.series()} <= {job.name for job in jobs}
@@ -110,7 +110,7 @@ def test_jobs_stand_behind_what_they_need_and_have_names_of_their_own(letter: st
 def test_arms_have_as_many_seeds_as_asked_for_or_as_their_verdict_usually_needs(setting: Setting) -> None:
     def seeds(arm: str, **changes: Any) -> int:
         own = replace(setting, **{"seeds": None} | changes)
-        names = [job.name for job in jobs_of([CLAIMS["f"](own)], own)]
+        names = [job.name for job in jobs_of([(CLAIMS["f"](own), own)])]
         return sum(name.startswith(f"{arm}/seed_") for name in names)
 
     assert (seeds("f_joint_100"), seeds("f_patches_100")) == (5, 5)
@@ -147,19 +147,19 @@ def test_the_rate_that_is_best_on_validation_is_taken(setting: Setting) -> None:
 def test_data_that_are_not_there_are_named(setting: Setting) -> None:
     claims = [CLAIMS["b"](setting)]
     with pytest.raises(DataError, match=r"no vader, minilm in data/real: .*fetch_data.py vader minilm"):
-        check_data(claims, setting)
+        check_data(claims, setting.data)
     for name in ("vader", "minilm"):
         (setting.data / name).mkdir(exist_ok=True)
         (setting.data / name / SOURCE_NAME).write_text("{}")
-    check_data(claims, setting)
+    check_data(claims, setting.data)
 
 
 def test_arrays_run_the_jobs_of_a_stage_behind_the_one_before(setting: Setting) -> None:
-    jobs = jobs_of([CLAIMS["b"](setting)], setting)
+    jobs = jobs_of([(CLAIMS["b"](setting), setting)])
     typed = write_arrays(jobs, setting, ["--only", "b"])
     stages = in_order(jobs)
     assert typed.count("sbatch") - typed.count(".sbatch") == len(stages)
-    assert typed.count("--dependency=afterok") == len(stages) - 1
+    assert typed.count("--dependency=afterany") == len(stages) - 1
     script = (setting.out / "slurm/stage_0.sbatch").read_text()
     assert f"--array=0-{len(stages[0]) - 1}\n" in script
     assert all(job.name in script for job in stages[0])
@@ -168,5 +168,5 @@ def test_arrays_run_the_jobs_of_a_stage_behind_the_one_before(setting: Setting) 
 
 def test_arrays_ask_for_a_gpu_where_the_scale_is_its(setting: Setting) -> None:
     at_gpu = replace(setting, scale="gpu")
-    write_arrays(jobs_of([CLAIMS["b"](at_gpu)], at_gpu), at_gpu, ["--only", "b", "--scale", "gpu"])
+    write_arrays(jobs_of([(CLAIMS["b"](at_gpu), at_gpu)]), at_gpu, ["--only", "b", "--scale", "gpu"])
     assert "#SBATCH --gpus=1\n#SBATCH --time=" in (setting.out / "slurm/stage_0.sbatch").read_text()

@@ -46,6 +46,13 @@ def test_jobs_run_behind_what_they_need_and_once(tmp_path: Path) -> None:
     assert done.commands == [tuple(jobs[0].commands()[0])]
 
 
+def test_a_mark_that_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/a.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"jobs/a\.json does not say how a was done .*remove it"):
+        Marks(tmp_path).read(job("a", tmp_path))
+
+
 def test_what_all_wait_for_in_the_end_begins_first(tmp_path: Path) -> None:
     short, first, long = job("short", tmp_path), job("first", tmp_path), job("long", tmp_path, "first")
     long = replace(long, minutes=9.0)

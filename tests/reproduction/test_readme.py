@@ -13,12 +13,12 @@ import pytest
 from metalm.errors import EXIT_USAGE, ConfigError
 from metalm.project_files import project_root
 from metalm.reproduction.arms import Setting
-from metalm.reproduction.claim import Claim
+from metalm.reproduction.claim import Claim, Comparison, Series
 from metalm.reproduction.jobs import Marks
 from metalm.reproduction.readme import markers, write_into
 from metalm.reproduction.report import write_report
 from metalm.reproduction.results import results_of
-from reproduction.made_up import GPT, METALM, SHUFFLED, claim, write_scores
+from reproduction.made_up import GPT, METALM, SHUFFLED, arm, claim, write_scores
 
 CLAIMS = {
     "x": lambda setting: claim(),
@@ -166,7 +166,6 @@ def test_a_kept_claim_that_has_changed_is_not_shown_as_not_done(
 def tool(monkeypatch: pytest.MonkeyPatch, *words: object) -> object:
     """The exit code of tools/reproduce.py on the made-up claims."""
     monkeypatch.setattr("metalm.reproduction.claims.CLAIMS", CLAIMS)
-    monkeypatch.setattr("metalm.reproduction.claim.check_data", lambda claims, setting: None)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(project_root() / "tools/reproduce.py"), run_name="__main__")
@@ -188,6 +187,31 @@ def test_the_tool_reports_into_a_readme(
     assert "## y. An invented claim" in (setting.out / "report.md").read_text()
 
 
+def test_claims_that_were_run_in_other_precisions_are_reported_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = Series(arm("n"), "test")
+    monkeypatch.setitem(
+        CLAIMS,
+        "y",
+        lambda setting: replace(
+            claim(),
+            letter="y",
+            arms=(alone.arm,),
+            comparisons=(Comparison("itself", alone, alone),),
+            chance=(),
+            curves=(),
+        ),
+    )
+    narrow = Setting(tmp_path, tmp_path / "out", "cpu", 3, "bf16")
+    ran(narrow, "x", [0.80, 0.82, 0.81], "a", monkeypatch)
+    write_scores(replace(narrow, precision="fp32"), alone, [0.5, 0.6, 0.5])
+    monkeypatch.chdir(tmp_path)
+    assert tool(monkeypatch, "--only", "x,y", "--report", "--data", tmp_path, "--out", "out") == 0
+    assert "in bf16 and fp32" in (narrow.out / "report.md").read_text()
+    assert "y: An invented claim: not shown" in capsys.readouterr().out
+
+
 def test_results_of_another_scale_get_into_no_readme(
     readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +224,7 @@ def test_results_of_another_scale_get_into_no_readme(
     assert readme.read_text() == "\n".join(markers("gpu"))
     assert tool(monkeypatch, *typed, "--readme", tmp_path / "absent.md") == EXIT_USAGE
     assert "there is no file" in capsys.readouterr().err
+    monkeypatch.setattr("metalm.reproduction.claim.check_data", lambda claims, data: None)
     (tmp_path / "file").touch()
     assert tool(monkeypatch, "--only", "x", "--data", tmp_path, "--out", tmp_path / "file/out") == EXIT_USAGE
     assert "choose another --out" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def setting(tmp_path: Path) -> Setting:
 
 
 def report(setting: Setting, tried: str = "") -> tuple[str, str]:
-    shared, *_ = jobs_of([claim(tried)], setting)
+    shared, *_ = jobs_of([(claim(tried), setting)])
     Marks(setting.out).write(shared, seconds=90.0)
     write_report([results_of(claim(tried), setting)], setting, lambda line: None)
     return (setting.out / "report.md").read_text(), (setting.out / "report.html").read_text()

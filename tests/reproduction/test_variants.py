@@ -116,12 +116,45 @@ def test_images_of_other_records_are_asked_about(tmp_path: Path) -> None:
     (tmp_path / "invented/pictures").mkdir()
     (tmp_path / "invented/pictures/good 3.png").write_bytes(b"three")
     out = tmp_path / "mismatched"
+    for seed in range(20):
+        write_mismatched(task, tmp_path, out, seed=seed)
+        found = TaskData(load_task(out / task.name), out).records("test")
+        assert all(record.fields["picture"] != own for record, own in zip(found, texts["test"], strict=True))
     write_mismatched(task, tmp_path, out, seed=0)
     found = TaskData(load_task(out / task.name), out).records("test")
     assert sorted(record.fields["picture"] for record in found) == sorted(texts["test"])
-    assert [record.fields["picture"] for record in found] != texts["test"]
     (three,) = [record for record in found if record.fields["picture"] == "good 3"]
     assert three.fields["image"].read() == b"three"
+
+
+def test_images_that_lie_beside_the_records_are_found(tmp_path: Path) -> None:
+    task = write_task(tmp_path, {"train": ["good 0"], "test": ["good 1", "good 2"]})
+    content = yaml.safe_load(task.read_text())
+    content["data"]["media"] = {"image": "{text}.png"}
+    task.write_text(yaml.safe_dump(content))
+    (tmp_path / "invented/good 2.png").write_bytes(b"two")
+    write_mismatched(task, tmp_path, tmp_path / "out", seed=0)
+    first = TaskData(load_task(tmp_path / "out" / task.name), tmp_path / "out").records("test")[0]
+    assert first.fields["image"].read() == b"two"
+
+
+def test_what_cannot_be_dealt_is_refused(task: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(task.read_text())
+    content["data"]["fields"]["label"] = "label|lower"
+    task.write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match=r"label is 'label\|lower', and not a key of the records"):
+        write_shuffled(task, tmp_path, tmp_path / "out", seed=0)
+    content["data"]["fields"]["label"] = "label"
+    content["data"]["hold_out"] = {"validation": {"of": "train", "last": 2}}
+    task.write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match="validation is held out of train"):
+        write_shuffled(task, tmp_path, tmp_path / "out", seed=0)
+    content["data"]["hold_out"] = {}
+    content["data"]["media"] = {"image": "{text}.png"}
+    task.write_text(yaml.safe_dump(content))
+    (tmp_path / "invented/test.jsonl").write_text('{"text": "x", "label": "yes", "group": "x"}\n' * 3)
+    with pytest.raises(DataError, match="nearly all records have the same value 'x'"):
+        write_mismatched(task, tmp_path, tmp_path / "out", seed=0)
 
 
 def test_a_group_on_two_sides_is_refused(task: Path, tmp_path: Path) -> None:

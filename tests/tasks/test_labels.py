@@ -79,10 +79,10 @@ TURNED = {
 
 
 def read(name: str, split: str, data: Path = DATA) -> tuple[list[TaskRecord], dict[str, tuple[int, str]]]:
-    """The records of a split, and what was left out."""
+    """The records of a split, and what was left out: how many by cause, and the first of them."""
     tally = Tally()
     records = TaskData(load_task(name), data).records(split, tally)
-    return records, tally.dropped
+    return records, {cause: (len(places), places[0]) for cause, places in tally.dropped.items()}
 
 
 def shown_in_context(name: str, split: str, number: int = 0) -> list[str]:

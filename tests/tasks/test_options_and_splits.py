@@ -125,7 +125,7 @@ def test_an_empty_option_leaves_the_others_their_keys(tmp_path: Path) -> None:
         (("0", "1"), ("1",)),
         (("2", "1"), ("2",)),
     ]
-    assert {cause: count for cause, (count, _) in tally.dropped.items()} == {
+    assert {cause: len(places) for cause, places in tally.dropped.items()} == {
         "fewer_than_two_options": 1,
         "unknown_best": 1,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from metalm.training import engines as engines_module
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import build_engines
 from metalm.training.going_on import check_going_on
-from metalm.training.start import decide_start, load_start
+from metalm.training.start import decide_start, load_start, tell_readers
 
 OTHER_ENCODER = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_text_positions": 8}
 
@@ -286,6 +287,35 @@ def test_what_leaves_the_weights_their_meaning_may_change(
     start = decide_start(Corpus(config_with(tmp_path, **{key: value})), store)
     assert start.checkpoint is not None
     assert start.checkpoint.folder == tmp_path / "tiny" / "checkpoints" / "step_00000004"
+
+
+def test_what_a_run_is_told_anew_when_it_goes_on_is_logged(
+    store: CheckpointStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        decide_start(Corpus(config_with(tmp_path)), store)
+        assert not caplog.records
+        changes = {"training__steps": 7, "parallel__tensor": 2, "monitor__log_every_steps": 5}
+        decide_start(Corpus(config_with(tmp_path, **changes)), store)
+    (record,) = caplog.records
+    assert record.getMessage().splitlines()[1:] == [
+        "  parallel.tensor: 1 until then, 2 now",
+        "  training.steps: 100 until then, 7 now",
+    ]
+
+
+def test_texts_whose_encoder_the_model_lacks_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_with(tmp_path, data__sources__text__readers={"text": "prosody"})
+    with caplog.at_level(logging.INFO):
+        tell_readers(config)
+        tell_readers(config.model_copy(update={"model": config.model.model_copy(update={"encoders": {}})}))
+    said = "source text: the model has no encoder prosody, so the decoder reads the text itself"
+    assert [(one.levelname, one.getMessage()) for one in caplog.records[:2]] == [
+        ("WARNING", said),
+        ("INFO", said),
+    ]
 
 
 @pytest.mark.parametrize("check", [start_of, dry_start_of])

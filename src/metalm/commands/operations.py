@@ -1,4 +1,4 @@
-"""`metalm status`, `stop` and `preflight`."""
+"""`metalm status`, `report`, `stop` and `preflight`."""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def add_commands(commands: Any) -> None:
     scores.add_argument("--overflow", choices=("split", "cut_left", "cut_right"), default="split")
     scores.add_argument("--batch-size", type=positive, default=16, help="documents at once, on each rank")
     scores.add_argument("--device", default="cpu", help="of an exported model; cuda: a GPU each process")
-    scores.add_argument("--out", type=Path, help="default: tasks/ in the model's folder")
+    scores.add_argument(
+        "--out", type=Path, help="default: tasks/ in the export's folder, tasks/step_N/ in the run's"
+    )
     scores.set_defaults(run=_evaluate_tasks)
 
     tasks = commands.add_parser("tasks", help="look at task files and their data").add_subparsers(
@@ -68,10 +70,10 @@ def add_commands(commands: Any) -> None:
 def _evaluate_tasks(options: argparse.Namespace) -> None:
     with Phase("loading what reads tasks"):
         from metalm.parallel.launch import find_launch
-        from metalm.tasks.task_file import load_task
+        from metalm.tasks.task_file import load_tasks
         from metalm.tasks.ways import TaskSettings
 
-    tasks = [load_task(name) for name in options.tasks]
+    tasks = load_tasks(options.tasks)
     settings = TaskSettings(
         data=options.data,
         shots=options.shots,

@@ -40,9 +40,6 @@ class ExportResult:
 
     folder: Path
     num_parameters: int
-    num_files: int
-    """Of weights."""
-    write_s: float
     proof: list[ProofResult]
 
     @property
@@ -147,7 +144,7 @@ def _write(
         proof=proof,
         license_name=license_name,
     )
-    return ExportResult(out, count, len(paths), seconds, proof)
+    return ExportResult(out, count, proof)
 
 
 def record_proof(folder: Path) -> None:

@@ -215,7 +215,7 @@ class HarnessPrompts:
         named = span.encoder or usual[span.modality]
         if named not in self._processor.encoders:
             known = ", ".join(self._processor.encoders) or "none"
-            raise ConfigError(f"no encoder {named or 'for this'!r}; the model has: {known}")
+            raise ConfigError(f"no encoder {repr(named) if named else 'is there'}; the model has: {known}")
         parts = []
         if span.modality is not None:
             parts.append(ExamplePart(span.content, span.modality, is_encoded=True))

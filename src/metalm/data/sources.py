@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +22,6 @@ from metalm.data.tokenizer import Tokenizer
 from metalm.errors import BadSample, ConfigError, DataError
 from metalm.modalities import MEDIA, Media
 from metalm.modalities.text import TOKEN_DTYPES
-
-logger = logging.getLogger(__name__)
 
 _DTYPE_OF_FORMAT = {FORMATS.index(name): dtype for name, dtype in TOKEN_DTYPES.items()}
 
@@ -248,15 +245,8 @@ def _fitting_readers(
             f"source {name} ({config.path}) was indexed as {index.kind}: its readers must name an encoder of "
             f"{index.modality.unit}, such as {{{modality}: {next(iter(fitting), 'NAME')}}}"
         )
-    found = {modality: reader for modality, reader in config.readers.items() if reader in encoders}
-    for modality in config.readers.keys() - found.keys():
-        logger.info(
-            "source %s: the model has no encoder %s, so the decoder reads the %s itself",
-            name,
-            config.readers[modality],
-            modality,
-        )
-    return found
+    # Those that the model lacks are told of at the start: what they would read, the decoder reads itself.
+    return {modality: reader for modality, reader in config.readers.items() if reader in encoders}
 
 
 def _fitting_index(name: str, folder: Path, tokenizer: Tokenizer, *, check_sizes: bool) -> ShardIndex:

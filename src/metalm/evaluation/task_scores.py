@@ -37,8 +37,8 @@ from metalm.tasks.ways import TaskSettings, Way
 RESULTS_NAME = "results.json"
 LOCK_NAME = ".results.lock"
 QUESTIONS_AT_ONCE = 64
-CHOICE_METRICS = ("exact_match", "macro_f1", "matthews")
-"""Metrics that an option which was chosen by its likelihood can be scored with."""
+_NOT_ASKED = {"version", "cluster", "held_out_with", "metrics", "drawn_together", "evaluated_on"}
+"""Keys of a task that no answer depends on."""
 Value = TypeVar("Value")
 
 
@@ -177,7 +177,7 @@ class _Evaluation:
 
         with closing(AnswersFile(self.out / "answers" / f"{name}.jsonl", about)) as file:
             answers = self._answers(name, records, ask, file)
-        return _scored(task, way, split, [answers[record.key] for record in records], tally)
+        return _scored(task, way, split, [(record, answers[record.key]) for record in records], tally)
 
     def _answers(
         self,
@@ -297,20 +297,23 @@ def _normalised(said: Sequence[Likelihood], question: Question, how: str) -> lis
 
 
 def _scored(
-    task: TaskFile, way: Way, split: str, answers: Iterable[Mapping[str, Any]], tally: Tally
+    task: TaskFile,
+    way: Way,
+    split: str,
+    answers: Iterable[tuple[TaskRecord, Mapping[str, Any]]],
+    tally: Tally,
 ) -> TaskResult:
-    skipped = Counter({cause: count for cause, (count, _) in tally.dropped.items()})
+    skipped = Counter({cause: len(places) for cause, places in tally.dropped.items()})
     answered = []
-    for answer in answers:
+    for record, answer in answers:
         if "skipped" in answer:
             skipped[answer["skipped"]] += 1
         else:
-            answered.append(Answered(answer["prediction"], tuple(answer["references"])))
+            answered.append(
+                Answered(answer["prediction"], tuple(answer["references"]), record.drawn_together)
+            )
     if not answered:
         raise DataError(f"{task.task}: no question of {split} could be asked: {dict(skipped)}")
-    metrics: Sequence[str] = task.metrics
-    if way.scored_by == "likelihood":
-        metrics = [name for name in metrics if name in CHOICE_METRICS] or ["exact_match"]
     return TaskResult(
         task=task.task,
         cluster=task.cluster,
@@ -318,7 +321,7 @@ def _scored(
         template=way.template.id,
         shots=way.num_shots,
         scored_by=way.scored_by,
-        scores={name: measure(name, answered) for name in metrics},
+        scores={name: measure(name, answered) for name in task.metrics},
         questions=len(answered),
         skipped=dict(sorted(skipped.items())),
     )
@@ -328,7 +331,7 @@ def _fingerprint(
     task: TaskFile, way: Way, settings: TaskSettings, split: str, model: Evaluated
 ) -> dict[str, Any]:
     """What answers depend on, but the data."""
-    content = task.model_dump_json() + way.template.model_dump_json()
+    content = task.model_dump_json(exclude=_NOT_ASKED) + way.template.model_dump_json()
     return {
         "model": model.name,
         "weights": model.fingerprint,

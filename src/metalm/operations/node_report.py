@@ -30,10 +30,10 @@ _QUERY = "--query-gpu=name,memory.total,memory.used,temperature.gpu,driver_versi
 class Gpu:
     """One GPU as nvidia-smi tells of it."""
 
-    total_gib: float
-    used_gib: float
+    total_gib: float | None
+    used_gib: float | None
     celsius: float | None
-    """None where the driver does not tell."""
+    """None, all of them, where the driver does not tell: of memory that is the host's, for one."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,17 @@ def _gpus(faults: list[str]) -> tuple[tuple[Gpu, ...], dict[str, str]]:
     gpus, models, drivers = [], set(), set()
     for line in found.stdout.splitlines():
         name, total, used, celsius, driver = (part.strip() for part in line.split(","))
-        heat = float(celsius) if celsius.replace(".", "").isdigit() else None
-        gpus.append(Gpu(float(total) / 1024, float(used) / 1024, heat))
+        gpus.append(Gpu(_number(total, 1024), _number(used, 1024), _number(celsius)))
         models.add(name)
         drivers.add(driver)
     return tuple(gpus), {"GPU": " and ".join(sorted(models)), "driver": " and ".join(sorted(drivers))}
+
+
+def _number(word: str, unit: float = 1.0) -> float | None:
+    try:
+        return float(word) / unit
+    except ValueError:  # [N/A]
+        return None
 
 
 def _disk(run_folder: Path, faults: list[str]) -> tuple[float | None, float | None]:

@@ -61,9 +61,9 @@ def _own_problems(report: NodeReport, limits: Limits, usual_clock: float) -> lis
     if len(report.gpus) < limits.gpus:
         found.append(f"{len(report.gpus)} GPUs, expected {limits.gpus:g}")
     for number, gpu in enumerate(report.gpus):
-        if gpu.total_gib < limits.gpu_gib:
+        if gpu.total_gib is not None and gpu.total_gib < limits.gpu_gib:
             found.append(f"GPU {number} has {gpu.total_gib:.1f} GiB, expected {limits.gpu_gib:g}")
-        if limits.gpu_used_gib and gpu.used_gib > limits.gpu_used_gib:
+        if limits.gpu_used_gib and gpu.used_gib is not None and gpu.used_gib > limits.gpu_used_gib:
             found.append(f"{gpu.used_gib:.1f} GiB of GPU {number} are in use before the run")
         if limits.gpu_celsius and (gpu.celsius or 0.0) > limits.gpu_celsius:
             found.append(f"GPU {number} has {gpu.celsius:.0f} degrees, at most {limits.gpu_celsius:g}")
@@ -91,13 +91,13 @@ def draw_table(reports: Sequence[NodeReport], problems: dict[str, list[str]]) ->
     heads = ("node", "GPUs", "GiB used/all", "max C", "free GiB", "MiB/s", "clock s", "within", "across", "")
     rows = [heads]
     for report in reports:
-        used, total = max(((g.used_gib, g.total_gib) for g in report.gpus), default=(0.0, 0.0))
+        sizes = [(g.used_gib, g.total_gib) for g in report.gpus if None not in (g.used_gib, g.total_gib)]
         hottest = max((gpu.celsius for gpu in report.gpus if gpu.celsius is not None), default=None)
         rows.append(
             (
                 report.node,
                 str(len(report.gpus)),
-                f"{used:.1f}/{total:.1f}" if report.gpus else "-",
+                "{:.1f}/{:.1f}".format(*max(sizes)) if sizes else "-",
                 _shown(hottest, 0),
                 _shown(report.free_gib, 1),
                 _shown(report.write_mib_s, 0),

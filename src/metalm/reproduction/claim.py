@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from metalm.errors import DataError
@@ -105,20 +106,20 @@ class Claim:
         assert not waiting, f"no arm needs {', '.join(waiting)}"
 
 
-def sets_of(claims: Sequence[Claim]) -> list[str]:
+def sets_of(claims: Iterable[Claim]) -> list[str]:
     """The data sets that claims need, each once."""
     return list(dict.fromkeys(name for claim in claims for name in claim.sets))
 
 
-def check_data(claims: Sequence[Claim], setting: Setting) -> None:
+def check_data(claims: Iterable[Claim], data: Path) -> None:
     """
     Raises:
         DataError: a claim's data sets are not there.
     """
-    if missing := [name for name in sets_of(claims) if not (setting.data / name / SOURCE_NAME).is_file()]:
+    if missing := [name for name in sets_of(claims) if not (data / name / SOURCE_NAME).is_file()]:
         raise DataError(
-            f"there is no {', '.join(missing)} in {setting.data}: get it by "
-            f"`python tools/fetch_data.py {' '.join(missing)} --output {setting.data}`, or give --data"
+            f"there is no {', '.join(missing)} in {data}: get it by "
+            f"`python tools/fetch_data.py {' '.join(missing)} --output {data}`, or give --data"
         )
 
 
@@ -127,10 +128,10 @@ def jobs_for(names: Sequence[str], claims: Sequence[Claim], setting: Setting) ->
     return with_needs(names, (job for claim in claims for job in claim.jobs(setting)))
 
 
-def jobs_of(claims: Sequence[Claim], setting: Setting) -> list[Job]:
+def jobs_of(claims: Iterable[tuple[Claim, Setting]]) -> list[Job]:
     """Of several claims; what they share is there once."""
     found: dict[str, Job] = {}
-    for claim in claims:
+    for claim, setting in claims:
         for job in claim.jobs(setting):
             found.setdefault(job.name, job)
     return list(found.values())

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from metalm.commit import git_commit
 from metalm.errors import ConfigError
@@ -64,6 +65,9 @@ class Done:
         return {word.removeprefix(PRECISION) for word in words if word.startswith(PRECISION)}
 
 
+_DONE = TypeAdapter(Done)
+
+
 class Marks:
     """Which jobs are done, by files in `jobs/`, beside what the jobs have said."""
 
@@ -91,13 +95,21 @@ class Marks:
         return True
 
     def read(self, job: Job) -> Done | None:
-        """What was kept when it was done."""
+        """What was kept when it was done.
+
+        Raises:
+            ConfigError: the file that says so is damaged.
+        """
         path = self._path(job, ".json")
         if not path.is_file():
             return None
-        content: dict[str, Any] = json.loads(path.read_text())
-        content["commands"] = [tuple(command) for command in content["commands"]]
-        return Done(**content)
+        try:
+            return _DONE.validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"{path} does not say how {job.name} was done ({first['msg']}): remove it to run it again"
+            ) from None
 
     def precision(self, jobs: Iterable[Job]) -> Precision | None:
         """What the trainings of those that are done were run in; None: there are none."""

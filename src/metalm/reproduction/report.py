@@ -151,7 +151,7 @@ def _source(setting: Setting, name: str) -> str:
 
 
 def _circumstances(results: Sequence[ClaimResults], setting: Setting) -> Section:
-    jobs, marks = jobs_of([one.claim for one in results], setting), Marks(setting.out)
+    jobs, marks = jobs_of((one.claim, setting) for one in results), Marks(setting.out)
     done = [(job, found) for job in jobs if (found := marks.read(job)) is not None]
     total = sum(found.seconds for _, found in done)
     rows = tuple((job.name, f"{found.seconds / 60:.1f}") for job, found in done)

@@ -54,5 +54,5 @@ def write_arrays(jobs: Sequence[Job], setting: Setting, words: Sequence[object])
             )
         )
         lines.append(f"stage_{number}=$(sbatch --parsable {before}{shlex.quote(str(script))})")
-        before = f'--dependency=afterok:"$stage_{number}" '
+        before = f'--dependency=afterany:"$stage_{number}" '  # what needs a task that has failed says so
     return "\n".join(lines)

@@ -103,34 +103,51 @@ def write_shuffled(path: Path, data: Path, out: Path, seed: int) -> None:
     The other splits are the task's own, and images stay where they are.
 
     Raises:
-        DataError: the records are no JSON Lines.
+        DataError: see `_write_dealt`.
     """
     task = load_task(path)
-    _write_dealt(path, data, out, seed, split="train", key=task.data.fields[task.answer])
+    _write_dealt(path, data, out, seed, split="train", field=task.answer)
 
 
 def write_mismatched(path: Path, data: Path, out: Path, seed: int) -> None:
     """A task whose questions of the test side are asked about the images of other records.
 
     Raises:
-        DataError: the records are no JSON Lines, or the task has no images.
+        DataError: the task has no images, or one alone; see also `_write_dealt`.
     """
     task = load_task(path)
     if not task.data.media:
         raise DataError(f"{path}: the task has no images")
     ((field, _), *_) = placeholders(next(iter(task.data.media.values())))
-    _write_dealt(path, data, out, seed, split="test", key=task.data.fields[field])
+    _write_dealt(path, data, out, seed, split="test", field=field, none_keeps_its_own=True)
 
 
-def _write_dealt(path: Path, data: Path, out: Path, seed: int, *, split: str, key: str) -> None:
-    """A task in one split of which the values of a key are dealt among the records.
+def _write_dealt(
+    path: Path,
+    data: Path,
+    out: Path,
+    seed: int,
+    *,
+    split: str,
+    field: str,
+    none_keeps_its_own: bool = False,
+) -> None:
+    """A task in one split of which the values of a field are dealt among the records.
 
     Raises:
         ConfigError: there is no such split.
-        DataError: the records are no JSON Lines; see also `check_groups`.
+        DataError: the records are no JSON Lines, the field is made of their values by filters, or another
+            split is held out of this one, and would be dealt, too; see also `check_groups`.
     """
     task = load_task(path)
     task.require_split(split)
+    key = task.data.fields[field]
+    if "|" in key or "." in key or "?" in key:
+        raise DataError(
+            f"{path}: {field} is {key!r}, and not a key of the records, whose values can be dealt"
+        )
+    if of_it := [name for name, held_out in task.data.hold_out.items() if held_out.of == split]:
+        raise DataError(f"{path}: {of_it[0]} is held out of {split}: give it a file of its own")
     if task.data.reader != JSON_LINES:
         raise DataError(f"{path}: only tasks of JSON Lines can be shuffled")
     check_groups(task, data)
@@ -138,19 +155,32 @@ def _write_dealt(path: Path, data: Path, out: Path, seed: int, *, split: str, ke
     for name in task.data.files:
         records: list[Any] = list(read_records(task.data, DataFiles(folder, task.data.archive), name))
         if name == split:
-            values = [record[key] for record in records]
+            own_values = [record[key] for record in records]
+            values = list(own_values)
             random.Random(seed).shuffle(values)
+            if none_keeps_its_own:
+                _trade(values, own_values, path)
             records = [{**record, key: value} for record, value in zip(records, values, strict=True)]
         _write(own / f"{name}.jsonl", (json.dumps(record) + "\n" for record in records))
     content = read_yaml(path)
     content["data"] |= {"folder": task.task, "files": {name: f"{name}.jsonl" for name in task.data.files}}
     if task.data.archive is not None:
         content["data"]["archive"] = str((folder / task.data.archive).absolute())
-    for pattern in task.data.media.values():  # of files that are not in the archive
-        first = Path(pattern).parts[0]
-        if (folder / first).is_dir() and not (own / first).exists():
-            (own / first).symlink_to((folder / first).absolute())
+    if task.data.media:  # files that are not in the archive
+        for file in folder.iterdir():
+            if not (own / file.name).exists():
+                (own / file.name).symlink_to(file.absolute())
     _write_task(out / path.name, content)
+
+
+def _trade(values: list[Any], own: Sequence[Any], path: Path) -> None:
+    """Where a record has got its own value, let it have another's, which may have its."""
+    for at, value in enumerate(values):
+        if value == own[at]:
+            other = next((n for n, one in enumerate(values) if value not in (one, own[n])), None)
+            if other is None:
+                raise DataError(f"{path}: nearly all records have the same value {str(value)[:80]!r}")
+            values[at], values[other] = values[other], value
 
 
 def write_blind(path: Path, out: Path) -> None:

@@ -51,13 +51,19 @@ NAMES = (*FILTERS, *LIST_FILTERS)
 
 
 def as_text(value: Any) -> str:
-    """A value that is no list as it stands in a text: `true`, `1`, nothing for null."""
+    """A value as it stands in a text: `true`, `1`, nothing for null.
+
+    Raises:
+        ValueError: it is, or holds, a mapping, bytes or nan.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
         return ", ".join(map(as_text, value))
+    if isinstance(value, (dict, bytes)) or value != value:
+        raise ValueError(f"{repr(value)[:80]} is no text")
     return str(value)
 
 

@@ -52,19 +52,18 @@ class TaskExamples:
         """
         task, tally = self.task, Tally()
         records = TaskData(task, self.data, seed=self.seed).records(self.split, tally, most=self.most)
-        for cause, (count, first) in tally.dropped.items():
-            yield TaskExample(0.0, cause, {"task": task.task, "place": first})
-            yield from (TaskExample(0.0, cause, None) for _ in range(count - 1))
+        for cause, places in tally.dropped.items():
+            yield from (TaskExample(0.0, cause, {"task": task.task, "place": place}) for place in places)
         for number, record in enumerate(records):
             share = number / len(records)
-            place: Place = {"task": task.task, "record": record.key}
+            where: Place = {"task": task.task, "record": record.key}
             for template in self._templates(record.key):
                 answers = record.answers if task.train_on == "each" else record.answers[:1]
                 for answer in answers:
                     try:
-                        yield TaskExample(share, render(task, template, record, answer), place)
+                        yield TaskExample(share, render(task, template, record, answer), where)
                     except UnusableRecord as unusable:
-                        yield TaskExample(share, unusable.cause, place)
+                        yield TaskExample(share, unusable.cause, where)
 
     def _templates(self, key: str) -> Sequence[Template]:
         fitting = self.task.templates_for(_use(self.wordings))

@@ -29,11 +29,6 @@ class Question:
     references: tuple[str, ...]
     """Answers that count as right."""
 
-    @property
-    def right_options(self) -> tuple[int, ...]:
-        """Numbers of the options that are right."""
-        return tuple(n for n, text in enumerate(self.option_texts) if text in self.references)
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -58,7 +53,7 @@ class Asker:
             ConfigError: there are fewer demonstrations than are wanted.
             DataError: the data cannot be used.
         """
-        self._task, self._asked, self._seed, self._tally = data.task, asked, seed, tally
+        self._task, self._asked, self._seed = data.task, asked, seed
         self.records = _grouped(data.task, data.records(split, tally))
         self._pool: list[TaskRecord] = []
         if asked.num_shots:
@@ -96,7 +91,13 @@ class Asker:
     def _demonstrations(self, record: TaskRecord) -> Sequence[TaskRecord]:
         draw = random.Random(f"{self._seed} {self._task.task} {record.key}")
         drawn = draw.sample(self._pool, min(self._asked.num_shots + 1, len(self._pool)))
-        return [one for one in drawn if one.key != record.key][: self._asked.num_shots]
+        others = [
+            one for one in drawn if one.fields != record.fields
+        ]  # another split may hold the record, too
+        if len(others) < self._asked.num_shots:
+            drawn = draw.sample(self._pool, len(self._pool))
+            others = [one for one in drawn if one.fields != record.fields]
+        return others[: self._asked.num_shots]
 
 
 def drawn(records: Sequence[TaskRecord], count: int | None, seed: int) -> list[TaskRecord]:

@@ -33,6 +33,8 @@ class TaskRecord:
     references: tuple[str, ...]
     """All answers that count as right."""
     group: str = ""
+    drawn_together: str = ""
+    """What records that depend on each other have in common; none: the record stands alone."""
 
 
 @dataclass
@@ -40,23 +42,22 @@ class Tally:
     """What became of records, and of the examples made of them."""
 
     kept: int = 0
-    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """By cause, how many records were left out, and where the first of them is."""
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    """By cause, where the records are that were left out."""
     held_out: int = 0
     """Those that are in another split."""
 
     def drop(self, bad: BadRecord) -> None:
         """Count a record that is left out."""
-        count, first = self.dropped.get(bad.cause, (0, bad.place))
-        self.dropped[bad.cause] = (count + 1, first)
+        self.dropped.setdefault(bad.cause, []).append(bad.place)
 
     def lines(self) -> Iterator[str]:
         """For people."""
         yield f"{self.kept:,} kept"
         if self.held_out:
             yield f"{self.held_out:,} held out for other splits"
-        for cause, (count, first) in sorted(self.dropped.items()):
-            yield f"{count:,} left out: {cause.replace('_', ' ')} (the first: {first})"
+        for cause, places in sorted(self.dropped.items()):
+            yield f"{len(places):,} left out: {cause.replace('_', ' ')} (the first: {places[0]})"
 
 
 class TaskData:
@@ -124,17 +125,23 @@ class TaskData:
         yield from (record for record in self._of_file(split, tally) if record.key not in elsewhere)
 
     def _held_out(self, split: str, tally: Tally) -> Iterable[TaskRecord]:
-        held_out = self.task.data.hold_out[split]
-        records = self._of_file(held_out.of, tally)
+        """What those before it, held out of the same split, have left for it."""
+        every = self.task.data.hold_out
+        held_out = every[split]
+        before = [name for name in list(every)[: list(every).index(split)] if every[name].of == held_out.of]
+        taken = {record.key for name in before for record in self._held_out(name, Tally())}
+        records = (record for record in self._of_file(held_out.of, tally) if record.key not in taken)
         if held_out.last is not None:
             return deque(records, held_out.last)
         return _drawn(records, held_out.drawn, f"{self.task.task} {split}")  # the same whatever the seed
 
     def _of_file(self, split: str, tally: Tally) -> Iterator[TaskRecord]:
+        is_first = True
         for number, content in enumerate(read_records(self.task.data, self.files, split)):
             key = f"{split}:{number}"
             try:
-                made = content if isinstance(content, BadRecord) else self._make(content, key, number)
+                made = content if isinstance(content, BadRecord) else self._make(content, key, is_first)
+                is_first &= made is content
             except RecursionError:
                 made = BadRecord("nested_too_deep", key)
             if isinstance(made, BadRecord):
@@ -142,15 +149,17 @@ class TaskData:
             else:
                 yield made
 
-    def _make(self, content: Record, key: str, number: int) -> TaskRecord | BadRecord:
+    def _make(self, content: Record, key: str, is_first: bool) -> TaskRecord | BadRecord:
         task = self.task
         fields: dict[str, Any] = {}
         for name, place in task.data.fields.items():
             where, *filters = place.split("|")
             where, optional = where.strip().removesuffix("?"), where.strip().endswith("?")
             value = values_at(content, where)
+            if value is None and not optional and name not in (task.answer, task.references):
+                return BadRecord(f"no_{name}", key)
             if value is NOTHING and not optional:
-                if number == 0:
+                if is_first:
                     raise ConfigError(
                         f"{task.task}: the data have no {where!r} (field {name}); they have "
                         f"{', '.join(map(str, content))}"
@@ -162,31 +171,42 @@ class TaskData:
                 return BadRecord(f"unusable_{name}", key)
             if not _is_unicode(fields[name]):
                 return BadRecord("not_unicode", key)
+        try:
+            return self._with_answers(fields, key)
+        except (LookupError, ValueError) as error:
+            return BadRecord("unusable_value", f"{key}: {error}")
+
+    def _with_answers(self, fields: dict[str, Any], key: str) -> TaskRecord | BadRecord:
+        """
+        Raises:
+            LookupError, ValueError: a value is no text, or does not suit a filter or the options.
+        """
+        task = self.task
         for name, values in task.data.drop.items():
             if (value := as_text(fields[name])) in values:
                 return BadRecord(f"unwanted_{name}", f"{key}, {value!r}")
         for name, pattern in task.data.media.items():
             fields[name] = MediaFile(self.files, filled_in(pattern, fields, task.maps))
-        return self._with_answers(fields, key)
-
-    def _with_answers(self, fields: dict[str, Any], key: str) -> TaskRecord | BadRecord:
-        task = self.task
         answer = fields[task.answer]
         group = as_text(fields[task.group]) if task.group else ""
+        if task.drawn_together is not None:
+            together = as_text(fields[task.drawn_together])
+        else:
+            together = " ".join(fields[name].name for name in task.data.media)
         if task.options is not None:
             options = _options(task.options, fields)
             if len(options) < 2:
                 return BadRecord("fewer_than_two_options", key)
             if (text := options.get(as_text(answer))) is None:
                 return BadRecord(f"unknown_{task.answer}", f"{key}, {as_text(answer)!r}")
-            return TaskRecord(key, fields, tuple(options.values()), (text,), (text,), group)
+            return TaskRecord(key, fields, tuple(options.values()), (text,), (text,), group, together)
         answers = _texts(answer)
         if not answers and task.if_empty is not None:
             answers = (task.if_empty,)
         if not answers:
             return BadRecord(f"empty_{task.answer}", key)
         references = _texts(fields[task.references]) if task.references else ()
-        return TaskRecord(key, fields, (), answers, references or answers, group)
+        return TaskRecord(key, fields, (), answers, references or answers, group, together)
 
 
 def filled_in(line: str, fields: Mapping[str, Any], maps: Mapping[str, Mapping[str, str]]) -> str:
@@ -205,7 +225,11 @@ def filled_in(line: str, fields: Mapping[str, Any], maps: Mapping[str, Mapping[s
 
 
 def _options(options: Mapping[str, str] | OwnOptions, fields: Mapping[str, Any]) -> dict[str, str]:
-    """The text of each option by its key, without empty ones; none where keys and texts do not fit."""
+    """The text of each option by its key, without empty ones.
+
+    Raises:
+        ValueError: keys and texts are not as many.
+    """
     if not isinstance(options, OwnOptions):
         return dict(options)
     texts = _stripped(
@@ -216,7 +240,7 @@ def _options(options: Mapping[str, str] | OwnOptions, fields: Mapping[str, Any])
     else:
         keys = _stripped(fields[options.keys]) if isinstance(options.keys, str) else options.keys
     if len(keys) != len(texts):
-        return {}
+        raise ValueError(f"{len(texts)} options, and {len(keys)} keys for them")
     return {key: text for key, text in zip(keys, texts, strict=True) if text}
 
 

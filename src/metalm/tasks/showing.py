@@ -61,6 +61,8 @@ def check_task(name: str, root: Path) -> Iterator[str]:
                 tally.kept -= 1
                 tally.drop(BadRecord(unusable.cause, f"{record.key}, {unusable}"))
         yield from (f"{split}: {line}" for line in tally.lines())
+        if not tally.kept:
+            raise DataError(f"{task.task}: no record of {split} can be worded")
 
 
 def show_task(

@@ -243,6 +243,9 @@ class TaskFile(Section):
     """The answer where there is none; default: such records are left out."""
     group: Name | None = None
     """Records of one value of this field are one example of evaluation, with the answers of all."""
+    drawn_together: Name | None = None
+    """Records of one value of this field, such as their passage, depend on each other, so that the standard
+    error draws them together; default: those of the same images and clips."""
     maps: dict[Name, dict[str, str]] = Field(default_factory=dict)
     """Filters of this task: what a value becomes."""
     templates: tuple[Template, ...] = Field(min_length=1)
@@ -273,6 +276,7 @@ class TaskFile(Section):
             raise ValueError("options: one option is no choice")
         known = self.data.fields.keys() | self.data.media.keys()
         named = {"answer": self.answer, "references": self.references, "group": self.group}
+        named |= {"drawn_together": self.drawn_together}
         if isinstance(self.options, OwnOptions):
             texts, keys = self.options.texts, self.options.keys
             named |= {
@@ -297,9 +301,11 @@ class TaskFile(Section):
         for name, pattern in self.data.media.items():
             for _, filters in placeholders(pattern):
                 self._check_filters(f"data.media.{name}", filters)
-        for split in (self.evaluated_on, *([self.icl.shots_from] if self.icl else [])):
+        splits = {"evaluated_on": self.evaluated_on}
+        splits |= {"icl.shots_from": self.icl.shots_from} if self.icl else {}
+        for key, split in splits.items():
             if split not in self.data.splits:
-                raise ValueError(f"there is no split {split}; data.files has {', '.join(self.data.splits)}")
+                raise ValueError(f"{key}: there is no split {split}; there are {', '.join(self.data.splits)}")
         return self
 
     def _check_filters(self, where: str, filters: Iterable[str]) -> None:
@@ -339,6 +345,23 @@ def placeholders(line: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 def find_tasks() -> dict[str, Path]:
     """The task files that come with MetaLM, by name."""
     return {path.stem: path for path in sorted((project_root() / TASKS_FOLDER).glob("*.yaml"))}
+
+
+def load_tasks(names: Iterable[str | Path]) -> list[TaskFile]:
+    """Task files of different names; see `load_task`.
+
+    Raises:
+        ConfigError: also where two have one name.
+    """
+    tasks: dict[str, TaskFile] = {}
+    for name in names:
+        task = load_task(name)
+        if task.task in tasks:
+            raise ConfigError(
+                f"{name}: another of these tasks is called {task.task}; rename one by its key `task`"
+            )
+        tasks[task.task] = task
+    return list(tasks.values())
 
 
 def load_task(name: str | Path) -> TaskFile:

@@ -21,7 +21,7 @@ from metalm.objectives import build_objective
 from metalm.outputs import require_folder_place
 from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
-from metalm.tasks.task_file import TaskFile, load_task
+from metalm.tasks.task_file import TaskFile, load_tasks
 from metalm.tasks.ways import TaskSettings
 from metalm.training.check_start import task_settings
 from metalm.training.engines import Engines
@@ -56,7 +56,7 @@ def score_in_training(
     if topology.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
     answerer = EngineAnswerer(engines, topology, corpus, batch_size=wanted.batch_size)
-    tasks = [load_task(name) for name in wanted.names]
+    tasks = load_tasks(wanted.names)
     model = Evaluated(out.name, "as it is being trained")
     results = evaluate_tasks(
         answerer, tasks, task_settings(wanted), model, out, report=lambda line: None, beat=beat

@@ -19,6 +19,7 @@ from metalm.checkpoint.manifest import LATEST_NAME, read_manifest, read_regular_
 from metalm.checkpoint.names import CHECKPOINTS_NAME, CONFIG_NAME, list_checkpoints
 from metalm.checkpoint.state import STATE_NAME, RunState, first_mistake, parse_state
 from metalm.config import ModelConfig, RunConfig
+from metalm.config.secrets import without_secrets
 from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError, ConfigError
 
@@ -29,6 +30,10 @@ _FREE_TO_CHANGE = (
     "decoder.start",
 )
 """Ends of keys of the model's section that may differ from start to start: the weights keep their meaning."""
+
+
+_TOLD_ELSEWHERE = {"model", "run", "initialize", "monitor"}
+"""Sections that are compared apart, or change no weight."""
 
 
 def check_going_on(corpus: Corpus) -> None:
@@ -121,6 +126,9 @@ def refuse_another_model(corpus: Corpus, folder: Path, files: Collection[str], s
             f"tokenizer that {folder} was trained with ({state.tokenizer[:16]}): "
             "ids mean other tokens" + advice
         )
+    if CONFIG_NAME in files and (changes := list(_other_settings(folder / CONFIG_NAME, corpus.config))):
+        lines = [f"  {key}: {old} until then, {new} now" for key, old, new in changes]
+        logger.info("\n".join([f"going on from {folder} with other settings:", *lines]))
 
 
 def check_initial_weights(
@@ -193,6 +201,19 @@ def _model_of(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _other_settings(path: Path, config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """What else a run was told until a checkpoint, and is told now; nothing where its config is too old."""
+    try:
+        content = yaml.safe_load(path.read_text())
+        content.pop("provenance", None)
+        before = without_secrets(RunConfig.model_validate(content))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError, RecursionError):
+        return
+    now = without_secrets(config)
+    for section in (name for name in now if name not in _TOLD_ELSEWHERE):
+        yield from _changes(section, before[section], now[section])
 
 
 def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -182,10 +182,6 @@ class RunningSave:
         if job.topology.rank == 0:
             self._published = self._pool.submit(job.publish, self._abandoned)
 
-    def is_over(self) -> bool:
-        """Whether this rank has nothing left to do for it."""
-        return self._written.done() and (self._published is None or self._published.done())
-
     def has_failed(self) -> bool:
         """Whether this rank's part has failed by now. Does not wait."""
         parts = (self._written, self._published)

@@ -97,6 +97,8 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
             stack.callback(lock.release)
         store = CheckpointStore(folder, config, topology)
         stack.callback(store.close)
+        if session.is_first:
+            tell_readers(config)
         with Phase("looking for a checkpoint", told=True):
             start = decide_start(corpus, store)
         with Phase("building the model and its engines", told=True):
@@ -118,6 +120,16 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
             write_config(config, folder / CONFIG_NAME, provenance())
         session.log.open()
         yield StartedRun(engines, store, data, state, lane_states, watchdog, lock)
+
+
+def tell_readers(config: RunConfig) -> None:
+    """Tell of texts whose encoder the model does not have; where it has others, that may be a mistake."""
+    level = logging.WARNING if config.model.encoders else logging.INFO
+    for name, source in config.data.sources.items():
+        for modality, reader in source.readers.items():
+            if reader not in config.model.encoders:
+                words = "source %s: the model has no encoder %s, so the decoder reads the %s itself"
+                logger.log(level, words, name, reader, modality)
 
 
 def _clear(checkpoints: Path) -> None:

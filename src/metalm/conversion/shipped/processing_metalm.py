@@ -401,7 +401,9 @@ class MetaLMProcessor(ProcessorMixin):
         if name not in self.encoders:
             known = ", ".join(self.encoders) or "none"
             what = "text" if span.marker is None else f"{NOUNS[span.marker]}s"
-            raise ValueError(f"no encoder {name or 'for this'!r} to read {what}; the model has: {known}")
+            raise ValueError(
+                f"no encoder {repr(name) if name else 'is there'} to read {what}; the model has: {known}"
+            )
         sizes = self.encoders[name]
         num_vectors = 0
         if span.marker == AUDIO_MARKER:

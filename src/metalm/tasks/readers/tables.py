@@ -44,11 +44,20 @@ def read_csv(
                 for row in rows:
                     if columns is None:
                         columns = row
+                        if len(set(columns)) < len(columns):
+                            raise expected(
+                                files, name, f"columns of different names, not {', '.join(columns)}"
+                            )
                     elif len(row) == len(columns):
                         yield dict(zip(columns, row, strict=True))
                     elif row:
                         yield BadRecord("wrong_number_of_columns", f"{name}:{rows.line_num}")
-            except (UnicodeDecodeError, csv.Error) as error:
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{files.folder / name} is not in {encoding} ({error.reason}): name its own in the task, "
+                    "such as `settings: {encoding: latin-1}`"
+                ) from None
+            except csv.Error as error:
                 raise DataError(f"{files.folder / name}:{rows.line_num}: {error}") from None
 
 
