@@ -145,7 +145,7 @@ def check_ranks(
 
 def compare(folder: Path, name: str) -> Record:
     """The losses of a layout against those of one rank."""
-    from metalm.training.monitor.json_lines import read_metrics
+    from metalm.run_metrics import read_metrics
 
     def losses(run: str) -> dict[int, float]:
         lines = read_metrics(folder / "runs" / run)

@@ -13,7 +13,7 @@ from typing import Any
 from metalm.cli import ToolParser, run_tool
 from metalm.data.demo.scoring import attribute_accuracy
 from metalm.errors import DataError
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 
 SUMMARY_NAME = "summary.json"
 

@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from metalm.run_folder import LOGS_NAME
+
 ENDS_NAME = "ends.jsonl"
 """In `logs/`."""
 
@@ -36,7 +38,7 @@ def record_end(run_folder: Path, step: int | None, code: int, cause: str) -> Non
     """
     first_line = next(iter(cause.splitlines()), "")
     end = RunEnd(round(time.time(), 3), step, code, first_line)
-    with (run_folder / "logs" / ENDS_NAME).open("a") as handle:
+    with (run_folder / LOGS_NAME / ENDS_NAME).open("a") as handle:
         handle.write(json.dumps(asdict(end)) + "\n")
 
 
@@ -47,7 +49,7 @@ def last_end(run_folder: Path) -> RunEnd | None:
 
 def all_ends(run_folder: Path) -> list[RunEnd]:
     """All ends that were recorded, oldest first; torn lines are left out."""
-    path = run_folder / "logs" / ENDS_NAME
+    path = run_folder / LOGS_NAME / ENDS_NAME
     if not path.exists():
         return []
     ends = []

@@ -9,8 +9,8 @@ ANSWERED_STOP_NAME = "stop_answered"
 LOCK_NAME = "lock"
 """Held by the process that trains the run; see `run_lock`."""
 
-METRICS_NAME = "metrics.jsonl"
-"""In `logs/`: the figures of the run, a JSON object a line."""
+LOGS_NAME = "logs"
+"""The folder of what the run and its batch scripts say."""
 
 SUBMITTED_NAME = "submitted"
 """Holds a folder for each submission of the run to Slurm, with the config and the code of the job."""

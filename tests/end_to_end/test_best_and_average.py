@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from distributed.ranks import run_program
 from metalm.checkpoint.names import list_checkpoints
 from metalm.checkpoint.reader import CheckpointReader
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 OVERRIDES = (

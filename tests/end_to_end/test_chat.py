@@ -13,7 +13,7 @@ from metalm.conversion.chat import chat_with_folder
 from metalm.conversion.export import export_checkpoint
 from metalm.data.preparation.chat_shards import prepare_chats
 from metalm.data.preparation.example_shards import default_converts
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 CHATS = {

@@ -15,7 +15,7 @@ import torch
 from distributed.ranks import run_program
 from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.reader import CheckpointReader
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "tests/tasks/data"

@@ -15,8 +15,8 @@ from distributed.ranks import run_program
 from metalm.checkpoint.folders import find_checkpoint
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.config import load_config
+from metalm.run_metrics import read_metrics
 from metalm.training.dry_run import describe_plan
-from metalm.training.monitor.json_lines import read_metrics
 from reference.pretrained import save_pretrained
 
 REPOSITORY = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distributed.ranks import run_program
 from metalm.checkpoint.reader import CheckpointReader
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 from reference.encoder_tokenizer import save_tokenizer
 from reference.pretrained import save_pretrained, vision_model
 

@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 
 from distributed.ranks import Ranks, run_program, wait_until
+from metalm.run_metrics import read_metrics
 from metalm.training.monitor.dashboard import PAGE
-from metalm.training.monitor.json_lines import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = "watched/tensorboard"

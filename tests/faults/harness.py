@@ -9,7 +9,7 @@ from typing import Any
 from distributed.ranks import Ranks
 from metalm.checkpoint.manifest import read_manifest
 from metalm.checkpoint.names import list_checkpoints
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 
 Fault = tuple[str, dict[str, Any]]
 """Name of a function in `injected`, and its arguments."""

@@ -14,8 +14,9 @@ import pytest
 
 from metalm.checkpoint.best import Best, write_best
 from metalm.errors import ConfigError
-from metalm.operations.history import newest_metrics, read_attempts
+from metalm.operations.history import read_attempts
 from metalm.operations.status import describe, describe_run
+from metalm.run_metrics import newest_metrics
 from permissions import as_users_are
 
 NOW = 1_800_000_000.0
@@ -353,7 +354,7 @@ def test_a_run_whose_files_are_damaged_has_its_line_and_the_others_theirs(
 
 def test_figures_that_are_none_do_not_keep_the_table_from_the_others(run: Path) -> None:
     shutil.copytree(run, run.parent / "bad")
-    (run.parent / "bad/logs/metrics.jsonl").write_text('{"step": "x", "time": 1, "loss/all": "y"}\n')
+    (run.parent / "bad/logs/metrics.jsonl").write_text('{"step": 1, "time": 1, "loss/all": "y"}\n')
     _, bad, whole = describe(run.parent, NOW).splitlines()
     assert "cannot be read: ValueError: " in bad
     assert whole.startswith("run ")

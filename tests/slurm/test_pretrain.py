@@ -16,7 +16,7 @@ from built_once import built_once
 from distributed.ranks import run_program
 from metalm.operations.history import read_attempts
 from metalm.operations.status import describe_run
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 from slurm.virtual_cluster import VirtualCluster, wait_until
 
 REPOSITORY = Path(__file__).parents[2]

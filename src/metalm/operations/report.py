@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from metalm.config.secrets import redacted
-from metalm.operations.history import all_metrics, read_attempts
+from metalm.operations.history import read_attempts
 from metalm.operations.report_curves import draw_curves
 from metalm.operations.status import CONFIG_NAME, fields_of
 from metalm.outputs import require_file_place, writing
 from metalm.regular_files import replace_file
 from metalm.run_ends import all_ends
+from metalm.run_metrics import read_metrics
 
 MOST_SAMPLES = 12
 _STYLE = """
@@ -51,7 +52,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     advice = "name a file in a folder that you may write with --out"
     require_file_place(out, advice)
     config = _config(run_folder)
-    curves = draw_curves(all_metrics(run_folder))
+    curves = draw_curves(read_metrics(run_folder))
     sections = [
         ("Result", _table(state.items())),
         ("Curves", f'<div class="curves">{"".join(curves.values())}</div>' if curves else None),

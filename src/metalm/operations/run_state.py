@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metalm.checkpoint.names import CHECKPOINTS_NAME
 from metalm.errors import EXIT_DATA, EXIT_DONE, EXIT_RESTART, EXIT_USAGE
 from metalm.operations.history import Attempt
 from metalm.operations.slurm_queue import SlurmQueue
 from metalm.run_ends import RunEnd, last_end
-from metalm.run_folder import STOP_NAME, SUBMITTED_NAME, TEMPLATE_NAME, TRAINING_TEMPLATES
+from metalm.run_folder import LOGS_NAME, STOP_NAME, SUBMITTED_NAME, TEMPLATE_NAME, TRAINING_TEMPLATES
 from metalm.run_lock import Holder, last_holder
 
 QUIET_S = 300.0
@@ -128,7 +129,7 @@ def _trains(template: Path) -> bool:
 def _submitted(run_folder: Path, submitted: float, which: str, asked: str, now: float) -> RunState:
     """Of a run whose job has put nothing on record; one that is refused at its start says so in its log."""
     ago = f"submitted {span(now - submitted)} ago"
-    logs = (run_folder / "logs").glob("job-*.log")
+    logs = (run_folder / LOGS_NAME).glob("job-*.log")
     if (log := max((log for log in logs if log.stat().st_mtime >= submitted), default=None)) is not None:
         return RunState("started", f", nothing on record yet{asked} ({ago}): see {log}", goes_on=True)
     return RunState("waiting", f" for its {which} start{asked} ({ago})", goes_on=True)
@@ -188,7 +189,7 @@ def _guessed(
     if last is not None:
         signs.append(last.began)
     if saved_step is not None:
-        signs.append((run_folder / "checkpoints").stat().st_mtime)
+        signs.append((run_folder / CHECKPOINTS_NAME).stat().st_mtime)
     quiet_s = now - max(signs, default=0.0)
     patience_s = max(QUIET_S, 10 * (pace.seconds_per_line or 0.0) if pace else QUIET_S)
     if not signs:

@@ -14,13 +14,14 @@ from typing import Any
 import yaml
 
 from metalm.checkpoint.best import read_best
-from metalm.checkpoint.names import list_checkpoints, step_of
+from metalm.checkpoint.names import CHECKPOINTS_NAME, CONFIG_NAME, list_checkpoints, step_of
 from metalm.errors import ConfigError, MetaLMError
-from metalm.operations.history import ATTEMPTS_NAME, Attempt, newest_metrics, read_attempts
+from metalm.operations.history import ATTEMPTS_NAME, Attempt, read_attempts
 from metalm.operations.run_state import Pace, RunState, last_submission, pace_of, span, state_of
 from metalm.operations.slurm_queue import SlurmQueue
+from metalm.run_folder import LOGS_NAME
+from metalm.run_metrics import newest_metrics
 
-CONFIG_NAME = "config.yaml"
 _SHOWN_RESTARTS = 5
 _CLEAR = "\033[H\033[2J"
 _GREEN, _YELLOW, _RED = 32, 33, 31
@@ -106,7 +107,7 @@ def describe(folder: Path, now: float, *, coloured: bool = False) -> str:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run that was ever started, or submitted to Slurm."""
-    started = (folder / CONFIG_NAME).is_file() or (folder / "logs" / ATTEMPTS_NAME).is_file()
+    started = (folder / CONFIG_NAME).is_file() or (folder / LOGS_NAME / ATTEMPTS_NAME).is_file()
     return started or last_submission(folder) is not None
 
 
@@ -156,7 +157,7 @@ def _read_run(folder: Path, now: float, queue: SlurmQueue) -> Run:
     if not config.is_file():
         config = last_submission(folder) or config
     total, pace = _total_steps(config), pace_of(lines, attempts)
-    checkpoint = next(reversed(list_checkpoints(folder / "checkpoints")), None)
+    checkpoint = next(reversed(list_checkpoints(folder / CHECKPOINTS_NAME)), None)
     saved = None if checkpoint is None else step_of(checkpoint)
     state = state_of(folder, attempts, pace, total, saved, now, queue)
     return Run(folder, attempts, total, lines, checkpoint, pace, state)
@@ -194,7 +195,7 @@ def _fields_of(run_folder: Path, now: float) -> dict[str, str]:
     if run.checkpoint is not None:
         age = span(now - run.checkpoint.stat().st_mtime)
         shown["checkpoint"] = f"step {run.saved_step:,}, {age} old"
-    if best := read_best(run_folder / "checkpoints"):
+    if best := read_best(run_folder / CHECKPOINTS_NAME):
         shown["best"] = f"step {best.step:,}, {best.figure} {best.value:.4f}"
     counted = next((int(line["run/restarts"]) for line in run.lines if "run/restarts" in line), 0)
     shown["restarts"] = _restarts(run.attempts, counted)

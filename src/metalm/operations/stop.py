@@ -11,7 +11,7 @@ from pathlib import Path
 from metalm.errors import ConfigError
 from metalm.operations.status import is_run, read_run
 from metalm.outputs import writing
-from metalm.run_folder import STOP_NAME
+from metalm.run_folder import LOGS_NAME, STOP_NAME
 
 
 def stop(run_folder: Path) -> int:
@@ -23,7 +23,7 @@ def stop(run_folder: Path) -> int:
     Raises:
         ConfigError: there is no run in this folder, or this user may not write into it.
     """
-    if not (run_folder / "logs").is_dir():
+    if not (run_folder / LOGS_NAME).is_dir():
         raise ConfigError(f"{run_folder} is no run folder: it has no logs")
     path = run_folder / STOP_NAME
     asker = ""

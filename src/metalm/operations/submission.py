@@ -20,7 +20,7 @@ from metalm.config import RunConfig
 from metalm.errors import ConfigError
 from metalm.progress import Phase
 from metalm.project_files import project_root
-from metalm.run_folder import COMMIT_NAME, SUBMITTED_NAME, TEMPLATE_NAME
+from metalm.run_folder import COMMIT_NAME, LOGS_NAME, SUBMITTED_NAME, TEMPLATE_NAME
 
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "clusters")
 _WHOLE_NODES = ("#SBATCH --exclusive", "#SBATCH --mem=0")
@@ -105,7 +105,7 @@ class Submission:
 
         Data, tokenizers and the environment are used where they are.
         """
-        (self.run_folder / "logs").mkdir(parents=True, exist_ok=True)
+        (self.run_folder / LOGS_NAME).mkdir(parents=True, exist_ok=True)
         library, code = Path(__file__).parents[1], self.folder / "code"
         with Phase(f"copying the code to {code}"):
             shutil.copytree(library, code / "src" / library.name, ignore=_LEFT_OUT)

@@ -12,7 +12,7 @@ from metalm.reproduction.arms import Arm, Setting
 from metalm.reproduction.claim import ChanceCheck, Claim, Comparison, Series
 from metalm.reproduction.intervals import Chance, Interval, Verdict, chance_of, interval, judge, judge_all
 from metalm.reproduction.jobs import Done, Marks
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 
 _SEEN = re.compile(r"data/\w+/(tokens|samples)")
 """Figures of a run: what it has read of a source."""

@@ -15,7 +15,7 @@ from metalm.checkpoint.best import Best, read_best, write_best
 from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, step_of
 from metalm.config import KeepBestConfig
 from metalm.errors import ConfigError
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from metalm.outputs import require_folder_place
 from metalm.parallel.agreement import together
 from metalm.progress import Phase
 from metalm.regular_files import replace_file
+from metalm.run_folder import LOGS_NAME
 from metalm.training.checkpoint import CheckpointStore
 from metalm.training.engines import Engines, build_engines
 from metalm.training.held_out import measure_held_out
@@ -37,7 +38,7 @@ def evaluate(joined: Joined, num_samples: int) -> int:
     with open_session(joined) as session:
         with together():
             if session.is_first:
-                require_folder_place(session.run_folder / "logs", "evaluate as a user who may write there")
+                require_folder_place(session.run_folder / LOGS_NAME, "evaluate as a user who may write there")
         engines, checkpoint = load_newest(corpus, session)
         step = checkpoint.step
         session.log.open()

@@ -19,6 +19,7 @@ from metalm.evaluation.generation import generate_samples
 from metalm.objectives import Objective, build_objective
 from metalm.parallel.agreement import Verdict, raise_together
 from metalm.progress import Phase
+from metalm.run_metrics import read_metrics
 from metalm.training.average import average_decay, update_average
 from metalm.training.best import BestCheckpoint
 from metalm.training.drift import find_drift
@@ -29,7 +30,6 @@ from metalm.training.guards import FINE, StepGuard
 from metalm.training.held_out import measure_held_out
 from metalm.training.joining import Joined
 from metalm.training.monitor.figures import Figure
-from metalm.training.monitor.json_lines import read_metrics
 from metalm.training.monitor.monitor import Monitor
 from metalm.training.monitor.profiling import StepProfiler
 from metalm.training.schedule import learning_rate

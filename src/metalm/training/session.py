@@ -20,6 +20,7 @@ from metalm.errors import ConfigError, MetaLMError
 from metalm.outputs import writing
 from metalm.parallel.launch import Launch
 from metalm.parallel.topology import Topology, build_topology, close_topology
+from metalm.run_folder import LOGS_NAME
 from metalm.training.joining import Joined
 
 
@@ -79,7 +80,7 @@ class RunLog:
     """
 
     def __init__(self, launch: Launch, run_folder: Path) -> None:
-        self._path = run_folder / "logs" / f"rank_{launch.rank:05d}.log"
+        self._path = run_folder / LOGS_NAME / f"rank_{launch.rank:05d}.log"
         self._form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._kept: MemoryHandler | None = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
         root = logging.getLogger()
@@ -115,7 +116,7 @@ class RunLog:
         kept, self._kept = self._kept, None
         if kept is None:
             return
-        path = self._path if elsewhere is None else elsewhere / "logs" / self._path.name
+        path = self._path if elsewhere is None else elsewhere / LOGS_NAME / self._path.name
         with writing(path, "start this as a user who may write there, such as the run's owner"):
             path.parent.mkdir(parents=True, exist_ok=True)
             log_file = logging.FileHandler(path)

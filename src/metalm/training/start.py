@@ -26,6 +26,7 @@ from metalm.objectives import Objective
 from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
 from metalm.progress import Phase
+from metalm.run_folder import LOGS_NAME
 from metalm.run_lock import RunLock
 from metalm.training.average import begin_average
 from metalm.training.checkpoint import CheckpointStore
@@ -103,7 +104,7 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
             start = decide_start(corpus, store)
         with Phase("building the model and its engines", told=True):
             engines = build_engines(config, topology, start.given)
-        watchdog = Watchdog(folder / "logs", topology.rank, config.guards.hang_minutes)
+        watchdog = Watchdog(folder / LOGS_NAME, topology.rank, config.guards.hang_minutes)
         stack.callback(watchdog.close)
         state = load_start(start, config, topology, engines)
         lane_states = None

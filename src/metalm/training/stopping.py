@@ -8,7 +8,7 @@ import time
 import types
 from pathlib import Path
 
-from metalm.run_folder import ANSWERED_STOP_NAME, STOP_NAME
+from metalm.run_folder import ANSWERED_STOP_NAME, LOGS_NAME, STOP_NAME
 
 _SAME_REQUEST_S = 5.0
 
@@ -34,7 +34,7 @@ class StopRequest:
         """
         self._watches_file = watches_file
         self._file = run_folder / STOP_NAME
-        self._answered = run_folder / "logs" / ANSWERED_STOP_NAME
+        self._answered = run_folder / LOGS_NAME / ANSWERED_STOP_NAME
         self._limit_minutes = time_limit_minutes
         self._deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
         self._signalled_at: float | None = None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metalm.config import load_config
-from metalm.training.monitor.json_lines import read_metrics
+from metalm.run_metrics import read_metrics
 from metalm.training.monitor.monitor import Monitor
 from metalm.training.timing import PartTimer
 

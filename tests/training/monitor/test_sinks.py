@@ -17,8 +17,9 @@ import yaml
 from metalm.config import RunConfig, load_config
 from metalm.config.secrets import without_secrets
 from metalm.errors import ConfigError
+from metalm.run_metrics import read_metrics
 from metalm.training.dry_run import print_plan
-from metalm.training.monitor.json_lines import JsonLines, read_metrics
+from metalm.training.monitor.json_lines import JsonLines
 from metalm.training.monitor.sink import About, Sink
 from metalm.training.monitor.sinks import AllSinks, check_sinks, open_sinks
 from metalm.training.monitor.terminal import Terminal

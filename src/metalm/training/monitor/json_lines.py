@@ -11,9 +11,8 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from metalm.run_folder import METRICS_NAME
+from metalm.run_metrics import metrics_path, read_metrics
 from metalm.training.monitor.sink import About, Sink
 
 RESTARTS = "run/restarts"
@@ -43,32 +42,11 @@ def append_metrics(run_folder: Path, step: int, figures: Mapping[str, float]) ->
         OSError: the line could not be written; the file is as before.
     """
     line = json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n"
-    with _path(run_folder).open("ab", buffering=0) as handle:
+    with metrics_path(run_folder).open("ab", buffering=0) as handle:
         end = handle.tell()
         if handle.write(content := line.encode()) < len(content):
             handle.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), handle.name)
-
-
-def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """All figures written so far, one dictionary per write, in order; a line that is torn is left out.
-
-    A line is torn at the end of the file while it is written, and inside where a machine went down.
-    """
-    path = _path(run_folder)
-    if not path.exists():
-        return []
-    found = map(_parse, path.read_bytes().splitlines())
-    return [entry for entry in found if entry is not None]
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    is_entry = isinstance(entry, dict) and isinstance(entry.get("step"), int)
-    return entry if is_entry else None
 
 
 def count_starts(run_folder: Path) -> int:
@@ -81,14 +59,10 @@ def count_starts(run_folder: Path) -> int:
 
 def drop_superseded(run_folder: Path, first_step: int) -> None:
     """Forget the figures of `first_step` and later: a resumed run writes them again."""
-    path = _path(run_folder)
+    path = metrics_path(run_folder)
     if not path.exists():
         return
     kept = [entry for entry in read_metrics(run_folder) if entry["step"] < first_step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     partial.replace(path)
-
-
-def _path(run_folder: Path) -> Path:
-    return run_folder / "logs" / METRICS_NAME

@@ -9,6 +9,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from metalm.config.schema import PrometheusConfig
+from metalm.run_folder import LOGS_NAME
 from metalm.training.monitor.sink import About, Sink
 
 
@@ -21,7 +22,7 @@ class Prometheus(Sink):
 
     def __init__(self, config: PrometheusConfig, run_name: str, run_folder: Path) -> None:
         """Stand by."""
-        self._path = (config.folder or run_folder / "logs") / f"metalm_{run_name}.prom"
+        self._path = (config.folder or run_folder / LOGS_NAME) / f"metalm_{run_name}.prom"
         self._run_name = run_name
         self._registry = CollectorRegistry()
         self._families: dict[str, Gauge] = {}

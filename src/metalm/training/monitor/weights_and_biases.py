@@ -20,6 +20,7 @@ import numpy as np
 from metalm.config import RunConfig
 from metalm.config.schema import WandbConfig
 from metalm.config.secrets import without_secrets
+from metalm.run_folder import LOGS_NAME
 from metalm.training.monitor.sink import About, Sink
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class WeightsAndBiases(Sink):
         )
 
     def _run_id(self) -> str:
-        path = self._run_folder / "logs" / "wandb_id"
+        path = self._run_folder / LOGS_NAME / "wandb_id"
         if not path.exists():
             path.write_text(secrets.token_hex(8))
         return path.read_text()
