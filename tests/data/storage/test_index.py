@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import runpy
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -17,11 +18,13 @@ import webdataset
 
 from metalm.data.sources import open_source
 from metalm.data.storage import index as index_module
+from metalm.data.storage import shard_scan
 from metalm.data.storage.index import build_index, open_index
-from metalm.data.storage.shard_scan import RECORD, scan_shard
+from metalm.data.storage.shard_scan import FORMATS, RECORD, scan_shard
 from metalm.data.tokenizer import Tokenizer
 from metalm.errors import BusyError, ConfigError, DataError
-from metalm.modalities.image import decode_image
+from metalm.modalities import MODALITIES
+from metalm.modalities.image import Image, decode_image
 from permissions import as_users_are
 
 FINGERPRINT = "f" * 64
@@ -34,6 +37,16 @@ def write_members(path: Path, members: list[tuple[str, bytes]]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+
+
+def test_every_format_has_a_code_and_keeps_it_when_a_modality_gets_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = ("u16", "u32", "txt", "jpg", "png", "webp", "wav", "flac", "ogg", "json", "mp3")
+    assert FORMATS[: len(known)] == known
+    assert {name for one in MODALITIES.values() for name in one.formats.values()} <= {*FORMATS}
+    monkeypatch.setattr(Image, "formats", {**Image.formats, "gif": "gif"})
+    assert runpy.run_path(shard_scan.__file__)["FORMATS"][: len(known)] == known
 
 
 def test_members_are_where_the_index_says(tmp_path: Path, write_shard: Callable[..., None]) -> None:

@@ -32,16 +32,8 @@ KINDS = (*(modality.kind for modality in MODALITIES.values()), EXAMPLES)
 """What shards can hold."""
 
 _JSON = "json"
-_FIRST_FORMATS = ("u16", "u32", "txt", "jpg", "png", "webp", "wav", "flac", "ogg", _JSON)
-FORMATS = tuple(
-    dict.fromkeys(
-        [
-            *_FIRST_FORMATS,
-            *(name for modality in MODALITIES.values() for name in modality.formats.values()),
-        ]
-    )
-)
-"""Formats of a main member, in the order of their codes in the index: new ones come last."""
+FORMATS = ("u16", "u32", "txt", "jpg", "png", "webp", "wav", "flac", "ogg", _JSON, "mp3")
+"""Formats of main members of all modalities, in the order of their codes in the index: new ones come last."""
 
 RECORD = np.dtype(
     [
