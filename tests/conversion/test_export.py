@@ -226,6 +226,20 @@ def test_the_tool_ends_with_one_message_and_the_kinds_exit_code(workshop: Worksh
     assert "Converted without proof" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "metalm.conversion.export",
+        "metalm.tasks.task_file, metalm.tasks.ways, metalm.conversion.export_answerer",
+    ],
+    ids=["convert", "evaluate-tasks"],
+)
+def test_what_converts_and_asks_an_export_imports_neither_deepspeed_nor_megatron(modules: str) -> None:
+    program = f"import sys, {modules}; print({{'deepspeed', 'megatron'}} & sys.modules.keys())"
+    code, output = run_command([sys.executable, "-c", program], timeout_s=60)
+    assert code == 0 and output.splitlines()[-1] == "set()", output
+
+
 def test_the_folder_serves_where_there_is_only_transformers(workshop: Workshop, tmp_path: Path) -> None:
     """The model card's own snippet, in a process that cannot import this package, DeepSpeed or Megatron."""
     folder = workshop.exported(KIND)

@@ -2,13 +2,13 @@
 
 Its `initialize_model_parallel` opens all groups of all ranks, some thousands at a thousand ranks, most of
 them for kinds of parallelism that a run has not, and there is no public way to hand it groups that are there.
-So its own variables are set, which is held to their names.
+So its own variables are set, which is held to their names. Megatron is imported where it is told: what runs
+without it knows the layout of the ranks, too.
 """
 
 from __future__ import annotations
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from metalm.errors import FaultError
 
@@ -35,6 +35,8 @@ def tell_groups(
     Raises:
         FaultError: Megatron keeps its groups elsewhere.
     """
+    from megatron.core import parallel_state
+
     groups = {
         "_TENSOR_MODEL_PARALLEL_GROUP": tensor,
         "_MODEL_PARALLEL_GROUP": tensor,
@@ -57,4 +59,6 @@ def tell_groups(
 
 def forget_groups() -> None:
     """Have Megatron forget them."""
+    from megatron.core import parallel_state
+
     parallel_state.destroy_model_parallel()
