@@ -226,6 +226,15 @@ def test_the_tool_ends_with_one_message_and_the_kinds_exit_code(workshop: Worksh
     assert "Converted without proof" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_modality_that_the_shipped_code_does_not_read_is_refused_before_anything_is_written(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_source, "SHIPPED_MODALITIES", ("text", "audio"))
+    with pytest.raises(ConfigError, match="encoder vision reads image, which the code of exported"):
+        export_checkpoint(workshop.run_folder(KIND), tmp_path / "absent" / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "modules",
     [

@@ -17,9 +17,11 @@ from metalm.checkpoint.reader import AverageReader, CheckpointReader
 from metalm.config import RunConfig
 from metalm.config.load import load_resolved_config
 from metalm.conversion.adapters import Adapters, without_adapters
+from metalm.conversion.hf_config import SHIPPED_MODALITIES
 from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
+from metalm.modalities import modality_of_encoder
 from metalm.model.adapters import is_adapter
 
 MAPPED_BYTES = 2**28
@@ -80,7 +82,13 @@ def open_checkpoint(
     config_path = reader.path_of(CONFIG_NAME)
     config = load_resolved_config(config_path)
     content = yaml.safe_load(config_path.read_text())
-    for encoder in config.model.encoders.values():
+    for name, encoder in config.model.encoders.items():
+        modality = modality_of_encoder(encoder).name
+        if modality not in SHIPPED_MODALITIES:
+            raise ConfigError(
+                f"{folder}: encoder {name} reads {modality}, which the code of exported folders does not: "
+                f"it knows {', '.join(SHIPPED_MODALITIES)}"
+            )
         if encoder.connector == "detection":
             raise ConfigError(
                 f"{folder} is of replaced-token detection: its encoder is for another run to start from, "

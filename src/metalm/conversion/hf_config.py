@@ -25,6 +25,8 @@ SMALLEST_TRANSFORMERS = "5.17.0"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 FORMAT_NAME = "metalm_format_version"
 FORMAT_VERSION = 1
+SHIPPED_MODALITIES = ("text", "image", "audio")
+"""What encoders of the model code in `shipped/` read."""
 AUTO_MAP = {
     "AutoConfig": "configuration_metalm.MetaLMConfig",
     "AutoModel": "modeling_metalm.MetaLMModel",
