@@ -22,6 +22,7 @@ from metalm.conversion.hf_config import write_configs
 from metalm.conversion.plain_transformers import FORBIDDEN
 from metalm.data.tokenizer import load_tokenizer, train_tokenizer
 from metalm.errors import EXIT_DATA, CheckpointError, ConfigError, DataError
+from metalm.objectives.semi_causal import SemiCausal
 
 REPOSITORY = Path(__file__).parents[2]
 KIND = "deepnorm"
@@ -276,6 +277,16 @@ def test_the_card_has_the_figures_of_run_and_proof(workshop: Workshop) -> None:
     ):
         assert figure in card
     assert len(re.findall(r"\| (?:text|image).*e-0\d|\| (?:text|image).*0\.00e\+00", card)) == 3
+
+
+def test_the_card_has_held_out_losses_in_the_unit_of_the_objective(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", workshop.training_model(KIND))
+    (run / "evaluation.json").write_text(json.dumps({"step": 200, "losses": {"books": 1.5}}))
+    monkeypatch.setattr(SemiCausal, "loss_unit", "bits per byte")
+    export_checkpoint(run, tmp_path / "out", with_proof=False)
+    assert "| Held-out loss, books | 1.5000 bits per byte |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_proof_prompts_reach_every_encoder(workshop: Workshop) -> None:

@@ -13,10 +13,13 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from metalm import cli
+from metalm.config import load_config, write_config
 from metalm.errors import ConfigError
 from metalm.operations.report import write_report
 from metalm.run_ends import record_end
 from permissions import as_users_are
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -54,6 +57,17 @@ def test_the_page_holds_result_curves_samples_layout_faults_and_versions(run: Pa
     assert "abc123" in page and "2.13.0" in page and page.count("data:image/png;base64,") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<script" not in page
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+
+
+@pytest.mark.parametrize(("pipeline", "count"), [("demo", 2), ("pretrain_text_encoder_tiny", 0)])
+def test_losses_are_shown_in_the_unit_of_the_objective(
+    run: Path, pipeline: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matplotlib draws letters as paths, behind the text as a comment. That of replaced tokens has none."""
+    monkeypatch.chdir(REPOSITORY)
+    write_config(load_config(Path(f"pipelines/{pipeline}.yaml")), run / "config.yaml", {})
+    page = write_report(run).read_text()
+    assert page.count("<!-- nats per token -->") == page.count("<!-- nats ") == count
 
 
 def test_the_page_holds_no_secrets_of_the_config(run: Path) -> None:

@@ -15,6 +15,7 @@ from metalm.conversion.hf_config import media_encoder, text_encoder
 from metalm.conversion.proof import TOLERANCE, ProofResult
 from metalm.evaluation.losses import AVERAGE_SUFFIX
 from metalm.modalities import modality_of_encoder
+from metalm.objectives import build_objective
 
 CARD_NAME = "README.md"
 _FOR_CLIPS = "soundfile (for files) and soxr (for other sampling rates) for clips"
@@ -164,10 +165,11 @@ def _held_out_losses(source: CheckpointSource) -> Iterator[tuple[str, str]]:
     evaluation = json.loads(path.read_text())
     if evaluation["step"] == source.reader.step:
         of_average = isinstance(source.reader, AverageReader)
+        unit = build_objective(source.config).loss_unit
         for name, loss in evaluation["losses"].items():
             if name.endswith(AVERAGE_SUFFIX) != of_average:
                 continue
-            yield f"Held-out loss, {name.removesuffix(AVERAGE_SUFFIX)}", f"{loss:.4f} nats per token"
+            yield f"Held-out loss, {name.removesuffix(AVERAGE_SUFFIX)}", f"{loss:.4f} {unit}".rstrip()
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

@@ -11,7 +11,10 @@ from typing import Any
 
 import yaml
 
+from metalm.config.load import load_resolved_config
 from metalm.config.secrets import redacted
+from metalm.errors import ConfigError
+from metalm.objectives import build_objective
 from metalm.operations.history import read_attempts
 from metalm.operations.report_curves import draw_curves
 from metalm.operations.status import CONFIG_NAME, fields_of
@@ -52,7 +55,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     advice = "name a file in a folder that you may write with --out"
     require_file_place(out, advice)
     config = _config(run_folder)
-    curves = draw_curves(read_metrics(run_folder))
+    curves = draw_curves(read_metrics(run_folder), _loss_unit(run_folder))
     sections = [
         ("Result", _table(state.items())),
         ("Curves", f'<div class="curves">{"".join(curves.values())}</div>' if curves else None),
@@ -79,6 +82,14 @@ def _config(run_folder: Path) -> dict[str, Any]:
     path = run_folder / CONFIG_NAME
     content = yaml.safe_load(path.read_text()) if path.is_file() else {}
     return redacted(content) if isinstance(content, dict) else {}
+
+
+def _loss_unit(run_folder: Path) -> str:
+    """Of the run's objective; none is told where the config is not one of this version."""
+    try:
+        return build_objective(load_resolved_config(run_folder / CONFIG_NAME)).loss_unit
+    except ConfigError:
+        return ""
 
 
 def _layout(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -8,24 +8,25 @@ from typing import Any
 
 from metalm.errors import ConfigError
 
-PANELS: Mapping[str, tuple[str, str]] = {
-    "Loss": ("loss/", "nats a token"),
-    "Held out": ("held_out/", "nats a token"),
+PANELS: Mapping[str, tuple[str, str | None]] = {
+    "Loss": ("loss/", None),
+    "Held out": ("held_out/", None),
     "Tasks": ("tasks/", "score"),
     "Learning rate": ("optimizer/learning_rate", ""),
     "Gradient norm": ("optimizer/gradient_norm", ""),
     "Speed": ("speed/tokens_per_second", "tokens a second"),
     "Memory": ("memory/", "GiB"),
 }
-"""Each with the beginning of its figures' names, and their unit."""
+"""Each with the beginning of its figures' names, and their unit; None: that of the objective's loss."""
 MOST_POINTS = 2000
 
 
-def draw_curves(metrics: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def draw_curves(metrics: Iterable[Mapping[str, Any]], loss_unit: str) -> dict[str, str]:
     """An SVG for each panel that has figures, by its title.
 
     Args:
         metrics: the lines of a run's metrics file, in order.
+        loss_unit: of the run's objective.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -40,7 +41,9 @@ def draw_curves(metrics: Iterable[Mapping[str, Any]]) -> dict[str, str]:
                     steps.append(line["step"])
                     values.append(value)
     return {
-        title: _draw(title, unit, curves[title]) for title, (_, unit) in PANELS.items() if title in curves
+        title: _draw(title, loss_unit if unit is None else unit, curves[title])
+        for title, (_, unit) in PANELS.items()
+        if title in curves
     }
 
 
