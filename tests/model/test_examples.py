@@ -100,6 +100,15 @@ def test_packed_examples_have_the_losses_of_each_alone(model: Model, jpeg: Calla
     [
         ({"pairs": {"image": "vision"}}, {"image": "vision", "text": "text"}),
         ({"pairs": {"image": "vision", "text": "vision"}}, {"image": "vision", "text": "vision"}),
+        (
+            {"pairs": {"image": "vision", "text": "vision"}, "prose": {"text": "text"}},
+            {"image": "vision", "text": "text"},
+        ),
+        (
+            {"prose": {"text": "text"}, "chats": {"image": "vision", "text": "vision"}},
+            {"image": "vision", "text": "vision"},
+        ),
+        ({"chats": {"image": "vision", "text": "absent"}}, {"image": "vision"}),
         ({"chats": {"image": "vision"}}, {"image": "vision"}),
         ({"chats": {}}, {"image": "vision"}),
         ({"chats": {"text": "text"}}, {"image": "vision", "text": "text"}),
@@ -108,12 +117,14 @@ def test_packed_examples_have_the_losses_of_each_alone(model: Model, jpeg: Calla
 def test_who_usually_reads_what_follows_training(
     sources: dict[str, dict[str, str]], usual: dict[str, str], make_config: Callable[..., RunConfig]
 ) -> None:
-    """The decoder itself reads the texts of examples where their source names nobody for them. An export
-    is asked as its run."""
+    """The decoder itself reads the texts of examples where their source names nobody for them, or nobody that
+    there is. An export is asked, and chats, as its run."""
     found = {
         name: {"path": "unused", "readers": readers, **({"overflow": "split"} if name == "chats" else {})}
         for name, readers in sources.items()
     }
     config = make_config(found)
     assert usual_readers(config) == usual
-    assert processor_config(config)["readers"] == usual
+    exported = processor_config(config)
+    assert exported["readers"] == usual
+    assert (exported["image_encoder"], exported["text_encoder"]) == (usual["image"], usual.get("text"))

@@ -1,18 +1,18 @@
 """The chat template of an exported model: messages to a prompt, laid out as `data.documents.chats` does.
 
-Who reads what is as the run's first source of examples has it. A run without one gives images to the encoder
-that pairs were trained with, together with the text behind them if it reads text, and other texts to the
-encoder of text.
+Who reads what is as `usual_readers` says. In a run without a source of examples, the encoder of an image or a
+clip reads the text behind it, too, if it reads text.
 """
 
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from metalm.config import RunConfig
-from metalm.config.model_schema import MEDIA_SECTIONS, TEXT, EncoderConfig
+from metalm.config.model_schema import MEDIA_SECTIONS, TEXT
 from metalm.data.documents.chats import ANSWERING_ROLES, BLANKS
+from metalm.data.usual_readers import usual_readers
 from metalm.modalities.boxes import GRID
 
 _TEMPLATE = """\
@@ -83,34 +83,12 @@ _TEMPLATE = """\
 """
 
 
-class ChatReaders(NamedTuple):
-    """Which encoders read what is said to an exported model; None: the decoder itself, or nothing."""
-
-    text: str | None
-    media: dict[str, str]
-    """By modality."""
-    joined: tuple[str, ...]
-    """Modalities whose encoder reads the text behind an image or a clip together with it."""
-
-
-def chat_readers(config: RunConfig) -> ChatReaders:
-    """Who reads what in chats with the model of a run."""
-    encoders, source = config.model.encoders, config.data.example_source
-    if source is not None:
-        readers = {modality: name for modality, name in source.readers.items() if name in encoders}
-        text = readers.pop(TEXT, None)
-        return ChatReaders(text, readers, tuple(name for name, one in readers.items() if one == text))
-    media = {name: found for name in MEDIA_SECTIONS if (found := _trained_encoder(config, name)) is not None}
-    joined = tuple(name for name, one in media.items() if encoders[one].max_text_positions)
-    return ChatReaders(_trained_encoder(config, TEXT), media, joined)
-
-
 def chat_template(config: RunConfig) -> str:
     """The content of chat_template.jinja."""
-    readers = chat_readers(config)
+    readers = usual_readers(config)
     values = {
-        "JOINED": json.dumps(readers.joined),
-        "ENCODED": json.dumps(readers.text is not None),
+        "JOINED": json.dumps(_joined(config, readers)),
+        "ENCODED": json.dumps(TEXT in readers),
         "MEDIA": json.dumps(MEDIA_SECTIONS),
         "ANSWERING": json.dumps(ANSWERING_ROLES),
         "BLANKS": json.dumps(BLANKS),
@@ -122,13 +100,9 @@ def chat_template(config: RunConfig) -> str:
     return template
 
 
-def _trained_encoder(config: RunConfig, modality: str) -> str | None:
-    """The encoder that a modality was trained with, else the first that reads it."""
-
-    def fits(encoder: EncoderConfig) -> bool:
-        return encoder.media is None if modality == TEXT else encoder.section(modality) is not None
-
-    fitting = [name for name, encoder in config.model.encoders.items() if fits(encoder)]
-    readers = [source.readers.get(modality) for source in config.data.sources.values()]
-    trained = [reader for reader in readers if reader in fitting]
-    return next(iter([*trained, *fitting]), None)
+def _joined(config: RunConfig, readers: Mapping[str, str]) -> list[str]:
+    """Modalities whose encoder reads the text behind an image or a clip together with it."""
+    media = {modality: name for modality, name in readers.items() if modality != TEXT}
+    if config.data.example_source is not None:
+        return [modality for modality, name in media.items() if name == readers.get(TEXT)]
+    return [modality for modality, name in media.items() if config.model.encoders[name].max_text_positions]

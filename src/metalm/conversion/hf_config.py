@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from metalm.config import DecoderConfig, EncoderConfig, PretrainedConfig, RunConfig
-from metalm.config.model_schema import AudioConfig, ImageConfig
+from metalm.config.model_schema import TEXT, AudioConfig, ImageConfig
 from metalm.config.pretrained_folder import positions_before_text
-from metalm.conversion.chat_template import chat_readers, chat_template
+from metalm.conversion.chat_template import chat_template
 from metalm.data.documents.retokenize import load_retokenizer
 from metalm.data.tokenizer import Tokenizer
 from metalm.data.usual_readers import usual_readers
@@ -100,7 +100,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "scale_docked_vectors": decoder.scale_docked_vectors,
         "spans": decoder.spans,
         "encoders": {name: _encoder(encoder) for name, encoder in sorted(model.encoders.items())},
-        "image_encoder": media_encoder(config, "image"),
+        "image_encoder": usual_readers(config).get("image"),
         "image_token_id": tokenizer.image_id,
         "own_token_offset": model.vocab_size,
         "bos_token_id": tokenizer.start_id,
@@ -119,7 +119,7 @@ def _transformers_version(config: RunConfig) -> str:
 
 def processor_config(config: RunConfig) -> dict[str, Any]:
     """The content of processor_config.json."""
-    encoders = config.model.encoders
+    encoders, readers = config.model.encoders, usual_readers(config)
     settings = {name: modality_of_encoder(one).exported_settings(one) for name, one in encoders.items()}
     chats = config.data.example_source
     sizes = {one["image_size"] for one in settings.values() if "image_size" in one}
@@ -137,23 +137,13 @@ def processor_config(config: RunConfig) -> dict[str, Any]:
             }
             for name, encoder in sorted(encoders.items())
         },
-        "image_encoder": media_encoder(config, "image"),
-        "audio_encoder": media_encoder(config, "audio"),
-        "text_encoder": text_encoder(config),
-        "readers": usual_readers(config),
+        "image_encoder": readers.get("image"),
+        "audio_encoder": readers.get("audio"),
+        "text_encoder": readers.get(TEXT),
+        "readers": readers,
         "image_size": next(iter(sizes), None),
         "overflow": None if chats is None else chats.overflow,
     }
-
-
-def media_encoder(config: RunConfig, modality: str) -> str | None:
-    """The encoder that images or clips go to: see `chat_readers`."""
-    return chat_readers(config).media.get(modality)
-
-
-def text_encoder(config: RunConfig) -> str | None:
-    """The encoder that text spans go to: see `chat_readers`."""
-    return chat_readers(config).text
 
 
 def _own_vocabulary(config: RunConfig, encoder: EncoderConfig) -> dict[str, int]:

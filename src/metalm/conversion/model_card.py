@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from metalm.checkpoint.reader import AverageReader
+from metalm.config.model_schema import TEXT
 from metalm.config.schema import SourceConfig
 from metalm.conversion.checkpoint_source import CheckpointSource
-from metalm.conversion.hf_config import media_encoder, text_encoder
 from metalm.conversion.proof import TOLERANCE, ProofResult
+from metalm.data.usual_readers import usual_readers
 from metalm.evaluation.losses import AVERAGE_SUFFIX
 from metalm.modalities import modality_of_encoder
 from metalm.objectives import build_objective
@@ -42,7 +43,8 @@ def write_model_card(
         proof: empty if there was none.
         license_name: identifier as the Hugging Face hub knows it.
     """
-    images, clips = (media_encoder(source.config, modality) is not None for modality in ("image", "audio"))
+    readers = usual_readers(source.config)
+    images, clips = "image" in readers, "audio" in readers
     needed = [name for name, is_needed in (("Pillow for images", images), (_FOR_CLIPS, clips)) if is_needed]
     parts = [
         _front_matter(images, clips, license_name),
@@ -93,7 +95,7 @@ def _snippet(source: CheckpointSource, name: str, images: bool, clips: bool) -> 
         "tokens = model.generate(**inputs, max_new_tokens=20)",
         "print(processor.decode(tokens[0], skip_special_tokens=True))",
     ]
-    if text_encoder(source.config) is not None:
+    if TEXT in usual_readers(source.config):
         lines += [
             "",
             'inputs = processor(text="Once<span> upon a time</span> there")',

@@ -1,4 +1,4 @@
-"""Who reads what of examples, where nothing else is said: as in training."""
+"""Who reads what of examples and chats, where nothing else is said: as in training."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from metalm.modalities import MEDIA
 def usual_readers(config: RunConfig) -> dict[str, str]:
     """The encoder of each modality, by name; what none reads is the decoder's.
 
-    The encoder that the run's sources name for it, else the first that fits; of those that read text, one of
-    text alone comes first. After training on examples whose texts the decoder read, it reads them.
+    Images and clips go to the encoder that the run's first source of examples names for them, else another
+    source, else to the first that fits. Text goes where the first source of examples sends it, be it the
+    decoder. In a run without one, whose random spans and prefixes of captions are what encoders read of text,
+    it goes to an encoder of text alone that a source names, else to any that one names, else to the first of
+    text alone.
     """
-    encoders, sources = config.model.encoders, config.data.sources.values()
-    fitting = {
-        modality: [name for name, encoder in encoders.items() if encoder.section(modality) is not None]
-        for modality in MEDIA
-    }
-    examples = config.data.example_source
-    if examples is None or TEXT in examples.readers:
-        reads_text = [name for name, encoder in encoders.items() if encoder.max_text_positions]
-        fitting[TEXT] = sorted(reads_text, key=lambda name: encoders[name].media is not None)
+    encoders, examples = config.model.encoders, config.data.example_source
+    sources = [*([] if examples is None else [examples]), *config.data.sources.values()]
     readers = {}
-    for modality, names in fitting.items():
+    for modality in MEDIA:
+        fitting = [name for name, encoder in encoders.items() if encoder.section(modality) is not None]
         named = [source.readers.get(modality) for source in sources]
-        if found := [name for name in (*named, *names) if name in names]:
+        if found := [name for name in (*named, *fitting) if name in fitting]:
             readers[modality] = found[0]
+    if examples is not None:
+        of_text = [examples.readers.get(TEXT)]
+    else:
+        alone = [name for name, encoder in encoders.items() if encoder.media is None]
+        named = [source.readers.get(TEXT) for source in sources]
+        of_text = [*(name for name in named if name in alone), *named, *alone]
+    if found := [name for name in of_text if name in encoders and encoders[name].max_text_positions]:
+        readers[TEXT] = found[0]
     return readers
