@@ -22,7 +22,8 @@ SpanAttention = Literal["causal", "bidirectional"]
 TEXT = "text"
 """The modality whose parts are tokens."""
 MEDIA_SECTIONS = ("image", "audio")
-"""Modalities beside text, each a section of `EncoderConfig`."""
+"""Modalities beside text, those of `metalm.modalities.MEDIA`. Each is a section of `EncoderConfig` that says
+whether it `needs_pretrained` and has `num_patches`, the vectors of the largest image or clip."""
 
 
 class RopeScalingConfig(Section):

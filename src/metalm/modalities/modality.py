@@ -118,7 +118,11 @@ class Modality:
 
 
 class Media(Modality, ABC):
-    """Images, clips and the like: files that stand in pairs with text, and lead a span of their encoder."""
+    """Images, clips and the like: files that stand in pairs with text, and lead a span of their encoder.
+
+    All of them need what is abstract. `encode`, `try_out` and `vectors_of_zeros` are of those that encoders
+    of transformers read, `exported_name`, `exported_media` and `proof_file` of those that exports know.
+    """
 
     converted_suffixes: ClassVar[frozenset[str]] = frozenset()
     """Of `other_suffixes`, those of files that a preparation turns into one of `formats`."""
@@ -156,19 +160,18 @@ class Media(Modality, ABC):
             ConfigError: something that it needs is not installed, or does not fit the encoder.
         """
 
-    @abstractmethod
     def encode(self, model: Any, share: EncoderShare, encoder: EncoderConfig, dtype: torch.dtype) -> Tensor:
         """Vectors of the patches of a share [P, D] by a model of transformers; where P is 0, of zeros."""
+        raise NotImplementedError
 
-    @abstractmethod
     def try_out(self, model: Any, encoder: EncoderConfig, generator: torch.Generator) -> Tensor:
         """Vectors of something random, by which two ways of attention in a model are compared."""
+        raise NotImplementedError
 
-    @abstractmethod
     def vectors_of_zeros(self, model: Any, encoder: EncoderConfig) -> Tensor:
         """Vectors of an image or a clip of zeros: which weights do they depend on?"""
+        raise NotImplementedError
 
-    @abstractmethod
     def exported_media(self, media: np.ndarray, encoder: EncoderConfig) -> np.ndarray:
         """What stands in `RowSpans.media`, as the shipped model is fed it.
 
@@ -176,10 +179,11 @@ class Media(Modality, ABC):
             One row for each image or clip, float32; rows of several encoders differ in their last dimension
             alone.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def proof_file(self, encoder: EncoderConfig) -> bytes:
         """A file with detail in every vector, on which an exported model is proved."""
+        raise NotImplementedError
 
     @abstractmethod
     def decode(self, data: bytes | memoryview) -> Any:
