@@ -11,13 +11,14 @@ from typing import Any
 
 import yaml
 
+from metalm.checkpoint.names import CONFIG_NAME
 from metalm.config.load import load_resolved_config
 from metalm.config.secrets import redacted
 from metalm.errors import ConfigError
 from metalm.objectives import build_objective
 from metalm.operations.history import read_attempts
 from metalm.operations.report_curves import draw_curves
-from metalm.operations.status import CONFIG_NAME, fields_of
+from metalm.operations.status import fields_of
 from metalm.outputs import require_file_place, writing
 from metalm.regular_files import replace_file
 from metalm.run_ends import all_ends
