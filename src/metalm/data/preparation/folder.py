@@ -12,6 +12,7 @@ command goes on with the units that have no receipt, and writes the same bytes a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -33,6 +34,9 @@ MAX_SHOWN_PER_CAUSE = 1000
 """Dropped samples of one cause in `DROPPED_NAME`; report.json counts all."""
 BYTES_PER_INDEX_PROCESS = 1 << 30
 """Scanning fewer takes less time than starting another process."""
+MAX_SHOWN_CHANGES = 5
+MAX_SHOWN_CHARACTERS = 100
+"""Of a value that changed, in the message that says so."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +170,38 @@ def require_equal_plans(folder: Path, old: Mapping[str, Any], new: Mapping[str, 
     Raises:
         ConfigError: they differ.
     """
-    new = json.loads(json.dumps(new))
-    if changed := [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]:
-        details = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}"[:300] for key in changed)
+    if changes := list(_changes(old, json.loads(json.dumps(new)))):
+        details = "; ".join(changes[:MAX_SHOWN_CHANGES])
+        if len(changes) > MAX_SHOWN_CHANGES:
+            details += f"; and {len(changes) - MAX_SHOWN_CHANGES} more"
         raise ConfigError(
             f"{folder} was begun from other input or options ({details}): repeat the first command to go "
             "on, or name a new folder"
         )
+
+
+def _changes(old: Any, new: Any, place: str = "") -> Iterator[str]:
+    """What differs between two values of JSON, each with the keys and positions that lead there."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _changes(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+    elif isinstance(old, list) and isinstance(new, list):
+        for number, (before, now) in enumerate(itertools.zip_longest(old, new)):
+            yield from _changes(before, now, f"{place}[{number}]")
+    elif old != new:
+        before, now = repr(old), repr(new)
+        both = zip(before, now, strict=False)
+        start = next((number for number, (one, other) in enumerate(both) if one != other), len(before))
+        yield f"{place} was {_shortened(before, start)}, is {_shortened(now, start)}"
+
+
+def _shortened(text: str, start: int) -> str:
+    """A text around the place where it begins to differ from another."""
+    if len(text) <= MAX_SHOWN_CHARACTERS:
+        return text
+    first = max(0, min(start - MAX_SHOWN_CHARACTERS // 4, len(text) - MAX_SHOWN_CHARACTERS))
+    shown = text[first : first + MAX_SHOWN_CHARACTERS]
+    return f"{'...' if first else ''}{shown}{'...' if first + len(shown) < len(text) else ''}"
 
 
 class _DroppedSamples:
