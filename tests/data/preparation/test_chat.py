@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +264,21 @@ def test_inputs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     prepare([lines], tmp_path / "out")
     with pytest.raises(ConfigError, match="train was 'all', is 'last'"):
         prepare([lines], tmp_path / "out", train="last")
+
+
+@pytest.mark.parametrize("edited", ["chats.jsonl", "media.tar"])
+def test_an_edited_file_needs_another_folder(edited: str, tmp_path: Path, media: Path) -> None:
+    write_lines(tmp_path / "chats.jsonl", records(media)[:1])
+    with tarfile.open(tmp_path / "media.tar", "w") as tar:
+        tar.add(media / "train/fox.jpg", "train/fox.jpg")
+    given: dict[str, Any] = {"media_folder": tmp_path / "media.tar"}
+    for _ in range(2):
+        prepare([tmp_path / "chats.jsonl"], tmp_path / "out", **given)
+    os.utime(tmp_path / edited, (10**9, 10**9))
+    with pytest.raises(
+        ConfigError, match=rf"last_changed\[[01]\] was '{edited}, .*, is '{edited}, 2001-09-09"
+    ):
+        prepare([tmp_path / "chats.jsonl"], tmp_path / "out", **given)
 
 
 def test_the_tool_writes_shards_that_plain_webdataset_reads(

@@ -444,6 +444,27 @@ def test_other_captions_need_another_folder(table: Path, tmp_path: Path) -> None
         prepare_image_text([table], tmp_path / "out")
 
 
+def test_edited_files_need_another_folder(image_bytes: ImageBytes, tmp_path: Path) -> None:
+    folder, out = tmp_path / "pairs", tmp_path / "out"
+    folder.mkdir()
+    files = {"one.png": image_bytes("PNG"), "one.txt": b"a cat"}
+
+    def write(name: str, content: bytes, seconds: int) -> None:
+        (folder / name).write_bytes(content)
+        os.utime(folder / name, (seconds, seconds))
+
+    for name, content in files.items():
+        write(name, content, 10**9)
+    prepare_image_text([folder], out)
+    prepare_image_text([folder], out)
+    for name, edited in (("one.txt", b"a dog"), ("one.png", image_bytes("PNG", color="blue"))):
+        write(name, edited, 10**9 + 1)
+        with pytest.raises(ConfigError, match=f"last_changed.newest was 'one.*', is '{name}, 2001"):
+            prepare_image_text([folder], out)
+        write(name, files[name], 10**9)
+    prepare_image_text([folder], out)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -285,6 +286,16 @@ def test_wrong_options_are_refused(
     with pytest.raises(DataError, match=r"a\.txt: expected a file of records that ends in \.jsonl"):
         (tmp_path / "a.txt").write_text("")
         prepare([tmp_path / "a.txt"], tmp_path / "out")
+
+
+def test_an_edited_file_needs_another_folder(images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"texts": [None, "a fox"], "images": ["1.jpg", None]}) + "\n")
+    for _ in range(2):
+        prepare([path], tmp_path / "out", media_folder=images)
+    os.utime(path, (10**9, 10**9))
+    with pytest.raises(ConfigError, match=r"last_changed\[0\] was 'a.jsonl, .*, is 'a.jsonl, 2001-09-09"):
+        prepare([path], tmp_path / "out", media_folder=images)
 
 
 def test_mutated_records_are_documents_or_causes(images: Path) -> None:

@@ -325,12 +325,15 @@ def test_inputs_prepared_apart_give_the_shards_that_they_give_together(
 
 
 def test_a_finished_preparation_is_left_alone(
-    corpus_file: Path, tokenizer_folder: Path, tmp_path: Path
+    corpus_file: Path, tokenizer_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     out = tmp_path / "out"
     first = prepare_text([corpus_file], out, tokenizer_folder, shard_bytes=SHARD_BYTES)
+    assert "was prepared before" not in caplog.text
     written = {file: file.stat().st_mtime_ns for file in [*out.glob("*.tar"), *out.glob("index*")]}
     assert prepare_text([corpus_file], out, tokenizer_folder, shard_bytes=SHARD_BYTES) == first
+    assert f"{out} was prepared before: nothing was left to do" in caplog.text
     assert written == {file: file.stat().st_mtime_ns for file in [*out.glob("*.tar"), *out.glob("index*")]}
 
 
@@ -360,6 +363,31 @@ def test_a_folder_begun_otherwise_is_not_mixed_with(
     (foreign / "theirs.tar").touch()
     with pytest.raises(ConfigError, match="no preparation of this program wrote"):
         prepare_text([corpus_file], foreign, tokenizer_folder)
+
+
+def test_an_edited_input_needs_another_folder(tmp_path: Path) -> None:
+    path, out = tmp_path / "animals.jsonl", tmp_path / "out"
+    path.write_text('{"text": "a cat"}\n')
+    os.utime(path, ns=(10**18, 10**18))
+    prepare_text([path], out, None, store="text")
+    path.write_text('{"text": "a dog"}\n')
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    was, now = (f"'animals.jsonl, 2001-09-09 01:46:40.00000000{digit} UTC'" for digit in (0, 1))
+    with pytest.raises(ConfigError, match=rf"last_changed\[0\] was {was}, is {now}"):
+        prepare_text([path], out, None, store="text")
+
+
+def test_folders_of_versions_that_recorded_no_times_are_taken_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, plan = tmp_path / "animals.jsonl", tmp_path / "out" / "preparation" / "plan.json"
+    path.write_text('{"text": "a cat"}\n')
+    report = prepare_text([path], tmp_path / "out", None, store="text")
+    today = plan.read_bytes()
+    plan.write_text(json.dumps({k: v for k, v in json.loads(today).items() if k != "last_changed"}))
+    assert prepare_text([path], tmp_path / "out", None, store="text") == report
+    assert "begun by an earlier version" in caplog.text
+    assert plan.read_bytes() == today
 
 
 def test_two_preparations_of_one_folder_exclude_each_other(

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ BYTES_PER_INDEX_PROCESS = 1 << 30
 MAX_SHOWN_CHANGES = 5
 MAX_SHOWN_CHARACTERS = 100
 """Of a value that changed, in the message that says so."""
+LAST_CHANGED = "last_changed"
+"""Of a plan: when its inputs were changed last. Plans of earlier versions lack it."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,19 @@ class PreparationFolder:
             if try_lock(lock) is False:
                 raise ConfigError(f"another preparation is writing {self.path}: wait, or stop it")
             if has_shards:
-                require_equal_plans(self.path, json.loads(self._plan_file.read_bytes()), plan)
+                recorded = json.loads(self._plan_file.read_bytes())
+                if LAST_CHANGED in plan and LAST_CHANGED not in recorded:
+                    logger.warning(
+                        "%s was begun by an earlier version, which did not record when its inputs were "
+                        "changed last: they are taken to be what they were",
+                        self.path,
+                    )
+                    recorded[LAST_CHANGED] = plan[LAST_CHANGED]
+                require_equal_plans(self.path, recorded, plan)
             else:
                 for receipt in self._receipts.glob("*.json"):
                     receipt.unlink()
-                _replace(self._plan_file, json.dumps(plan, indent=1))
+            _replace(self._plan_file, json.dumps(plan, indent=1))
             for partial in self.path.glob(f".*{PARTIAL_SUFFIX}") if is_ours else ():
                 partial.unlink()
             yield
@@ -96,9 +110,13 @@ class PreparationFolder:
     def finish(self, *, kind: str, tokenizer_fingerprint: str | None, processes: int) -> dict[str, Any]:
         """Adds up the receipts of all units, writes the index if there is none, and the report.
 
+        Says so if an earlier call had come to this end.
+
         Raises:
             DataError: not one sample was kept, or the folder holds a shard that is not ours.
         """
+        if self.is_finished():
+            logger.info("%s was prepared before: nothing was left to do", self.path)
         tally, shards, dropped = Tally(), set(), _DroppedSamples()
         for file in sorted(self._receipts.glob("*.json"), key=_unit_numbers):
             receipt = json.loads(file.read_bytes())
@@ -157,6 +175,16 @@ class PreparationFolder:
 def named_folder(media_folder: Path | None) -> dict[str, str]:
     """What a plan holds of the folder of its images and clips, where one is named."""
     return {} if media_folder is None else {"media_folder": str(media_folder.absolute())}
+
+
+def last_changed(path: Path) -> str:
+    """The name of a file and when its content was changed last, for a plan.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    seconds, nanoseconds = divmod(path.stat().st_mtime_ns, 10**9)
+    return f"{path.name}, {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{nanoseconds:09d} UTC"
 
 
 def require_equal_plans(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

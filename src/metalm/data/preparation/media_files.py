@@ -101,6 +101,11 @@ def open_media_files(root: Path) -> MediaFiles:
     return MediaFiles(root)
 
 
+def tar_of(root: Path | None) -> list[Path]:
+    """The tar that holds the images and clips, if it is one that is named."""
+    return [] if root is None or root.is_dir() else [root]
+
+
 def _inline(uri: str, modality: str) -> bytes:
     head, comma, content = uri.partition(",")
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metalm.data.preparation.folder import PreparationFolder
+from metalm.data.preparation.folder import LAST_CHANGED, PreparationFolder, last_changed
 from metalm.data.preparation.jsonl import check_files
 from metalm.data.preparation.pair_sources import (
     COCO_SUFFIX,
@@ -157,6 +157,7 @@ def prepare_pairs(
         "kind": modality.kind,
         "inputs": [source.name for source in inputs],
         "listing": _digest(tasks),
+        LAST_CHANGED: _last_changed(tasks),
         **settings,
         f"{modality.unit}_per_unit": pairs_per_unit,
         "shard_bytes": shard_bytes,
@@ -215,6 +216,37 @@ def _digest(tasks: Sequence[PairTask]) -> str:
             for record in task.records:
                 digest.update(f"{record.media}\0{record.captions}\n".encode())
     return digest.hexdigest()
+
+
+def _last_changed(tasks: Sequence[PairTask]) -> dict[str, str | None]:
+    """Of all files that can be told before they are read: the newest, and a digest of sizes and times."""
+    digest, newest = hashlib.sha256(), (0, Path())
+    for task in Phase.over("looking up when files were changed", tasks, "batches"):
+        for path in _files(task):
+            try:
+                status = path.stat()
+            except (OSError, ValueError):  # it is counted as missing when it is read
+                digest.update(b"none\n")
+                continue
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+            newest = max(newest, (status.st_mtime_ns, path))
+    return {
+        "newest": last_changed(newest[1]) if newest[0] else None,
+        "sizes_and_times": digest.hexdigest(),
+    }
+
+
+def _files(task: PairTask) -> Iterator[Path]:
+    """The files that a task reads; of parquet not those that its rows name."""
+    if isinstance(task, TarredPairs):
+        yield task.tar
+    elif isinstance(task, ParquetPairs):
+        yield task.path
+    else:
+        for record in task.records:
+            yield record.media
+            if record.captions is None:
+                yield from (record.media.with_suffix(suffix) for suffix in (".txt", ".json"))
 
 
 def _one_line(caption: str) -> str:
