@@ -70,12 +70,17 @@ def main() -> int:
     parser.add_argument("--text-mib", type=float, default=12, help="most text, in MiB (default: %(default)s)")
     options = parser.parse_args()
     record_plan(options.out, {name: value for name, value in vars(options).items() if name != "out"})
+    written = options.out / "raw" / "written"
     for tool, *arguments in steps(**vars(options)):
+        if tool == "make_demo_data" and written.exists():
+            continue  # files that are written again count as changed for the tools behind
         print(f"metalm tool {tool} {shlex.join(arguments)}", flush=True)
         script = Path(__file__).with_name(f"{tool}.py")
         code = subprocess.run([sys.executable, str(script), *arguments]).returncode
         if code:
             return code
+        if tool == "make_demo_data":
+            replace_file(written, "")
     return 0
 
 
