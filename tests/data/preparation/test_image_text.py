@@ -459,7 +459,7 @@ def test_edited_files_need_another_folder(image_bytes: ImageBytes, tmp_path: Pat
     prepare_image_text([folder], out)
     for name, edited in (("one.txt", b"a dog"), ("one.png", image_bytes("PNG", color="blue"))):
         write(name, edited, 10**9 + 1)
-        with pytest.raises(ConfigError, match=f"last_changed.newest was 'one.*', is '{name}, 2001"):
+        with pytest.raises(ConfigError, match="contents was .*, is "):
             prepare_image_text([folder], out)
         write(name, files[name], 10**9)
     prepare_image_text([folder], out)

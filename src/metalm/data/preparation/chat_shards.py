@@ -11,7 +11,7 @@ from metalm.data.documents.chats import TrainedAnswers, chat_example
 from metalm.data.documents.example import Example
 from metalm.data.preparation.chat_records import turns_of
 from metalm.data.preparation.example_shards import SHARD_BYTES, ExampleTask, prepare_examples
-from metalm.data.preparation.folder import LAST_CHANGED, last_changed, named_folder
+from metalm.data.preparation.folder import CONTENTS, digest_of, named_folder
 from metalm.data.preparation.media_files import open_media_files, tar_of
 from metalm.data.preparation.record_tasks import record_tasks
 from metalm.errors import BadSample, ConfigError, MetaLMError
@@ -74,7 +74,7 @@ def prepare_chats(
     plan = {
         "inputs": [path.name for path in inputs],
         "sizes": [path.stat().st_size for path in inputs],
-        LAST_CHANGED: [last_changed(path) for path in (*inputs, *tar_of(media_folder))],
+        CONTENTS: [digest_of(path) for path in (*inputs, *tar_of(media_folder))],
         "train": train,
         **named_folder(media_folder),
         **settings,

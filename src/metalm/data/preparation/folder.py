@@ -12,6 +12,7 @@ command goes on with the units that have no receipt, and writes the same bytes a
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -20,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ BYTES_PER_INDEX_PROCESS = 1 << 30
 MAX_SHOWN_CHANGES = 5
 MAX_SHOWN_CHARACTERS = 100
 """Of a value that changed, in the message that says so."""
-LAST_CHANGED = "last_changed"
-"""Of a plan: when its inputs were changed last. Plans of earlier versions lack it."""
+CONTENTS = "contents"
+"""Of a plan: digests of what its inputs hold. Plans of earlier versions lack them."""
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +74,13 @@ class PreparationFolder:
                 raise ConfigError(f"another preparation is writing {self.path}: wait, or stop it")
             if has_shards:
                 recorded = json.loads(self._plan_file.read_bytes())
-                if LAST_CHANGED in plan and LAST_CHANGED not in recorded:
+                if CONTENTS in plan and CONTENTS not in recorded:
                     logger.warning(
-                        "%s was begun by an earlier version, which did not record when its inputs were "
-                        "changed last: they are taken to be what they were",
+                        "%s was begun by an earlier version, which recorded no digests of its inputs: they "
+                        "are taken to be what they were",
                         self.path,
                     )
-                    recorded[LAST_CHANGED] = plan[LAST_CHANGED]
+                    recorded[CONTENTS] = plan[CONTENTS]
                 require_equal_plans(self.path, recorded, plan)
             else:
                 for receipt in self._receipts.glob("*.json"):
@@ -177,14 +178,25 @@ def named_folder(media_folder: Path | None) -> dict[str, str]:
     return {} if media_folder is None else {"media_folder": str(media_folder.absolute())}
 
 
-def last_changed(path: Path) -> str:
-    """The name of a file and when its content was changed last, for a plan.
+def digest_of(path: Path) -> str:
+    """The name of a file and a digest of its content, for a plan.
+
+    Of a file above a mebibyte the digest is of its size and of parts from end to end: raw data can be
+    terabytes. It is the same wherever, and however often, the same content is written.
 
     Raises:
         OSError: there is no such file.
     """
-    seconds, nanoseconds = divmod(path.stat().st_mtime_ns, 10**9)
-    return f"{path.name}, {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{nanoseconds:09d} UTC"
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+        else:
+            for number in range(_SAMPLES):
+                file.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return f"{path.name}: {digest.hexdigest()}"
 
 
 def require_equal_plans(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

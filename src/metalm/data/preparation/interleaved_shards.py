@@ -13,7 +13,7 @@ from metalm.config.model_schema import TEXT
 from metalm.data.documents.example import Example
 from metalm.data.preparation.document_cutting import DocumentCutter
 from metalm.data.preparation.example_shards import SHARD_BYTES, ExampleTask, prepare_examples
-from metalm.data.preparation.folder import LAST_CHANGED, last_changed, named_folder
+from metalm.data.preparation.folder import CONTENTS, digest_of, named_folder
 from metalm.data.preparation.interleaved_records import IMAGE, document_of
 from metalm.data.preparation.media_files import open_media_files, tar_of
 from metalm.data.preparation.pair_sources import table_rows
@@ -146,7 +146,7 @@ def prepare_interleaved(
     plan = {
         "form": "interleaved",
         "inputs": [[path.name, path.stat().st_size] for path in inputs],
-        LAST_CHANGED: [last_changed(path) for path in (*inputs, *tar_of(media_folder))],
+        CONTENTS: [digest_of(path) for path in (*inputs, *tar_of(media_folder))],
         "image_table": None if image_table is None else hashlib.sha256(image_table.read_bytes()).hexdigest(),
         **named_folder(media_folder),
         "row_size": row_size and [fingerprint, row_size.positions, row_size.image_positions],

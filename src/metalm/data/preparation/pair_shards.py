@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metalm.data.preparation.folder import LAST_CHANGED, PreparationFolder, last_changed
+from metalm.data.preparation.folder import CONTENTS, PreparationFolder, digest_of
 from metalm.data.preparation.jsonl import check_files
 from metalm.data.preparation.pair_sources import (
     COCO_SUFFIX,
@@ -157,7 +157,7 @@ def prepare_pairs(
         "kind": modality.kind,
         "inputs": [source.name for source in inputs],
         "listing": _digest(tasks),
-        LAST_CHANGED: _last_changed(tasks),
+        CONTENTS: _contents(tasks),
         **settings,
         f"{modality.unit}_per_unit": pairs_per_unit,
         "shard_bytes": shard_bytes,
@@ -218,35 +218,36 @@ def _digest(tasks: Sequence[PairTask]) -> str:
     return digest.hexdigest()
 
 
-def _last_changed(tasks: Sequence[PairTask]) -> dict[str, str | None]:
-    """Of all files that can be told before they are read: the newest, and a digest of sizes and times."""
-    digest, newest = hashlib.sha256(), (0, Path())
-    for task in Phase.over("looking up when files were changed", tasks, "batches"):
-        for path in _files(task):
-            try:
-                status = path.stat()
-            except (OSError, ValueError):  # it is counted as missing when it is read
-                digest.update(b"none\n")
-                continue
-            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-            newest = max(newest, (status.st_mtime_ns, path))
-    return {
-        "newest": last_changed(newest[1]) if newest[0] else None,
-        "sizes_and_times": digest.hexdigest(),
-    }
+def _contents(tasks: Sequence[PairTask]) -> str:
+    """A digest of all files that can be told before they are read.
+
+    Single images, clips and captions can be millions: of them it is of sizes and times.
+    """
+    digest = hashlib.sha256()
+    for task in Phase.over("looking at what the files hold", tasks, "batches"):
+        if isinstance(task, TarredPairs):
+            digest.update(digest_of(task.tar).encode())
+        elif isinstance(task, ParquetPairs):
+            digest.update(digest_of(task.path).encode())
+        else:
+            for path in _files(task.records):
+                digest.update(_size_and_time(path).encode())
+    return digest.hexdigest()
 
 
-def _files(task: PairTask) -> Iterator[Path]:
-    """The files that a task reads; of parquet not those that its rows name."""
-    if isinstance(task, TarredPairs):
-        yield task.tar
-    elif isinstance(task, ParquetPairs):
-        yield task.path
-    else:
-        for record in task.records:
-            yield record.media
-            if record.captions is None:
-                yield from (record.media.with_suffix(suffix) for suffix in (".txt", ".json"))
+def _files(records: Iterable[PairRecord]) -> Iterator[Path]:
+    for record in records:
+        yield record.media
+        if record.captions is None:
+            yield from (record.media.with_suffix(suffix) for suffix in (".txt", ".json"))
+
+
+def _size_and_time(path: Path) -> str:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # it is counted as missing when it is read
+        return "none\n"
+    return f"{status.st_size} {status.st_mtime_ns}\n"
 
 
 def _one_line(caption: str) -> str:

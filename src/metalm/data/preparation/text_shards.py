@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from metalm.data.preparation.fast_bpe import gigatoken_encoder, why_not_gigatoken
-from metalm.data.preparation.folder import LAST_CHANGED, PreparationFolder, last_changed
+from metalm.data.preparation.folder import CONTENTS, PreparationFolder, digest_of
 from metalm.data.preparation.shard_writer import ShardWriter
 from metalm.data.preparation.tally import Place, Tally
 from metalm.data.preparation.task_pool import Advance, run_tasks
@@ -249,7 +249,7 @@ def prepare_text(
     plan: dict[str, Any] = {
         "kind": "text",
         "inputs": [[file.path.name, file.size] for file in files],
-        LAST_CHANGED: [last_changed(file.path) for file in files],
+        CONTENTS: [digest_of(file.path) for file in files],
         "tokenizer": tokenizer and tokenizer.fingerprint,
         "keep": sorted(subsets.keep),
         "drop": sorted(subsets.drop),
