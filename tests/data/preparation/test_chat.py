@@ -150,6 +150,74 @@ def test_alpaca_and_sharegpt_are_read(tmp_path: Path, tokenizer: Tokenizer) -> N
     ]
 
 
+def test_answers_of_weight_0_are_not_trained_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def weighted(*weights: object) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = []
+        for number, weight in enumerate(weights):
+            messages.append({"role": "user", "content": f"q{number}"})
+            messages.append({"role": "assistant", "content": f"a{number}", "weight": weight})
+        return {"messages": messages}
+
+    given = [weighted(0, 1), weighted(1, None, 0), weighted(0), weighted(0.5), weighted("none")]
+    report = prepare([write_lines(tmp_path / "a.jsonl", given)], tmp_path / "out")
+    assert report["dropped"] == {"bad_weight": 2, "no_answer": 1}
+    found = [contents(example) for example in read(tmp_path / "out", tokenizer)]
+    assert found == [
+        [("q0", False), ("a0", False), ("\n\n", False), ("q1", False), ("a1", True)],
+        [("q0", False), ("a0", True), ("\n\n", False), ("q1", False), ("a1", True)],
+    ]
+
+
+def test_the_history_of_an_instruction_is_its_earlier_turns(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    record = {"instruction": "new q", "output": "new a"}
+    given = [
+        {**record, "history": [["old q", "old a"]]},
+        *(
+            {**record, "history": history}
+            for history in (None, [], 3, ["old q"], [["old q"]], [["old q", 1]])
+        ),
+    ]
+    report = prepare([write_lines(tmp_path / "a.jsonl", given)], tmp_path / "out")
+    assert report["dropped"] == {"bad_turns": 4}
+    found = [contents(example) for example in read(tmp_path / "out", tokenizer)]
+    new = [("new q", False), ("new a", True)]
+    assert found == [[("old q", False), ("old a", True), ("\n\n", False), *new], new, new]
+
+
+def test_answers_to_a_user_who_says_nothing_are_left_out(tmp_path: Path) -> None:
+    def of(*turns: tuple[str, str]) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": said} for role, said in turns]}
+
+    asked, answered, nothing = ("user", "q"), ("assistant", "a"), ("user", " ")
+    given = [
+        of(nothing, answered),
+        of(asked, answered, nothing, answered),
+        {"instruction": "", "output": "a"},
+        of(("system", "s"), nothing, answered),
+        of(asked, answered, ("tool", ""), answered),
+        of(asked, answered, nothing),
+        of(answered, asked, answered),
+    ]
+    report = prepare([write_lines(tmp_path / "a.jsonl", given)], tmp_path / "out")
+    assert (report["examples"], report["dropped"]) == (4, {"empty_question": 3})
+
+
+def test_placeholders_need_images_where_a_text_does_not_merely_mention_them(
+    tmp_path: Path, media: Path
+) -> None:
+    given = [
+        *map(
+            conversations, (f"<image>\n{QUESTION}", f"<image>{QUESTION}", f"{QUESTION}\n<image>", "<audio>")
+        ),
+        {"instruction": f"<image>{QUESTION}", "output": ANSWER},
+        *map(conversations, ("What is <image> in SVG?", "Explain <image>")),
+        conversations(f"<image>\n{QUESTION}", image="train/fox.jpg"),
+    ]
+    report = prepare([write_lines(tmp_path / "a.jsonl", given)], tmp_path / "out", media_folder=media)
+    assert (report["examples"], report["media"]) == (3, 1)
+    assert report["dropped"] == {"bad_placeholders": 5}
+
+
 def test_boxes_in_a_turn_or_beside_the_turns_are_text(
     tmp_path: Path, media: Path, tokenizer: Tokenizer
 ) -> None:

@@ -50,30 +50,33 @@ class Turn:
 
     role: str
     contents: tuple[Content, ...]
+    is_trained: bool = True
+    """Of an answer: whether it may be trained on."""
 
 
 def chat_example(turns: Sequence[Turn], train: TrainedAnswers = "all") -> Example:
-    """The example of a chat, up to its last answer.
+    """The example of a chat, up to the last answer that may be trained on.
 
     Args:
-        train: on all answers, or on the last one alone.
+        train: on all answers that may be, or on the last one alone. Of several turns in a row that are one
+            answer, all must be.
 
     Raises:
         BadSample: `unknown_role`, `media_in_answer`, `empty_answer` or `no_answer`.
     """
     sides = _sides(turns)
-    while sides and not sides[-1][0]:
+    while sides and not sides[-1].is_trained:
         sides.pop()
     if not sides:
         raise BadSample("no_answer")
     parts: list[ExamplePart] = []
-    for number, (is_answer, said) in enumerate(sides, start=1):
+    for number, side in enumerate(sides, start=1):
         is_last = number == len(sides)
-        if not is_answer:
-            parts += _asked(said)
+        if not side.is_answer:
+            parts += _asked(side.said)
             continue
-        is_trained = is_last or train == "all"
-        parts.append(ExamplePart(_answer(said), is_trained=is_trained))
+        is_trained = side.is_trained and (is_last or train == "all")
+        parts.append(ExamplePart(_answer(side.said), is_trained=is_trained))
         if not is_last:
             parts.append(ExamplePart(BLANK_LINE, is_end=is_trained))
     return Example(tuple(parts))
@@ -83,16 +86,24 @@ _Said = list[tuple[Content, ...]]
 """What one side says until the other does, by turn."""
 
 
-def _sides(turns: Sequence[Turn]) -> list[tuple[bool, _Said]]:
-    """Whether it is an answer, and what is said, in turn."""
-    sides: list[tuple[bool, _Said]] = []
+@dataclass
+class _Side:
+    is_answer: bool
+    is_trained: bool
+    said: _Said
+
+
+def _sides(turns: Sequence[Turn]) -> list[_Side]:
+    """What is asked and what is answered, in turn."""
+    sides: list[_Side] = []
     for turn in turns:
         is_answer = turn.role in ANSWERING_ROLES
         if not is_answer and turn.role not in ASKING_ROLES:
             raise BadSample("unknown_role")
-        if not sides or sides[-1][0] != is_answer:
-            sides.append((is_answer, []))
-        sides[-1][1].append(turn.contents)
+        if not sides or sides[-1].is_answer != is_answer:
+            sides.append(_Side(is_answer, is_answer, []))
+        sides[-1].is_trained &= turn.is_trained
+        sides[-1].said.append(turn.contents)
     return sides
 
 

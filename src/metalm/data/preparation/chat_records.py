@@ -2,11 +2,13 @@
 
     messages         [{"role": ..., "content": text, or parts of "type" text, image, image_url, audio, ...}]
     conversations    [{"from": ..., "value": text}], as ShareGPT and LLaVA have it
-    instruction      with "input" and "output", as alpaca has it
+    instruction      with "input" and "output", as alpaca has it, and "history": [[question, answer], ...]
 
 Images and clips that a record lists beside its turns (`image`, `images`, `audio`, `audios`) stand where its
 texts say `<image>` or `<audio>`, or a part of that type names none; if nothing does, in front of what is
-asked first. `system` is a turn of its own.
+asked first. A user's text that begins with a placeholder, or has it as its last line, needs an image or a
+clip; elsewhere a text may merely mention `<image>`. `system` is a turn of its own. An answer whose message
+has `"weight": 0`, as OpenAI has it, is not trained on.
 
 A box in the image is a part `{"type": "box", "box": [left, top, right, bottom]}`, shares from 0 to 1; or
 texts say `<box>`, and a record lists `boxes` beside its turns. It becomes text: see `modalities.boxes`.
@@ -17,8 +19,10 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from metalm.data.documents.chats import ANSWERING_ROLES, ASKING_ROLES, Content, Medium, Turn
@@ -32,6 +36,7 @@ _MODALITY_OF_TYPE = {kind: name for name in MEDIA for kind in (name, f"{name}_ur
 BOX = "box"
 """The type of a part."""
 _FILE_KEYS = ("url", "path", "data", "bytes")
+_USER_ROLES = ("user", "human")
 
 
 def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
@@ -39,7 +44,8 @@ def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
 
     Raises:
         BadSample: `no_turns`, for it has none of the forms; `bad_turns`, for a turn is not as its form says;
-            `unknown_role`; `bad_placeholders`, more or fewer than images, clips or boxes; `bad_box`; as
+            `unknown_role`; `bad_weight`, neither 0 nor 1; `empty_question`, a user says nothing and is
+            answered; `bad_placeholders`, more or fewer than images, clips or boxes; `bad_box`; as
             `MediaFiles.read`.
     """
     if not isinstance(record, dict):
@@ -60,6 +66,10 @@ def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
         turns = _with_boxes(turns, boxes)
     for name, listed in beside.items():
         turns = _placed(turns, [medium_of(one, name, files) for one in listed], _placeholder(name))
+    if any(_asks_for(turns, name) for name in MEDIA.keys() - beside.keys()):
+        raise BadSample("bad_placeholders")
+    if _has_empty_question(turns):
+        raise BadSample("empty_question")
     return turns
 
 
@@ -77,11 +87,20 @@ def _turn(
     content = _first(message, content_key, "content", "value")
     if not isinstance(role, str) or role.lower() not in (*ASKING_ROLES, *ANSWERING_ROLES):
         raise BadSample("unknown_role")
+    role = role.lower()
+    is_trained = role not in ANSWERING_ROLES or _weight(message) != 0
     if isinstance(content, str):
-        return Turn(role.lower(), (content,))
+        return Turn(role, (content,), is_trained)
     if not isinstance(content, list):
         raise BadSample("bad_turns")
-    return Turn(role.lower(), tuple(_content(part, files, beside) for part in content))
+    return Turn(role, tuple(_content(part, files, beside) for part in content), is_trained)
+
+
+def _weight(message: Mapping[str, Any]) -> int:
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise BadSample("bad_weight")
+    return 1 if weight is None else int(weight)
 
 
 def _content(part: Any, files: MediaFiles, beside: Collection[str]) -> Content:
@@ -130,7 +149,24 @@ def _instruction(record: Mapping[str, Any]) -> list[Turn]:
     asked, given = record["instruction"], record.get("input")
     if isinstance(given, str) and given.strip():
         asked = asked.rstrip() + BLANK_LINE + given.lstrip()
-    return [Turn("user", (asked,)), Turn("assistant", (record["output"],))]
+    turns = []
+    for question, answer in [*_history(record.get("history")), (asked, record["output"])]:
+        turns += [Turn("user", (question,)), Turn("assistant", (answer,))]
+    return turns
+
+
+def _history(listed: Any) -> list[tuple[str, str]]:
+    """Earlier questions with their answers."""
+    if listed is None:
+        return []
+    if not isinstance(listed, list):
+        raise BadSample("bad_turns")
+    pairs = []
+    for pair in listed:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadSample("bad_turns")
+        pairs.append((pair[0], pair[1]))
+    return pairs
 
 
 def _beside(record: Mapping[str, Any], modality: str) -> list[Any]:
@@ -162,9 +198,9 @@ def _with_boxes(turns: Sequence[Turn], boxes: Any) -> list[Turn]:
         raise BadSample("bad_placeholders")
     following = iter(waiting)
     return [
-        Turn(
-            turn.role,
-            tuple(
+        replace(
+            turn,
+            contents=tuple(
                 re.sub(OPEN, lambda _: next(following), content) if isinstance(content, str) else content
                 for content in turn.contents
             ),
@@ -173,15 +209,43 @@ def _with_boxes(turns: Sequence[Turn], boxes: Any) -> list[Turn]:
     ]
 
 
+def _asks_for(turns: Sequence[Turn], modality: str) -> bool:
+    """Whether a user's text has the placeholder where data sets have it, of a chat without any of these."""
+    contents = [content for turn in turns for content in turn.contents]
+    if any(isinstance(content, Medium) and content.modality == modality for content in contents):
+        return False
+    texts = [
+        content.strip()
+        for turn in turns
+        if turn.role in _USER_ROLES
+        for content in turn.contents
+        if isinstance(content, str)
+    ]
+    placeholder = _placeholder(modality)
+    return any(text.startswith(placeholder) or text.endswith(f"\n{placeholder}") for text in texts)
+
+
+def _has_empty_question(turns: Sequence[Turn]) -> bool:
+    """Whether an answer follows a user who says nothing, with nothing from others beside; tools may."""
+    sides = [list(side) for _, side in itertools.groupby(turns, lambda turn: turn.role in ANSWERING_ROLES)]
+    return any(
+        any(turn.role in _USER_ROLES for turn in side)
+        and not any(
+            isinstance(content, Medium) or content.strip() for turn in side for content in turn.contents
+        )
+        for side in sides[:-1]
+    )
+
+
 def _placed(turns: Sequence[Turn], media: list[Medium], placeholder: str) -> list[Turn]:
     """The turns with images or clips where their placeholders are, or in front of the first that asks."""
     texts = [content for turn in turns for content in turn.contents if isinstance(content, str)]
     count = sum(text.count(placeholder) for text in texts)
     if not count:
-        first = next((n for n, turn in enumerate(turns) if turn.role in ("user", "human")), None)
+        first = next((n for n, turn in enumerate(turns) if turn.role in _USER_ROLES), None)
         if first is None:
             raise BadSample("bad_placeholders")
-        moved = Turn(turns[first].role, (*media, *turns[first].contents))
+        moved = replace(turns[first], contents=(*media, *turns[first].contents))
         return [*turns[:first], moved, *turns[first + 1 :]]
     if count != len(media):
         raise BadSample("bad_placeholders")
@@ -195,5 +259,5 @@ def _placed(turns: Sequence[Turn], media: list[Medium], placeholder: str) -> lis
                 continue
             for piece in re.split(f"({re.escape(placeholder)})", content):
                 contents.append(next(waiting) if piece == placeholder else piece)
-        placed.append(Turn(turn.role, tuple(one for one in contents if one != "")))
+        placed.append(replace(turn, contents=tuple(one for one in contents if one != "")))
     return placed
