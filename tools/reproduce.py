@@ -40,7 +40,7 @@ def main() -> None:
         help="of all training; default: that of a claim's jobs that are done, else bf16 on a GPU and on CPUs "
         "that multiply it, else fp32",
     )
-    parser.add_argument("--seeds", type=positive, help="of each arm; default: 3, of some on CPU 5")
+    parser.add_argument("--seeds", type=positive, help="of each arm; default: 3, of some on CPU 4")
     parser.add_argument(
         "--jobs",
         type=positive,

@@ -113,7 +113,7 @@ def test_arms_have_as_many_seeds_as_asked_for_or_as_their_verdict_usually_needs(
         names = [job.name for job in jobs_of([(CLAIMS["f"](own), own)])]
         return sum(name.startswith(f"{arm}/seed_") for name in names)
 
-    assert (seeds("f_joint_100"), seeds("f_patches_100")) == (5, 5)
+    assert (seeds("f_joint_100"), seeds("f_patches_100")) == (4, 4)
     assert (seeds("f_joint_10"), seeds("f_question_100")) == (3, 3)
     assert seeds("f_joint_100", scale="gpu") == 3
     assert seeds("f_joint_100", seeds=1) == seeds("f_joint_10", seeds=1) == 1

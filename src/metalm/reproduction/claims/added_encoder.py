@@ -42,7 +42,7 @@ def added_encoder(setting: Setting) -> Claim:
             needs,
             rates=(1e-3, 3e-3),
             chosen_on=chosen_on,
-            minutes=5.2,
+            minutes=5.4,
         )
 
     added = arm("g_added", "an image encoder added, the rest as it was")

@@ -33,7 +33,7 @@ def captions(setting: Setting) -> Claim:
         ("shared/e_tokenizer", "shared/e_train", "shared/e_validation"),
         rates=RATES,
         chosen_on=Scoring("validation", (task,), "validation", "generation", 200),
-        minutes=4.6,
+        minutes=4.2,
     )
     where = ("--data", setting.data)
     prepared = [

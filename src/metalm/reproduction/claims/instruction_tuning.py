@@ -25,8 +25,8 @@ def instruction_tuning(setting: Setting) -> Claim:
     asked = Scoring("held out", held_out, limit=QUESTIONS[setting.scale], templates=WORDINGS)
     chosen_on = Scoring("validation", trained_on, "validation", limit=100)
     finetuning = Finetuning(setting, "c", STEPS[setting.scale], (asked,), chosen_on)
-    metalm = finetuning.arm("c_metalm", METALM, 4.1)
-    gpt = finetuning.arm("c_gpt", GPT, 2.7)
+    metalm = finetuning.arm("c_metalm", METALM, 4.2)
+    gpt = finetuning.arm("c_gpt", GPT, 2.8)
     examples = [
         shared_job(
             f"c_{split}",

@@ -31,14 +31,14 @@ def pair_comparison(setting: Setting) -> Claim:
     tested = Scoring("test", (task,), limit=QUESTIONS[setting.scale])
     chosen_on = Scoring("validation", (task,), "validation", limit=500)
     finetuning = Finetuning(setting, "a", STEPS[setting.scale], (tested,), chosen_on)
-    metalm = finetuning.arm("a_metalm", METALM, 5.0)
-    gpt = finetuning.arm("a_gpt", GPT, 3.5)
-    large = finetuning.arm("a_gpt_large", LARGE_GPT, 5.5)
-    docked = finetuning.arm("a_minilm", DOCKED, 14.0)
+    metalm = finetuning.arm("a_metalm", METALM, 6.0)
+    gpt = finetuning.arm("a_gpt", GPT, 4.0)
+    large = finetuning.arm("a_gpt_large", LARGE_GPT, 6.5)
+    docked = finetuning.arm("a_minilm", DOCKED, 14.3)
     shuffled = finetuning.arm(
         "a_shuffled",
         DOCKED,
-        14.0,
+        15.3,
         about="MetaLM with a real encoder, trained on shuffled answers",
         train="a_shuffled_train",
         rate_of=docked,
