@@ -23,8 +23,8 @@ SHARE_OF_YES = 3611 / 9673
 SEARCHED_AT, COMPARED_AT = "10", "100"
 """Percent of the questions that learning rates are chosen with, and of those that the verdict is about."""
 SEEDS = {"cpu": 4, "gpu": USUAL_SEEDS}
-"""Of the two arms that are near each other there: of three, their intervals have overlapped by 0.2 points; with
-five, all claims would take more than six hours."""
+"""Of the two arms that are near each other there. Of three, their intervals have overlapped by 0.2 points;
+with five, all claims take more than six hours."""
 ARMS = {
     "joint": ("f_joint", "MetaLM: image and question encoded together", "f"),
     "patches": ("f_patches", "a causal decoder with as many layers, patches through a linear map", "f"),
