@@ -91,9 +91,8 @@ class Asker:
     def _demonstrations(self, record: TaskRecord) -> Sequence[TaskRecord]:
         draw = random.Random(f"{self._seed} {self._task.task} {record.key}")
         drawn = draw.sample(self._pool, min(self._asked.num_shots + 1, len(self._pool)))
-        others = [
-            one for one in drawn if one.fields != record.fields
-        ]  # another split may hold the record, too
+        # Another split, or another record of this one, may hold the same.
+        others = [one for one in drawn if one.fields != record.fields]
         if len(others) < self._asked.num_shots:
             drawn = draw.sample(self._pool, len(self._pool))
             others = [one for one in drawn if one.fields != record.fields]

@@ -17,7 +17,7 @@ from metalm.data.corpus import Corpus
 from metalm.errors import CheckpointError
 from metalm.objectives import build_objective
 from metalm.tasks.records import TaskData
-from metalm.tasks.task_file import load_task
+from metalm.tasks.task_file import load_tasks
 from metalm.tasks.ways import TaskSettings
 
 
@@ -35,7 +35,7 @@ def check_start(config: RunConfig, world_size: int) -> Corpus:
     corpus = Corpus(config)
     corpus.check()
     if (wanted := config.monitor.tasks) is not None:
-        for task in map(load_task, wanted.names):
+        for task in load_tasks(wanted.names):
             task_settings(wanted).check(task)
             TaskData(task, wanted.data)
     if not list_checkpoints(config.run.folder / config.run.name / CHECKPOINTS_NAME):
