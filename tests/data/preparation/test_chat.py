@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -326,8 +327,10 @@ def test_inputs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             prepare([tmp_path / name], tmp_path / "out")
-    with pytest.raises(DataError, match="neither a folder of images and clips nor a tar"):
-        prepare([lines], tmp_path / "out", media_folder=tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("gone", "pipe"):
+        with pytest.raises(DataError, match="neither a folder of images and clips nor a tar"):
+            prepare([lines], tmp_path / "out", media_folder=tmp_path / name)
     prepare([lines], tmp_path / "out")
     with pytest.raises(ConfigError, match="train was 'all', is 'last'"):
         prepare([lines], tmp_path / "out", train="last")

@@ -32,6 +32,8 @@ class MediaFiles:
         self._members: dict[str, Member] | None = None
         if root.is_dir():
             return
+        if root.exists() and not root.is_file():  # a pipe would be waited for
+            raise DataError(f"{root} is neither a folder of images and clips nor a tar of them")
         try:
             with root.open("rb", buffering=0) as file:
                 found = [one for one in scan_members(HashedStream(file)) if isinstance(one, Member)]
