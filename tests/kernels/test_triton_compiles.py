@@ -17,9 +17,8 @@ from metalm.kernels.triton_configs import Kernel, LaunchConfig
 
 # Bytes of shared memory that a program may use on compute capability 9.0.
 HOPPER_SHARED_BYTES = 232_448
-# Of Triton 3.6 and 3.9: the fastest candidates spill a little at head size 128.
-SPILLED_BYTES = 144
-PLAIN_SPILLED_BYTES = 48
+# Of Triton 3.9, the keys' gradients at head size 128; Triton 3.6 spills nothing.
+SPILLED_BYTES = 48
 
 
 def compile_table() -> dict[str, dict[str, Any]]:
@@ -60,7 +59,7 @@ def test_kernels_with_all_features_compile_for_hopper(tmp_path: Path) -> None:
     assert (len(kernels), len(elementwise)) == (25, 10), f"without tensor cores: {', '.join(elementwise)}"
     for name, facts in kernels.items():
         assert facts["shared_bytes"] <= HOPPER_SHARED_BYTES, name
-        most = 0 if name in elementwise else SPILLED_BYTES if "bias" in name else PLAIN_SPILLED_BYTES
+        most = SPILLED_BYTES if name.startswith("key_gradient, 128") else 0
         assert facts["spilled_bytes"] <= most, f"{name} spills {facts['spilled_bytes']} bytes"
 
 

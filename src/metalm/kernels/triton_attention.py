@@ -16,6 +16,7 @@ from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
 from metalm.kernels.triton_configs import Kernel, LaunchConfig, launch_config
 from metalm.kernels.triton_forward import forward_kernel
+from metalm.kernels.triton_tile import BIAS_MARGIN
 
 _MAX_HEAD_SIZE = 256
 # Places in a row are counted in 32 bits: in 64 the kernels take more registers.
@@ -83,8 +84,7 @@ class _TritonAttention(torch.autograd.Function):
         # Laid out as q, so that a caller's own permutation of the output is free.
         out = torch.empty_like(q)
         log_sum = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        # The kernels add the bias before they scale.
-        raw_bias = None if bias is None else (bias.float() / scale).contiguous()
+        raw_bias = None if bias is None else _raw_bias(bias, scale)
         ctx.launch = launch = _Launch(q, scale, bias is not None, dropout, configs)
         with torch.cuda.device_of(q):
             options = launch.options("forward")
@@ -113,7 +113,7 @@ class _TritonAttention(torch.autograd.Function):
         grad_k = torch.empty_like(k)
         grad_v = torch.empty_like(grad_k)
         needs_bias_gradient = ctx.needs_input_grad[3]
-        grad_bias = torch.zeros_like(raw_bias) if needs_bias_gradient else None
+        grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32) if needs_bias_gradient else None
         with torch.cuda.device_of(q):
             options = launch.options("query_gradient")
             query_gradient_kernel[(triton.cdiv(num_queries, options["BLOCK_Q"]), batch_size * num_heads)](
@@ -187,6 +187,15 @@ def _meta(head_size: int, dtype: torch.dtype, has_bias: bool, has_dropout: bool)
         # TF32 would lose thirteen bits of a float32 product.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+
+
+def _raw_bias(bias: Tensor, scale: float) -> Tensor:
+    """As the kernels take it, which add it before they scale: float32, with a margin on either side."""
+    num_heads, num_distances = bias.shape
+    margin = BIAS_MARGIN.value
+    raw = bias.new_zeros(num_heads, num_distances + 2 * margin, dtype=torch.float32)
+    raw[:, margin : margin + num_distances] = bias.float() / scale
+    return raw
 
 
 def _intervals(mask: IntervalMask) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import triton.language as tl
 from metalm.kernels.triton_tile import (
     add_bias,
     add_bias_gradient,
+    bias_of_head,
     block_range,
     keep_pairs,
     load_rows,
@@ -64,7 +65,8 @@ def _query_block(
     v = load_rows(v_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_BIAS:
-        raw = add_bias(raw, bias_ptr, queries[:, None], keys[None, :], num_queries, num_keys)
+        query_places, key_places = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        raw = add_bias(raw, bias_ptr, first_query, first_key, num_queries, query_places, key_places)
     weights = tl.exp2(raw * scale_log2 - log_sum[:, None])
     if PARTIAL:
         visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
@@ -149,7 +151,7 @@ def query_gradient_kernel(
     out_ptr += row * stride_ob + long_head * stride_oh
     grad_ptr += row * stride_ob + long_head * stride_oh
     if HAS_BIAS:
-        bias_ptr += head * (num_queries + num_keys - 1)
+        bias_ptr = bias_of_head(bias_ptr, head, num_queries, num_keys)
     if NEEDS_BIAS_GRADIENT:
         grad_bias_ptr += head * (num_queries + num_keys - 1)
     seeds = tl.load(seeds_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
@@ -243,7 +245,8 @@ def _key_block(
     # Everything is [keys, queries] here, so that both gradients accumulate without a transposed copy.
     raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if HAS_BIAS:
-        raw = add_bias(raw, bias_ptr, queries[None, :], keys[:, None], num_queries, num_keys)
+        query_places, key_places = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_K)[:, None]
+        raw = add_bias(raw, bias_ptr, first_query, first_key, num_queries, query_places, key_places)
     weights = tl.exp2(raw * scale_log2 - log_sum[None, :])
     if PARTIAL:
         visible = (queries[None, :] >= query_start[:, None]) & (queries[None, :] < query_end[:, None])
@@ -346,7 +349,7 @@ def key_gradient_kernel(
         head_grad_ptr = grad_ptr + row * stride_gb + head * stride_gh
         statistics = (row * num_key_heads * GROUPS + head) * num_queries
         head_log_sum_ptr, head_delta_ptr = log_sum_ptr + statistics, delta_ptr + statistics
-        head_bias_ptr = bias_ptr + head * (num_queries + num_keys - 1) if HAS_BIAS else bias_ptr
+        head_bias_ptr = bias_of_head(bias_ptr, head, num_queries, num_keys) if HAS_BIAS else bias_ptr
         drop_head = head.to(tl.int32) + head_offset if HAS_DROPOUT else head.to(tl.int32)
         for first_query in tl.range(full_begin, full_end, BLOCK_Q, disable_licm=LEAN):
             grad_k, grad_v = _key_block(

@@ -11,6 +11,7 @@ import triton.language as tl
 from metalm.kernels.triton_tile import (
     LOWEST,
     add_bias,
+    bias_of_head,
     block_range,
     keep_pairs,
     load_rows,
@@ -33,7 +34,7 @@ def _attend_block(
     query_positions,
     key_positions_ptr,
     head,
-    queries,
+    first_query,
     start,
     end,
     num_queries,
@@ -43,6 +44,7 @@ def _attend_block(
     keep_scale,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -53,7 +55,8 @@ def _attend_block(
     k = load_rows(k_ptr, stride_k, keys, num_keys, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_BIAS:
-        raw = add_bias(raw, bias_ptr, queries[:, None], keys[None, :], num_queries, num_keys)
+        query_places, key_places = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_K)[None, :]
+        raw = add_bias(raw, bias_ptr, first_query, first_key, num_queries, query_places, key_places)
     if PARTIAL:
         visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
         raw = tl.where(visible, raw, float("-inf"))
@@ -114,7 +117,8 @@ def forward_kernel(
 
     Grid: (blocks of queries, B * H). Last blocks come first: under a causal mask they take longest.
     """
-    queries = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    queries = first_query + tl.arange(0, BLOCK_Q)
     row = (tl.program_id(1) // num_heads).to(tl.int64)
     head = tl.program_id(1) % num_heads
     key_head = head // groups
@@ -127,7 +131,7 @@ def forward_kernel(
     k_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
     v_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
     if HAS_BIAS:
-        bias_ptr += head * (num_queries + num_keys - 1)
+        bias_ptr = bias_of_head(bias_ptr, head, num_queries, num_keys)
     seeds = tl.load(seeds_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
     query_positions = (
         tl.load(query_positions_ptr + row * num_queries + queries, mask=inside, other=0) if HAS_DROPOUT else 0
@@ -141,13 +145,13 @@ def forward_kernel(
     row_max = tl.full((BLOCK_Q,), LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     # Values that do not change in a loop are computed again in it where keeping them would spill registers.
-    LEAN: tl.constexpr = HAS_BIAS | HAS_DROPOUT
+    LEAN: tl.constexpr = HAS_BIAS | HAS_DROPOUT | (BLOCK_D > 64)
     for first_key in tl.range(full_begin, full_end, BLOCK_K, disable_licm=LEAN):
         acc, row_max, row_sum = _attend_block(
             acc, row_max, row_sum, q, first_key, k_ptr, v_ptr, stride_ks, bias_ptr, seeds,
-            query_positions, key_positions_ptr, drop_head, queries, start, end, num_queries, num_keys,
+            query_positions, key_positions_ptr, drop_head, first_query, start, end, num_queries, num_keys,
             scale_log2, threshold, keep_scale,
-            HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
+            HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
         )  # fmt: skip
     # The partial blocks on both sides of the full ones, in one loop.
     full_size = full_end - full_begin
@@ -155,9 +159,9 @@ def forward_kernel(
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
         acc, row_max, row_sum = _attend_block(
             acc, row_max, row_sum, q, first_key, k_ptr, v_ptr, stride_ks, bias_ptr, seeds,
-            query_positions, key_positions_ptr, drop_head, queries, start, end, num_queries, num_keys,
+            query_positions, key_positions_ptr, drop_head, first_query, start, end, num_queries, num_keys,
             scale_log2, threshold, keep_scale,
-            HEAD_SIZE, BLOCK_D, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
+            HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
         )  # fmt: skip
 
     seen = row_sum > 0

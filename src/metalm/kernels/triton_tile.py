@@ -14,6 +14,8 @@ import triton.language as tl
 
 # Below any score, above minus infinity: the maximum of a row that has seen nothing yet.
 LOWEST = tl.constexpr(-1.0e30)
+# Zeros on either side of a head's bias by distance; no block is longer.
+BIAS_MARGIN = tl.constexpr(128)
 
 
 @triton.jit
@@ -65,11 +67,21 @@ def block_range(first, last, inside, num_others, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_bias(raw, bias_ptr, queries, keys, num_queries, num_keys):
-    """Adds the bias of each pair's distance to raw scores; `queries` and `keys` broadcast to their shape."""
-    inside = (queries < num_queries) & (keys < num_keys)
-    distance = keys - queries + num_queries - 1
-    return raw + tl.load(bias_ptr + distance, mask=inside, other=0.0)
+def bias_of_head(bias_ptr, head, num_queries, num_keys):
+    """Where a head's bias of the distance `1 - num_queries` stands, behind its margin."""
+    return bias_ptr + head * (num_queries + num_keys - 1 + 2 * BIAS_MARGIN) + BIAS_MARGIN
+
+
+@triton.jit
+def add_bias(raw, bias_ptr, first_query, first_key, num_queries, query_places, key_places):
+    """Adds the bias of each pair's distance to raw scores; places, in the tile, broadcast to their shape.
+
+    Pairs beyond the lengths read the margins: no load has a mask then, and addresses differ by constants,
+    which saves up to 60 registers.
+    """
+    tl.static_assert((query_places.numel <= BIAS_MARGIN) & (key_places.numel <= BIAS_MARGIN))
+    first = first_key - first_query + num_queries - 1
+    return raw + tl.load(bias_ptr + first + (key_places - query_places))
 
 
 @triton.jit
@@ -102,6 +114,9 @@ def keep_pairs(
     seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K: tl.constexpr
 ):
     """Which pairs `[queries, BLOCK_K]` dropout keeps; the pattern of `DropoutPattern.keep_tile`."""
+    # Adds nothing, since keys have no negative places, which the compiler does not know: else it computes the
+    # keys of all ten rounds before the loop, and keeps them in some 80 registers.
+    seeds = seeds ^ (first_key >> 31)
     first_keys = first_key + 4 * tl.arange(0, BLOCK_K // 4)
     group = (tl.load(key_positions_ptr + first_keys, mask=first_keys < num_keys, other=0) // 4)[None, :]
     zero = tl.zeros_like(query_positions)[:, None] + tl.zeros_like(group)
