@@ -14,7 +14,7 @@ from metalm.errors import ConfigError
 from metalm.parallel.bandwidth import LinkSpeeds
 from metalm.planning.calibration import FIGURES, overlay, write_links
 from metalm.planning.devices import DEVICES, find_device
-from metalm.planning.plan import Plan, plan_run
+from metalm.planning.plan import USABLE_SHARE, Plan, plan_run
 from metalm.planning.report import describe_cost
 from metalm.planning.shipped_calibration import shipped_calibration
 
@@ -126,7 +126,7 @@ def test_encoders_under_zero_3_send_more_and_keep_the_host_busy() -> None:
     assert at_3.step_s > 1.5 * at_1.step_s
 
 
-def test_the_steps_of_one_h200_lie_within_the_shipped_range() -> None:
+def test_the_steps_and_memory_of_one_h200_lie_within_the_shipped_range() -> None:
     """Those that were measured with the code as it is, and on which some of the figures rest."""
     measured = json.loads(Path("tools/measured/h200_2026-11-27.json").read_text())
     compared = 0
@@ -142,6 +142,8 @@ def test_the_steps_of_one_h200_lie_within_the_shipped_range() -> None:
         least, most, _ = plan.range_s
         assert least < record["step_s"] < most, section
         assert plan.step_s == pytest.approx(record["step_s"], rel=0.1), section
+        reserved = record["reserved_gib"] * 2**30
+        assert USABLE_SHARE * reserved < plan.total_bytes < 1.1 * reserved, section
         compared += 1
     assert compared == 4
 
