@@ -22,8 +22,10 @@ from metalm.planning.workload import USUAL, Assumed, mean_row, scaled, source_ro
 CONTEXT_BYTES = 3 * 2**30
 """Held by the device's context, the communication library and the kernels."""
 USABLE_SHARE = 0.88
-"""Of the memory: the rest is lost between the allocator's blocks and in pools of CUDA graphs. Plans were 0.89 to
-0.98 of what was reserved on an H200 (`tools/measured/h200_2026-11-27.json`)."""
+"""Of the memory: the rest is lost between the allocator's blocks and in pools of CUDA graphs.
+
+Plans were 0.89 to 0.98 of what was reserved on an H200 (`tools/measured/h200_2026-11-27.json`).
+"""
 
 
 @dataclass(frozen=True)
