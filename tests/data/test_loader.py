@@ -149,6 +149,22 @@ def test_a_source_may_come_go_and_change_its_weight(
     assert after["prose/samples"] >= before["prose/samples"] > 0
 
 
+def test_shards_that_were_prepared_anew_are_told_and_the_same_ones_elsewhere_are_not(
+    config: RunConfig, text_source: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(config) as data:
+        next(data)
+        states = data.lane_states()
+    counts = [17, 40, 3]
+    for path, is_told in ((text_source(counts), False), (text_source(counts, (3, 110)), True)):
+        sources = {**config.data.sources}
+        sources["prose"] = sources["prose"].model_copy(update={"path": path})
+        caplog.clear()
+        with opened(with_data(config, sources=sources), lane_states=states):
+            told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [message.partition(":")[0] for message in told] == ["source prose"] * is_told
+
+
 def test_a_state_of_another_order_is_refused(config: RunConfig) -> None:
     with opened(config) as data:
         states = data.lane_states()

@@ -79,7 +79,7 @@ class Mixture:
         return {**state, "sources": {k: v for k, v in state["sources"].items() if k in self.orders}}
 
     def log_changes(self, state: LaneState) -> None:
-        """Logs sources that were added, removed or reweighted since a lane's state was saved."""
+        """Logs how sources differ from those of when a lane's state was saved."""
         old = {name: saved["weight"] for name, saved in state["sources"].items()}
         new = {source.name: source.weight for source in self.sources}
         for name in old | new:
@@ -89,6 +89,14 @@ class Mixture:
                 logger.info("source %s was removed: its position is dropped", name)
             elif old[name] != new[name]:
                 logger.info("source %s: weight %g is now %g", name, old[name], new[name])
+        for source in self.sources:
+            content = state["sources"].get(source.name, {}).get("content")  # none in older checkpoints
+            if content not in (None, source.index.fingerprint):
+                logger.warning(
+                    "source %s: its shards hold other samples than when the run was saved; it goes on at the "
+                    "same place of these. Give the source a new name to begin it anew",
+                    source.name,
+                )
 
 
 class Lane:
@@ -124,6 +132,7 @@ class Lane:
             source.name: {
                 "weight": source.weight,
                 "order": self._mixture.orders[source.name].signature,
+                "content": source.index.fingerprint,
                 "packer": packer.state(),
             }
             for source, packer in zip(self._mixture.sources, self._packers, strict=True)

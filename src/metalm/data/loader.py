@@ -103,7 +103,8 @@ class TrainingData:
         if lane_states is not None:
             first = saved_state(lane_states, self._lanes[0])
             self._mixture.check_state(first)
-            self._mixture.log_changes(first)
+            if dp_rank == 0:
+                self._mixture.log_changes(first)
         self._states = self._first_states(lane_states)
         self._imbalance = {name: _Mean() for name in config.model.encoders}
         self.wait_s = 0.0

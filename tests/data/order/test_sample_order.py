@@ -18,7 +18,7 @@ from metalm.data.storage.shard_scan import RECORD, Shard
 def corpus(samples_per_shard: list[int]) -> ShardIndex:
     shards = tuple(Shard(f"{n}.tar", 1, "", count, {}) for n, count in enumerate(samples_per_shard))
     records = np.zeros(sum(samples_per_shard), RECORD)
-    return ShardIndex(Path("nowhere"), "text", None, None, 0, shards, records)
+    return ShardIndex(Path("nowhere"), "text", None, None, 0, shards, "", records)
 
 
 def order_of(

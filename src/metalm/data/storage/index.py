@@ -65,6 +65,8 @@ class ShardIndex:
     num_tokens: int
     """In token members."""
     shards: tuple[Shard, ...]
+    fingerprint: str
+    """Of the samples' places and contents, 16 hexadecimal digits."""
     records: np.ndarray  # [num_samples] RECORD, memory-mapped
 
     @property
@@ -243,6 +245,7 @@ def open_index(folder: Path | str, *, check_sizes: bool = True) -> ShardIndex:
         token_dtype=document.token_dtype,
         num_tokens=document.num_tokens,
         shards=document.shards,
+        fingerprint=document.fingerprint,
         records=records,
     )
     if len(records) != document.num_samples:

@@ -50,6 +50,11 @@ class IndexDocument(BaseModel):
     num_tokens: Count
     shards: Annotated[tuple[Shard, ...], AfterValidator(_inside)]
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the records, by which their file is named."""
+        return self.records.removeprefix("index-").removesuffix(".records")
+
 
 def read_document(path: Path) -> IndexDocument:
     """The content of an index.json.
