@@ -215,6 +215,23 @@ def test_a_token_dataset_is_prepared_with_another_tokenizer(
     assert json.loads(line) == {"cause": "empty_text", "file": "old.bin", "document": 40}
 
 
+def test_an_edited_index_of_a_token_dataset_needs_another_folder(
+    tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    def prepare() -> None:
+        prepare_text(
+            [tmp_path / "old.bin"], tmp_path / "out", None, from_tokenizer=tokenizer_folder, store="text"
+        )
+
+    write_token_dataset(tmp_path / "old.bin", [["a cat"], ["a dog"]], tokenizer)
+    ids = (tmp_path / "old.bin").read_bytes()
+    prepare()
+    write_token_dataset(tmp_path / "old.bin", [["a cat", "a dog"]], tokenizer)
+    assert (tmp_path / "old.bin").read_bytes() == ids
+    with pytest.raises(ConfigError, match=r"contents\[1\] was 'old.idx: "):
+        prepare()
+
+
 def test_ids_that_the_tokenizer_lacks_are_counted(
     tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
 ) -> None:

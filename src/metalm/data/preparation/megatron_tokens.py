@@ -38,6 +38,11 @@ class TokenDataset:
     num_sequences: int
     num_documents: int
 
+    @property
+    def index_path(self) -> Path:
+        """NAME.idx."""
+        return self.path.with_suffix(INDEX_SUFFIX)
+
     def beginning_in(self, first: int, end: int) -> range:
         """Numbers of the documents whose ids begin in [first, end) of NAME.bin."""
         index = self._index()
@@ -70,8 +75,7 @@ class TokenDataset:
                 yield np.frombuffer(content, self.dtype)
 
     def _index(self) -> _Index:
-        path = self.path.with_suffix(INDEX_SUFFIX)
-        arrays, at = [], _HEAD.size
+        path, arrays, at = self.index_path, [], _HEAD.size
         for kind, length in (
             ("<i4", self.num_sequences),
             ("<i8", self.num_sequences),

@@ -151,6 +151,14 @@ def _definition(path: Path) -> bytes:
     return definition
 
 
+def paths_of(files: Iterable[TextFile]) -> Iterator[Path]:
+    """All that is read, the indices of token datasets, too."""
+    for file in files:
+        yield file.path
+        if isinstance(file, TokensText):
+            yield file.dataset.index_path
+
+
 def tokenizer_digest(files: Iterable[TextFile]) -> str | None:
     """Tells one tokenizer of token datasets from another; None: there is no such dataset."""
     found = {file.tokenizer for file in files if isinstance(file, TokensText)}

@@ -32,6 +32,7 @@ from metalm.data.preparation.text_files import (
     TextFile,
     documents,
     open_text_files,
+    paths_of,
     tokenizer_digest,
 )
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
@@ -249,7 +250,7 @@ def prepare_text(
     plan: dict[str, Any] = {
         "kind": "text",
         "inputs": [[file.path.name, file.size] for file in files],
-        CONTENTS: [digest_of(file.path) for file in files],
+        CONTENTS: [digest_of(path) for path in paths_of(files)],
         "tokenizer": tokenizer and tokenizer.fingerprint,
         "keep": sorted(subsets.keep),
         "drop": sorted(subsets.drop),
