@@ -1,5 +1,7 @@
 """IntervalMask: what the constructors see, the transpose, block ranges, and refused intervals."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,6 +104,28 @@ def test_block_ranges_lose_no_pair_and_call_no_partial_block_full(
             full = queries[:, full_first * block_k : full_last * block_k]
             assert full.shape[1] == (full_last - full_first) * block_k
             assert full.all()
+
+
+@given(valid_masks(), st.sampled_from((2, 8, 16)), st.sampled_from((4, 16)))
+@settings(deadline=None, max_examples=40)
+def test_the_kernel_that_tells_blocks_tells_those_ranges(
+    mask: IntervalMask, block_q: int, block_k: int
+) -> None:
+    pytest.importorskip("triton")
+    from metalm.kernels.triton_blocks import block_ranges
+
+    expected, found = mask.block_ranges(block_q, block_k), block_ranges(mask, block_q, block_k)
+    assert found is block_ranges(mask, block_q, block_k)
+    for row, block in itertools.product(range(mask.batch_size), range(found.shape[1])):
+        first, full_first, full_last, last = (
+            int(bound[row, block])
+            for bound in (expected.first, expected.full_first, expected.full_last, expected.last)
+        )
+        begin, full_begin, full_end, end = found[row, block].tolist()
+        assert range(begin, end, block_k) == range(first * block_k, last * block_k, block_k)
+        assert range(full_begin, full_end, block_k) == range(
+            full_first * block_k, full_last * block_k, block_k
+        )
 
 
 def test_causal_is_lower_triangular() -> None:

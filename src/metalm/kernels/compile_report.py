@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from metalm.kernels import triton_loss
 from metalm.kernels.triton_activation import BLOCK, NUM_WARPS, activation_gradient_kernel, activation_kernel
 from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
+from metalm.kernels.triton_blocks import block_ranges_kernel
 from metalm.kernels.triton_configs import Kernel, LaunchConfig, config_for
 from metalm.kernels.triton_forward import forward_kernel
 from metalm.kernels.triton_hidden_dropout import hidden_dropout_kernel
@@ -31,7 +32,7 @@ _KERNELS = {
     "key_gradient": key_gradient_kernel,
 }
 _POINTERS = {"seeds": "*i64", "query_positions": "*i32", "key_positions": "*i32", "positions": "*i32"}
-_POINTERS |= {"start": "*i32", "end": "*i32", "query_start": "*i32", "query_end": "*i32"}
+_POINTERS |= dict.fromkeys(("start", "end", "query_start", "query_end", "ranges"), "*i32")
 _FLOAT32 = ("log_sum", "delta", "bias", "grad_bias", "mean", "inverse", "sums", "cosines", "sines")
 _OF_LOSS = {"labels_ptr": "*i64", "target_ptr": "*fp32", "grad_ptr": "*fp32"}
 _FLOATS = ("scale", "scale_log2", "keep_scale", "residual_scale", "eps", "sign")
@@ -111,6 +112,9 @@ def compile_all(head_sizes: Sequence[int], *, capability: int = 90) -> Iterator[
                 config = config_for(kernel, head_size, dtype, has_extras=has_extras, capability=major_minor)
                 report = compile_ahead(kernel, head_size, config, capability=capability, **arguments)
                 yield Compiled(kernel, head_size, features, _told(config), report)
+    yield Compiled(
+        "block ranges", None, "", "64 over 64, 4 warps", compile_block_ranges(capability=capability)
+    )
     block, warps = triton_loss.BLOCK_SIZE, triton_loss.NUM_WARPS
     for name, function in (
         ("loss of logits", triton_loss.logits_loss_kernel),
@@ -181,6 +185,18 @@ def compile_ahead(
     }
     return compile_function(
         function, constants, config.num_warps, config.num_stages, is_wide=is_wide, capability=capability
+    )
+
+
+def compile_block_ranges(*, capability: int = 90) -> CompileReport:
+    """Compile what tells the blocks that attention visits.
+
+    Args:
+        capability: compute capability times ten.
+    """
+    constants = {"ROWS": 64, "OTHERS": 64}
+    return compile_function(
+        block_ranges_kernel, constants, _DEFAULT_WARPS, _DEFAULT_STAGES, capability=capability
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from metalm.kernels.dropout import DropoutPattern, drop_threshold
 from metalm.kernels.interval_mask import IntervalMask
 from metalm.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
+from metalm.kernels.triton_blocks import block_ranges
 from metalm.kernels.triton_configs import Kernel, LaunchConfig, launch_config
 from metalm.kernels.triton_forward import forward_kernel
 from metalm.kernels.triton_tile import BIAS_MARGIN
@@ -88,8 +89,9 @@ class _TritonAttention(torch.autograd.Function):
         ctx.launch = launch = _Launch(q, scale, bias is not None, dropout, configs)
         with torch.cuda.device_of(q):
             options = launch.options("forward")
+            seen = _intervals(mask, options["BLOCK_Q"], options["BLOCK_K"])
             forward_kernel[(triton.cdiv(num_queries, options["BLOCK_Q"]), batch_size * num_heads)](
-                q, k, v, out, log_sum, *_intervals(mask), raw_bias, *launch.pattern,
+                q, k, v, out, log_sum, *seen, raw_bias, *launch.pattern,
                 *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], _row_stride(mask),
                 num_heads, num_heads // k.shape[1], num_queries, k.shape[2],
                 launch.scale_log2, *launch.drop, **options,
@@ -116,17 +118,19 @@ class _TritonAttention(torch.autograd.Function):
         grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32) if needs_bias_gradient else None
         with torch.cuda.device_of(q):
             options = launch.options("query_gradient")
+            seen = _intervals(ctx.mask, options["BLOCK_Q"], options["BLOCK_K"])
             query_gradient_kernel[(triton.cdiv(num_queries, options["BLOCK_Q"]), batch_size * num_heads)](
-                q, k, v, out, grad, log_sum, delta, grad_q, *_intervals(ctx.mask), raw_bias, grad_bias,
+                q, k, v, out, grad, log_sum, delta, grad_q, *seen, raw_bias, grad_bias,
                 *launch.pattern, *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], _row_stride(ctx.mask),
                 num_heads, groups, num_queries, num_keys, scale, launch.scale_log2, *launch.drop,
                 NEEDS_BIAS_GRADIENT=needs_bias_gradient, **options,
             )  # fmt: skip
-            options, seen_by = launch.options("key_gradient"), ctx.mask.transpose()
+            options, transposed = launch.options("key_gradient"), ctx.mask.transpose()
+            seen_by = _intervals(transposed, options["BLOCK_K"], options["BLOCK_Q"])
             key_gradient_kernel[(triton.cdiv(num_keys, options["BLOCK_K"]), batch_size * num_key_heads)](
-                q, k, v, grad, log_sum, delta, grad_k, grad_v, *_intervals(seen_by), raw_bias,
+                q, k, v, grad, log_sum, delta, grad_k, grad_v, *seen_by, raw_bias,
                 *launch.pattern, *q.stride()[:3], *k.stride()[:3], *grad.stride()[:3],
-                *grad_k.stride()[:3], _row_stride(seen_by), num_key_heads, num_queries, num_keys,
+                *grad_k.stride()[:3], _row_stride(transposed), num_key_heads, num_queries, num_keys,
                 scale, launch.scale_log2, *launch.drop, GROUPS=groups, **options,
             )  # fmt: skip
         if grad_bias is not None:
@@ -198,8 +202,9 @@ def _raw_bias(bias: Tensor, scale: float) -> Tensor:
     return raw
 
 
-def _intervals(mask: IntervalMask) -> tuple[Tensor, Tensor]:
-    return mask.start.contiguous(), mask.end.contiguous()
+def _intervals(mask: IntervalMask, rows: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of each row, and the blocks that each block of so many rows visits."""
+    return mask.start.contiguous(), mask.end.contiguous(), block_ranges(mask, rows, others)
 
 
 def _row_stride(mask: IntervalMask) -> int:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from metalm.kernels.triton_blocks import load_block_range
 from metalm.kernels.triton_tile import (
     add_bias,
     add_bias_gradient,
     bias_of_head,
-    block_range,
     keep_pairs,
+    load_numbers,
     load_rows,
     store_rows,
 )
@@ -42,7 +43,6 @@ def _query_block(
     key_positions_ptr,
     head,
     first_query,
-    queries,
     start,
     end,
     num_queries,
@@ -78,11 +78,12 @@ def _query_block(
         )
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
     grad_scores = weights * (grad_weights - delta[:, None])
+    grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
     if NEEDS_BIAS_GRADIENT:
         add_bias_gradient(
             grad_bias_ptr, grad_scores, first_query, first_key, num_queries, num_keys, BLOCK_Q, BLOCK_K
         )
-    return tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
+    return grad_q
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "head_offset", "threshold"])
@@ -97,6 +98,7 @@ def query_gradient_kernel(
     grad_q_ptr,
     start_ptr,
     end_ptr,
+    ranges_ptr,
     bias_ptr,
     grad_bias_ptr,
     seeds_ptr,
@@ -134,16 +136,16 @@ def query_gradient_kernel(
 
     Grid: (blocks of queries, B * H).
     """
-    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    first_query = block * BLOCK_Q
     queries = first_query + tl.arange(0, BLOCK_Q)
     row = (tl.program_id(1) // num_heads).to(tl.int64)
     head = tl.program_id(1) % num_heads
     key_head = head // groups
+    begin, full_begin, full_end, key_end = load_block_range(
+        ranges_ptr, stride_mask, row, block, tl.num_programs(0)
+    )
     inside = queries < num_queries
-    start = tl.load(start_ptr + row * stride_mask + queries, mask=inside, other=0)
-    end = tl.load(end_ptr + row * stride_mask + queries, mask=inside, other=0)
-    begin, full_begin, full_end, key_end = block_range(start, end, inside, num_keys, BLOCK_K)
-
     long_head = head.to(tl.int64)
     q_ptr += row * stride_qb + long_head * stride_qh
     k_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
@@ -177,17 +179,19 @@ def query_gradient_kernel(
     for first_key in tl.range(full_begin, full_end, BLOCK_K, disable_licm=LEAN):
         grad_q = _query_block(
             grad_q, q, grad, log_sum, delta, first_key, k_ptr, v_ptr, stride_ks, bias_ptr,
-            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, first_query, queries,
-            start, end, num_queries, num_keys, scale_log2, threshold, keep_scale,
+            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, first_query,
+            None, None, num_queries, num_keys, scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, NEEDS_BIAS_GRADIENT, HAS_DROPOUT,
             PRECISION, PARTIAL=False,
         )  # fmt: skip
     full_size = full_end - full_begin
+    start = tl.load(start_ptr + row * stride_mask + queries, mask=inside, other=0)
+    end = tl.load(end_ptr + row * stride_mask + queries, mask=inside, other=0)
     for block_first in tl.range(begin, key_end - full_size, BLOCK_K, disable_licm=LEAN):
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
         grad_q = _query_block(
             grad_q, q, grad, log_sum, delta, first_key, k_ptr, v_ptr, stride_ks, bias_ptr,
-            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, first_query, queries,
+            grad_bias_ptr, seeds, query_positions, key_positions_ptr, drop_head, first_query,
             start, end, num_queries, num_keys, scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, NEEDS_BIAS_GRADIENT, HAS_DROPOUT,
             PRECISION, PARTIAL=True,
@@ -215,7 +219,6 @@ def _key_block(
     key_positions_ptr,
     head,
     first_key,
-    keys,
     query_start,
     query_end,
     num_queries,
@@ -235,13 +238,8 @@ def _key_block(
     queries = first_query + tl.arange(0, BLOCK_Q)
     q = load_rows(q_ptr, stride_q, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
     grad = load_rows(grad_ptr, stride_g, queries, num_queries, HEAD_SIZE, BLOCK_D, BOUNDED=PARTIAL)
-    if PARTIAL:
-        inside = queries < num_queries
-        log_sum = tl.load(log_sum_ptr + queries, mask=inside, other=float("inf"))
-        delta = tl.load(delta_ptr + queries, mask=inside, other=0.0)
-    else:
-        log_sum = tl.load(log_sum_ptr + queries)
-        delta = tl.load(delta_ptr + queries)
+    inside = queries < num_queries
+    log_sum = load_numbers(log_sum_ptr, queries, inside, float("inf"), BOUNDED=PARTIAL)
     # Everything is [keys, queries] here, so that both gradients accumulate without a transposed copy.
     raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if HAS_BIAS:
@@ -251,18 +249,21 @@ def _key_block(
     if PARTIAL:
         visible = (queries[None, :] >= query_start[:, None]) & (queries[None, :] < query_end[:, None])
         weights = tl.where(visible, weights, 0.0)
-    grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     dropped = weights
     if HAS_DROPOUT:
-        seeds = tl.load(seeds_ptr + queries, mask=queries < num_queries, other=0)
-        query_positions = tl.load(query_positions_ptr + queries, mask=queries < num_queries, other=0)
+        seeds = load_numbers(seeds_ptr, queries, inside, 0, BOUNDED=PARTIAL)
+        query_positions = load_numbers(query_positions_ptr, queries, inside, 0, BOUNDED=PARTIAL)
         keep = keep_pairs(
             seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K
         )
         keep = tl.trans(keep)
         dropped = tl.where(keep, weights * keep_scale, 0.0)
-        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
     grad_v = tl.dot(dropped.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+    grad_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    if HAS_DROPOUT:
+        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+    # Not before it is needed: each thread holds eight of them.
+    delta = load_numbers(delta_ptr, queries, inside, 0.0, BOUNDED=PARTIAL)
     grad_scores = weights * (grad_weights - delta[None, :])
     grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
@@ -280,6 +281,7 @@ def key_gradient_kernel(
     grad_v_ptr,
     query_start_ptr,
     query_end_ptr,
+    ranges_ptr,
     bias_ptr,
     seeds_ptr,
     query_positions_ptr,
@@ -324,9 +326,9 @@ def key_gradient_kernel(
     row = (tl.program_id(1) // num_key_heads).to(tl.int64)
     key_head = (tl.program_id(1) % num_key_heads).to(tl.int64)
     inside = keys < num_keys
-    query_start = tl.load(query_start_ptr + row * stride_mask + keys, mask=inside, other=0)
-    query_end = tl.load(query_end_ptr + row * stride_mask + keys, mask=inside, other=0)
-    begin, full_begin, full_end, end = block_range(query_start, query_end, inside, num_queries, BLOCK_Q)
+    begin, full_begin, full_end, end = load_block_range(
+        ranges_ptr, stride_mask, row, tl.program_id(0), tl.num_programs(0)
+    )
     full_size = full_end - full_begin
 
     k_ptr += row * stride_kb + key_head * stride_kh
@@ -355,16 +357,18 @@ def key_gradient_kernel(
             grad_k, grad_v = _key_block(
                 grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,
                 head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seeds_ptr, query_positions_ptr,
-                key_positions_ptr, drop_head, first_key, keys, query_start, query_end, num_queries,
+                key_positions_ptr, drop_head, first_key, None, None, num_queries,
                 num_keys, scale_log2, threshold, keep_scale,
                 HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
             )  # fmt: skip
+        query_start = tl.load(query_start_ptr + row * stride_mask + keys, mask=inside, other=0)
+        query_end = tl.load(query_end_ptr + row * stride_mask + keys, mask=inside, other=0)
         for block_first in tl.range(begin, end - full_size, BLOCK_Q, disable_licm=LEAN):
             first_query = block_first + tl.where(block_first >= full_begin, full_size, 0)
             grad_k, grad_v = _key_block(
                 grad_k, grad_v, k, v, first_query, head_q_ptr, stride_qs, head_grad_ptr, stride_gs,
                 head_log_sum_ptr, head_delta_ptr, head_bias_ptr, seeds_ptr, query_positions_ptr,
-                key_positions_ptr, drop_head, first_key, keys, query_start, query_end, num_queries,
+                key_positions_ptr, drop_head, first_key, query_start, query_end, num_queries,
                 num_keys, scale_log2, threshold, keep_scale,
                 HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=True,
             )  # fmt: skip

@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from metalm.kernels.triton_blocks import load_block_range
 from metalm.kernels.triton_tile import (
     LOWEST,
     add_bias,
     bias_of_head,
-    block_range,
     keep_pairs,
     load_rows,
     store_rows,
@@ -83,6 +83,7 @@ def forward_kernel(
     log_sum_ptr,
     start_ptr,
     end_ptr,
+    ranges_ptr,
     bias_ptr,
     seeds_ptr,
     query_positions_ptr,
@@ -117,16 +118,16 @@ def forward_kernel(
 
     Grid: (blocks of queries, B * H). Last blocks come first: under a causal mask they take longest.
     """
-    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    first_query = block * BLOCK_Q
     queries = first_query + tl.arange(0, BLOCK_Q)
     row = (tl.program_id(1) // num_heads).to(tl.int64)
     head = tl.program_id(1) % num_heads
     key_head = head // groups
+    begin, full_begin, full_end, key_end = load_block_range(
+        ranges_ptr, stride_mask, row, block, tl.num_programs(0)
+    )
     inside = queries < num_queries
-    start = tl.load(start_ptr + row * stride_mask + queries, mask=inside, other=0)
-    end = tl.load(end_ptr + row * stride_mask + queries, mask=inside, other=0)
-    begin, full_begin, full_end, key_end = block_range(start, end, inside, num_keys, BLOCK_K)
-
     q_ptr += row * stride_qb + head.to(tl.int64) * stride_qh
     k_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
     v_ptr += row * stride_kb + key_head.to(tl.int64) * stride_kh
@@ -149,11 +150,13 @@ def forward_kernel(
     for first_key in tl.range(full_begin, full_end, BLOCK_K, disable_licm=LEAN):
         acc, row_max, row_sum = _attend_block(
             acc, row_max, row_sum, q, first_key, k_ptr, v_ptr, stride_ks, bias_ptr, seeds,
-            query_positions, key_positions_ptr, drop_head, first_query, start, end, num_queries, num_keys,
+            query_positions, key_positions_ptr, drop_head, first_query, None, None, num_queries, num_keys,
             scale_log2, threshold, keep_scale,
             HEAD_SIZE, BLOCK_D, BLOCK_Q, BLOCK_K, HAS_BIAS, HAS_DROPOUT, PRECISION, PARTIAL=False,
         )  # fmt: skip
-    # The partial blocks on both sides of the full ones, in one loop.
+    # The partial blocks on both sides of the full ones, in one loop. They alone need the intervals.
+    start = tl.load(start_ptr + row * stride_mask + queries, mask=inside, other=0)
+    end = tl.load(end_ptr + row * stride_mask + queries, mask=inside, other=0)
     full_size = full_end - full_begin
     for block_first in tl.range(begin, key_end - full_size, BLOCK_K, disable_licm=LEAN):
         first_key = block_first + tl.where(block_first >= full_begin, full_size, 0)
@@ -165,7 +168,7 @@ def forward_kernel(
         )  # fmt: skip
 
     seen = row_sum > 0
-    acc = acc / tl.where(seen, row_sum, 1.0)[:, None]
+    acc = acc * (1.0 / tl.where(seen, row_sum, 1.0))[:, None]
     log_sum = tl.where(seen, row_max + tl.log2(tl.where(seen, row_sum, 1.0)), float("inf"))
     out_ptr += row * stride_ob + head.to(tl.int64) * stride_oh
     store_rows(out_ptr, stride_os, queries, num_queries, acc, HEAD_SIZE, BLOCK_D)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: loads, block ranges from a block's intervals, bias and dropout.
+"""What the Triton kernels share: loads, bias and dropout.
 
 Scores live in base 2 and "raw": p = exp2(raw * scale_log2 - log_sum2). A bias comes divided by the scale, so
 that it is added to the raw scores too.
@@ -42,28 +42,19 @@ def load_rows(
 
 
 @triton.jit
+def load_numbers(ptr, places, inside, other, BOUNDED: tl.constexpr):
+    """One number for each place, `other` outside (if BOUNDED)."""
+    if BOUNDED:
+        return tl.load(ptr + places, mask=inside, other=other)
+    return tl.load(ptr + places)
+
+
+@triton.jit
 def store_rows(ptr, stride, rows, num_rows, values, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
     """Stores `[rows, BLOCK_D]` inside the rows and the head size."""
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < num_rows)[:, None] & (columns < HEAD_SIZE)[None, :]
     tl.store(ptr + rows[:, None] * stride + columns[None, :], values.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def block_range(first, last, inside, num_others, BLOCK: tl.constexpr):
-    """Blocks of the other side for rows with intervals `[first, last)`; all results are multiples of BLOCK.
-
-    Returns (begin, full_begin, full_end, end): `[begin, end)` is to be visited, of which `[full_begin,
-    full_end)` is visible to all rows that are `inside`.
-    """
-    visible = last > first
-    begin = tl.min(tl.where(visible, first, num_others), 0) // BLOCK * BLOCK
-    end = tl.cdiv(tl.max(tl.where(visible, last, 0), 0), BLOCK) * BLOCK
-    full_begin = tl.max(tl.where(inside, tl.where(visible, first, num_others), 0), 0)
-    full_begin = tl.cdiv(full_begin, BLOCK) * BLOCK
-    full_end = tl.min(tl.where(inside, tl.where(visible, last, 0), num_others), 0) // BLOCK * BLOCK
-    has_full = full_begin < full_end
-    return begin, tl.where(has_full, full_begin, end), tl.where(has_full, full_end, end), end
 
 
 @triton.jit
