@@ -96,6 +96,10 @@ def test_bytes_and_traffic_equal_those_of_real_engines(
         for name, engine in plan.engines.items():
             assert result[name]["weights"] == pytest.approx(engine.held.weights, rel=0.02), name
             assert result[name]["optimizer"] == pytest.approx(engine.held.optimizer, rel=0.02), name
+        for name, engine in plan.engines.items():
+            taken = [other[name]["snapshot"] for other in results if other["pair"] == result["pair"]]
+            assert sum(taken) == pytest.approx(ranks * engine.snapshot_bytes, rel=0.05), name
+            assert max(taken) == pytest.approx(engine.snapshot_bytes, rel=0.1), name
         if result["pair"] == ",".join(pairs[0]):
             assert result["activations"] == pytest.approx(plan.bytes_by_kind["activations"], rel=0.02)
             uncut = plan_run(planned_config(tensor=tensor), tensor, find_device("cpu"))

@@ -7,6 +7,7 @@ import pytest
 
 from distributed.planned import measured_batches, planned_config
 from distributed.tiny import tiny_config
+from metalm.config import RunConfig
 from metalm.errors import ConfigError, TopologyError
 from metalm.model.flops import count_training_flops
 from metalm.planning.devices import device_by_driver_name, find_device
@@ -167,10 +168,14 @@ def test_host_memory_of_offloaded_optimizers_is_told(tmp_path: Path) -> None:
     engine = plan.engines["decoder"]
     assert engine.held.optimizer == 0
     assert engine.host_bytes == 12 * -(-engine.count.trained_per_rank // 4)
-    assert "host memory     0.0 GiB a rank for masters and moments, 0.0 for 4 of a node" in describe_cost(
-        plan
-    )
-    assert "host memory" not in describe_cost(plan_run(planned_config(), 4, find_device("h100")))
+    told = "host memory     0.0 GiB a rank for offloaded optimizers, 0.0 for 4 of a node"
+    assert told in describe_cost(plan)
+    assert "offloaded" not in describe_cost(plan_run(planned_config(), 4, find_device("h100")))
+    content = plan.config.model_dump()
+    content["training"]["average"] = {"decay": 0.99}
+    averaged = plan_run(RunConfig.model_validate(content), 4, find_device("h100")).engines["decoder"]
+    assert averaged.held.optimizer == 0
+    assert averaged.host_bytes == averaged.snapshot_bytes == 16 * -(-engine.count.trained_per_rank // 4)
 
 
 def test_devices_are_found_by_both_names() -> None:

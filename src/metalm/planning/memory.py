@@ -19,6 +19,8 @@ from metalm.share_lengths import share_length
 
 MASTER_AND_MOMENTS = 12
 """Bytes per parameter: fp32 master and two moments; DeepSpeed keeps masters in fp32 training, too."""
+MASTER_BYTES = 4
+"""Of it, what is saved of a frozen parameter, too."""
 AVERAGE_BYTES = 4
 """Per parameter, of a moving average of the weights."""
 INNER_KEPT = {"gelu": 2, "gelu_tanh": 2, "swiglu": 4, "geglu_tanh": 4}
@@ -55,12 +57,25 @@ class EnginePlan:
     shards: int
     """Ranks that ZeRO shards over."""
     held: Bytes
+    has_average: bool = False
+    """Of its weights."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Masters, moments and average of a rank's shard, in device or host memory."""
+        each = MASTER_AND_MOMENTS + AVERAGE_BYTES * self.has_average
+        return each * math.ceil(self.count.trained_per_rank / self.shards)
 
     @property
     def host_bytes(self) -> int:
-        """Masters and moments that a rank keeps in host memory."""
-        shard = math.ceil(self.count.trained_per_rank / self.shards)
-        return MASTER_AND_MOMENTS * shard if self.zero.offloads_optimizer else 0
+        """Of them, what lies in host memory."""
+        return self.state_bytes if self.zero.offloads_optimizer else 0
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Host memory that a rank takes its part of a checkpoint into, and keeps from the first one on."""
+        frozen = self.count.per_rank - self.count.trained_per_rank
+        return self.state_bytes + MASTER_BYTES * math.ceil(frozen / self.shards)
 
 
 def element_size(config: RunConfig) -> int:
@@ -223,12 +238,10 @@ def _engine(
 
 
 def _with_average(plan: EnginePlan) -> EnginePlan:
+    plan = dataclasses.replace(plan, has_average=True)
     if plan.zero.offloads_optimizer:
         return plan
-    size = AVERAGE_BYTES * math.ceil(plan.count.trained_per_rank / plan.shards)
-    return dataclasses.replace(
-        plan, held=dataclasses.replace(plan.held, optimizer=plan.held.optimizer + size)
-    )
+    return dataclasses.replace(plan, held=dataclasses.replace(plan.held, optimizer=plan.state_bytes))
 
 
 def _loss_buffers(config: RunConfig, size: int) -> float:

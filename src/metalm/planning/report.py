@@ -106,11 +106,16 @@ def describe_cost(plan: Plan) -> str:
 
 
 def _host_memory(plan: Plan) -> Iterator[str]:
-    """Of masters and moments that are offloaded: a line, if there are any."""
-    if held := sum(engine.host_bytes for engine in plan.engines.values()) / GIB:
-        ranks = min(plan.world_size, plan.device.per_node)
-        of_node = f"{ranks * held:.1f} for {ranks} of a node"
-        yield f"host memory     {held:.1f} GiB a rank for masters and moments, {of_node}"
+    """What checkpoints are taken into, and what is offloaded, if anything is."""
+    ranks = min(plan.world_size, plan.device.per_node)
+    snapshot, offloaded = (
+        sum(getattr(engine, name) for engine in plan.engines.values()) / GIB
+        for name in ("snapshot_bytes", "host_bytes")
+    )
+    for held, what in ((offloaded, "for offloaded optimizers"), (snapshot, "to take checkpoints into")):
+        if held:
+            of_node = f"{ranks * held:.1f} for {ranks} of a node"
+            yield f"host memory     {held:.1f} GiB a rank {what}, {of_node}"
 
 
 def describe_search(found: Found, base: RunConfig) -> str:

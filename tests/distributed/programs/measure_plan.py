@@ -21,6 +21,7 @@ from metalm.parallel.launch import find_launch, open_process_group
 from metalm.parallel.topology import Topology, build_topology, close_topology
 from metalm.training.engines import build_engines
 from metalm.training.guards import StepGuard
+from metalm.training.saving import HostBuffers
 from metalm.training.step import TrainStep
 
 
@@ -36,7 +37,12 @@ def main() -> None:
         engines = build_engines(config, topology)
         found: dict[str, Any] = {"rank": launch.rank, "pair": pair}
         for name, engine in engines.by_component().items():
-            found[name] = {"weights": weight_bytes(engine), "optimizer": optimizer_bytes(engine)}
+            taken = HostBuffers().snapshot(engine, name, topology)
+            found[name] = {
+                "weights": weight_bytes(engine),
+                "optimizer": optimizer_bytes(engine),
+                "snapshot": storage_bytes(list(taken.tensors.values())),
+            }
         batches = measured_batches(config, topology.data_rank, topology.data_size)
         found["activations"] = kept_bytes(engines, batches[0], topology)
         step = TrainStep(
