@@ -14,7 +14,7 @@ from PIL import Image
 from data.steps import global_rows, opened
 from metalm.config import RunConfig
 from metalm.data.corpus import Corpus
-from metalm.data.held_out import evaluation_batches
+from metalm.data.held_out import evaluation_batches, pack_held_out
 from metalm.data.storage.index import build_index
 from metalm.objectives.semi_causal import SemiCausal
 
@@ -85,11 +85,13 @@ def test_evaluation_sees_the_images_as_they_are(configs: dict[str, RunConfig]) -
     found = []
     for config in configs.values():
         corpus = Corpus(config)
+        source = corpus.held_out["scenes"]
         batches = evaluation_batches(
             corpus,
-            corpus.held_out["scenes"],
+            source,
             SemiCausal(),
             num_rows=4,
+            packed=pack_held_out(corpus, source, 4),
             dp_rank=0,
             dp_size=1,
             tp_size=1,

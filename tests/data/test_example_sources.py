@@ -16,7 +16,7 @@ from data.steps import global_rows, opened, with_data
 from metalm.config.schema import RunConfig
 from metalm.data.checking import check_shards
 from metalm.data.corpus import Corpus
-from metalm.data.held_out import evaluation_batches, held_out_samples
+from metalm.data.held_out import evaluation_batches, held_out_samples, pack_held_out
 from metalm.data.lanes import Lane, Mixture
 from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
@@ -177,10 +177,11 @@ def test_readers_and_overflow_must_fit_the_shards(
 def test_held_out_rows_are_fixed_and_answers_are_asked_for(config: RunConfig, tokenizer: Tokenizer) -> None:
     corpus = Corpus(config)
     source = corpus.held_out["chats"]
+    packed = pack_held_out(corpus, source, 6)
 
     def weights(rank: int, size: int) -> list[float]:
         ranks = {"dp_rank": rank, "dp_size": size, "tp_size": 1}
-        batches = evaluation_batches(corpus, source, SemiCausal(), num_rows=6, **ranks)
+        batches = evaluation_batches(corpus, source, SemiCausal(), num_rows=6, packed=packed, **ranks)
         return [float(one) for batch in batches for one in batch.loss_weights.sum(1)]
 
     alone, shared = weights(0, 1), [weights(rank, 2) for rank in range(2)]
@@ -189,7 +190,15 @@ def test_held_out_rows_are_fixed_and_answers_are_asked_for(config: RunConfig, to
     with pytest.raises(ConfigError, match="no images or clips to exchange"):
         next(
             evaluation_batches(
-                corpus, source, SemiCausal(), num_rows=6, dp_rank=0, dp_size=1, tp_size=1, wrong_media=True
+                corpus,
+                source,
+                SemiCausal(),
+                num_rows=6,
+                packed=packed,
+                dp_rank=0,
+                dp_size=1,
+                tp_size=1,
+                wrong_media=True,
             )
         )
     first, second = held_out_samples(corpus, source, 2)

@@ -16,7 +16,7 @@ from PIL import Image
 from data.steps import opened
 from metalm.config.schema import RunConfig
 from metalm.data.corpus import Corpus
-from metalm.data.held_out import evaluation_batches, held_out_samples
+from metalm.data.held_out import evaluation_batches, held_out_samples, pack_held_out
 from metalm.data.order.sample_order import SampleOrder
 from metalm.data.storage.index import build_index, open_index
 from metalm.data.tokenizer import Tokenizer
@@ -198,7 +198,7 @@ def test_evaluation_and_samples_leave_bad_pairs_out(
     config = make_config({"source": source}, evaluation={"source": source})
     corpus = Corpus(config)
     source = corpus.held_out["source"]
-    ranks = {"dp_rank": 0, "dp_size": 1, "tp_size": 1}
+    ranks = {"packed": pack_held_out(corpus, source, 2), "dp_rank": 0, "dp_size": 1, "tp_size": 1}
     batches = list(evaluation_batches(corpus, source, SemiCausal(), num_rows=2, **ranks))
     assert sum(len(batch.encoders["vision"].shares[0].media) for batch in batches) == 2 * 4
     samples = held_out_samples(corpus, source, 9)

@@ -11,7 +11,9 @@ import torch
 from metalm.batch import SemiCausalBatch
 from metalm.config.schema import RunConfig
 from metalm.data.corpus import Corpus
-from metalm.data.held_out import evaluation_batches
+from metalm.data.held_out import evaluation_batches, pack_held_out
+from metalm.data.sources import Source
+from metalm.data.storage.locations import SampleLocation
 from metalm.errors import ConfigError, DataError
 from metalm.objectives.semi_causal import SemiCausal
 
@@ -32,11 +34,13 @@ def batches_of(
     config: RunConfig, name: str, num_rows: int, rank: int = 0, size: int = 1, *, wrong: bool = False
 ) -> list[SemiCausalBatch]:
     corpus = Corpus(config)
+    source = corpus.held_out[name]
     found = evaluation_batches(
         corpus,
-        corpus.held_out[name],
+        source,
         SemiCausal(),
         num_rows=num_rows,
+        packed=pack_held_out(corpus, source, num_rows),
         dp_rank=rank,
         dp_size=size,
         tp_size=1,
@@ -59,6 +63,28 @@ def test_ranks_together_have_the_rows_of_one(config: RunConfig, name: str, num_r
             torch.testing.assert_close(rows[number % size][number // size], alone[number])
         total = sum(batch.loss_weights.sum() for batches in ranks for batch in batches)
         assert total == weights.sum() > 0
+
+
+def test_a_rank_reads_the_samples_of_its_own_rows_alone(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = Corpus(config)
+    source = corpus.held_out["pairs"]
+    packed = pack_held_out(corpus, source, 8)
+    assert packed is not None and sum(map(len, packed)) == 17
+    read: list[int] = []
+    main_member = Source.main_member
+
+    def counting(self: Source, location: SampleLocation) -> memoryview:
+        read.append(location.sample)
+        return main_member(self, location)
+
+    monkeypatch.setattr(Source, "main_member", counting)
+    for rank in range(3):
+        ranks = {"num_rows": 8, "packed": packed, "dp_rank": rank, "dp_size": 3, "tp_size": 1}
+        list(evaluation_batches(corpus, source, SemiCausal(), **ranks))
+        assert read == [sample for row in packed[rank::3] for sample in row]
+        read.clear()
 
 
 @pytest.mark.parametrize("name", ["text", "pairs"])

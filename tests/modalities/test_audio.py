@@ -23,7 +23,7 @@ from metalm.data.balance import span_costs
 from metalm.data.checking import check_shards
 from metalm.data.corpus import Corpus
 from metalm.data.documents.pairs import PairMaker
-from metalm.data.held_out import evaluation_batches, held_out_samples
+from metalm.data.held_out import evaluation_batches, held_out_samples, pack_held_out
 from metalm.data.lanes import Lane, Mixture
 from metalm.data.order.sample_order import SampleOrder
 from metalm.data.order.streams import Stream
@@ -308,8 +308,9 @@ def test_exchanged_clips_stand_under_the_same_captions(
     source: str, encoder_name: str, run: RunConfig
 ) -> None:
     corpus = Corpus(run)
-    arguments = {"num_rows": 12, "dp_rank": 0, "dp_size": 1, "tp_size": 2}
     held_out = corpus.held_out[source]
+    packed = pack_held_out(corpus, held_out, 12)
+    arguments = {"num_rows": 12, "packed": packed, "dp_rank": 0, "dp_size": 1, "tp_size": 2}
     whole = {
         wrong: list(evaluation_batches(corpus, held_out, SemiCausal(), **arguments, wrong_media=wrong))
         for wrong in (False, True)

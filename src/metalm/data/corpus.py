@@ -25,6 +25,7 @@ class Corpus:
 
     Attributes:
         tokenizer: that decoder and shards share.
+        packed: by held-out source, which samples make its rows, where that has been found out.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Corpus:
             if tokenizer_definition is None
             else Tokenizer(tokenizer_definition)
         )
+        self.packed: dict[str, list[list[int]] | None] = {}
         self._check_sizes = check_sizes
 
     @functools.cached_property

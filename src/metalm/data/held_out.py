@@ -6,7 +6,7 @@ length 0, so that the whole caption is predicted from the image or clip alone, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 from typing import Any
@@ -35,6 +35,9 @@ _SEED = 0
 
 _NO_DRAWS = (0.0,) * NUM_DRAWS
 
+PackedRows = list[list[int]]
+"""Of each row, the numbers of its samples."""
+
 
 @dataclass(frozen=True)
 class HeldOutSample:
@@ -58,6 +61,7 @@ def evaluation_batches(
     objective: RowObjective,
     *,
     num_rows: int,
+    packed: PackedRows | None,
     dp_rank: int,
     dp_size: int,
     tp_size: int,
@@ -70,6 +74,7 @@ def evaluation_batches(
     padding stand in where there is none, as they do when the source has fewer rows.
 
     Args:
+        packed: what `pack_held_out` answers for so many rows.
         wrong_media: give each pair the image or clip of another pair among these rows, half of them away.
 
     Raises:
@@ -80,12 +85,12 @@ def evaluation_batches(
         raise ConfigError(f"evaluation source {source.name} has no images or clips to exchange")
     own = slice(dp_rank, None, dp_size)
     rows: Iterator[Row]
-    if source.media is not None:
-        rows = _pair_rows(corpus, source, num_rows, own, wrong_media)
-    elif source.holds_examples:
-        rows = _example_rows(corpus, source, num_rows, own)
-    else:
+    if packed is None:
         rows = islice(_text_rows(corpus, source, num_rows), dp_rank, None, dp_size)
+    elif source.media is not None:
+        rows = _pair_rows(corpus, source, packed, own, wrong_media)
+    else:
+        rows = _example_rows(corpus, source, packed, own)
     micro_batch_size = corpus.config.training.micro_batch_size
     num_batches = -(-num_rows // (dp_size * micro_batch_size))
     for _ in range(num_batches):
@@ -152,36 +157,27 @@ def _text_rows(corpus: Corpus, source: Source, num_rows: int) -> Iterator[Row]:
         yield replace(row, dropout_seed=number)  # of what an objective draws for the row
 
 
-def _pair_rows(corpus: Corpus, source: Source, num_rows: int, own: slice, wrong_media: bool) -> Iterator[Row]:
-    assert source.media is not None
-    maker = corpus.pair_maker(source)
-    pairs_of_rows = _pack_in_order(source, num_rows, maker, corpus.config.data.sequence_length)
-    pairs = list(chain.from_iterable(pairs_of_rows))
-    if wrong_media and len(pairs) < 2:
-        name = source.media.noun
-        raise DataError(f"evaluation source {source.name} has one pair: its {name} cannot be exchanged")
-    shift = len(pairs) // 2 if wrong_media else 0
-    first_pairs = list(accumulate((len(row) for row in pairs_of_rows), initial=0))
-    for first, row in list(zip(first_pairs, pairs_of_rows, strict=False))[own]:
-        documents: list[Document] = []
-        for number, (_, caption) in enumerate(row, start=first):
-            location, _ = pairs[(number + shift) % len(pairs)]
-            try:
-                media = maker.media_part(source.main_member(location))
-                documents.append(maker.document(media, caption).decoded(maker.read))
-            except BadSample:
-                continue
-        yield lay_out(documents, source.tokenizer, source.source_id) if documents else empty_row()
+def pack_held_out(corpus: Corpus, source: Source, num_rows: int) -> PackedRows | None:
+    """Which samples make the first rows of a source, in the order of its index; None for one of text.
 
+    Reads each of these samples. Bad ones are left out. Of pairs there is room for the largest image or clip
+    in each one's place, so that they can be exchanged.
 
-def _example_rows(corpus: Corpus, source: Source, num_rows: int, own: slice) -> Iterator[Row]:
-    maker = corpus.document_maker(source)
-    assert maker is not None
-    rows: list[list[SampleLocation]] = []
+    Args:
+        source: of `corpus.held_out`.
+        num_rows: rows at most.
+
+    Raises:
+        ConfigError, DataError: what makes its documents cannot be used, or a shard cannot be read.
+    """
+    size_of = _size_of_samples(corpus, source)
+    if size_of is None:
+        return None
+    rows: PackedRows = []
     room = 0
     for location in _in_order(source):
         try:
-            size = len(maker.finish(maker.look(source, location), _NO_DRAWS).document)
+            size = size_of(location)
         except BadSample:
             continue
         if size > room:
@@ -189,11 +185,64 @@ def _example_rows(corpus: Corpus, source: Source, num_rows: int, own: slice) -> 
                 break
             rows.append([])
             room = corpus.config.data.sequence_length
-        rows[-1].append(location)
+        rows[-1].append(location.sample)
         room -= size
-    for row in rows[own]:
+    return rows
+
+
+def _size_of_samples(corpus: Corpus, source: Source) -> Callable[[SampleLocation], int] | None:
+    """How many positions a sample of a source takes in a row; raises BadSample of a bad one."""
+    if source.media is not None:
+        pairs = corpus.pair_maker(source)
+
+        def size_of_pair(location: SampleLocation) -> int:
+            pairs.media_part(source.main_member(location))  # a bad header shows here
+            return pairs.max_vectors + len(_caption(source, pairs, location)) + 2
+
+        return size_of_pair
+    maker = corpus.document_maker(source)
+    if maker is None:
+        return None
+    return lambda location: len(maker.finish(maker.look(source, location), _NO_DRAWS).document)
+
+
+def _pair_rows(
+    corpus: Corpus, source: Source, packed: PackedRows, own: slice, wrong_media: bool
+) -> Iterator[Row]:
+    assert source.media is not None
+    maker = corpus.pair_maker(source)
+    pairs = list(chain.from_iterable(packed))
+    if wrong_media and len(pairs) < 2:
+        name = source.media.noun
+        raise DataError(f"evaluation source {source.name} has one pair: its {name} cannot be exchanged")
+    shift = len(pairs) // 2 if wrong_media else 0
+    first_pairs = list(accumulate((len(row) for row in packed), initial=0))
+    for first, row in list(zip(first_pairs, packed, strict=False))[own]:
         documents: list[Document] = []
-        for location in row:
+        for number, sample in enumerate(row, start=first):
+            other = pairs[(number + shift) % len(pairs)]
+            captioned, shown = source.index.locate(np.array([sample, other]))
+            try:
+                media = maker.media_part(source.main_member(shown))
+                caption = _caption(source, maker, captioned)
+                documents.append(maker.document(media, caption).decoded(maker.read))
+            except BadSample:
+                continue
+        yield lay_out(documents, source.tokenizer, source.source_id) if documents else empty_row()
+
+
+def _caption(source: Source, maker: PairMaker, location: SampleLocation) -> np.ndarray:
+    """The tokens of the first caption, as far as they fit beside the largest image or clip."""
+    ids = source.tokenizer.encode([source.captions(location)[0]])[0]
+    return ids[: maker.longest_caption(maker.max_vectors)]
+
+
+def _example_rows(corpus: Corpus, source: Source, packed: PackedRows, own: slice) -> Iterator[Row]:
+    maker = corpus.document_maker(source)
+    assert maker is not None
+    for row in packed[own]:
+        documents: list[Document] = []
+        for location in source.index.locate(np.array(row)):
             try:
                 document = maker.finish(maker.look(source, location), _NO_DRAWS).document.decoded(maker.read)
             except BadSample:
@@ -205,32 +254,3 @@ def _example_rows(corpus: Corpus, source: Source, num_rows: int, own: slice) -> 
 def _in_order(source: Source) -> Iterator[SampleLocation]:
     for sample in range(source.index.num_samples):
         yield from source.index.locate(np.array([sample]))
-
-
-def _pack_in_order(
-    source: Source, num_rows: int, maker: PairMaker, sequence_length: int
-) -> list[list[tuple[SampleLocation, np.ndarray]]]:
-    """Where the pairs of the first rows lie, and their captions' tokens, in the order of the index.
-
-    Bad samples are left out. There is room for the largest image or clip in each pair's place, so that they
-    can be exchanged.
-    """
-    longest = maker.longest_caption(maker.max_vectors)
-    rows: list[list[tuple[SampleLocation, np.ndarray]]] = []
-    room = 0
-    for location in _in_order(source):
-        try:
-            caption = source.captions(location)[0]
-            maker.media_part(source.main_member(location))  # a bad header shows here
-        except BadSample:
-            continue
-        ids = source.tokenizer.encode([caption])[0][:longest]
-        largest = maker.max_vectors + len(ids) + 2
-        if largest > room:
-            if len(rows) == num_rows:
-                break
-            rows.append([])
-            room = sequence_length
-        rows[-1].append((location, ids))
-        room -= largest
-    return rows

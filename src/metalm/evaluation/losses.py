@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 
 from metalm.data.corpus import Corpus
-from metalm.data.held_out import evaluation_batches
+from metalm.data.held_out import PackedRows, evaluation_batches, pack_held_out
 from metalm.data.sources import Source
 from metalm.evaluation.generation import EvaluatedModel, evaluating
 from metalm.objectives import Objective
+from metalm.parallel.agreement import together
 from metalm.parallel.topology import Topology
 from metalm.progress import Phase
 
@@ -38,6 +39,8 @@ def held_out_losses(
     """
     losses: dict[str, float] = {}
     for name, source in corpus.held_out.items():
+        if name not in corpus.packed:
+            corpus.packed[name] = _packed(corpus, source)
         with Phase(f"measuring the loss on {name}"):
             losses |= _measure(model, topology, corpus, objective, source, name, beat, wrong_media=False)
         if source.media is not None:
@@ -45,6 +48,19 @@ def held_out_losses(
             with Phase(f"measuring the loss on {key}"):
                 losses |= _measure(model, topology, corpus, objective, source, key, beat, wrong_media=True)
     return losses
+
+
+def _packed(corpus: Corpus, source: Source) -> PackedRows | None:
+    """The samples of the source's rows, as the first rank finds them; all others read their own rows alone.
+
+    Collective: all ranks.
+    """
+    found: list[PackedRows | None] = [None]
+    with Phase(f"finding the held-out rows of {source.name}"), together():
+        if dist.get_rank() == 0:
+            found = [pack_held_out(corpus, source, corpus.config.monitor.evaluation_rows)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _measure(
@@ -66,6 +82,7 @@ def _measure(
             source,
             objective,
             num_rows=corpus.config.monitor.evaluation_rows,
+            packed=corpus.packed[source.name],
             dp_rank=topology.data_rank,
             dp_size=topology.data_size,
             tp_size=topology.tensor_size,
