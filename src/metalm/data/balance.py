@@ -60,15 +60,14 @@ def group_rows(costs: np.ndarray, group_size: int) -> list[list[int]]:
         The rows of each group, in their order.
     """
     groups: list[list[int]] = [[] for _ in range(len(costs) // group_size)]
-    loads = np.zeros((len(groups), costs.shape[1]))
+    loads, sizes = np.zeros((len(groups), costs.shape[1])), np.zeros(len(groups), np.int64)
     for row in np.argsort(-costs.sum(axis=1), kind="stable").tolist():
-        work = (loads @ costs[row]).tolist()
-        group = min(
-            (g for g in range(len(groups)) if len(groups[g]) < group_size),
-            key=lambda g: (work[g], len(groups[g])),
-        )
+        work = np.where(sizes < group_size, loads @ costs[row], np.inf)
+        least = np.flatnonzero(work == work.min())
+        group = int(least[sizes[least].argmin()])
         groups[group].append(row)
         loads[group] += costs[row]
+        sizes[group] += 1
     return [sorted(group) for group in groups]
 
 
