@@ -266,6 +266,18 @@ def test_keys_that_a_table_fills_with_null_are_none(
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", media_folder=tmp_path)
 
 
+def test_records_about_a_video_are_left_out_and_counted(
+    tmp_path: Path, media: Path, tokenizer: Tokenizer
+) -> None:
+    turns = [{"from": "human", "value": "<video>\nWhat is it?"}, {"from": "gpt", "value": "A fox."}]
+    read_alike = {"conversations": [{"from": "human", "value": "Hi"}, turns[1]], "video": None, "videos": []}
+    given = [{"video": "fox.mp4", "conversations": turns}, {"videos": ["a.mp4"], "conversations": turns}]
+    report = prepare([write_lines(tmp_path / "a.jsonl", [*given, read_alike])], tmp_path / "out")
+    assert report["dropped"] == {"video": 2}
+    [found] = [contents(example) for example in read(tmp_path / "out", tokenizer)]
+    assert found == [("Hi", False), ("A fox.", True)]
+
+
 def test_bad_boxes_are_counted(tmp_path: Path) -> None:
     def of(box: Any) -> dict[str, Any]:
         turns = [("user", "where?"), ("assistant", [{"type": "box", "box": box}])]

@@ -37,6 +37,8 @@ BOX = "box"
 """The type of a part."""
 _FILE_KEYS = ("url", "path", "data", "bytes")
 _USER_ROLES = ("user", "human")
+_VIDEO_KEYS = ("video", "videos")
+"""Beside the turns of a record that is about what no encoder reads."""
 
 
 def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
@@ -44,12 +46,14 @@ def turns_of(record: Any, files: MediaFiles) -> list[Turn]:
 
     Raises:
         BadSample: `no_turns`, for it has none of the forms; `bad_turns`, for a turn is not as its form says;
-            `unknown_role`; `bad_weight`, neither 0 nor 1; `empty_question`, a user says nothing and is
-            answered; `bad_placeholders`, more or fewer than images, clips or boxes; `bad_box`; as
-            `MediaFiles.read`.
+            `unknown_role`; `bad_weight`, neither 0 nor 1; `video`, it is about one; `empty_question`, a user
+            says nothing and is answered; `bad_placeholders`, more or fewer than images, clips or boxes;
+            `bad_box`; as `MediaFiles.read`.
     """
     if not isinstance(record, dict):
         raise BadSample("no_turns")
+    if any(record.get(key) for key in _VIDEO_KEYS):
+        raise BadSample("video")
     beside = {name: found for name in MEDIA if (found := _beside(record, name))}
     read = functools.partial(_turn, files=files, beside=beside)
     system = record.get("system")
