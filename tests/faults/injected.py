@@ -20,6 +20,7 @@ import torch
 from metalm import cli
 from metalm.checkpoint import manifest, reader
 from metalm.training import loop
+from metalm.training.owned_ranges import owned_ranges, push_masters
 from metalm.training.step import TrainStep
 from metalm.training.stopping import StopRequest
 
@@ -51,6 +52,41 @@ def spike(rank: int, *, victim: int, number: int, factor: float) -> None:
         return batches
 
     _before_each_step(disturb)
+
+
+def poisoned(rank: int, *, number: int) -> None:
+    """After a step that was taken, weights of the decoder are not numbers."""
+    calls = 0
+
+    def run(step: TrainStep, batches: list[Any], rate: float) -> Any:
+        nonlocal calls
+        calls += 1
+        result = _original_run(step, batches, rate)
+        if calls == number:
+            _poison_weights(step)
+        return result
+
+    TrainStep.run = run
+
+
+def _poison_weights(step: TrainStep) -> None:
+    decoder = step._engines.decoder
+    for _, _, owned in owned_ranges(decoder):
+        owned.states["master"].detach()[:10] = math.nan
+    push_masters(decoder)
+
+
+def stopped_in_a_bad_stretch(rank: int, *, first: int, last: int) -> None:
+    """Losses of steps `first` to `last` are no numbers, and in the last of them a rank is asked to stop."""
+    not_a_number(rank, victim=0, first=first, last=last)
+    calls, is_asked = 0, StopRequest.is_asked
+
+    def ask(request: StopRequest) -> bool:
+        nonlocal calls
+        calls += 1  # before every step
+        return is_asked(request) or (rank == 0 and calls == last + 1)
+
+    StopRequest.is_asked = ask
 
 
 def asleep(rank: int, *, victim: int, number: int) -> None:

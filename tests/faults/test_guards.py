@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from distributed.ranks import Ranks, wait_until
 from faults.harness import figures, state_of_newest
 from metalm.checkpoint.folders import is_whole
-from metalm.checkpoint.names import list_checkpoints
+from metalm.checkpoint.names import list_checkpoints, step_of
+from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import EXIT_FAULT, EXIT_RESTART
 from metalm.operations.status import describe_run
 
@@ -51,6 +53,111 @@ def test_too_many_skipped_steps_go_back_to_the_checkpoint_and_past_the_data(
     assert [seen[step] for step in (6, 7, 8)] == [usual[step] for step in (10, 11, 12)]
     assert figures(run, "guards/rewinds")[12] == 1
     assert all(norm > 0 for norm in figures(run, "optimizer/gradient_norm").values())
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [step_of(folder) for folder in list_checkpoints(run / "checkpoints")]
+
+
+def is_finite(folder: Path) -> bool:
+    """Whether all masters of a checkpoint are."""
+    reader = CheckpointReader(folder)
+    return all(
+        bool(torch.isfinite(reader.read(component, name)).all())
+        for component in reader.components()
+        for name in reader.parameters(component)
+    )
+
+
+def test_nothing_is_saved_while_steps_are_skipped(start: Start, tmp_path: Path) -> None:
+    """The weights of step 4 are gone back to, though checkpoints were due at the skipped steps 6 and 8."""
+    run = tmp_path / "run"
+    limits = ("guards.max_skipped_steps=2", "training.steps=10", "checkpoint.every_steps=2")
+    fault = ("not_a_number", {"victim": 1, "first": 6, "last": 8})
+    ranks = start(run, *limits, "checkpoint.keep_last=100", fault=fault)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "3 steps in a row were skipped up to step 8: back to step 4" in ranks.output()
+    assert figures(run, "guards/skipped_not_finite")[10] == 3
+    assert figures(run, "optimizer/skipped_steps")[10] == 3
+    assert saved_steps(run) == [2, 4, 6, 8, 10]
+
+
+def test_what_is_due_at_a_skipped_step_waits_for_the_next_that_is_taken(
+    start: Start, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    limits = ("training.steps=12", "monitor.evaluate_every_steps=5", "monitor.sample_every_steps=100")
+    evaluation = f"data.evaluation={{text: {{path: {tiny_data}/text, readers: {{text: text}}}}}}"
+    fault = ("not_a_number", {"victim": 1, "first": 4, "last": 6})
+    ranks = start(run, *limits, evaluation, fault=fault)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert saved_steps(run) == [7, 10, 12]
+    assert list(figures(run, "held_out/text")) == [0, 7, 10, 12]
+
+
+def test_harmed_weights_that_were_saved_are_given_up(start: Start, tmp_path: Path) -> None:
+    """An update that nobody has seen is in checkpoint 6; after a rewind to it, one to 4 heals the run."""
+    run = tmp_path / "run"
+    limits = ("guards.max_skipped_steps=2", "training.steps=12", "checkpoint.every_steps=2")
+    ranks = start(run, *limits, "checkpoint.keep_last=2", fault=("poisoned", {"number": 6}))
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "3 steps in a row were skipped up to step 9: back to step 6" in ranks.output()
+    assert "3 steps in a row were skipped up to step 9: back to step 4" in ranks.output()
+    assert "step_00000006 is removed: the run has gone back to step 4" in ranks.output()
+    assert all(map(is_finite, list_checkpoints(run / "checkpoints")))
+    assert figures(run, "guards/skipped_not_finite")[12] == 6
+
+
+@pytest.mark.parametrize(("rewinds", "codes"), [(1, [0, 0]), (0, [EXIT_FAULT] * 2)])
+def test_a_run_whose_last_step_is_skipped_is_not_done(
+    start: Start, tmp_path: Path, rewinds: int, codes: list[int]
+) -> None:
+    run = tmp_path / "run"
+    limits = ("training.steps=10", f"guards.max_rewinds={rewinds}")
+    ranks = start(run, *limits, fault=("poisoned", {"number": 8}))
+    assert ranks.wait(all_by_themselves=True) == codes, ranks.output()
+    assert "the last step, 10, was skipped" in ranks.output()
+    assert saved_steps(run) == [5, 10][: 1 + rewinds]
+    assert is_finite(list_checkpoints(run / "checkpoints")[-1])
+
+
+def test_a_run_that_ends_with_harmed_weights_is_not_done(
+    start: Start, tiny_data: Path, tmp_path: Path
+) -> None:
+    """No step has tried the weights of the last one: the held-out loss does."""
+    run = tmp_path / "run"
+    evaluation = f"data.evaluation={{text: {{path: {tiny_data}/text, readers: {{text: text}}}}}}"
+    limits = ("training.steps=10", "guards.max_rewinds=0", evaluation)
+    ranks = start(run, *limits, fault=("poisoned", {"number": 10}))
+    assert ranks.wait(all_by_themselves=True) == [EXIT_FAULT] * 2, ranks.output()
+    assert "held-out losses at step 10 are not finite: text nan" in ranks.output()
+    assert "started again, the run goes on from" in ranks.output()
+    assert saved_steps(run) == [5]
+
+
+def test_a_stop_while_steps_are_skipped_saves_nothing(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fault = ("stopped_in_a_bad_stretch", {"first": 7, "last": 11})
+    ranks = start(run, fault=fault)
+    assert ranks.wait() == [EXIT_RESTART] * 2, ranks.output()
+    assert saved_steps(run) == [5]
+    told = "the last 5 step(s) were skipped, so that nothing was saved: the same command goes on from"
+    assert f"{told} {run / 'checkpoints' / 'step_00000005'}" in ranks.output()
+
+
+def test_a_stop_right_after_going_back_keeps_the_place_in_the_data(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    limits = ("guards.max_skipped_steps=2", "training.steps=12")
+    fault = ("stopped_in_a_bad_stretch", {"first": 7, "last": 9})
+    ranks = start(run, *limits, fault=fault)
+    assert ranks.wait() == [EXIT_RESTART] * 2, ranks.output()
+    assert "back to step 5" in ranks.output()
+    assert start(run, *limits).wait() == [0, 0]
+    undisturbed = tmp_path / "undisturbed"
+    assert start(undisturbed, *limits).wait() == [0, 0]
+    seen, usual = (figures(folder, "data/fingerprint") for folder in (run, undisturbed))
+    assert [seen[step] for step in (6, 7, 8)] == [usual[step] for step in (10, 11, 12)]
+    assert figures(run, "guards/skipped_not_finite")[12] == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from metalm.checkpoint.best import Best, read_best, write_best
-from metalm.checkpoint.folders import find_checkpoint, prune_checkpoints
+from metalm.checkpoint.folders import find_checkpoint, prune_checkpoints, remove_later
 from metalm.config import KeepBestConfig
 from metalm.errors import CheckpointError, ConfigError
 from metalm.training.best import BestCheckpoint
@@ -21,6 +21,11 @@ def folders(run: Path, *steps: int) -> Path:
         (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     (run / "logs").mkdir(exist_ok=True)
     return run / "checkpoints"
+
+
+def named(checkpoints: Path) -> str | None:
+    best = read_best(checkpoints)
+    return None if best is None else best.folder
 
 
 def best_of(run: Path, direction: str = "lowest", *, last_step: int = 100) -> BestCheckpoint:
@@ -42,6 +47,18 @@ def test_is_named_once_it_is_published_and_measured(tmp_path: Path) -> None:
     assert read_best(checkpoints) == Best("step_00000020", FIGURE, 2.5)
     assert (checkpoints / "best").read_text().splitlines()[0] == "step_00000020"
     assert find_checkpoint(checkpoints / "best") == checkpoints / "step_00000020"
+
+
+def test_one_that_the_run_has_gone_back_past_is_named_no_more(tmp_path: Path) -> None:
+    checkpoints = folders(tmp_path, 10, 20)
+    append_metrics(tmp_path, 20, {FIGURE: 2.0})
+    best = best_of(tmp_path)
+    assert named(checkpoints) == "step_00000020"
+    assert remove_later(checkpoints, 10) == [checkpoints / "step_00000020"]
+    best.go_back(10)
+    assert read_best(checkpoints) is None
+    best.measured(10, {"text": 3.0})
+    assert named(checkpoints) == "step_00000010"
 
 
 def test_the_highest_may_be_the_best(tmp_path: Path) -> None:

@@ -53,8 +53,15 @@ def test_refused_steps_do_not_become_usual(settled: StepGuard) -> None:
 
 def test_nothing_is_a_spike_before_the_window_is_full_or_after_a_reset(settled: StepGuard) -> None:
     assert judge(StepGuard(CONFIG, ["text"], CPU), 1e6) == FINE
-    settled.reset()
+    settled.go_back(None)
     assert [judge(settled, loss) for loss in (1.0, 1e6, 1.0)] == [FINE] * 3
+
+
+def test_refused_steps_stay_counted_where_the_run_goes_back(settled: StepGuard) -> None:
+    saved = settled.state()
+    assert [judge(settled, loss) for loss in (2.0, math.nan, 4.0)] == [FINE, NOT_FINITE, SPIKE]
+    settled.go_back(saved)
+    assert settled.skipped.tolist() == [8, 1, 1]
 
 
 def test_a_guard_without_sigma_refuses_only_what_is_not_finite(topology: Topology) -> None:

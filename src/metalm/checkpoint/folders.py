@@ -104,6 +104,20 @@ def prune_checkpoints(
     return _remove_all([*_leftovers(checkpoints), *doomed])
 
 
+def remove_later(checkpoints: Path, step: int) -> list[Path]:
+    """Remove the checkpoints of steps after this one, and `best` if it names one; answer what is gone.
+
+    Raises:
+        OSError: something could not be removed; the rest is gone.
+    """
+    later = [folder for folder in list_checkpoints(checkpoints) if step_of(folder) > step]
+    best = read_best(checkpoints)
+    removed = _remove_all(later)
+    if best is not None and best.step > step:
+        (checkpoints / BEST_NAME).unlink()
+    return removed
+
+
 def remove_leftovers(checkpoints: Path) -> list[Path]:
     """Remove what killed saves and removals have left; answer what is gone.
 

@@ -262,9 +262,10 @@ class GuardConfig(Section):
     spike_window: Annotated[int, Field(ge=2)] = 128
     """Accepted steps that mean and deviation are taken over; before so many, nothing is a spike."""
     max_skipped_steps: PositiveInt = 16
-    """After more than these in a row the run goes back to its last checkpoint, and on with later data."""
+    """After more than these in a row, or if the last step is skipped, the run goes back to the checkpoint
+    from before them, and on with later data. Nothing is saved meanwhile."""
     max_rewinds: NonNegativeInt = 3
-    """How often it does so before it gives up."""
+    """How often a start does so before it gives up."""
     hang_minutes: PositiveFloat = 30.0
     """When no step ends for so long, every rank writes its stacks and ends with exit code 70."""
     drift_every_steps: PositiveInt = 1000

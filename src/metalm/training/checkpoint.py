@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from metalm.checkpoint.folders import find_checkpoint
+from metalm.checkpoint.folders import find_checkpoint, remove_later
 from metalm.checkpoint.manifest import check_files, read_manifest
-from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, partial_folder
+from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, partial_folder, step_of
 from metalm.checkpoint.publishing import begin_checkpoint
 from metalm.checkpoint.reader import CheckpointReader, damaged, is_lane_file, read_lane_states
 from metalm.checkpoint.state import EngineCounters, RunFacts, RunState, WrittenBy
@@ -141,23 +141,30 @@ class CheckpointStore:
         if running is not None:
             running.abandon()
 
-    def newest_whole(self) -> Path | None:
+    def newest_whole(self, *, before: int | None = None) -> Path | None:
         """The newest checkpoint that can be read and whose files are as its manifest says.
 
         Damaged ones are named in the log. The ranks share the hashing.
 
+        Args:
+            before: only of those of earlier steps than this, where there may be none; None: of all.
+
         Raises:
-            CheckpointError: there are checkpoints, but none is whole; or there is none, although there is
-                a file `latest` or `checkpoint.resume` is `required`.
+            CheckpointError: of all, there are checkpoints, but none is whole; or there is none, although
+                there is a file `latest` or `checkpoint.resume` is `required`.
 
         Collective: all ranks.
         """
         published = self._as_first(list_checkpoints(self._folder))
+        if before is not None:
+            published = [folder for folder in published if step_of(folder) < before]
         for folder in reversed(published):
             problems = self.check(folder)
             if not problems:
                 return folder
             logger.warning("checkpoint %s is passed over: %s", folder, "; ".join(problems))
+        if before is not None:
+            return None
         if published:
             raise CheckpointError(
                 f"none of the {len(published)} checkpoint(s) in {self._folder} is whole; "
@@ -167,6 +174,25 @@ class CheckpointStore:
             if self.is_first:
                 require_to_begin(self._folder, self._run_config)
         return None
+
+    def remove_later(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which the run has given up: no start is to take one.
+
+        Raises:
+            FaultError: one could not be removed; on all ranks alike.
+
+        Collective: all ranks.
+        """
+        with together():
+            if not self.is_first:
+                return
+            try:
+                for folder in remove_later(self._folder, step):
+                    logger.warning("checkpoint %s is removed: the run has gone back to step %d", folder, step)
+            except OSError as error:
+                raise FaultError(
+                    f"a checkpoint later than step {step} could not be removed: {error}"
+                ) from None
 
     def find_whole(self, path: Path) -> Path:
         """The checkpoint of any run that a path means, hashed; see `find_checkpoint`.

@@ -38,18 +38,19 @@ class Ending:
         )
         return EXIT_DONE
 
-    def stopped(self, reason: str | None) -> int:
-        """The run was asked to stop, and has saved.
+    def stopped(self, reason: str | None, *, skipped: int) -> int:
+        """The run was asked to stop, and has saved what it can go on from.
 
         Args:
             reason: who asked this rank, if it was asked.
+            skipped: how many steps up to the last were refused: with any, nothing was saved.
 
         Collective: all ranks.
         """
         reasons: list[Any] = [None] * self._session.topology.world_size
         dist.all_gather_object(reasons, reason)
         who = next(filter(None, reasons), "a stop file that is gone")
-        line = f"stopped as asked after step {self.step}, by {who}; the same command goes on from there"
+        line = f"stopped as asked after step {self.step}, by {who}; {self._next_start(skipped)}"
         if self._session.launch.launcher == "torchrun" and "METALM_CODES" not in os.environ:
             line += f"\n(torchrun shows this as a failure with exit code {EXIT_RESTART}: it is none)"
         self._end(EXIT_RESTART, f"stopped by {who}", line)
@@ -65,6 +66,13 @@ class Ending:
             f"started again{once}, the run goes on from {newest}" if newest else "there is no checkpoint yet"
         )
         self._end(code, cause, f"ended by an error after step {self.step}; {after}")
+
+    def _next_start(self, skipped: int) -> str:
+        if not skipped:
+            return "the same command goes on from there"
+        newest = self._newest()
+        does = f"goes on from {newest}" if newest else "begins anew, as there is no checkpoint yet"
+        return f"the last {skipped} step(s) were skipped, so that nothing was saved: the same command {does}"
 
     def _newest(self) -> Path | None:
         return next(reversed(list_checkpoints(self._session.run_folder / CHECKPOINTS_NAME)), None)

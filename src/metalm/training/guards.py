@@ -101,9 +101,14 @@ class StepGuard:
                 reasons.append(f"its gradient norm is {now[0]:.4g}, where {limits[0]:.4g} is the limit")
         return f"{' and '.join(reasons)}; loss of {losses}"
 
-    def reset(self) -> None:
-        """Forget what is usual: the run does not go on from where it was."""
+    def go_back(self, state: GuardState | None) -> None:
+        """Forget what is usual and what was accepted after a saved state; refused steps stay counted.
+
+        Args:
+            state: of the checkpoint that the run goes back to; None: it has none.
+        """
         self._filled = torch.zeros_like(self._filled)
+        self.skipped[FINE] = 0 if state is None else state.skipped[FINE]
 
     def state(self) -> GuardState:
         """For `state.json`. Waits for the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import nullcontext
 from functools import partial
 
@@ -104,6 +105,10 @@ class _Run:
         self._tokenizer_fingerprint = session.corpus.tokenizer.fingerprint
         self._step = 0
         self._saved_step: int | None = None
+        self._settled_step = -1
+        """Whatever was due up to here is done."""
+        self._gone_back_to: int | None = None
+        """The step of the checkpoint of the last rewind, until a step is taken."""
         self._failed_saves = self._rewinds = self._skipped_in_a_row = 0
         self._verdicts = Verdicts()
         self._trained_tokens = torch.zeros((), dtype=torch.float64, device=topology.device)
@@ -114,6 +119,9 @@ class _Run:
         )
         if started.state is not None:
             self._take_up(started.state)
+            self._saved_step, self._settled_step = self._step, self._step - 1
+            if started.state.guard is not None:
+                self._guard.load(started.state.guard)
         self._best: BestCheckpoint | None = None
         if (best := config.checkpoint.keep_best) is not None:
             self._best = BestCheckpoint(
@@ -126,7 +134,9 @@ class _Run:
     def train(self) -> int:
         self._announce()
         if self._step == 0 or self._has_not_evaluated():
-            self._evaluate()
+            self._measure()
+            self._sample_and_score()
+        self._settled_step = self._step
         is_first = True
         while self._step < self._config.training.steps:
             with Phase("the first step", told=True) if is_first else nullcontext():
@@ -139,17 +149,26 @@ class _Run:
                     return self._stop_early()
                 self._advance(upcoming)
             is_first = False
-            if self._skipped_in_a_row > self._config.guards.max_skipped_steps:
-                self._rewind()
-                continue
             if self._step % self._config.guards.drift_every_steps == 0:
                 self._refuse_drift()
-            if self._is_due(self._config.checkpoint.every_steps):
-                last = self._step == self._config.training.steps
-                self._save(background=self._config.checkpoint.background and not last)
-            if self._upcoming is None or self._upcoming.verdict is Verdict.GO_ON:
-                self._evaluate()  # else the run ends now, and its next start evaluates what it goes on from
+            if problem := self._find_harm():
+                self._rewind(problem)
+            elif not self._skipped_in_a_row:
+                self._do_what_is_due()
+            # else what is due waits for a step that is taken: these weights may be why none is
         return self._ending.done()
+
+    def _do_what_is_due(self) -> None:
+        is_last = self._upcoming is None
+        if self._is_due(self._config.checkpoint.every_steps):
+            self._save(background=self._config.checkpoint.background and not is_last)
+        if self._upcoming is None:  # it was measured before it was saved
+            self._sample_and_score()
+        elif self._upcoming.verdict is Verdict.GO_ON:
+            self._measure()
+            self._sample_and_score()
+        # else the run ends now, and its next start evaluates what it goes on from
+        self._settled_step = self._step
 
     def close(self) -> None:
         self._profiler.close()
@@ -157,11 +176,9 @@ class _Run:
         self._monitor.close()
 
     def _take_up(self, state: RunState) -> None:
-        """Everything but the place in the data and what the engines hold."""
-        self._step = self._saved_step = self._ending.step = state.step
+        """Everything but the place in the data, the guard and what the engines hold."""
+        self._step = self._ending.step = state.step
         self._trained_tokens.fill_(state.progress.trained_tokens)
-        if state.guard is not None:
-            self._guard.load(state.guard)
 
     def _announce(self) -> None:
         config, session = self._config, self._session
@@ -200,7 +217,7 @@ class _Run:
         is_logged = self._is_logged(self._step)
         with self._profiler.step(self._step):
             result, rate = self._run(upcoming)
-            self._take_verdicts(everything=is_logged)
+            self._take_verdicts(everything=is_logged or self._is_anything_due())
         self._slow_ranks.count(upcoming.agreeing_s, upcoming.wait_s)
         self._monitor.show_masks(upcoming.batches[0])
         counts = None if upcoming.counts is None else upcoming.counts.result()
@@ -227,10 +244,13 @@ class _Run:
     def _take_verdicts(self, *, everything: bool) -> None:
         """Count steps that were refused: see `Verdicts.read`."""
         for found in self._verdicts.read(everything=everything):
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if found.is_refused else 0
             if found.is_refused:
+                self._skipped_in_a_row += 1
                 self._engines.count_skipped()
                 logger.warning("step %d is skipped: %s", found.step, self._guard.explain(found.judged))
+            else:
+                self._skipped_in_a_row = 0
+                self._gone_back_to = None
 
     def _log(self, result: StepResult, rate: float, upcoming: Upcoming) -> None:
         figures, lines = self._slow_ranks.report()
@@ -248,22 +268,45 @@ class _Run:
             of_data = {**of_data, "data/fingerprint": Figure(upcoming.fingerprint.result(), sum)}
         self._monitor.log_step(self._step, result, rate, of_data, {**guards, **figures})
 
-    def _rewind(self) -> None:
-        """Go back to the last checkpoint, but not in the data: what could not be trained on is skipped.
+    def _find_harm(self) -> str | None:
+        """Why the run must go back, if it must; at the last step the held-out losses are measured for it."""
+        skipped = self._skipped_in_a_row
+        if skipped > self._config.guards.max_skipped_steps:
+            return f"{skipped} steps in a row were skipped up to step {self._step}"
+        if self._step < self._config.training.steps:
+            return None
+        if skipped:
+            return f"the last step, {self._step}, was skipped"
+        found = [self._measure()]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def _rewind(self, problem: str) -> None:
+        """Go back to a checkpoint, but not in the data: what could not be trained on is skipped.
+
+        It is the newest from before the harm was seen. Where no step was taken after that, its weights may be
+        harmed, too: then it is one before it, if there is one.
 
         Raises:
             FaultError: there is no checkpoint, or this has been done too often.
         """
         guards = self._config.guards
-        problem = f"{self._skipped_in_a_row} steps in a row were skipped up to step {self._step}"
         self._tell_failed_save(self._store.finish())
         if self._rewinds == guards.max_rewinds:
             raise FaultError(f"{problem}, after {self._rewinds} rewind(s); see the loss and gradient norms")
-        folder = self._store.newest_whole()
+        folder = self._store.newest_whole(before=self._gone_back_to) if self._gone_back_to else None
+        folder = folder or self._store.newest_whole(before=self._step - self._skipped_in_a_row + 1)
         if folder is None:
-            raise FaultError(f"{problem}, and there is no checkpoint to go back to")
-        self._take_up(self._store.load(folder, self._engines))
-        self._guard.reset()
+            raise FaultError(
+                f"{problem}, and there is no checkpoint to go back to: see the loss and gradient norms, and "
+                "save more often (checkpoint.every_steps)"
+            )
+        state = self._store.load(folder, self._engines)
+        self._store.remove_later(state.step)
+        self._take_up(state)
+        self._guard.go_back(state.guard)
+        self._saved_step = None  # the place in the data is another
+        self._gone_back_to = self._settled_step = self._step
         self._verdicts.forget()
         if self._upcoming is not None and self._is_logged(self._step + 1):
             self._upcoming = self._feed.described(self._upcoming)
@@ -289,19 +332,28 @@ class _Run:
                 )
             )
 
-    def _evaluate(self) -> None:
-        config, session = self._config, self._session
-        monitor, parts = config.monitor, (self._engines, session.topology, session.corpus)
-        if self._step == 0 or self._is_due(monitor.evaluate_every_steps):
-            self._watchdog.beat("evaluating")
-            with self._monitor.apart("evaluate", self._step):
-                losses = measure_held_out(*parts, self._objective, partial(self._watchdog.beat, "evaluating"))
-            if session.is_first and losses:
-                self._monitor.write_evaluation(self._step, losses)
-            if self._best is not None:
-                self._best.measured(self._step, losses)
-            self._watchdog.beat(f"step {self._step + 1}")
+    def _measure(self) -> str | None:
+        """The held-out losses, where they are due; answer which are not finite, if any."""
+        session = self._session
+        if not self._is_due(self._config.monitor.evaluate_every_steps):
+            return None
+        self._watchdog.beat("evaluating")
+        with self._monitor.apart("evaluate", self._step):
+            parts = (self._engines, session.topology, session.corpus, self._objective)
+            losses = measure_held_out(*parts, partial(self._watchdog.beat, "evaluating"))
+        if session.is_first and losses:
+            self._monitor.write_evaluation(self._step, losses)
+        if self._best is not None:
+            self._best.measured(self._step, losses)
+        self._watchdog.beat(f"step {self._step + 1}")
+        bad = ", ".join(f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss))
+        return f"held-out losses at step {self._step} are not finite: {bad}" if bad else None
+
+    def _sample_and_score(self) -> None:
+        """Samples and scores on tasks, where they are due."""
+        monitor, session = self._config.monitor, self._session
         if self._objective.generates and self._step and self._is_due(monitor.sample_every_steps):
+            parts = (self._engines, session.topology, session.corpus)
             with self._monitor.apart("sample", self._step):
                 for name, source in session.corpus.held_out.items():
                     self._watchdog.beat(f"generating samples of {name}")
@@ -353,10 +405,23 @@ class _Run:
         )
 
     def _is_due(self, every: int) -> bool:
-        return self._step % every == 0 or self._step == self._config.training.steps
+        """Whether something is to be done now, or has waited since a step that was refused."""
+        waits = self._step // every > self._settled_step // every
+        return waits or self._step == self._config.training.steps
+
+    def _is_anything_due(self) -> bool:
+        monitor = self._config.monitor
+        every = [
+            self._config.checkpoint.every_steps,
+            monitor.evaluate_every_steps,
+            monitor.sample_every_steps,
+        ]
+        if monitor.tasks is not None:
+            every.append(monitor.tasks.every_steps)
+        return any(map(self._is_due, every))
 
     def _save(self, *, background: bool) -> None:
-        self._take_verdicts(everything=True)
+        """Save what the steps have reached, the last of which was taken: its verdict is known."""
         facts = RunFacts(
             progress=Progress(trained_tokens=float(self._trained_tokens)),
             tokenizer=self._tokenizer_fingerprint,
@@ -369,6 +434,8 @@ class _Run:
                 self._tell_failed_save(self._store.finish())
                 self._best.settle()  # before old checkpoints go
             problem = self._store.save(self._engines, self._step, lane_states, facts, background=background)
+            if self._best is not None and not background:
+                self._best.settle()
         self._tell_failed_save(problem)
         self._saved_step = self._step
         self._watchdog.beat(f"step {self._step + 1}")
@@ -380,9 +447,13 @@ class _Run:
             logger.error("%s; the training goes on", problem)
 
     def _save_what_is_new(self) -> None:
-        """Before the run ends: what was trained since the last checkpoint, if anything."""
+        """Before the run ends: what was trained since the last checkpoint, if anything.
+
+        While steps are refused nothing is: the weights may be why, and would be what the run goes on from.
+        """
         self._tell_failed_save(self._store.finish())
-        if self._saved_step != self._step and self._step:
+        self._take_verdicts(everything=True)
+        if not self._skipped_in_a_row and self._saved_step != self._step and self._step:
             self._save(background=False)
 
     def _stop_early(self) -> int:
@@ -390,4 +461,4 @@ class _Run:
         reason = self._stop.reason()
         if self._session.is_first:
             self._stop.clear()
-        return self._ending.stopped(reason)
+        return self._ending.stopped(reason, skipped=self._skipped_in_a_row)
