@@ -51,6 +51,8 @@ class Repeats:
     def gathered(self, value: Any) -> list[Any]:
         return [value]
 
+    from_each = gathered
+
     def continuations(self, prompts: Sequence[Any], *_: Any) -> list[str]:
         return [" cat\n\nquestion: who barks? dog" for _ in prompts]
 

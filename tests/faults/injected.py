@@ -19,6 +19,8 @@ import torch
 
 from metalm import cli
 from metalm.checkpoint import manifest, reader
+from metalm.errors import DataError
+from metalm.tasks.data_files import DataFiles
 from metalm.training import loop
 from metalm.training.owned_ranges import owned_ranges, push_masters
 from metalm.training.step import TrainStep
@@ -171,6 +173,18 @@ def readable_until_loaded(rank: int, *, victim: int, part: str) -> None:
     record_file = manifest.record_file
     unreadable(rank, victim=victim, part=part)
     manifest.record_file = record_file
+
+
+def tasks_unreadable(rank: int, *, victim: int, part: str) -> None:
+    """The victim cannot read files of tasks whose name holds a word."""
+    open_file = DataFiles.open
+
+    def refuse(files: DataFiles, name: str) -> Any:
+        if rank == victim and part in name:
+            raise DataError(f"{files.folder / name} cannot be read: Stale file handle")
+        return open_file(files, name)
+
+    DataFiles.open = refuse
 
 
 def _before_each_step(change: Callable[[int, TrainStep, list[Any]], list[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from distributed.ranks import Ranks, wait_until
 from faults.harness import figures, state_of_newest
@@ -239,6 +241,51 @@ def test_a_time_limit_saves_and_asks_to_be_started_again(start: Start, tmp_path:
     assert limit in ranks.output()
     assert f"at step {last} by training.time_limit_minutes = 0.1; started again," in describe_run(run, 0.0)
     assert state_of_newest(run)["step"] == last
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> str:
+    """A task of questions about images, as `monitor.tasks`."""
+    data = tmp_path / "data" / "colours"
+    data.mkdir(parents=True)
+    Image.new("RGB", (24, 24)).save(data / "black.png")
+    questions = [{"question": f"number {number}?", "answer": "black"} for number in range(4)]
+    (data / "validation.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    task = {
+        "task": "colours",
+        "cluster": "pictures",
+        "data": {
+            "folder": "colours",
+            "reader": "jsonl",
+            "files": {"validation": "validation.jsonl"},
+            "fields": {"question": "question", "right": "answer"},
+            "media": {"picture": "black.png"},
+        },
+        "answer": "right",
+        "templates": [{"id": "asked", "span": [{"image": "picture"}, "{question}"]}],
+        "decode": {"max_new_tokens": 2},
+        "metrics": ["exact_match"],
+    }
+    path = tmp_path / "colours.yaml"
+    path.write_text(json.dumps(task))
+    return f"monitor.tasks={{names: [{path}], data: {data.parent}, every_steps: 3}}"
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("jsonl", "Stale file handle"), ("png", "process 1 reads other data of the tasks than the first one")],
+)
+def test_tasks_that_one_rank_cannot_read_are_told_and_the_training_goes_on(
+    start: Start, tmp_path: Path, colours: str, part: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    fault = ("tasks_unreadable", {"victim": 1, "part": part})
+    ranks = start(run, "training.steps=4", "parallel.tensor=2", colours, fault=fault)
+    assert ranks.wait() == [0, 0], ranks.output()
+    for step in (3, 4):
+        assert f"tasks are not scored at step {step}: " in ranks.output()
+    assert message in ranks.output()
+    assert state_of_newest(run)["step"] == 4
 
 
 @pytest.fixture

@@ -141,6 +141,10 @@ class ExportAnswerer:
         """See `Answerer`."""
         return self._peers.gathered(value)
 
+    def from_each(self, value: Answer) -> list[Answer]:
+        """See `Answerer`."""
+        return self._peers.gathered(value)
+
     def likelihoods(self, documents: Sequence[Document], read: ReadPart) -> list[Likelihood | None]:
         """See `Answerer`."""
         return [None if one is None else one.likelihood for one in self.scored(documents, read)]

@@ -19,7 +19,7 @@ from metalm.data.documents.examples import ExampleMaker
 from metalm.data.row import Row, lay_out
 from metalm.data.usual_readers import usual_readers
 from metalm.document import Document, ReadPart
-from metalm.errors import BadSample, ConfigError
+from metalm.errors import BadSample, ConfigError, MetaLMError
 from metalm.evaluation.continued_rows import ContinuedRows
 from metalm.evaluation.generation import EvaluatedModel, evaluating, generate_by_beams, generate_greedily
 from metalm.evaluation.likelihoods import Likelihood, by_beginning, likelihoods, of_documents
@@ -40,7 +40,11 @@ class Answerer(Protocol):
     on. Those of one share answer together."""
 
     def gathered(self, value: Answer) -> list[Answer]:
-        """The values of all shares, in all."""
+        """The values of all shares, in all; of one in which a process has an error, that."""
+        ...
+
+    def from_each(self, value: Answer) -> list[Answer]:
+        """The values of all processes, in all."""
         ...
 
     def agreed(self, value: Answer) -> Answer:
@@ -115,7 +119,14 @@ class EngineAnswerer:
 
     def gathered(self, value: Answer) -> list[Answer]:
         """See `Answerer`."""
-        return [value]
+        errors = self.from_each(value if isinstance(value, MetaLMError) else None)
+        return [next((error for error in errors if error is not None), value)]
+
+    def from_each(self, value: Answer) -> list[Answer]:
+        """See `Answerer`."""
+        values = [value] * self._topology.world_size
+        dist.all_gather_object(values, value, group=self._topology.world_group)
+        return values
 
     def likelihoods(self, documents: Sequence[Document], read: ReadPart) -> list[Likelihood | None]:
         """See `Answerer`."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from metalm.data.documents.example import Example
+from metalm.data.documents.examples import ExampleMaker
 from metalm.document import Document
 from metalm.errors import BadSample, DataError, MetaLMError
 from metalm.evaluation.answering import Answerer
@@ -138,6 +139,47 @@ def _by_first(answerer: Answerer, do: Callable[[], Value]) -> Value:
     return cast(Value, made)
 
 
+def _alike(answerer: Answerer, make: Callable[[], Value], mark: Callable[[Value], object]) -> Value:
+    """What every process makes for itself of files that all read; what one cannot go on from, none does.
+
+    Args:
+        mark: what of it must be the same in all processes for them to go on together, as JSON.
+
+    Raises:
+        MetaLMError: of the first process that has one.
+        DataError: the processes have read different things.
+
+    Collective: all processes that answer.
+    """
+    made: Value | None = None
+    own: str | MetaLMError
+    try:
+        made = make()
+        own = hashlib.sha256(json.dumps(mark(made)).encode()).hexdigest()
+    except MetaLMError as error:
+        own = error
+    marks = answerer.from_each(own)
+    for number, one in enumerate(marks):
+        if isinstance(one, MetaLMError):
+            raise one
+        if one != marks[0]:
+            raise DataError(
+                f"process {number} reads other data of the tasks than the first one: see that all nodes have "
+                "the same files"
+            )
+    return cast(Value, made)
+
+
+class _Read(NamedTuple):
+    """What is read of a task before it is asked."""
+
+    asker: Asker
+    records: list[TaskRecord]
+    digests: dict[str, dict[str, str]]
+    """Of the files, by split and pattern."""
+    maker: ExampleMaker
+
+
 @dataclass(frozen=True)
 class _Evaluation:
     """A model that is asked into one folder."""
@@ -152,32 +194,40 @@ class _Evaluation:
     def ask(self, task: TaskFile, way: Way) -> TaskResult:
         """The scores of a task in one way; what its file of answers has is not asked again."""
         split, tally = self.settings.split or task.evaluated_on, Tally()
-        needs_alone = way.scored_by == "likelihood" and way.normalise == "answer_context"
-        asked = Asked(way.template, way.num_shots, task.icl.shots_from if task.icl else None, needs_alone)
-        data = TaskData(task, self.settings.data)
-        asker = Asker(data, split, asked, seed=self.settings.seed, tally=tally)
         with Phase(f"reading {task.task}"):
-            records = drawn(asker.records, self.settings.limit, self.settings.seed)
+            asker, records, digests, maker = _alike(
+                self.answerer,
+                partial(self._read, task, way, split, tally),
+                lambda read: [[record.key for record in read.records], read.digests],
+            )
         name = f"{task.task}-{split}-{way.template.id}-{way.num_shots}shot-{way.scored_by}"
-        splits = {split, asked.shots_from or split} if way.num_shots else {split}
         about = _fingerprint(task, way, self.settings, split, self.model)
-        about["data"] = {one: data.digests(one) for one in sorted(splits)}
-        maker = self.answerer.maker(self.settings.readers, self.settings.overflow)
+        about["data"] = digests
 
         def ask(group: Sequence[TaskRecord]) -> dict[str, dict[str, Any]]:
-            new: dict[str, dict[str, Any]] = {}
-            questions = []
-            for record in group:
-                try:
-                    questions.append(asker.question(record))
-                except UnusableRecord as unusable:
-                    new[record.key] = {"skipped": unusable.cause, "why": str(unusable)}
-            made = [_Made.of(question, maker.make, way, task) for question in questions]
-            return new | _answer(self.answerer, made, way, task, maker.read)
+            make = partial(_documents, asker, group, maker, way, task)
+            if self.answerer.num_shares == 1:  # all processes answer these together
+                skipped, made = _alike(self.answerer, make, _asked)
+            else:
+                skipped, made = make()
+            return skipped | _answer(self.answerer, made, way, task, maker.read)
 
         with closing(AnswersFile(self.out / "answers" / f"{name}.jsonl", about)) as file:
             answers = self._answers(name, records, ask, file)
         return _scored(task, way, split, [(record, answers[record.key]) for record in records], tally)
+
+    def _read(self, task: TaskFile, way: Way, split: str, tally: Tally) -> _Read:
+        needs_alone = way.scored_by == "likelihood" and way.normalise == "answer_context"
+        asked = Asked(way.template, way.num_shots, task.icl.shots_from if task.icl else None, needs_alone)
+        data = TaskData(task, self.settings.data)
+        asker = Asker(data, split, asked, seed=self.settings.seed, tally=tally)
+        splits = {split, asked.shots_from or split} if way.num_shots else {split}
+        return _Read(
+            asker,
+            drawn(asker.records, self.settings.limit, self.settings.seed),
+            {one: data.digests(one) for one in sorted(splits)},
+            self.answerer.maker(self.settings.readers, self.settings.overflow),
+        )
 
     def _answers(
         self,
@@ -242,6 +292,27 @@ class _Made:
             return cls(question, tuple(make(example).document for example in examples))
         except BadSample as failure:
             return cls(question, (), failure.cause)
+
+
+def _documents(
+    asker: Asker, group: Sequence[TaskRecord], maker: ExampleMaker, way: Way, task: TaskFile
+) -> tuple[dict[str, dict[str, Any]], list[_Made]]:
+    """The documents of records, and what stands in the file of answers for those that cannot be asked."""
+    skipped: dict[str, dict[str, Any]] = {}
+    made = []
+    for record in group:
+        try:
+            question = asker.question(record)
+        except UnusableRecord as unusable:
+            skipped[record.key] = {"skipped": unusable.cause, "why": str(unusable)}
+        else:
+            made.append(_Made.of(question, maker.make, way, task))
+    return skipped, made
+
+
+def _asked(found: tuple[Mapping[str, Any], Sequence[_Made]]) -> object:
+    """By question, how many documents are answered."""
+    return [[one.question.key, len(one.documents)] for one in found[1]]
 
 
 def _answer(

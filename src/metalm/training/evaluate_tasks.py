@@ -56,7 +56,8 @@ def score_in_training(
     if topology.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
     answerer = EngineAnswerer(engines, topology, corpus, batch_size=wanted.batch_size)
-    tasks = load_tasks(wanted.names)
+    with together():
+        tasks = load_tasks(wanted.names)
     model = Evaluated(out.name, "as it is being trained")
     results = evaluate_tasks(
         answerer, tasks, task_settings(wanted), model, out, report=lambda line: None, beat=beat
