@@ -128,6 +128,24 @@ def test_a_sink_that_fails_is_opened_again_and_the_others_show_on(
     assert caplog.text.count("No space left on device") == 1
 
 
+def test_what_could_not_be_superseded_is_before_anything_else_is_shown(
+    run_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sinks = AllSinks([JsonLines(run_folder, restarts=0)])
+    sinks.begin(0)
+    for step in (1, 2, 3):
+        sinks.write(step, {"loss/all": 1.0}, About.STEPS)
+    in_the_way = run_folder / "logs" / "metrics.partial"
+    in_the_way.mkdir()
+    sinks.begin(2)
+    sinks.write(2, {"loss/all": 4.0}, About.STEPS)
+    assert "figures cannot be written" in caplog.text
+    in_the_way.rmdir()
+    sinks.write(2, {"loss/all": 5.0}, About.STEPS)
+    shown = [(entry["step"], entry["loss/all"]) for entry in read_metrics(run_folder) if "loss/all" in entry]
+    assert shown == [(1, 1.0), (2, 5.0)]
+
+
 @pytest.mark.parametrize("sink", ["wandb", "prometheus"])
 def test_a_sink_without_its_package_is_refused_with_the_extra(
     make_config: Any, monkeypatch: pytest.MonkeyPatch, sink: str

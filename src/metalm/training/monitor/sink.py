@@ -21,7 +21,7 @@ class Sink:
     """A place where figures are shown; what it has no use for, it inherits and leaves out.
 
     Only the first rank has sinks. An OSError, such as of a full disk, is logged once and the run goes on;
-    before the next call, `reopen` is called.
+    before the next call, `reopen` is called, or `begin` again where that is what failed.
     """
 
     def begin(self, first_step: int) -> None:

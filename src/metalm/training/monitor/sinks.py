@@ -67,10 +67,14 @@ class AllSinks(Sink):
         """With no sinks, nothing is shown."""
         self._sinks = list(sinks)
         self._failed: set[int] = set()
+        self._first_step = 0
+        self._unbegun: set[int] = set()
+        """Those that have not begun at `_first_step`, and so hold what is superseded."""
 
     def begin(self, first_step: int) -> None:
-        for sink in self._sinks:
-            sink.begin(first_step)
+        self._first_step = first_step
+        self._unbegun = set(range(len(self._sinks)))
+        self._each(lambda sink: None)
 
     def write(self, step: int, figures: Mapping[str, float], about: About) -> None:
         self._each(lambda sink: sink.write(step, figures, about))
@@ -94,7 +98,10 @@ class AllSinks(Sink):
     def _each(self, show: Callable[[Sink], None]) -> None:
         for number, sink in enumerate(self._sinks):
             try:
-                if number in self._failed:
+                if number in self._unbegun:
+                    sink.begin(self._first_step)
+                    self._unbegun.discard(number)
+                elif number in self._failed:
                     sink.reopen()
                 show(sink)
             except OSError as error:
