@@ -56,10 +56,16 @@ class StepProfiler:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         name = f"rank_{self._rank:05d}_step_{first:08d}"
+        write = tensorboard_trace_handler(str(self._folder), name, use_gzip=True)
+
+        def write_trace(finished: profile) -> None:
+            self._folder.mkdir(exist_ok=True)  # torch's own attempt raises a RuntimeError
+            write(finished)
+
         started = profile(
             activities=activities,
             record_shapes=True,
-            on_trace_ready=tensorboard_trace_handler(str(self._folder), name, use_gzip=True),
+            on_trace_ready=write_trace,
         )
         started.start()
         return started
