@@ -6,10 +6,12 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from metalm.config.schema import RunConfig
@@ -21,7 +23,13 @@ from metalm.data.row import Row
 from metalm.data.storage.index import build_index
 from metalm.data.tokenizer import Tokenizer
 from metalm.evaluation import generation
-from metalm.evaluation.generation import TEXT_PROMPT_TOKENS, Sample, generate_samples
+from metalm.evaluation.generation import (
+    TEXT_PROMPT_TOKENS,
+    EvaluatedModel,
+    Sample,
+    evaluating,
+    generate_samples,
+)
 
 NEW_TOKENS = 4
 
@@ -53,6 +61,15 @@ def photograph(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+def test_training_mode_comes_back_after_an_error() -> None:
+    component = torch.nn.Dropout()
+    model = cast(EvaluatedModel, SimpleNamespace(by_component=lambda: {"decoder": component}))
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        assert not component.training
+        raise ZeroDivisionError
+    assert component.training
 
 
 @pytest.mark.parametrize("prefixes", [True, False])

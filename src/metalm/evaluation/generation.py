@@ -57,10 +57,12 @@ def evaluating(model: EvaluatedModel) -> Iterator[None]:
     components = model.by_component().values()
     for component in components:
         component.eval()
-    with torch.no_grad():
-        yield
-    for component in components:
-        component.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for component in components:
+            component.train()
 
 
 def generate_samples(
