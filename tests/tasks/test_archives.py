@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from metalm.errors import DataError
+from metalm.tasks import data_files
 from metalm.tasks.data_files import DataFiles
 from metalm.tasks.readers.tables import read_csv, read_json, read_jsonl
 
@@ -45,6 +46,18 @@ def test_a_compressed_tar_is_decompressed_once(mode: str, tmp_path: Path) -> Non
     names = files.names("*.bin")
     (tmp_path / "packed").write_bytes(b"")  # so that nothing can be read from there again
     assert {name: files.read(name) for name in reversed(names)} == contents
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_a_compressed_tar_that_could_fill_the_disk_is_refused(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 50_000)
+    files = packed(tmp_path, mode, {f"{number}.bin": bytes(20_000) for number in range(3)})
+    with pytest.raises(
+        DataError, match="packed is more than 50,000 bytes when it is decompressed: unpack it"
+    ):
+        files.names("*.bin")
 
 
 def test_a_damaged_tar_is_refused(tmp_path: Path) -> None:

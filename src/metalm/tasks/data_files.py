@@ -7,7 +7,6 @@ import functools
 import hashlib
 import io
 import lzma
-import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -20,7 +19,7 @@ from typing import IO, Any
 from metalm.errors import DataError
 
 MAX_FILE_BYTES = 8 * 2**30
-"""Of a member of an archive, so that none can fill the memory or the disk."""
+"""Of a member of an archive, and of all of a compressed tar, so that none can fill the memory or the disk."""
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -33,6 +32,7 @@ _UNREADABLE = (
 )
 """What damaged or encrypted files raise."""
 _BUFFER_BYTES = 1 << 16
+_COPIED_BYTES = 1 << 20
 
 
 class DataFiles:
@@ -187,13 +187,25 @@ def _quickly_read(tar: tarfile.TarFile) -> tarfile.TarFile:
     """A tar file in which going back costs nothing: itself, or decompressed into a temporary file.
 
     In a compressed one each step back decompresses all from the front, for hours where files are many.
+
+    Raises:
+        DataError: it is too large to be decompressed.
     """
     compressed: Any = tar.fileobj
     if compressed is None or isinstance(compressed, io.BufferedReader):
         return tar
     plain = tempfile.TemporaryFile()  # noqa: SIM115 - read as long as the tar file
     compressed.seek(0)
-    shutil.copyfileobj(compressed, plain)
+    left = MAX_FILE_BYTES
+    while piece := compressed.read(_COPIED_BYTES):
+        if (left := left - len(piece)) < 0:
+            plain.close()
+            tar.close()
+            raise DataError(
+                f"{tar.name!s} is more than {MAX_FILE_BYTES:,} bytes when it is decompressed: unpack it into "
+                "its folder"
+            )
+        plain.write(piece)
     tar.close()
     plain.seek(0)
     return tarfile.open(fileobj=plain)
