@@ -231,15 +231,15 @@ def test_masters_of_tensor_ranks_that_drift_apart_are_found_later(start: Start, 
 
 def test_a_time_limit_saves_and_asks_to_be_started_again(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    ranks = start(run, "training.time_limit_minutes=0.1", fault=("slow_steps", {"seconds": 1.0}))
+    ranks = start(run, "training.time_limit_minutes=0.25", fault=("slow_steps", {"seconds": 1.0}))
     assert ranks.wait(all_by_themselves=True) == [EXIT_RESTART] * 2, ranks.output()
     last = max(figures(run, "loss/all"))
     assert 0 < last < 40
     limit = (
-        f"stopped as asked after step {last}, by training.time_limit_minutes = 0.1; the same command goes on"
+        f"stopped as asked after step {last}, by training.time_limit_minutes = 0.25; the same command goes on"
     )
     assert limit in ranks.output()
-    assert f"at step {last} by training.time_limit_minutes = 0.1; started again," in describe_run(run, 0.0)
+    assert f"at step {last} by training.time_limit_minutes = 0.25; started again," in describe_run(run, 0.0)
     assert state_of_newest(run)["step"] == last
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import getpass
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from metalm.errors import ConfigError
@@ -34,6 +37,32 @@ def test_one_rank_looks_for_the_file_and_a_signal_reaches_any(tmp_path: Path) ->
     assert not other.is_asked() and other.reason() is None
     signal.raise_signal(signal.SIGUSR2)
     assert other.is_asked() and other.reason() == "SIGUSR2"
+
+
+def test_the_time_limit_is_of_the_process(tmp_path: Path) -> None:
+    """This one has begun before it was imported."""
+    age_minutes = (time.time() - psutil.Process().create_time()) / 60
+    assert StopRequest(tmp_path, age_minutes / 2).is_asked()
+    assert not StopRequest(tmp_path, age_minutes + 1).is_asked()
+
+
+@pytest.fixture
+def _hangup() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_hangup")
+def test_a_closed_terminal_asks_unless_that_is_ignored(tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    request = StopRequest(tmp_path)
+    signal.raise_signal(signal.SIGHUP)
+    assert not request.is_asked()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    request = StopRequest(tmp_path)
+    signal.raise_signal(signal.SIGHUP)
+    assert request.reason() == "SIGHUP"
 
 
 def test_the_first_who_asked_stays_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,8 @@ class Ending:
             return
         with suppress(OSError):  # a full disk: the line below tells it still
             record_end(self._session.run_folder, self.step, code, cause)
-        print(line, flush=True)
+        with suppress(OSError):  # its terminal was closed
+            print(line, flush=True)
 
 
 @contextmanager
