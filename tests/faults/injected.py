@@ -81,12 +81,17 @@ def _poison_weights(step: TrainStep) -> None:
 def stopped_in_a_bad_stretch(rank: int, *, first: int, last: int) -> None:
     """Losses of steps `first` to `last` are no numbers, and in the last of them a rank is asked to stop."""
     not_a_number(rank, victim=0, first=first, last=last)
+    stopped(rank, step=last)
+
+
+def stopped(rank: int, *, step: int) -> None:
+    """In a step, the first rank is asked to stop."""
     calls, is_asked = 0, StopRequest.is_asked
 
     def ask(request: StopRequest) -> bool:
         nonlocal calls
         calls += 1  # before every step
-        return is_asked(request) or (rank == 0 and calls == last + 1)
+        return is_asked(request) or (rank == 0 and calls == step + 1)
 
     StopRequest.is_asked = ask
 

@@ -20,6 +20,7 @@ from metalm.checkpoint.names import list_checkpoints, step_of
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import EXIT_FAULT, EXIT_RESTART
 from metalm.operations.status import describe_run
+from metalm.run_metrics import read_metrics
 
 Start = Callable[..., Ranks]
 
@@ -145,6 +146,20 @@ def test_a_stop_while_steps_are_skipped_saves_nothing(start: Start, tmp_path: Pa
     assert saved_steps(run) == [5]
     told = "the last 5 step(s) were skipped, so that nothing was saved: the same command goes on from"
     assert f"{told} {run / 'checkpoints' / 'step_00000005'}" in ranks.output()
+
+
+def test_samples_that_were_due_at_a_stop_are_made_at_the_next_start(
+    start: Start, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    evaluation = f"data.evaluation={{text: {{path: {tiny_data}/text, readers: {{text: text}}}}}}"
+    settings = ("training.steps=6", "monitor.sample_every_steps=5", evaluation)
+    ranks = start(run, *settings, fault=("stopped", {"step": 5}))
+    assert ranks.wait() == [EXIT_RESTART] * 2, ranks.output()
+    assert state_of_newest(run)["step"] == 5
+    assert "time/apart/sample" not in str(read_metrics(run))
+    assert start(run, *settings).wait() == [0, 0]
+    assert list(figures(run, "time/apart/sample")) == [5, 6]
 
 
 def test_a_stop_right_after_going_back_keeps_the_place_in_the_data(start: Start, tmp_path: Path) -> None:

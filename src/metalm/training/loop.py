@@ -386,6 +386,8 @@ class _Run:
         """Whether the checkpoint that the run resumed from was saved, but its evaluation not written."""
         data, monitor = self._config.data, self._config.monitor
         wanted = ["held_out/"] if data.evaluation and self._is_due(monitor.evaluate_every_steps) else []
+        if data.evaluation and self._objective.generates and self._is_due(monitor.sample_every_steps):
+            wanted.append("time/apart/sample")
         wanted += ["tasks/"] if monitor.tasks and self._is_due(monitor.tasks.every_steps) else []
         if not wanted:
             return False
