@@ -139,11 +139,15 @@ def test_a_node_that_failed_its_preflight_is_named(run: Path) -> None:
 
 
 def test_the_pace_is_of_the_current_start(run: Path) -> None:
-    slow = [metrics(step, NOW + 2 * (step - 100)) for step in (110, 120)]
+    """After an hour's pause, with Slurm's record of starts and without one."""
+    resumed = NOW + 3600
+    slow = [metrics(step, resumed + 2 * (step - 100), **{"run/restarts": 1}) for step in (110, 120)]
     with (run / "logs/metrics.jsonl").open("a") as handle:
         handle.writelines(slow)
-    (run / "logs/attempts.jsonl").write_text(start(NOW - 300) + start(NOW, step=80))
-    assert described(run, NOW + 40)["time left"] == "29 min 20 s"  # 880 steps at two seconds
+    left = "29 min 20 s"  # 880 steps at two seconds
+    assert described(run, resumed + 40)["time left"] == left
+    (run / "logs/attempts.jsonl").write_text(start(NOW - 300) + start(resumed, step=80))
+    assert described(run, resumed + 40)["time left"] == left
 
 
 @pytest.mark.parametrize(

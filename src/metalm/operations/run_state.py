@@ -43,13 +43,17 @@ class Pace:
     seconds_per_line: float | None
 
 
-def pace_of(lines: list[dict[str, Any]], attempts: list[Attempt]) -> Pace | None:
-    """From the lines of the current start alone: between starts a run waits in the queue."""
+def pace_of(lines: list[dict[str, Any]]) -> Pace | None:
+    """From the lines of the newest start that has made a step: between starts nothing is trained.
+
+    Args:
+        lines: newest first.
+    """
     if not lines:
         return None
     newest = lines[0]
-    began = attempts[-1].began if attempts else 0.0
-    current = [line for line in lines if line["time"] >= began and "loss/all" in line]
+    trained = [line for line in lines if "loss/all" in line]
+    current = [line for line in trained if line.get("run/restarts") == trained[0].get("run/restarts")]
     if len(current) < 2 or current[0]["step"] <= current[-1]["step"]:
         return Pace(newest["step"], newest["time"], None, None)
     seconds = current[0]["time"] - current[-1]["time"]

@@ -156,7 +156,7 @@ def _read_run(folder: Path, now: float, queue: SlurmQueue) -> Run:
     config = folder / CONFIG_NAME
     if not config.is_file():
         config = last_submission(folder) or config
-    total, pace = _total_steps(config), pace_of(lines, attempts)
+    total, pace = _total_steps(config), pace_of(lines)
     checkpoint = next(reversed(list_checkpoints(folder / CHECKPOINTS_NAME)), None)
     saved = None if checkpoint is None else step_of(checkpoint)
     state = state_of(folder, attempts, pace, total, saved, now, queue)
