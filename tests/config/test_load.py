@@ -7,6 +7,7 @@ import yaml
 
 from metalm.config import load_config, write_config
 from metalm.config.load import load_resolved_config
+from metalm.config.plain_files import read_yaml
 from metalm.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,6 +23,12 @@ def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.write_text(text)
     return path
+
+
+def test_numbers_and_quoted_texts_are_read_as_written(tmp_path: Path) -> None:
+    written = "{a: 0, b: -1_000, c: 0.5, d: 0x10, e: '1:30', f: '010', g: 1e-4}"
+    read = read_yaml(write(tmp_path, "x.yaml", written))
+    assert list(read.values()) == [0, -1000, 0.5, 16, "1:30", "010", "1e-4"]
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "pipelines").glob("*.yaml")), ids=lambda p: p.stem)
@@ -69,6 +76,14 @@ def test_extending_oneself_is_refused(tmp_path: Path) -> None:
         ),
         ("nonsense=1", "known keys: run, parallel"),
         ("training.steps=many", "training.steps: "),
+        ("training.steps=true", "training.steps: a number is expected; YAML reads true, yes, on"),
+        ("guards.spike_sigma=on", "guards.spike_sigma: a number is expected"),
+        ("checkpoint.keep_every_steps=yes", "checkpoint.keep_every_steps: a number is expected"),
+        ("monitor.profile_steps=[1, yes]", "monitor.profile_steps: a number is expected"),
+        ("training.optimizer.learning_rates.encoders={text: on}", "learning_rates.encoders: a number is"),
+        ("training.time_limit_minutes=1:30:00", "YAML reads 1:30:00 in base 60, as 5400: write the decimal"),
+        ("training.time_limit_minutes=1:30.5", "YAML reads 1:30.5 in base 60, as 90.5: write the decimal"),
+        ("training.steps=010", "YAML reads 010 in base 8, as 8: write the decimal number"),
         ("training.steps", "not of the form section.key=value"),
         ("training.steps=[1", "the value is not YAML"),
         ("run.name=../up", "run.name: it names a folder: letters, digits, dots, underscores and hyphens"),

@@ -7,6 +7,7 @@ KeyError), and a few lines of YAML aliases can stand for more values than memory
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,17 @@ MAX_DEPTH = 64
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, which YAML would silently let win."""
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses what YAML would silently read as something else: a key given twice, of
+    which the last would win, and numbers in base 60 (`1:30`) or 8 (`010`)."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        _refuse_other_bases(node, value := int(super().construct_yaml_int(node)))
+        return value
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        _refuse_other_bases(node, value := float(super().construct_yaml_float(node)))
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -38,6 +48,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise ConfigError(f"key {key!r} is given twice{key_node.start_mark}")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
+
+
+def _refuse_other_bases(node: yaml.ScalarNode, value: float) -> None:
+    base = 60 if ":" in node.value else 8 if re.fullmatch(r"[-+]?0[0-7_]+", node.value) else 10
+    if base != 10:
+        raise ConfigError(
+            f"YAML reads {node.value} in base {base}, as {value}: write the decimal number, "
+            f"or put a text into quotes{node.start_mark}"
+        )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -68,10 +91,10 @@ def parse_yaml(text: str, origin: str) -> Any:
         origin: what it is, for messages.
 
     Raises:
-        ConfigError: it is no YAML, holds more than a config needs, or a key twice.
+        ConfigError: it is no YAML or more than a config needs, or has a key twice or numbers in base 60 or 8.
     """
     try:
-        loader = _UniqueKeyLoader(text)
+        loader = _StrictLoader(text)
         loader.name = origin
         node = loader.get_single_node()
         if node is None:
