@@ -195,11 +195,12 @@ record_start() {
 }
 
 record_end() { # CODE CAUSE AGAIN
-    local comes_back=true
+    local comes_back=true cause=${2%%$'\n'*} # which a user's stop file or an error may have written
+    cause=${cause//[[:cntrl:]\"\\]/}
     [[ $3 != no ]] || comes_back=false
     printf '{"event": "end", "time": %s, "job": "%s", "restart": %d, "code": %d, "cause": "%s", "comes_back": %s, "step": %d}\n' \
-        "$(date +%s)" "$SLURM_JOB_ID" "$restart" "$1" "${2//[\"\\]/}" $comes_back "$(checkpoint_step)" >>"$attempts"
-    say "$2; newest checkpoint: step $(checkpoint_step)"
+        "$(date +%s)" "$SLURM_JOB_ID" "$restart" "$1" "$cause" $comes_back "$(checkpoint_step)" >>"$attempts"
+    say "$cause; newest checkpoint: step $(checkpoint_step)"
 }
 
 # End the ranks when neither metrics nor checkpoints have moved for too long.

@@ -204,6 +204,13 @@ def test_an_operators_stop_holds_for_a_job_that_slurm_has_queued_again(scripts: 
     assert pretrain(scripts, "steps=9", RESTARTS="2", SLURM_RESTART_COUNT="2").wait(timeout=60) == 0
 
 
+def test_a_stop_file_of_any_content_leaves_a_readable_record(scripts: Scripts) -> None:
+    scripts.run.mkdir()
+    (scripts.run / "stop").write_text('ann\tsays "stop"\x1b[2J \\ now\nsecond line\n')
+    assert pretrain(scripts).wait(timeout=60) == 75
+    assert ends(scripts) == [(75, "asked to stop before it started: annsays stop[2J  now", False)]
+
+
 @pytest.mark.parametrize(("restart", "code"), [("1", 75), ("0", 0)])
 def test_an_answered_stop_holds_for_the_same_job_that_was_killed_after_it(
     scripts: Scripts, restart: str, code: int
