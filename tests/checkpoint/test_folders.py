@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint.test_checkpoint import flip_a_bit, make_checkpoint
-from metalm.checkpoint.folders import find_checkpoint, prune_checkpoints
+from metalm.checkpoint.folders import find_checkpoint, prune_checkpoints, set_aside
 from metalm.checkpoint.format import rank_file
-from metalm.checkpoint.names import list_checkpoints, step_folder
+from metalm.checkpoint.names import damaged_name, list_checkpoints, step_folder
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.errors import CheckpointError
 from metalm.run_lock import RunLock
@@ -51,6 +51,32 @@ def test_a_step_is_one_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest
     assert find_checkpoint(tmp_path / "mine") == folder
     monkeypatch.chdir(folder)
     assert find_checkpoint(Path()) == folder
+
+
+def test_a_damaged_one_that_was_set_aside_goes_when_its_step_is_there_again(tmp_path: Path) -> None:
+    older, newer, newest = (make_checkpoint(tmp_path, step) for step in (1, 2, 4))
+    for folder in (newer, newest):
+        (folder / "manifest.json").write_text("{}")
+        set_aside(folder)
+    aside = [damaged_name(folder) for folder in (newer, newest)]
+    assert find_checkpoint(tmp_path) == older
+    assert prune_checkpoints(tmp_path, keep_last=1, keep_every_steps=None) == []
+    again = make_checkpoint(tmp_path, 3)
+    assert prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=None) == [aside[0]]
+    assert list_checkpoints(tmp_path) == [older, again] and aside[1].is_dir()
+
+
+def test_a_damaged_one_that_cannot_be_renamed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_checkpoint(tmp_path, 1)
+
+    def refuse(*_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    set_aside(folder)
+    assert folder.is_dir() and f"{folder} could not be renamed: " in caplog.text
 
 
 def test_what_is_pruned_is_named_as_it_was(tmp_path: Path) -> None:

@@ -130,6 +130,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_its_step_saved_again(
     ]
 
 
+def test_a_damaged_checkpoint_that_was_passed_over_counts_no_more(start: Start, run: Path) -> None:
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    (newest / "manifest.json").write_text("{}")
+    ranks = start(run, "training.steps=8")
+    assert ranks.wait() == [0, 0], ranks.output()
+    last = run / "checkpoints" / "step_00000008"
+    assert f"done: 8 steps; checkpoint {last}" in ranks.output()
+    assert list_checkpoints(run / "checkpoints")[-1] == last
+    assert newest.with_name("step_00000010.damaged").is_dir()
+    assert "checkpoint  step 8, " in describe_run(run, time.time())
+
+
 def test_lane_states_that_the_manifest_does_not_list_are_not_read(
     start: Start, run: Path, finished: Path
 ) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from checkpoint.test_checkpoint import make_checkpoint
 from checkpoint.test_damage import rewrite
 from distributed.tiny import tiny_config
+from metalm.checkpoint.names import list_checkpoints
 from metalm.checkpoint.reader import CheckpointReader
 from metalm.checkpoint.state import RunFacts
 from metalm.config import RunConfig, config_content, write_config
@@ -387,4 +388,8 @@ def test_a_damaged_newest_is_passed_over_and_a_state_that_does_not_parse_is_dama
     rewrite(newest, "state.json", b"[" * 100_000)
     assert store.newest_whole() == checkpoints / "step_00000004"
     assert f"{newest} is passed over" in caplog.text
+    assert newest.is_dir()  # until the start is accepted
+    store.set_aside_damaged()
+    assert list_checkpoints(checkpoints) == [checkpoints / "step_00000004"]
+    assert (checkpoints / "step_00000005.damaged").is_dir()
     CheckpointReader(checkpoints / "step_00000004", verify=True)

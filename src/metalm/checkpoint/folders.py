@@ -14,7 +14,9 @@ from metalm.checkpoint.names import (
     CHECKPOINTS_NAME,
     PARTIAL_SUFFIX,
     STEP_NAME,
+    damaged_name,
     list_checkpoints,
+    list_damaged,
     step_of,
 )
 from metalm.errors import CheckpointError
@@ -78,7 +80,7 @@ def prune_checkpoints(
     Multiples of `keep_every_steps` and what is named the best stay for ever, and so does the newest whole
     checkpoint where all that would be kept are damaged. A folder loses its name before its content, so that
     nothing half-removed looks like a checkpoint. Of a checkpoint that was moved away and linked back, the
-    link goes.
+    link goes. What was passed over as damaged goes when a checkpoint of its step or a later one is there.
 
     Args:
         checkpoints: folder of a run's checkpoints.
@@ -97,11 +99,31 @@ def prune_checkpoints(
         if not (keep_every_steps and step_of(folder) % keep_every_steps == 0)
         and not (best is not None and best.folder == folder.name)
     ]
+    damaged = [
+        damaged_name(folder)
+        for folder in list_damaged(checkpoints)
+        if published and step_of(folder) <= step_of(published[-1])
+    ]
     kept = [folder for folder in published if folder not in doomed]
-    if doomed and whole not in kept and not any(map(is_whole, reversed(kept))):
+    if (doomed or damaged) and whole not in kept and not any(map(is_whole, reversed(kept))):
         spared = next(filter(is_whole, reversed(doomed)), None)
-        doomed = [folder for folder in doomed if folder != spared]
-    return _remove_all([*_leftovers(checkpoints), *doomed])
+        doomed, damaged = [folder for folder in doomed if folder != spared], []
+    return _remove_all([*_leftovers(checkpoints), *damaged, *doomed])
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that no program takes it for one that a run goes on from.
+
+    One that cannot be renamed is named in the log.
+    """
+    aside = damaged_name(folder)
+    try:
+        remove(aside)
+        folder.replace(aside)
+    except OSError as error:
+        logger.warning("the damaged checkpoint %s could not be renamed: %s", folder, error)
+    else:
+        logger.warning("the damaged checkpoint %s is now called %s", folder, aside.name)
 
 
 def remove_later(checkpoints: Path, step: int) -> list[Path]:

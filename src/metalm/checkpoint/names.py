@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
+DAMAGED_SUFFIX = ".damaged"
+"""Of a checkpoint that a run has passed over: for people to look at, and no checkpoint to any program."""
 CHECKPOINTS_NAME = "checkpoints"
 BEST_NAME = "best"
 """A file that names the best checkpoint of a run, where one is kept."""
@@ -36,3 +38,14 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     ]
     folders = (step_folder(checkpoints, step) for step in sorted(set(steps)))
     return [folder for folder in folders if folder.is_dir()]
+
+
+def damaged_name(folder: Path) -> Path:
+    """What a checkpoint is called once it has been passed over as damaged."""
+    return folder.with_name(folder.name + DAMAGED_SUFFIX)
+
+
+def list_damaged(checkpoints: Path) -> list[Path]:
+    """Checkpoints that were passed over as damaged, by the names that they had before; in any order."""
+    paths = (path.with_suffix("") for path in checkpoints.glob("step_*" + DAMAGED_SUFFIX))
+    return [path for path in paths if STEP_NAME.fullmatch(path.name)]

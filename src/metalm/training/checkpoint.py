@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from metalm.checkpoint.folders import find_checkpoint, remove_later
+from metalm.checkpoint.folders import find_checkpoint, remove_later, set_aside
 from metalm.checkpoint.manifest import check_files, read_manifest
 from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, partial_folder, step_of
 from metalm.checkpoint.publishing import begin_checkpoint
@@ -43,6 +43,8 @@ class CheckpointStore:
         self._running: RunningSave | None = None
         self._unbegun: str | None = None
         """What kept the last save from beginning, until it is reported."""
+        self._damaged: list[Path] = []
+        """What `newest_whole` has passed over."""
 
     @property
     def is_first(self) -> bool:
@@ -158,11 +160,13 @@ class CheckpointStore:
         published = self._as_first(list_checkpoints(self._folder))
         if before is not None:
             published = [folder for folder in published if step_of(folder) < before]
+        self._damaged = []
         for folder in reversed(published):
             problems = self.check(folder)
             if not problems:
                 return folder
             logger.warning("checkpoint %s is passed over: %s", folder, "; ".join(problems))
+            self._damaged.append(folder)
         if before is not None:
             return None
         if published:
@@ -193,6 +197,15 @@ class CheckpointStore:
                 raise FaultError(
                     f"a checkpoint later than step {step} could not be removed: {error}"
                 ) from None
+
+    def set_aside_damaged(self) -> None:
+        """Rename what `newest_whole` has passed over: the run goes on from an earlier one.
+
+        The first rank calls it, once the start is accepted.
+        """
+        damaged, self._damaged = self._damaged, []
+        for folder in damaged:
+            set_aside(folder)
 
     def find_whole(self, path: Path) -> Path:
         """The checkpoint of any run that a path means, hashed; see `find_checkpoint`.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints
+from metalm.checkpoint.names import CHECKPOINTS_NAME, list_checkpoints, step_of
 from metalm.errors import EXIT_DONE, EXIT_FAULT, EXIT_RESTART, MetaLMError
 from metalm.run_ends import record_end
 from metalm.training.session import Session
@@ -75,7 +75,9 @@ class Ending:
         return f"the last {skipped} step(s) were skipped, so that nothing was saved: the same command {does}"
 
     def _newest(self) -> Path | None:
-        return next(reversed(list_checkpoints(self._session.run_folder / CHECKPOINTS_NAME)), None)
+        """Of the steps done, once the run has taken up its place: a later one was passed over."""
+        folders = list_checkpoints(self._session.run_folder / CHECKPOINTS_NAME)
+        return next((one for one in reversed(folders) if not self.step or step_of(one) <= self.step), None)
 
     def _end(self, code: int, cause: str, line: str) -> None:
         if not self._session.is_first:

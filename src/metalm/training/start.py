@@ -118,6 +118,7 @@ def start_run(corpus: Corpus, objective: Objective, session: Session) -> Iterato
         if lock is not None:
             lock.accept()
             _clear(folder / CHECKPOINTS_NAME)
+            store.set_aside_damaged()
             write_config(config, folder / CONFIG_NAME, provenance())
         session.log.open()
         yield StartedRun(engines, store, data, state, lane_states, watchdog, lock)
