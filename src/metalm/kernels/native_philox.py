@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -20,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from metalm.cache_folder import cache_folder
+from metalm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +107,10 @@ def compiled_loop() -> Any | None:
         logger.info("no C compiler: dropout on CPU draws by PyTorch's operations, which is slower")
         return None
     name = hashlib.sha256(f"{_SOURCE}{compiler}{platform.machine()}".encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "metalm"
-    path = folder / f"philox-{name}.so"
     try:
+        folder = cache_folder("metalm")
+        path = folder / f"philox-{name}.so"
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 source, built = Path(scratch) / "philox.c", Path(scratch) / "philox.so"
                 source.write_text(_SOURCE)
@@ -117,6 +118,6 @@ def compiled_loop() -> Any | None:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 built.replace(path)  # whole, whoever else compiles it now
         return ctypes.CDLL(str(path)).keep
-    except (OSError, subprocess.SubprocessError) as error:
+    except (ConfigError, OSError, subprocess.SubprocessError) as error:
         logger.info("dropout on CPU draws by PyTorch's operations, which is slower: %s", error)
         return None

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from deepspeed.comm.torch import build_shm_op
 
+from metalm.cache_folder import cache_folder
 from metalm.file_lock import taking_turns
+from metalm.outputs import require_folder_place
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ def prepare_extensions() -> None:
     that of the system, refuse each other's logs: each would compile anew. So the environment's comes first,
     whether or not it is activated. What was compiled for another environment is not up to date either, though
     its versions are the same: each environment has a folder of its own.
+
+    Raises:
+        ConfigError: it cannot be kept anywhere.
     """
     if torch.cuda.is_available():
         return
@@ -39,8 +44,10 @@ def prepare_extensions() -> None:
         os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     name = f"metalm-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}-{environment}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions" / name)))
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache_folder(f"torch_extensions/{name}"))
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    require_folder_place(folder, "set TORCH_EXTENSIONS_DIR to a folder that you may write")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _COMPILED).exists():
         logger.warning("compiling an extension of DeepSpeed in %s, once: this takes some minutes", folder)
