@@ -148,19 +148,24 @@ def test_a_full_disk_leaves_no_folder(workshop: Workshop, tmp_path: Path) -> Non
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "from metalm.conversion.export import export_checkpoint\n"
-        "from metalm.errors import CheckpointError\n"
+        "from metalm.errors import ConfigError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n"
         "    export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-        "except CheckpointError as error:\n"
+        "except ConfigError as error:\n"
         "    print('REFUSED', error)\n"
     )
     arguments = [str(workshop.run_folder(KIND)), str(tmp_path / "out")]
     code, output = run_command([sys.executable, "-c", program, *arguments], timeout_s=120)
     assert code == 0, output
-    assert re.search(r"REFUSED .*out could not be written: .*File too large", output), output
+    assert re.search(r"REFUSED .*out cannot be written: File too large; name another folder", output), output
     assert nothing_is_left(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="/proc/none/out cannot be written: .*; name another folder"):
+        export_checkpoint(tmp_path / "absent", Path("/proc/none/out"))
 
 
 def test_a_damaged_checkpoint_is_named_and_not_converted(workshop: Workshop, tmp_path: Path) -> None:

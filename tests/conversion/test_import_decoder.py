@@ -374,6 +374,11 @@ def test_missing_and_unknown_weights_are_named(models: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="/proc/none/out cannot be written: .*; name another folder"):
+        import_decoder(tmp_path, Path("/proc/none/out"))
+
+
 def test_a_name_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="there is no folder gpt2: download .* --local-dir gpt2`"):

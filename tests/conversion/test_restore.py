@@ -88,6 +88,16 @@ def test_weights_outside_the_folder_are_refused(tmp_path: Path, file: str) -> No
         FolderWeights(tmp_path)
 
 
+def test_a_run_that_cannot_be_written_is_refused_before_the_folder_is_read(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    config = further(workshop, "deepnorm", Path("/proc/none"))
+    with pytest.raises(
+        ConfigError, match="/proc/none/further cannot be written: .*; choose another run.fold"
+    ):
+        restore_checkpoint(tmp_path, config)
+
+
 def test_a_run_with_checkpoints_is_not_touched(workshop: Workshop, tmp_path: Path) -> None:
     config = further(workshop, "deepnorm", tmp_path)
     checkpoint = restore_checkpoint(workshop.exported("deepnorm"), config)

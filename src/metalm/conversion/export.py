@@ -21,7 +21,8 @@ from metalm.conversion.model_card import write_model_card
 from metalm.conversion.proof import ProofResult, prove
 from metalm.conversion.tokenizer_files import write_tokenizer
 from metalm.conversion.weight_files import write_shards
-from metalm.errors import CheckpointError, ConfigError
+from metalm.errors import ConfigError
+from metalm.outputs import require_folder_place, writing
 from metalm.progress import Phase
 
 PARTIAL_SUFFIX = ".partial"
@@ -76,23 +77,24 @@ def export_checkpoint(
         report: is told of progress.
 
     Raises:
-        ConfigError: `out` exists, or the model cannot be exported.
-        CheckpointError: the checkpoint is damaged, a write failed, or the proof did. No folder is left.
+        ConfigError: `out` exists or cannot be written, or the model cannot be exported. No folder is left.
+        CheckpointError: the checkpoint is damaged, or the proof failed. No folder is left.
         DataError: the tokenizer is missing or wrong.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
+    advice = "name another folder, or make room there"
+    require_folder_place(out, advice)
     partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     if os.path.lexists(partial):
         raise ConfigError(f"{partial} is in the way: move it")
     source = open_checkpoint(checkpoint, tokenizer, merges_adapters=not adapter_apart, average=average)
     report(f"checkpoint {source.folder}, step {source.reader.step}: every file is as its manifest says")
     try:
-        partial.mkdir(parents=True)
-        result = _write(source, partial, out, dtype, max_shard_bytes, with_proof, license_name, report)
-        partial.replace(out)
-    except OSError as error:
-        raise CheckpointError(f"{out} could not be written: {error}") from error
+        with writing(out, advice):
+            partial.mkdir(parents=True)
+            result = _write(source, partial, out, dtype, max_shard_bytes, with_proof, license_name, report)
+            partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         source.reader.close()

@@ -30,6 +30,7 @@ from metalm.conversion.mapping import Rule, conversion_rules
 from metalm.conversion.restore import FolderWeights
 from metalm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from metalm.errors import CheckpointError, ConfigError
+from metalm.outputs import require_folder_place, writing
 
 TOKENIZER_FOLDER = "tokenizer"
 PIPELINE_NAME = "decoder.yaml"
@@ -59,12 +60,15 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
         out: must not exist.
 
     Raises:
-        ConfigError: `out` exists, or the model is not one that the decoder can be.
-        CheckpointError: the folder or weights are missing or damaged, or a write failed. No folder is left.
+        ConfigError: `out` exists or cannot be written, or the model is not one that the decoder can be. No
+            folder is left.
+        CheckpointError: the folder or weights are missing or damaged. No folder is left.
         DataError: the tokenizer is missing or unsafe.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
+    advice = "name another folder, or make room there"
+    require_folder_place(out, advice)
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no folder {folder}: download a model of the Hugging Face Hub first, such as by "
@@ -76,26 +80,25 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
     if os.path.lexists(partial):
         raise ConfigError(f"{partial} is in the way: move it")
     try:
-        partial.mkdir(parents=True)
-        tokenizer = complete_tokenizer(folder, partial / TOKENIZER_FOLDER)
-        vocab_size = max(foreign.vocab_size, tokenizer.size)
-        model = ModelConfig(vocab_size=vocab_size, decoder=foreign.decoder)
-        rules = conversion_rules(model)
-        _check(weights, foreign, rules)
-        known = read_foreign_tokenizer(folder).get_vocab().keys()
-        new_ids = {
-            id_
-            for token, id_ in zip(SPECIAL_TOKENS, tokenizer.special_ids, strict=True)
-            if token not in known
-        }
-        masters = _masters(rules, weights, foreign, tokenizer, new_ids, vocab_size)
-        facts = RunFacts(tokenizer=tokenizer.fingerprint, origin=str(folder))
-        with checkpoint_of_weights(partial / CHECKPOINTS_NAME, ("decoder",), facts, None) as writer:
-            writer.write("decoder", {rule.name: rule.shape for rule in rules}, _STATES, masters)
-        (partial / PIPELINE_NAME).write_text(_pipeline(model, foreign, folder, out))
-        partial.replace(out)
-    except OSError as error:
-        raise CheckpointError(f"{out} could not be written: {error}") from error
+        with writing(out, advice):
+            partial.mkdir(parents=True)
+            tokenizer = complete_tokenizer(folder, partial / TOKENIZER_FOLDER)
+            vocab_size = max(foreign.vocab_size, tokenizer.size)
+            model = ModelConfig(vocab_size=vocab_size, decoder=foreign.decoder)
+            rules = conversion_rules(model)
+            _check(weights, foreign, rules)
+            known = read_foreign_tokenizer(folder).get_vocab().keys()
+            new_ids = {
+                id_
+                for token, id_ in zip(SPECIAL_TOKENS, tokenizer.special_ids, strict=True)
+                if token not in known
+            }
+            masters = _masters(rules, weights, foreign, tokenizer, new_ids, vocab_size)
+            facts = RunFacts(tokenizer=tokenizer.fingerprint, origin=str(folder))
+            with checkpoint_of_weights(partial / CHECKPOINTS_NAME, ("decoder",), facts, None) as writer:
+                writer.write("decoder", {rule.name: rule.shape for rule in rules}, _STATES, masters)
+            (partial / PIPELINE_NAME).write_text(_pipeline(model, foreign, folder, out))
+            partial.replace(out)
     finally:
         remove(partial)
     count = sum(math.prod(shape) for rule in rules for shape in rule.targets.values())

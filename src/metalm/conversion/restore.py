@@ -29,6 +29,7 @@ from metalm.conversion.tokenizer_files import TOKENIZER_NAME, is_same_tokenizer
 from metalm.conversion.weight_files import INDEX_NAME, WEIGHTS_NAME
 from metalm.data.tokenizer import Tokenizer, load_tokenizer
 from metalm.errors import CheckpointError, ConfigError, DataError
+from metalm.outputs import require_folder_place, writing
 from metalm.regular_files import open_regular
 from metalm.run_lock import RunLock
 
@@ -68,8 +69,9 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
         The checkpoint.
 
     Raises:
-        ConfigError: the run has checkpoints already, or is being trained, or its model is another one.
-        CheckpointError: the folder lacks weights, or a write failed. No checkpoint is left.
+        ConfigError: the run has checkpoints already, is being trained or cannot be written, or its model is
+            another one. No checkpoint is left.
+        CheckpointError: the folder lacks weights. No checkpoint is left.
         DataError: the run's tokenizer is not the folder's.
     """
     run_folder = config.run.folder / config.run.name
@@ -81,6 +83,8 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
             "the run's model has an adapter, which the folder has not: restore into a run without one, and "
             "start the run with the adapter from that by initialize.decoder and initialize.encoders"
         )
+    advice = "choose another run.folder, or make room there"
+    require_folder_place(run_folder, advice)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_model(folder, config, tokenizer)
     weights = FolderWeights(folder)
@@ -92,13 +96,14 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
     checkpoint = step_folder(checkpoints, 0)
     lock = RunLock(run_folder)
     try:
-        with checkpoint_of_weights(checkpoints, components, facts, content) as writer:
+        with (
+            writing(checkpoint, advice),
+            checkpoint_of_weights(checkpoints, components, facts, content) as writer,
+        ):
             for component in components:
                 own = [rule for rule in rules if rule.component == component]
                 shapes = {rule.name: rule.shape for rule in own}
                 writer.write(component, shapes, STATES, _pieces(own, weights))
-    except OSError as error:
-        raise CheckpointError(f"{checkpoint} could not be written: {error}") from error
     finally:
         with suppress(OSError):  # the checkpoint is in it
             checkpoints.rmdir()
