@@ -39,6 +39,10 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
             "initialize.new=[encoders.x.*]",
             "initialize.new is of a run that starts from initialize.decoder",
         ),
+        (
+            "data.sources={text: {weight: 1.0e308}, scenes: {weight: 1.0e308}}",
+            "data.sources: the weights add up to infinity: divide all of them by the same number",
+        ),
         ("data.sources.all={path: data/all, readers: {}}", "loss/all is the loss of all sources"),
         (
             "training.schedule={decay: constant, final_fraction: 0.1}",

@@ -270,6 +270,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     data = config.data
     if not data.sources:
         yield "data.sources is empty"
+    if math.isinf(sum(source.weight for source in data.sources.values())):
+        yield "data.sources: the weights add up to infinity: divide all of them by the same number"
     if "all" in data.sources:
         yield "data.sources.all: loss/all is the loss of all sources: choose another name"
     if data.spans.min_length > data.spans.max_length:

@@ -58,8 +58,8 @@ class ParallelConfig(Section):
     exchange around attention."""
     sequence_parallel: bool = False
     """Split what the decoder's layers keep between attention and feed-forward over the tensor ranks, too."""
-    timeout_minutes: PositiveInt = 30
-    """How long a collective may wait before the process group gives up."""
+    timeout_minutes: Annotated[int, Field(gt=0, le=366 * 24 * 60)] = 30
+    """How long a collective may wait before the process group gives up; at most a year."""
 
     @property
     def rows_size(self) -> int:

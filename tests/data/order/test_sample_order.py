@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metalm.data.order import sample_order
 from metalm.data.order.sample_order import SampleOrder, SequentialOrder
 from metalm.data.storage.index import ShardIndex
 from metalm.data.storage.shard_scan import RECORD, Shard
@@ -110,6 +111,14 @@ def test_epochs_lanes_and_seeds_have_different_orders() -> None:
     assert (first != np.sort(first)).mean() > 0.9
     assert set(first) != set(later)
     assert (first[:100] != other.block(0, 0)[:100]).mean() > 0.9
+
+
+def test_a_window_beyond_memory_ends_with_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller windows above it go on through later epochs."""
+    assert len(order_of([400], 2, window=1000).block(0, 0)) == 1000
+    monkeypatch.setattr(sample_order, "ANY_WINDOW", 100)
+    assert len(order_of([400], 2, window=2**63 - 1).block(0, 0)) == 400
+    assert len(order_of([40], 2, chunk_samples=2, window=100).block(0, 0)) == 100
 
 
 def test_neighbours_in_a_shard_are_read_far_apart() -> None:

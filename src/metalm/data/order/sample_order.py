@@ -6,7 +6,8 @@ lane's k-th chunk is a pure function of (seed, source, lane, k): a place in the 
 every sample is dealt exactly once per epoch, and nothing special happens where a source has fewer chunks
 than there are lanes: the lanes then start in different epochs.
 
-Consecutive chunks of a lane form blocks of about `shuffle_window` samples, which are shuffled whole.
+Consecutive chunks of a lane form blocks of about `shuffle_window` samples, which are shuffled whole. A window
+of more than 2^20 samples is no larger than the source: blocks are held in memory.
 
 A run may go on with more lanes than its samples were dealt to. What each lane had before it is then shared by
 several, `split` of them, in turns of a block (or a shard): lane l goes on where it stood and takes every
@@ -25,6 +26,9 @@ from metalm.data.storage.index import ShardIndex
 
 CHUNKS_PER_LANE = 4
 """Chunks of a small corpus are shortened until every lane gets this many per epoch, if it can."""
+
+ANY_WINDOW = 1 << 20
+"""Samples in a window that may be above those of the source: such a block goes through several epochs."""
 
 
 class _Deal:
@@ -103,7 +107,8 @@ class SampleOrder(_Turns):
     ) -> None:
         super().__init__(num_lanes, split, blocks_per_turn=1)
         self.chunk_samples = max(1, min(chunk_samples, index.num_samples // (CHUNKS_PER_LANE * num_lanes)))
-        self.block_chunks = max(1, shuffle_window // self.chunk_samples)
+        window = min(shuffle_window, max(index.num_samples, ANY_WINDOW))
+        self.block_chunks = max(1, window // self.chunk_samples)
         self._starts, self._ends = _cut_chunks([s.num_samples for s in index.shards], self.chunk_samples)
         self.num_chunks = len(self._starts)
         ahead = self.block_chunks * split
