@@ -23,7 +23,8 @@ def writing(path: Path, advice: str) -> Iterator[None]:
 
     Args:
         path: of the file or folder that is written.
-        advice: what the user is to do where it cannot be, such as "name another file with --out".
+        advice: what the user is to do where it cannot be, such as "name another file with --out"; on a full
+            disk it is to make room.
 
     Raises:
         ConfigError: an OSError came out of the body.
@@ -31,6 +32,8 @@ def writing(path: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_no_room(error):
+            advice = "make room there, and start the same command again"
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}; {advice}") from error
 
 

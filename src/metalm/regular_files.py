@@ -40,10 +40,11 @@ def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
         return file.read()
 
 
-def replace_file(path: Path, content: str, *, forced: bool = False) -> None:
-    """Write a text file, and its folder where there is none; readers find the old content or the new one.
+def replace_file(path: Path, content: str | bytes, *, forced: bool = False) -> None:
+    """Write a file, and its folder where there is none; readers find the old content or the new one.
 
     Args:
+        content: a text is written in UTF-8.
         forced: to disk, so that a crash of the machine leaves one of them, too.
 
     Raises:
@@ -52,7 +53,7 @@ def replace_file(path: Path, content: str, *, forced: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         if forced:
             force(partial)
         partial.replace(path)

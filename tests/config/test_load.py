@@ -120,6 +120,18 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
+def test_a_config_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_config(load_config(DEMO), tmp_path / "config.yaml", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(DEMO)
     write_config(config, tmp_path / "config.yaml", {"commit": "abc"})

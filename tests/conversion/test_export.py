@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_no_folder(workshop: Workshop, tmp_path: Path) -> Non
     arguments = [str(workshop.run_folder(KIND)), str(tmp_path / "out")]
     code, output = run_command([sys.executable, "-c", program, *arguments], timeout_s=120)
     assert code == 0, output
-    assert re.search(r"REFUSED .*out cannot be written: File too large; name another folder", output), output
+    assert re.search(r"REFUSED .*out cannot be written: File too large; make room there", output), output
     assert nothing_is_left(tmp_path)
 
 

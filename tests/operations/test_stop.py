@@ -111,6 +111,20 @@ def test_a_run_that_is_not_the_users_to_write(tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists()
 
 
+def test_a_full_disk_is_told_and_leaves_no_half_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_nothing(path: Path, _: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(Path, "write_text", write_nothing)
+    with pytest.raises(ConfigError, match="stop cannot be written: No space left on device; make room there"):
+        stop(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
 def test_a_run_that_cannot_be_read_is_stopped_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "config.yaml").write_text("")

@@ -20,7 +20,7 @@ from metalm.config.rules import check_config
 from metalm.config.schema import RunConfig, SourceConfig
 from metalm.errors import ConfigError
 from metalm.project_files import find_file
-from metalm.regular_files import path_exists
+from metalm.regular_files import path_exists, replace_file
 
 SomeSection = typing.TypeVar("SomeSection", bound=BaseModel)
 
@@ -109,10 +109,12 @@ def config_content(config: RunConfig, provenance: Mapping[str, Any]) -> bytes:
 
 
 def write_config(config: RunConfig, path: Path, provenance: Mapping[str, Any]) -> None:
-    """Write `config_content` to a file, which is replaced at once."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(config_content(config, provenance))
-    partial.replace(path)
+    """Write `config_content` to a file, which is replaced at once.
+
+    Raises:
+        OSError: it could not be written; no part of it is left.
+    """
+    replace_file(path, config_content(config, provenance))
 
 
 def _read_pipeline(path: Path, above: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:

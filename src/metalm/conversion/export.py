@@ -83,7 +83,7 @@ def export_checkpoint(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
-    advice = "name another folder, or make room there"
+    advice = "name another folder"
     require_folder_place(out, advice)
     partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     if os.path.lexists(partial):

@@ -67,7 +67,7 @@ def import_decoder(folder: Path, out: Path) -> ImportedDecoder:
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give another folder, or remove it first")
-    advice = "name another folder, or make room there"
+    advice = "name another folder"
     require_folder_place(out, advice)
     if not folder.is_dir():
         raise CheckpointError(

@@ -83,7 +83,7 @@ def restore_checkpoint(folder: Path, config: RunConfig) -> Path:
             "the run's model has an adapter, which the folder has not: restore into a run without one, and "
             "start the run with the adapter from that by initialize.decoder and initialize.encoders"
         )
-    advice = "choose another run.folder, or make room there"
+    advice = "choose another run.folder"
     require_folder_place(run_folder, advice)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_model(folder, config, tokenizer)

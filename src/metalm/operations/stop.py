@@ -33,9 +33,13 @@ def stop(run_folder: Path) -> int:
         print(f"{run_folder} has been asked to stop before: {asker}")
         return 0
     word = path.with_name(f"{path.name}.{os.getpid()}")  # moved, so that nobody reads half of it
-    with writing(path, "ask as a user who may write into the run's folder, such as its owner"):
-        word.write_text(f"{_user()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        word.replace(path)
+    try:
+        with writing(path, "ask as a user who may write into the run's folder, such as its owner"):
+            word.write_text(f"{_user()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            word.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            word.unlink()
     try:
         state = read_run(run_folder, time.time()).state if is_run(run_folder) else None
     except ConfigError:

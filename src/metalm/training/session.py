@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -62,7 +63,8 @@ def open_session(joined: Joined) -> Iterator[Session]:
         config.parallel.tensor, joined.device, timeout, context_size=config.parallel.context
     )
     try:
-        yield Session(launch, topology, joined.corpus, run_folder, log)
+        with _quiet_writers():
+            yield Session(launch, topology, joined.corpus, run_folder, log)
     except MetaLMError:
         raise
     except Exception:
@@ -119,12 +121,43 @@ class RunLog:
         path = self._path if elsewhere is None else elsewhere / LOGS_NAME / self._path.name
         with writing(path, "start this as a user who may write there, such as the run's owner"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            log_file = logging.FileHandler(path)
+            log_file = _LogFile(path)
         log_file.setFormatter(self._form)
         kept.setTarget(log_file)
         kept.flush()
         logging.getLogger().removeHandler(kept)
         logging.getLogger().addHandler(log_file)
+
+
+class _LogFile(logging.FileHandler):
+    """A rank's log, which may come to lie on a full disk: that is told once, and the training goes on."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            print(f"{self.baseFilename} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Let TensorBoard's writing threads end without a word on a full disk: our sinks tell it, once."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        of_tensorboard = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and isinstance(failed.exc_value, OSError)):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _make_deterministic() -> None:

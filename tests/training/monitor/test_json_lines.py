@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from metalm.training.monitor.json_lines import (
     RESTARTS,
     append_metrics,
@@ -26,6 +28,22 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -
         (3, 3.0),
         (4, 40.0),
     ]
+
+
+def test_figures_that_cannot_be_replaced_stay_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    append_metrics(tmp_path, 1, {"loss": 1.0})
+
+    def refuse(*_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        drop_superseded(tmp_path, 1)
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["metrics.jsonl"]
+    assert len(read_metrics(tmp_path)) == 1
 
 
 def test_a_run_without_figures_has_none(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from metalm.modalities import Modality, modality_of_kind
 from metalm.modalities.text import TOKEN_DTYPES
 from metalm.outputs import require_folder_place
 from metalm.progress import Phase
-from metalm.regular_files import open_regular
+from metalm.regular_files import open_regular, replace_file
 from metalm.shown_url import shown_url
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def build_index(
             "num_tokens": tokens.total(),
             "shards": [asdict(shard) for shard in shards],
         }
-        _replace(folder / INDEX_NAME, (json.dumps(document, indent=1) + "\n").encode())
+        replace_file(folder / INDEX_NAME, json.dumps(document, indent=1) + "\n", forced=True)
         for stale in folder.glob("index-*.records"):
             if stale.name != records_name:
                 stale.unlink()
@@ -374,12 +374,3 @@ def _check_content(
         raise DataError(
             f"{folder} holds token members (.u16, .u32): name the tokenizer that wrote them by --tokenizer"
         )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

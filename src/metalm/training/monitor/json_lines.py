@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from metalm.regular_files import replace_file
 from metalm.run_metrics import metrics_path, read_metrics
 from metalm.training.monitor.sink import About, Sink
 
@@ -63,6 +64,4 @@ def drop_superseded(run_folder: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [entry for entry in read_metrics(run_folder) if entry["step"] < first_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    partial.replace(path)
+    replace_file(path, "".join(json.dumps(entry) + "\n" for entry in kept))
