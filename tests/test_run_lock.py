@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,32 @@ def test_who_has_lost_the_folder_learns_of_it_and_leaves_it_alone(
     assert json.loads((tmp_path / "run" / "lock").read_text())["restart"] == "1"
     second.release()
     assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_a_run_whose_folder_is_moved_is_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.01)
+    run = tmp_path / "run"
+    lock = RunLock(run)
+    lock.accept()
+    run.rename(tmp_path / "moved")
+    wait_until(lambda: "lock is gone: was the run's folder moved?" in caplog.text)
+    assert not lock.is_lost()
+    run.mkdir()  # as the next save does
+    wait_until((run / "lock").exists)
+    assert not lock.is_lost()
+    assert find_holder(run) is not None and find_holder(tmp_path / "moved") is not None
+    lock.release()
+    assert not list(run.iterdir())
+    assert caplog.text.count("is gone") == 1
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_lock_file_of_nonsense_is_nobodys(tmp_path: Path) -> None:

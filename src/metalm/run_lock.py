@@ -12,7 +12,8 @@ compared with itself alone, so that no two clocks need agree.
 The file says who holds it: host, process and, under Slurm, job and restart. A job that was queued again
 comes after its own earlier start, which Slurm has ended: it takes the folder at once, by a new file in
 place of the old one. Whoever held that sees so at its next heartbeat (`is_lost`) and ends. A folder that
-was left in order has no such file.
+was left in order has no such file. Where it is gone while its holder lives, because it was removed or the
+folder has another name now, nobody has taken the run: it goes on, and makes the file again where it can.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class RunLock:
             _write(self._descriptor, json.dumps(asdict(self._own)).encode())
         except OSError as error:
             raise ConfigError(f"cannot write to the run folder {run_folder}: {error}") from None
-        self._is_accepted = self._is_lost = False
+        self._is_accepted = self._is_lost = self._is_gone = False
         self._released = threading.Event()
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
@@ -231,18 +232,47 @@ class RunLock:
 
     def _replace(self) -> int:
         """Put a new file, locked by this process, in the place of one that a lost node still holds."""
+        fresh, descriptor = self._fresh_file()
+        fresh.replace(self._path)
+        return descriptor
+
+    def _fresh_file(self) -> tuple[Path, int]:
+        """A file beside the lock, locked by this process, and its descriptor."""
         fresh = self._path.with_name(f"{LOCK_NAME}.{self._own.host}.{self._own.pid}")
         descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         _lock(descriptor, fresh)
         _write(descriptor, json.dumps(asdict(self._own)).encode())
-        fresh.replace(self._path)
-        return descriptor
+        return fresh, descriptor
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
             with suppress(OSError):  # a server that does not answer for a while
-                self._is_lost = not _is_at(self._path, self._descriptor)
+                found = _is_at(self._path, self._descriptor)
+                self._is_lost = found is False
+                if found is None:
+                    self._make_again()
                 os.utime(self._descriptor)
+
+    def _make_again(self) -> None:
+        """Put the file back, if the folder is there and nobody else has made it.
+
+        The old one stays locked: what this process has open lies in the folder that it is in.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        if not self._is_gone:
+            logger.warning("%s is gone: was the run's folder moved? The run goes on", self._path)
+            self._is_gone = True
+        fresh, descriptor = self._fresh_file()
+        try:
+            os.link(fresh, self._path)
+        except OSError:
+            os.close(descriptor)
+            raise
+        finally:
+            fresh.unlink()
+        self._descriptor, self._is_gone = descriptor, False
 
 
 def _this_process() -> Holder:
@@ -280,11 +310,12 @@ def _lock(descriptor: int, path: Path, patience_s: float = 0.0) -> bool | None:
     return is_locked
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
+def _is_at(path: Path, descriptor: int) -> bool | None:
+    """Whether the open file is at this place; None where nothing is."""
     try:
         found = path.stat()
     except FileNotFoundError:
-        return False
+        return None
     own = os.fstat(descriptor)
     return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
 
