@@ -111,19 +111,19 @@ def main() -> None:
         raise ConfigError("where is the converted model to go? give --argument exported/NAME")
     plan = plan_of(submission)
     words = submission.command()
-    line = shlex.join(words)
     if arguments.dry_run:
         print(yaml.safe_dump(without_secrets(submission.config), sort_keys=False))
-        print(plan, line, sep="\n\n")
+        print(plan, shlex.join(words), sep="\n\n")
         return
     if not shutil.which(words[0]):
         raise ConfigError("there is no sbatch here: submit from a login node, or look with --dry-run")
     with writing(submission.folder, "choose another run.folder"):
-        submission.write(git_commit())
-    print(plan, line, sep="\n\n", flush=True)
+        submission = submission.write(git_commit())
+    words = submission.command()
+    print(plan, shlex.join(words), sep="\n\n", flush=True)
     code = subprocess.run(words).returncode
     if code:
-        shutil.rmtree(submission.folder)
+        submission.withdraw()
         raise ConfigError(f"sbatch refused the job with code {code}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +128,50 @@ def test_a_snapshot_stands_alone(tmp_path: Path) -> None:
     program = "import metalm.commit as c; print(c.__file__, c.git_commit())"
     code, output = run_command([sys.executable, "-c", program], timeout_s=60, **environment)
     assert (code, output.split()) == (0, [str(folder / "code/src/metalm/commit.py"), "abc-dirty"])
+
+
+def test_submissions_of_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}", "run.name=run"])
+    both = [Submission(config, "stamp", "pretrain.sbatch", 1, None, None).write(None) for _ in range(2)]
+    assert [one.folder.name for one in both] == ["stamp", "stamp-2"]
+    for one in both:
+        assert one.command()[-1] == str(one.folder / "config.yaml")
+        assert load_config(one.folder / "config.yaml", []).run.name == "run"
+    assert both[1].folder.as_posix() in (both[1].folder / "code/slurm/pretrain.sbatch").read_text()
+
+
+def submit_to(tmp_path: Path, code: int) -> int:
+    """Submit a run where sbatch ends with a code."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.write_text(f"#!/bin/sh\nexit {code}\n")
+    sbatch.chmod(0o755)
+    words = ("tools/submit.py", "pipelines/demo.yaml", f"run.folder={tmp_path}", "parallel.tensor=1")
+    path = f"{sbatch.parent}:{os.environ['PATH']}"
+    return run_command([sys.executable, *words, "run.name=run"], timeout_s=60, PATH=path)[0]
+
+
+def test_a_job_that_sbatch_refuses_leaves_nothing_of_a_new_run(tmp_path: Path) -> None:
+    assert submit_to(tmp_path, 1) == 64
+    assert not (tmp_path / "run").exists()
+    assert submit_to(tmp_path, 0) == 0
+    before = sorted(tmp_path.rglob("run/**"))
+    assert submit_to(tmp_path, 1) == 64
+    assert sorted(tmp_path.rglob("run/**")) == before and (tmp_path / "run/logs").is_dir()
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(REPOSITORY / "pipelines/demo.yaml", [f"run.folder={tmp_path}", "run.name=run"])
+
+    def refuse(*_: Path, **__: bool) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        Submission(config, "stamp", "pretrain.sbatch", 1, None, None).write(None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_shared_nodes_and_the_clusters_options_are_asked_for(tmp_path: Path) -> None:

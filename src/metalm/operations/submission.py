@@ -7,11 +7,13 @@ environment.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -100,12 +102,42 @@ class Submission:
             *self.arguments,
         ]
 
-    def write(self, commit: str | None) -> None:
+    def write(self, commit: str | None) -> Submission:
         """Copy the code, and write the resolved config with the DeepSpeed files that it names.
 
         Data, tokenizers and the environment are used where they are.
+
+        Returns:
+            This one, by a stamp of its own: several may be written in the same second.
+
+        Raises:
+            OSError: it could not be written; nothing of it is left.
         """
-        (self.run_folder / LOGS_NAME).mkdir(parents=True, exist_ok=True)
+        own = self._with_own_folder()
+        try:
+            own._fill(commit)
+        except OSError:
+            own.withdraw()
+            raise
+        return own
+
+    def withdraw(self) -> None:
+        """Remove what `write` has made, as of a job that Slurm refuses."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # other submissions or starts are in them
+            for folder in (self.run_folder / SUBMITTED_NAME, self.run_folder / LOGS_NAME, self.run_folder):
+                folder.rmdir()
+
+    def _with_own_folder(self) -> Submission:
+        for number in itertools.count(1):
+            own = self if number == 1 else replace(self, stamp=f"{self.stamp}-{number}")
+            with suppress(FileExistsError):
+                own.folder.mkdir(parents=True)
+                return own
+        raise AssertionError("numbers do not end")
+
+    def _fill(self, commit: str | None) -> None:
+        (self.run_folder / LOGS_NAME).mkdir(exist_ok=True)
         library, code = Path(__file__).parents[1], self.folder / "code"
         with Phase(f"copying the code to {code}"):
             shutil.copytree(library, code / "src" / library.name, ignore=_LEFT_OUT)
