@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from metalm.regular_files import read_regular
 from metalm.run_folder import LOGS_NAME
 
 ENDS_NAME = "ends.jsonl"
@@ -28,6 +29,9 @@ class RunEnd:
     """That the process ends with."""
     cause: str
     """In one line: `done`, who asked to stop, or the error."""
+
+
+_KINDS = {"time": (int, float), "step": (int, type(None)), "code": int, "cause": str}
 
 
 def record_end(run_folder: Path, step: int | None, code: int, cause: str) -> None:
@@ -48,12 +52,18 @@ def last_end(run_folder: Path) -> RunEnd | None:
 
 
 def all_ends(run_folder: Path) -> list[RunEnd]:
-    """All ends that were recorded, oldest first; torn lines are left out."""
+    """All ends that were recorded, oldest first; lines that are torn or record none are left out.
+
+    Raises:
+        OSError: the file cannot be read, or is no regular file.
+    """
     path = run_folder / LOGS_NAME / ENDS_NAME
     if not path.exists():
         return []
     ends = []
-    for line in path.read_text(errors="replace").splitlines():
-        with suppress(ValueError, TypeError):
-            ends.append(RunEnd(**json.loads(line)))
+    for line in read_regular(path).decode(errors="replace").splitlines():
+        with suppress(ValueError, TypeError, RecursionError):
+            end = RunEnd(**json.loads(line))
+            if all(isinstance(value, _KINDS[name]) for name, value in asdict(end).items()):
+                ends.append(end)
     return ends

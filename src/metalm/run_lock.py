@@ -33,6 +33,7 @@ from typing import NoReturn
 
 from metalm.errors import BusyError, ConfigError
 from metalm.file_lock import try_lock
+from metalm.regular_files import open_regular
 from metalm.run_folder import LOCK_NAME
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Holder:
         """`since`, in seconds since the epoch; 0 where it cannot be read."""
         try:
             return time.mktime(time.strptime(self.since, _SINCE))
-        except ValueError:
+        except (TypeError, ValueError, OverflowError):
             return 0.0
 
     def comes_after(self, other: Holder) -> bool:
@@ -102,12 +103,12 @@ def last_holder(run_folder: Path, now: float) -> tuple[Holder, bool] | None:
     Args:
         now: the time, which is compared with the heartbeat: of a server with another clock, it misjudges.
     """
-    path = run_folder / LOCK_NAME
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_regular(run_folder / LOCK_NAME)
     except OSError:
         return None
-    try:
+    with file:
+        descriptor = file.fileno()
         holder = _parse(os.pread(descriptor, _MOST_BYTES, 0))
         if holder is None:
             return None
@@ -119,8 +120,6 @@ def last_holder(run_folder: Path, now: float) -> tuple[Holder, bool] | None:
                 return holder, True
             return holder, not is_silent  # there are no locks here, or none for those who only read
         return holder, holder.boot != _this_boot() and not is_silent
-    finally:
-        os.close(descriptor)
 
 
 class RunLock:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from metalm.regular_files import open_regular, read_regular
 from metalm.run_folder import LOGS_NAME
 
 _BLOCK_BYTES = 1 << 16
@@ -23,15 +24,21 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """All that are written so far, one dictionary per write, in order; a line that is torn is left out.
 
     A line is torn at the end of the file while it is written, and inside where a machine went down.
+
+    Raises:
+        OSError: the file cannot be read, or is no regular file.
     """
     path = metrics_path(run_folder)
-    return list(_entries(path.read_bytes().splitlines())) if path.exists() else []
+    return list(_entries(read_regular(path).splitlines())) if path.exists() else []
 
 
 def newest_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The last that were written, newest first, of up to a mebibyte of the file.
 
     It is read from its end: that takes as long for a run of a million steps as for one of ten.
+
+    Raises:
+        OSError: the file cannot be read, or is no regular file.
     """
     path = metrics_path(run_folder)
     return list(_entries(_lines_from_end(path))) if path.exists() else []
@@ -48,7 +55,7 @@ def _entries(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _lines_from_end(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
         end = handle.seek(0, os.SEEK_END)
         first, cut = end, b""
         while first > 0 and end - first < _MOST_BYTES:

@@ -38,7 +38,7 @@ def state(folder: Path) -> str:
     return line.removeprefix("state").strip()
 
 
-def leave_lock(folder: Path, **changes: str) -> None:
+def leave_lock(folder: Path, **changes: str | None) -> None:
     """The lock of a process that is gone."""
     lock = RunLock(folder)
     holder = Holder(**json.loads((folder / "lock").read_text()))
@@ -112,6 +112,46 @@ def test_the_batch_scripts_word_counts_more_than_the_trainers(run: Path, cause: 
     assert state(run) == (
         f"ended 0 s ago, job 7: {cause} (exit code 75); started again, it goes on from step 80"
     )
+
+
+@pytest.mark.parametrize("name", ["logs/metrics.jsonl", "logs/ends.jsonl", "logs/attempts.jsonl"])
+def test_a_named_pipe_is_not_waited_for(run: Path, name: str) -> None:
+    os.mkfifo(run / name)
+    with pytest.raises(ConfigError, match=rf"cannot be read: it is no regular file \(.*{name}\)"):
+        state(run)
+
+
+@pytest.mark.parametrize("name", ["lock", "stop"])
+def test_a_named_pipe_that_is_no_lock_or_stop_file_is_nobodys(run: Path, name: str) -> None:
+    record_end(run, 90, EXIT_RESTART, "stopped by SIGTERM")
+    os.mkfifo(run / name)
+    assert state(run).startswith("stopped 0 s ago at step 90 by SIGTERM")
+    assert stop(run) == 0
+    assert (run / "stop").is_file()
+
+
+def test_records_that_are_none_are_left_out(run: Path) -> None:
+    now = time.time()
+    record_end(run, 90, EXIT_RESTART, "stopped by SIGTERM")
+    end = {"time": now + 5, "step": 99, "code": EXIT_DATA, "cause": "no"}
+    attempt = {"event": "start", "time": now + 5, "job": "7", "nodes": "gpu1", "ranks": 1, "step": 9}
+    for name, whole, wrong in (
+        ("ends", end, {"time": "5"}),
+        ("ends", end, {"step": "99"}),
+        ("ends", end, {"cause": None}),
+        ("attempts", attempt, {"time": None}),
+        ("attempts", attempt, {"ranks": "1"}),
+        ("attempts", attempt, {"event": ["start"]}),
+    ):
+        with (run / f"logs/{name}.jsonl").open("a") as handle:
+            handle.write(json.dumps(whole | wrong) + "\n")
+    assert state(run).startswith("stopped 0 s ago at step 90 by SIGTERM")
+
+
+def test_a_lock_without_a_time_is_read(run: Path) -> None:
+    record_end(run, 90, EXIT_RESTART, "stopped by SIGTERM")
+    leave_lock(run, since=None)
+    assert state(run).startswith("killed: process 99 on gpu7, since None is gone without a word")
 
 
 def test_a_job_that_is_queued_again_waits(run: Path) -> None:

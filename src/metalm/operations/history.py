@@ -8,9 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metalm.regular_files import read_regular
 from metalm.run_folder import LOGS_NAME
 
 ATTEMPTS_NAME = "attempts.jsonl"
+
+_OF_ALL: dict[str, Any] = {"job": str, "time": (int, float), "step": int}
+_KINDS = {
+    "start": {**_OF_ALL, "nodes": str, "ranks": int},
+    "end": {**_OF_ALL, "code": int, "cause": str, "comes_back": bool},
+}
+"""Of the values that a line must have, by its event."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,16 @@ class Attempt:
 
 
 def read_attempts(run_folder: Path) -> list[Attempt]:
-    """All starts that the batch scripts have recorded, oldest first."""
+    """All starts that the batch scripts have recorded, oldest first.
+
+    Raises:
+        OSError: the file cannot be read, or is no regular file.
+    """
     attempts: list[Attempt] = []
     path = run_folder / LOGS_NAME / ATTEMPTS_NAME
     if not path.exists():
         return attempts
-    for entry in _entries(path.read_text().splitlines()):
+    for entry in _entries(read_regular(path).decode(errors="replace").splitlines()):
         if entry["event"] == "start":
             attempts.append(
                 Attempt(entry["job"], entry["nodes"], entry["ranks"], entry["time"], entry["step"])
@@ -53,11 +65,13 @@ def read_attempts(run_folder: Path) -> list[Attempt]:
 
 
 def _entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The lines as objects; one that is empty or still being written is left out."""
+    """The lines as objects; one that is empty, still being written or no record is left out."""
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict):
+        event = entry.get("event") if isinstance(entry, dict) else None
+        kinds = _KINDS.get(event) if isinstance(event, str) else None
+        if kinds and all(isinstance(entry.get(name), kind) for name, kind in kinds.items()):
             yield entry

@@ -11,6 +11,7 @@ from pathlib import Path
 from metalm.errors import ConfigError
 from metalm.operations.status import is_run, read_run
 from metalm.outputs import writing
+from metalm.regular_files import read_regular
 from metalm.run_folder import LOGS_NAME, STOP_NAME
 
 
@@ -27,8 +28,8 @@ def stop(run_folder: Path) -> int:
         raise ConfigError(f"{run_folder} is no run folder: it has no logs")
     path = run_folder / STOP_NAME
     asker = ""
-    with contextlib.suppress(FileNotFoundError):
-        asker = path.read_text().strip()
+    with contextlib.suppress(OSError):  # none, or none that can be read: it is replaced
+        asker = read_regular(path).decode(errors="replace").strip()
     if asker and not asker.startswith("job "):
         print(f"{run_folder} has been asked to stop before: {asker}")
         return 0
