@@ -84,6 +84,13 @@ class ToolParser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**settings)
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse's, but what may be given any number of times is never named among what is required."""
+        action = super().add_argument(*names, **settings)
+        if action.nargs == argparse.ZERO_OR_MORE and not action.option_strings:
+            action.required = False
+        return action
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n")

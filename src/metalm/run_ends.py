@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from metalm.regular_files import read_regular
 from metalm.run_folder import LOGS_NAME
@@ -31,7 +32,7 @@ class RunEnd:
     """In one line: `done`, who asked to stop, or the error."""
 
 
-_KINDS = {"time": (int, float), "step": (int, type(None)), "code": int, "cause": str}
+_KINDS: dict[str, Any] = {"time": (int, float), "step": (int, type(None)), "code": int, "cause": str}
 
 
 def record_end(run_folder: Path, step: int | None, code: int, cause: str) -> None:

@@ -54,6 +54,14 @@ def test_a_script_goes_by_the_name_of_its_command() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "needed"), [("plan", "pipeline, --gpus"), ("import export", "folder, pipeline")]
+)
+def test_what_may_be_left_out_is_not_among_what_is_required(command: str, needed: str) -> None:
+    told = run(*command.split()).stderr
+    assert told.endswith(f"metalm {command}: error: the following arguments are required: {needed}\n")
+
+
 def test_commands_are_scripts_that_exist_and_are_listed() -> None:
     assert set(COMMANDS.values()) <= find_scripts().keys()
     listed = make_parser().format_help()
