@@ -84,6 +84,8 @@ def test_extending_oneself_is_refused(tmp_path: Path) -> None:
         ("training.time_limit_minutes=1:30:00", "YAML reads 1:30:00 in base 60, as 5400: write the decimal"),
         ("training.time_limit_minutes=1:30.5", "YAML reads 1:30.5 in base 60, as 90.5: write the decimal"),
         ("training.steps=010", "YAML reads 010 in base 8, as 8: write the decimal number"),
+        ("run.folder=~/runs", "run.folder: ~ is not expanded in a config: write the whole path, or $HOME"),
+        ("data.sources.text.path=~ann/data", "data.sources.text.path: ~ is not expanded in a config"),
         ("parallel.timeout_minutes=99999999999999", "parallel.timeout_minutes: Input should be less than"),
         ("training.steps", "not of the form section.key=value"),
         ("training.steps=[1", "the value is not YAML"),

@@ -40,6 +40,8 @@ class Section(BaseModel):
                 found = b"\0"
             if b"\0" in found:
                 raise ValueError("no file has such a name")
+            if found.startswith(b"~"):  # on another node, or for another user, it would be another folder
+                raise ValueError("~ is not expanded in a config: write the whole path, or $HOME in a shell")
         return value
 
 
