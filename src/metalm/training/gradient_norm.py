@@ -21,6 +21,8 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
 from torch import Tensor
 
+from metalm.training.owned_ranges import gradients_in_partition
+
 
 @dataclass(frozen=True)
 class GradientNorms:
@@ -108,11 +110,9 @@ def _group_norm(optimizer: Any, group: int) -> Tensor:
 
     That one casts each gradient to float64 by itself, and makes a constant on the device, which waits.
     """
-    held = [grad for grad in optimizer.averaged_gradients[group] if not getattr(grad, "_zero_padding", False)]
     counted = [
         gradient
-        # Padding at the end has no mark and no parameter.
-        for gradient, parameter in zip(held, optimizer.params_in_partition[group], strict=False)
+        for parameter, gradient in gradients_in_partition(optimizer, group)
         if is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0
     ]
     if counted:

@@ -22,6 +22,9 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from metalm.checkpoint.format import AVERAGE, STATES
+from metalm.checkpoint.layout import ShardLayout
+from metalm.parallel.sharding import sharding_of, whole_shape
+from metalm.parallel.topology import Topology
 from metalm.training.frozen_engine import FrozenEngine
 
 
@@ -44,9 +47,30 @@ def is_partitioned(engine: Any) -> bool:
     return engine.zero_optimization_stage() == 3
 
 
-def shard_shape(engine: Any, parameter: Any) -> tuple[int, ...]:
-    """Shape of this rank's tensor-parallel shard, also where ZeRO 3 has taken it apart."""
-    return tuple(parameter.ds_shape if is_partitioned(engine) else parameter.shape)
+def shard_layouts(engine: Any, topology: Topology) -> dict[str, ShardLayout]:
+    """How each parameter is cut over the TP group, also where ZeRO 3 has taken it apart."""
+    layouts = {}
+    for name, parameter in engine.module.named_parameters():
+        sharding = sharding_of(parameter)
+        own = tuple(parameter.ds_shape if is_partitioned(engine) else parameter.shape)
+        shape = whole_shape(own, sharding, topology.tensor_size)
+        layouts[name] = (
+            ShardLayout(shape)
+            if sharding is None
+            else ShardLayout(shape, sharding.dimension, sharding.stride, topology.tensor_size)
+        )
+    return layouts
+
+
+def gradients_in_partition(optimizer: Any, group: int) -> Iterator[tuple[Any, Tensor]]:
+    """Parameters of a group in this rank's partition at ZeRO 1 or 2, and what they are updated by."""
+    gradients = (
+        gradient
+        for gradient in optimizer.averaged_gradients[group]
+        if not getattr(gradient, "_zero_padding", False)
+    )
+    # Padding at the end has no mark and no parameter.
+    return zip(optimizer.params_in_partition[group], gradients, strict=False)
 
 
 def create_optimizer_state(engine: Any, *, with_average: bool) -> None:

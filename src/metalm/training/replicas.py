@@ -19,7 +19,7 @@ from torch import Tensor
 from metalm.parallel.sharding import sharding_of
 from metalm.parallel.topology import Topology
 from metalm.training.frozen_engine import FrozenEngine
-from metalm.training.owned_ranges import is_partitioned
+from metalm.training.owned_ranges import gradients_in_partition, is_partitioned
 
 
 def unify_gradients(engine: Any, topology: Topology) -> None:
@@ -71,8 +71,5 @@ def _owned_gradients(optimizer: Any, partitioned: bool) -> Iterator[tuple[Any, T
                     place = parameter._hp_mapping.hp_fragment_address
                     yield parameter, flat.narrow(0, place.start, place.numel)
     else:
-        for number, parameters in enumerate(optimizer.params_in_partition):
-            held = optimizer.averaged_gradients[number]
-            gradients = [gradient for gradient in held if not getattr(gradient, "_zero_padding", False)]
-            # Padding at the end has no mark and no parameter.
-            yield from zip(parameters, gradients, strict=False)
+        for group in range(len(optimizer.params_in_partition)):
+            yield from gradients_in_partition(optimizer, group)

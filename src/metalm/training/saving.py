@@ -30,10 +30,10 @@ from metalm.checkpoint.state import RunState
 from metalm.checkpoint.writer import write_tensors
 from metalm.config import CheckpointConfig
 from metalm.errors import CheckpointError
-from metalm.parallel.sharding import sharding_of, whole_shape
+from metalm.parallel.sharding import sharding_of
 from metalm.parallel.topology import Topology
 from metalm.regular_files import force
-from metalm.training.owned_ranges import owned_ranges, shard_shape, states_of
+from metalm.training.owned_ranges import owned_ranges, shard_layouts, states_of
 
 logger = logging.getLogger(__name__)
 
@@ -218,19 +218,18 @@ def _problem(part: Future[None]) -> str | None:
 
 def _layouts(engine: Any, topology: Topology) -> dict[str, ParameterIndex]:
     """How every parameter of a component is cut, and what is kept of it."""
-    layouts, states = {}, states_of(engine)
-    for name, parameter in engine.module.named_parameters():
-        sharding = sharding_of(parameter)
-        tensor_size = 1 if sharding is None else topology.tensor_size
-        layouts[name] = ParameterIndex(
-            shape=whole_shape(shard_shape(engine, parameter), sharding, tensor_size),
-            partition_dim=None if sharding is None else sharding.dimension,
-            partition_stride=1 if sharding is None else sharding.stride,
-            tensor_size=tensor_size,
+    cut, states = shard_layouts(engine, topology), states_of(engine)
+    return {
+        name: ParameterIndex(
+            shape=cut[name].shape,
+            partition_dim=cut[name].dimension,
+            partition_stride=cut[name].stride,
+            tensor_size=cut[name].tensor_size,
             pieces=(),
             states=states if parameter.requires_grad else states[:1],
         )
-    return layouts
+        for name, parameter in engine.module.named_parameters()
+    }
 
 
 def _record_path(partial: Path, rank: int) -> Path:

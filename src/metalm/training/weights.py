@@ -21,10 +21,15 @@ from metalm.errors import CheckpointError
 from metalm.model.adapters import is_adapter
 from metalm.model.image_positions import fit_positions, holds_positions
 from metalm.parallel.agreement import together
-from metalm.parallel.sharding import sharding_of, whole_shape
 from metalm.parallel.topology import Topology
 from metalm.training.engines import Engines
-from metalm.training.owned_ranges import kept_ranges, push_masters, set_optimizer_step, set_state, shard_shape
+from metalm.training.owned_ranges import (
+    kept_ranges,
+    push_masters,
+    set_optimizer_step,
+    set_state,
+    shard_layouts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ def restore(reader: CheckpointReader, engines: Engines, topology: Topology) -> N
     state = reader.state
     for component, engine in engines.by_component().items():
         with together():
-            layouts = _layouts(engine, topology)
+            layouts = shard_layouts(engine, topology)
             _compare(reader, component, layouts)
             _read_component(reader, component, engine, layouts, (*STATES, AVERAGE), topology)
             set_optimizer_step(engine, state.optimizer_steps[component])
@@ -73,7 +78,7 @@ def adopt(
     """
     engine = engines.by_component()[component]
     with together():
-        layouts = _layouts(engine, topology)
+        layouts = shard_layouts(engine, topology)
         saved = reader.parameters(component)
         if lost := sorted(name for name in saved.keys() - layouts.keys() if is_adapter(name)):
             raise CheckpointError(
@@ -93,20 +98,6 @@ def adopt(
         _read_component(reader, component, engine, layouts, STATES[:1], topology, fitted)
     push_masters(engine)
     _log_reading(reader)
-
-
-def _layouts(engine: Any, topology: Topology) -> dict[str, ShardLayout]:
-    """How this run cuts each parameter over its TP group."""
-    layouts = {}
-    for name, parameter in engine.module.named_parameters():
-        sharding = sharding_of(parameter)
-        shape = whole_shape(shard_shape(engine, parameter), sharding, topology.tensor_size)
-        layouts[name] = (
-            ShardLayout(shape)
-            if sharding is None
-            else ShardLayout(shape, sharding.dimension, sharding.stride, topology.tensor_size)
-        )
-    return layouts
 
 
 def _read_component(
