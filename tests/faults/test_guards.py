@@ -142,7 +142,7 @@ def test_a_stop_while_steps_are_skipped_saves_nothing(start: Start, tmp_path: Pa
     run = tmp_path / "run"
     fault = ("stopped_in_a_bad_stretch", {"first": 7, "last": 11})
     ranks = start(run, fault=fault)
-    assert ranks.wait() == [EXIT_RESTART] * 2, ranks.output()
+    assert ranks.wait(all_by_themselves=True) == [EXIT_RESTART] * 2, ranks.output()
     assert saved_steps(run) == [5]
     told = "the last 5 step(s) were skipped, so that nothing was saved: the same command goes on from"
     assert f"{told} {run / 'checkpoints' / 'step_00000005'}" in ranks.output()
@@ -155,7 +155,7 @@ def test_samples_that_were_due_at_a_stop_are_made_at_the_next_start(
     evaluation = f"data.evaluation={{text: {{path: {tiny_data}/text, readers: {{text: text}}}}}}"
     settings = ("training.steps=6", "monitor.sample_every_steps=5", evaluation)
     ranks = start(run, *settings, fault=("stopped", {"step": 5}))
-    assert ranks.wait() == [EXIT_RESTART] * 2, ranks.output()
+    assert ranks.wait(all_by_themselves=True) == [EXIT_RESTART] * 2, ranks.output()
     assert state_of_newest(run)["step"] == 5
     assert "time/apart/sample" not in str(read_metrics(run))
     assert start(run, *settings).wait() == [0, 0]
@@ -167,7 +167,7 @@ def test_a_stop_right_after_going_back_keeps_the_place_in_the_data(start: Start,
     limits = ("guards.max_skipped_steps=2", "training.steps=12")
     fault = ("stopped_in_a_bad_stretch", {"first": 7, "last": 9})
     ranks = start(run, *limits, fault=fault)
-    assert ranks.wait() == [EXIT_RESTART] * 2, ranks.output()
+    assert ranks.wait(all_by_themselves=True) == [EXIT_RESTART] * 2, ranks.output()
     assert "back to step 5" in ranks.output()
     assert start(run, *limits).wait() == [0, 0]
     undisturbed = tmp_path / "undisturbed"
