@@ -105,8 +105,8 @@ def keep_pairs(
     seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K: tl.constexpr
 ):
     """Which pairs `[queries, BLOCK_K]` dropout keeps; the pattern of `DropoutPattern.keep_tile`."""
-    # Adds nothing, since keys have no negative places, which the compiler does not know: else it computes the
-    # keys of all ten rounds before the loop, and keeps them in some 80 registers.
+    # The seeds themselves, for no key has a negative place. But the compiler does not know that: else it would
+    # derive the generator's ten round keys from them before the loop, and keep these in some 80 registers.
     seeds = seeds ^ (first_key >> 31)
     first_keys = first_key + 4 * tl.arange(0, BLOCK_K // 4)
     group = (tl.load(key_positions_ptr + first_keys, mask=first_keys < num_keys, other=0) // 4)[None, :]

@@ -20,6 +20,10 @@ from transformers.masking_utils import create_bidirectional_mask
 from .configuration_metalm import MetaLMConfig
 from .layers_metalm import MetaLMEncoderLayer, build_norm
 
+SPARE_ROWS = 2
+"""Behind the spans of a compiled model, which does not know how many there are: of one row alone, attention
+would have to know that (torch 2.11)."""
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -213,6 +217,8 @@ class MetaLMPretrainedEncoder(nn.Module):
         Raises:
             ValueError: it has.
         """
+        if media is not None and torch.compiler.is_compiling():
+            media = torch.cat((media, media.new_zeros(SPARE_ROWS, *media.shape[1:])))
         if self.reads_clips:
             return self._encode_clips(input_ids, num_elements, media, dtype)
         if not self.reads_images:
@@ -340,17 +346,18 @@ def _encode(
     """The vectors [N, ...] of the docked positions [N], through a padded grid of spans.
 
     The grid is as wide as the longest span. Where the model is compiled, which knows neither lengths nor
-    whether there is a span, it is as wide as the longest that there can be, with one more row.
+    whether there is a span, it is as wide as the longest that there can be, with spare rows.
     """
-    is_first = torch.ones_like(rows, dtype=torch.bool)
-    is_first[1:] = (rows[1:] != rows[:-1]) | (numbers[1:] != numbers[:-1])
+    position = torch.arange(len(rows), device=rows.device)
+    before = (position - 1).clamp(min=0)
+    is_first = (position == 0) | (rows != rows[before]) | (numbers != numbers[before])
     span = is_first.cumsum(dim=0) - 1
     (begins,) = is_first.nonzero(as_tuple=True)
     lengths = torch.zeros_like(begins).index_add(0, span, torch.ones_like(span))
-    element = torch.arange(len(rows), device=rows.device) - begins[span]
+    element = position - begins[span]
     if torch.compiler.is_compiling():
-        padded = ids.new_zeros((len(begins) + 1, min(row_length, encoder.max_elements)))
-        lengths = functional.pad(lengths, (0, 1), value=1)
+        padded = ids.new_zeros((len(begins) + SPARE_ROWS, min(row_length, encoder.max_elements)))
+        lengths = functional.pad(lengths, (0, SPARE_ROWS), value=1)
     else:
         padded = ids.new_zeros((len(begins), int(lengths.max())))
     padded[span, element] = ids
