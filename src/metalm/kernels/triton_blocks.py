@@ -17,7 +17,7 @@ from torch import Tensor
 from metalm.kernels.interval_mask import IntervalMask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_others"])
 def block_ranges_kernel(
     start_ptr, end_ptr, ranges_ptr, num_rows, num_others, ROWS: tl.constexpr, OTHERS: tl.constexpr
 ):

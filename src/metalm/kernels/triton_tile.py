@@ -105,7 +105,7 @@ def keep_pairs(
     seeds, head, query_positions, key_positions_ptr, first_key, num_keys, threshold, BLOCK_K: tl.constexpr
 ):
     """Which pairs `[queries, BLOCK_K]` dropout keeps; the pattern of `DropoutPattern.keep_tile`."""
-    # The seeds themselves, for no key has a negative place. But the compiler does not know that: else it would
+    # The seeds themselves, for no key has a negative place. The compiler does not know that: else it would
     # derive the generator's ten round keys from them before the loop, and keep these in some 80 registers.
     seeds = seeds ^ (first_key >> 31)
     first_keys = first_key + 4 * tl.arange(0, BLOCK_K // 4)
