@@ -6,6 +6,8 @@ A start that was killed records nothing. It leaves the run's lock behind, whose 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,19 +32,23 @@ class RunEnd:
     """That the process ends with."""
     cause: str
     """In one line: `done`, who asked to stop, or the error."""
+    host: str | None = None
+    """Where the process ran; None in lines of older versions."""
+    pid: int | None = None
 
 
 _KINDS: dict[str, Any] = {"time": (int, float), "step": (int, type(None)), "code": int, "cause": str}
+_KINDS |= {"host": (str, type(None)), "pid": (int, type(None))}
 
 
 def record_end(run_folder: Path, step: int | None, code: int, cause: str) -> None:
-    """Add the end of a start.
+    """Add the end of a start, which is this process.
 
     Raises:
         OSError: the line could not be written.
     """
     first_line = next(iter(cause.splitlines()), "")
-    end = RunEnd(round(time.time(), 3), step, code, first_line)
+    end = RunEnd(round(time.time(), 3), step, code, first_line, socket.gethostname(), os.getpid())
     with (run_folder / LOGS_NAME / ENDS_NAME).open("a") as handle:
         handle.write(json.dumps(asdict(end)) + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,12 +39,12 @@ def state(folder: Path) -> str:
     return line.removeprefix("state").strip()
 
 
-def leave_lock(folder: Path, **changes: str | None) -> None:
+def leave_lock(folder: Path, *, host: str = "gpu7", pid: int = 99, **changes: str | None) -> None:
     """The lock of a process that is gone."""
     lock = RunLock(folder)
     holder = Holder(**json.loads((folder / "lock").read_text()))
     lock.release()
-    (folder / "lock").write_text(json.dumps(asdict(replace(holder, pid=99, host="gpu7", **changes))))
+    (folder / "lock").write_text(json.dumps(asdict(replace(holder, pid=pid, host=host, **changes))))
 
 
 def begin_job(folder: Path, at: float) -> None:
@@ -84,6 +85,13 @@ def test_an_end_that_the_trainer_has_recorded(run: Path, code: int, cause: str, 
     record_end(run, 90, code, f"{cause}\nand more lines")
     once = " once that is mended" if code == EXIT_DATA else ""
     assert state(run) == f"{told}; started again, it goes on from step 80{once}"
+
+
+def test_an_end_that_was_recorded_without_letting_go_of_the_lock(run: Path) -> None:
+    """As where a run hangs: its process ends itself."""
+    leave_lock(run, host=socket.gethostname(), pid=os.getpid())
+    record_end(run, None, EXIT_FAULT, "rank 0 has hung for 15 s while step 7")
+    assert state(run).startswith("failed 0 s ago: rank 0 has hung for 15 s while step 7 (exit code 70)")
 
 
 def test_a_run_that_was_killed_is_told_by_its_lock(run: Path) -> None:

@@ -77,9 +77,9 @@ def state_of(
     """The state of a run at a time.
 
     A live holder of the run's lock means that it is at work. Else the newest counts of: the end that the
-    batch script recorded, which knows whether the job comes back; a lock whose holder is gone or, where none
-    is left, the end that the trainer recorded before it removed the lock; and a submission. Where a job has
-    begun after these, or there are none, the run's signs of life count.
+    batch script recorded, which knows whether the job comes back; that which the trainer recorded or, where a
+    lock is left of another process that is gone, that; and a submission. Where a job has begun after these,
+    or there are none, the run's signs of life count.
 
     Args:
         total: steps of the whole run.
@@ -100,9 +100,10 @@ def state_of(
         else f"; started again, it goes on from step {saved_step:,}"
     )
     found: list[tuple[float, RunState]] = []
-    if held is not None:
+    end = last_end(run_folder)
+    if held is not None and (end is None or (end.host, end.pid) != (held[0].host, held[0].pid)):
         found.append((held[0].began, _killed(held[0], where, again)))
-    elif (end := last_end(run_folder)) is not None:
+    elif end is not None:
         found.append((end.time, _of_trainer(end, again, now)))
     if last is not None and last.ended is None:
         found.append((last.began, _guessed(run_folder, last, pace, saved_step, f"{asked}{where}", now)))

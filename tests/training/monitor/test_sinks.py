@@ -135,7 +135,7 @@ def test_what_could_not_be_superseded_is_before_anything_else_is_shown(
     sinks.begin(0)
     for step in (1, 2, 3):
         sinks.write(step, {"loss/all": 1.0}, About.STEPS)
-    in_the_way = run_folder / "logs" / "metrics.partial"
+    in_the_way = run_folder / "logs" / "metrics.jsonl.partial"
     in_the_way.mkdir()
     sinks.begin(2)
     sinks.write(2, {"loss/all": 4.0}, About.STEPS)
